@@ -1,0 +1,50 @@
+# Two commands: `make demo` builds and runs a real model, `make test` checks the project.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
+PROMPT := The three primary colours are
+
+.PHONY: demo test lint types imports unit clean
+
+demo: $(VENV)/.demo $(MODEL)
+	$(BIN)/cushion-deploy build --model $(MODEL) --precision w8a8 --output demo
+	@echo; echo "== INT8 with the prefix: $(PROMPT) ..."
+	@$(BIN)/cushion-deploy generate demo "$(PROMPT)" --max-new-tokens 48
+	@echo; echo "== the same model and prompt, INT8 without a prefix"
+	@$(BIN)/cushion-deploy build --model $(MODEL) --precision w8a8 --output demo-without-prefix --no-prefix \
+	    --engine onnxruntime --set evaluation.max_tokens=512 --quiet >/dev/null || true
+	@$(BIN)/cushion-deploy generate demo-without-prefix "$(PROMPT)" --max-new-tokens 48
+
+test: $(VENV)/.test $(MODEL)
+	$(MAKE) --no-print-directory lint types imports unit
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types:
+	$(BIN)/mypy
+
+imports:
+	$(BIN)/lint-imports
+
+unit:
+	$(BIN)/python -m pytest
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e '.[cpu,build,rtx,report,chat]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) install -q -c constraints.txt -e '.[cpu,build,rtx,report,chat,test]'
+	@touch $@
+
+$(MODEL): bench/fetch_model.py
+	$(PYTHON) bench/fetch_model.py $@
+
+clean:
+	rm -rf $(VENV) .models .cushion-work demo demo-without-prefix

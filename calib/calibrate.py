@@ -1,0 +1,99 @@
+"""Observe every Site on text behind the prefix, and choose its static per-tensor scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, threshold
+from cushion_deploy.errors import UsageError
+from cushion_deploy.fakequant import symmetric_scale
+from cushion_deploy.modeling.forward import prefix_tensors, run
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.observe import observed
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.types import ActivationScales, Estimator, IntArray, Prefix, Site
+
+
+@dataclass
+class SiteObserver:
+    """Histograms of the magnitudes that enter each Site, text tokens only."""
+
+    mask: Tensor
+    batch: int = 0
+    histograms: dict[Site, MagnitudeHistogram] = field(default_factory=dict)
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        """Take one batch ``[batch, length, features]``; padding is masked before anything is looked at.
+
+        Raises:
+            UsageError: NaN, infinity, or nothing but zeros or subnormal numbers, naming Site and batch.
+        """
+        values = x[self.mask].abs().flatten()
+        amax = float(values.max())
+        if not np.isfinite(amax):
+            raise UsageError(
+                f"Site {site}, calibration batch {self.batch}: NaN or infinity enters the linear",
+                hint="the model overflows on this text; check the checkpoint, or calibrate on other text",
+            )
+        if amax < float(np.finfo(np.float32).tiny):
+            raise UsageError(
+                f"Site {site}, calibration batch {self.batch}: every value is zero or subnormal, so no scale exists",
+                hint="the layer before it is dead; check the checkpoint",
+            )
+        histogram = self.histograms.setdefault(site, MagnitudeHistogram())
+        histogram.cover(amax)
+        counts = torch.histc(values, bins=BINS, min=0.0, max=histogram.limit)
+        histogram.add(counts.numpy().astype(np.int64))
+
+
+@torch.inference_mode()
+def observe_sites(
+    model: LoadedModel,
+    prefix: Prefix,
+    ids: IntArray,
+    mask: IntArray,
+    *,
+    batch_size: int = 4,
+    progress: Progress = silent,
+) -> dict[Site, MagnitudeHistogram]:
+    """Return the histogram of every Site, the head included.
+
+    Args:
+        model: the model.
+        prefix: stands before every window and is never observed itself.
+        ids, mask: int64 ``[windows, window]``; mask 0 on padding.
+        batch_size: windows a forward pass.
+        progress: where to report windows done.
+    """
+    past = prefix_tensors(prefix)
+    observer = SiteObserver(torch.zeros(0, dtype=torch.bool))
+    with observed(model.sites, observer):
+        for start in range(0, len(ids), batch_size):
+            rows = torch.from_numpy(mask[start : start + batch_size])
+            observer.mask, observer.batch = rows.bool(), start // batch_size
+            full = None if bool(rows.all()) else rows
+            run(model, torch.from_numpy(ids[start : start + batch_size]), past, full)
+            progress("observing Sites", min(start + batch_size, len(ids)), len(ids))
+    return observer.histograms
+
+
+def choose_scales(
+    histograms: dict[Site, MagnitudeHistogram],
+    estimator: Estimator,
+    *,
+    percentile: float,
+    model: LoadedModel,
+    prefix: Prefix,
+    corpus_digest: str,
+    tokens: int,
+) -> ActivationScales:
+    """Return the scales that an estimator reads off the histograms, with their parents."""
+    scales = {
+        site: symmetric_scale(threshold(histogram, estimator, percentile=percentile))
+        for site, histogram in histograms.items()
+    }
+    return ActivationScales(scales, estimator, model.spec.weights_digest, prefix.digest, corpus_digest, tokens)

@@ -1,0 +1,188 @@
+"""Text for calibration and scoring: files, hub data sets, the model's own words, or prose that CPython ships."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
+from cushion_deploy.types import IntArray, digest_json
+
+Part = Literal["calibration", "evaluation"]
+HUB_CORPORA = {
+    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "c4": ("allenai/c4", "en"),
+}
+MAX_HUB_DOCUMENTS = 2000
+_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+VALID = (
+    f"a {', '.join(_SUFFIXES)} file, {', '.join(HUB_CORPORA)}, org/name[:config] on the hub, "
+    "self (text sampled from the model), or nothing for the offline default"
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of text.
+
+    Attributes:
+        name: what it is, for reports.
+        documents: plain text each.
+    """
+
+    name: str
+    documents: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the documents."""
+        return digest_json(list(self.documents))
+
+    @property
+    def text(self) -> str:
+        """All documents joined with a blank line (METHOD section 6)."""
+        return "\n\n".join(self.documents)
+
+
+def load_corpus(data: str | None, part: Part, sample: Callable[[], str] | None = None) -> Corpus:
+    """Return the corpus that ``--calib-data`` or ``--eval-data`` names.
+
+    Args:
+        data: see ``VALID``; None is the offline default, whose two parts share no document.
+        part: which part of a corpus that has several: hub train split or validation split.
+        sample: draws text from the model, for ``self``.
+
+    Raises:
+        UsageError: nothing of that name, a column or file that does not fit, or no text in it.
+        MissingDependency: the hub cannot be reached.
+    """
+    if data is None:
+        corpus = python_topics(part)
+    elif data == "self":
+        if sample is None:
+            raise UsageError("text sampled from the model cannot be used here", hint=f"give {VALID}")
+        corpus = Corpus("sampled from the model", (sample(),))
+    elif Path(data).is_file():
+        corpus = _from_file(Path(data))
+    elif data in HUB_CORPORA:
+        corpus = _from_hub(*HUB_CORPORA[data], part)
+    elif _HUB_ID.fullmatch(data) and not data.endswith(_SUFFIXES):
+        name, _, config = data.partition(":")
+        corpus = _from_hub(name, config or None, part)
+    else:
+        raise UsageError(f"unknown data set '{data}': no such file or name", hint=f"give {VALID}")
+    if not corpus.text.strip():
+        raise UsageError(f"{corpus.name} holds no text", hint=f"give {VALID}")
+    return corpus
+
+
+def python_topics(part: Part) -> Corpus:
+    """Return the language reference topics that ship with every CPython; each fourth is kept for evaluation."""
+    from pydoc_data.topics import topics
+
+    held_out = part == "evaluation"
+    chosen = [text for i, (_, text) in enumerate(sorted(topics.items())) if (i % 4 == 3) == held_out]
+    return Corpus(f"CPython language topics ({part} part)", tuple(chosen))
+
+
+def pack_windows(documents: list[IntArray], window: int, count: int, name: str) -> tuple[IntArray, IntArray]:
+    """Cut documents into windows, and take ``count`` of them spread evenly over the corpus.
+
+    Args:
+        documents: token ids int64 ``[n]`` each.
+        window: length; the last piece of a document is padded on the right.
+        count: the most windows to take.
+        name: of the corpus, for the error.
+
+    Returns:
+        ids and mask, int64 ``[windows, window]``; the mask is 0 on padding.
+
+    Raises:
+        UsageError: the corpus is shorter than one window.
+    """
+    total = sum(len(d) for d in documents)
+    if total < window:
+        raise UsageError(
+            f"{name} holds {total} tokens, fewer than one window of {window}",
+            hint="give more text, or a smaller window (calibration.window)",
+        )
+    pieces = [d[i : i + window] for d in documents for i in range(0, len(d), window)]
+    pieces = [p for p in pieces if len(p) >= min(window, 32)] or pieces
+    chosen = [pieces[i] for i in np.unique(np.linspace(0, len(pieces) - 1, min(count, len(pieces))).astype(int))]
+    ids = np.zeros((len(chosen), window), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, piece in enumerate(chosen):
+        ids[row, : len(piece)], mask[row, : len(piece)] = piece, 1
+    return ids, mask
+
+
+def _from_file(path: Path) -> Corpus:
+    if path.suffix not in _SUFFIXES:
+        raise UsageError(f"{path.name}: files of type '{path.suffix}' are not read", hint=f"give {VALID}")
+    if path.suffix == ".parquet":
+        return Corpus(path.name, tuple(_parquet_texts(path)))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{path.name} is not UTF-8 text ({e.reason})", hint="convert it to UTF-8") from e
+    if path.suffix == ".jsonl":
+        return Corpus(path.name, tuple(_jsonl_texts(path.name, text)))
+    return Corpus(path.name, (text,))
+
+
+def _jsonl_texts(name: str, text: str) -> list[str]:
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            raise UsageError(
+                f"{name}, line {number}: no JSON object with a 'text' field", hint="write one such object a line"
+            ) from e
+        found.append(str(value))
+    return found
+
+
+def _parquet_texts(path: Path) -> list[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise MissingDependency("reading parquet needs pyarrow", hint="pip install 'cushion-deploy[build]'") from e
+    try:
+        table = pq.read_table(path, columns=["text"])
+    except pa.ArrowException as e:
+        raise UntrustedArtifact(f"{path.name} is not readable as parquet: {e}", hint="write the file again") from e
+    if "text" not in table.column_names:
+        raise UsageError(f"{path.name} has no column 'text'", hint="rename the column that holds the text")
+    return [str(value) for value in table.column("text").to_pylist() if value]
+
+
+def _from_hub(name: str, config: str | None, part: Part) -> Corpus:
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+    except ImportError as e:
+        raise MissingDependency("hub data sets need datasets", hint="pip install 'cushion-deploy[build]'") from e
+    split = "train" if part == "calibration" else "validation"
+    try:
+        rows: Any = load_dataset(name, config, split=split, streaming=True, trust_remote_code=False)
+        texts = [str(row["text"]) for _, row in zip(range(MAX_HUB_DOCUMENTS), rows, strict=False)]
+    except KeyError as e:
+        raise UsageError(f"data set '{name}' has no field 'text'", hint="give one with a field 'text'") from e
+    except (DatasetNotFoundError, ValueError) as e:
+        raise UsageError(f"data set '{name}' cannot be read: {e}", hint=f"give {VALID}") from e
+    except OSError as e:
+        raise MissingDependency(
+            f"data set '{name}' cannot be fetched from the hub", hint="check the network, or give a local file"
+        ) from e
+    return Corpus(f"{name} {config or ''} ({split})".replace("  ", " "), tuple(t for t in texts if t.strip()))

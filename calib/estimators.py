@@ -1,0 +1,85 @@
+"""Range estimators: from a histogram of magnitudes to the threshold that the largest code stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from cushion_deploy.fakequant import qmax
+from cushion_deploy.types import Estimator
+
+BINS = 8192
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass
+class MagnitudeHistogram:
+    """Histogram of absolute values on [0, limit], whose limit doubles as larger values arrive.
+
+    Doubling merges bins in pairs, so the result does not depend on the order of the batches.
+
+    Attributes:
+        limit: upper edge, a power of two; 0 before the first batch.
+        counts: int64 ``[BINS]``.
+        amax: largest magnitude seen, exact.
+    """
+
+    limit: float = 0.0
+    amax: float = 0.0
+    counts: Counts = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
+
+    def cover(self, amax: float) -> None:
+        """Grow until ``amax`` (finite, positive) fits; to be called before :meth:`add`."""
+        needed = float(2.0 ** np.ceil(np.log2(amax)))
+        if self.limit == 0.0:
+            self.limit = needed
+        while self.limit < needed:
+            merged = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.concatenate([merged, np.zeros(BINS // 2, dtype=np.int64)])
+            self.limit *= 2
+        self.amax = max(self.amax, amax)
+
+    def add(self, counts: Counts) -> None:
+        """Add the counts of one batch, int64 ``[BINS]`` over [0, limit]."""
+        self.counts = self.counts + counts
+
+    @property
+    def centers(self) -> npt.NDArray[np.float64]:
+        """Bin centers, float64 ``[BINS]``."""
+        return np.asarray((np.arange(BINS) + 0.5) * (self.limit / BINS), dtype=np.float64)
+
+
+def threshold(
+    histogram: MagnitudeHistogram, estimator: Estimator, *, percentile: float = 99.99, bits: int = 8
+) -> float:
+    """Return the magnitude that the largest code shall stand for.
+
+    ``max`` is the maximum itself (no moving average); ``percentile`` the smallest bin edge below which that
+    share of magnitudes lies; ``mse`` the one that minimizes the mean squared quantization error, rounding
+    and clipping together.
+    """
+    if estimator == "max":
+        return histogram.amax
+    if estimator == "percentile":
+        cumulative = np.cumsum(histogram.counts)
+        index = int(np.searchsorted(cumulative, cumulative[-1] * (percentile / 100)))
+        return min(histogram.amax, (index + 1) * histogram.limit / BINS)
+    return _least_squares(histogram, bits)
+
+
+def _least_squares(histogram: MagnitudeHistogram, bits: int) -> float:
+    """Scan thresholds from the maximum down to 1/64 of it, in steps of 2 %, then finely around the best."""
+    used = histogram.counts > 0
+    x, weight = histogram.centers[used], histogram.counts[used].astype(np.float64)
+
+    def error(t: float) -> float:
+        step = t / qmax(bits)
+        codes = np.minimum(np.rint(x / step), qmax(bits))
+        return float(weight @ (x - codes * step) ** 2)
+
+    coarse = histogram.amax * np.geomspace(1.0, 1 / 64, 210)
+    best = min(coarse, key=error)
+    fine = np.minimum(best * np.linspace(0.98, 1.02, 17), histogram.amax)
+    return float(min(fine, key=error))

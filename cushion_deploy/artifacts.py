@@ -1,0 +1,73 @@
+"""Prefix and scales as files that any other tool can read: safetensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.store import replace_file
+from cushion_deploy.types import ActivationScales, Prefix
+
+PREFIX_FILE = "prefix.safetensors"
+SCALES_FILE = "scales.json"
+_PREFIX_FORMAT = "cushion-prefix-1"
+
+
+def write_prefix(prefix: Prefix, path: Path) -> None:
+    """Write tensors ``keys``, ``values`` (float32) and ``token_ids`` (int64), the model's digest as metadata."""
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "keys": np.ascontiguousarray(prefix.keys),
+        "values": np.ascontiguousarray(prefix.values),
+        "token_ids": np.asarray(prefix.token_ids, dtype=np.int64),
+    }
+    metadata = {"format": _PREFIX_FORMAT, "model_digest": prefix.model_digest}
+    replace_file(path, save(tensors, metadata=metadata))
+
+
+def read_prefix(path: Path) -> Prefix:
+    """Read what :func:`write_prefix` wrote.
+
+    Raises:
+        UsageError: no such file.
+        UntrustedArtifact: not a prefix file, or damaged.
+    """
+    hint = "give a prefix.safetensors that `cushion-deploy search` wrote"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", hint=hint)
+    try:
+        with safe_open(path, framework="np") as f:
+            metadata = f.metadata() or {}
+            if metadata.get("format") != _PREFIX_FORMAT:
+                raise UntrustedArtifact(f"{path} is not a prefix file", hint=hint)
+            ids = tuple(int(i) for i in f.get_tensor("token_ids"))
+            return Prefix(ids, f.get_tensor("keys"), f.get_tensor("values"), metadata["model_digest"])
+    except (SafetensorError, KeyError) as e:
+        raise UntrustedArtifact(f"{path} is damaged: {e}", hint=hint) from e
+
+
+def write_scales(scales: ActivationScales, path: Path) -> None:
+    """Write the scales as JSON."""
+    replace_file(path, (json.dumps(scales.to_json(), indent=1) + "\n").encode())
+
+
+def read_scales(path: Path) -> ActivationScales:
+    """Read what :func:`write_scales` wrote.
+
+    Raises:
+        UsageError: no such file.
+        UntrustedArtifact: not a scales file.
+    """
+    hint = "give a scales.json that `cushion-deploy calibrate` wrote"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", hint=hint)
+    try:
+        return ActivationScales.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
+        raise UntrustedArtifact(f"{path} is no scales file: {e}", hint=hint) from e

@@ -1,0 +1,66 @@
+"""`build`: model in, verified INT8 bundle out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.progress import progress
+from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.errors import ExitCode
+
+
+@click.command("build")
+@recipe_options
+@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("bundle"), show_default=True)
+@click.option("--engine", "engines", multiple=True, help="Engine to compile; repeatable. Default: all available.")
+@click.option("--target", "targets", multiple=True, help="GPU target of TensorRT, e.g. sm86; repeatable.")
+@click.option("--max-batch", type=int, default=1, show_default=True, help="Largest batch of TensorRT profiles.")
+@click.option("--max-context", type=int, default=2048, show_default=True, help="Longest context of TensorRT profiles.")
+@click.option("--allow-float-linears", type=int, default=0, help="Linears that may stay in floating point.")
+@click.option("--print-config", is_flag=True, help="Print the complete recipe as YAML and stop.")
+@click.option("--dry-run", is_flag=True, help="Check the input, say what would run, and stop.")
+def command(
+    output: Path,
+    targets: tuple[str, ...],
+    max_batch: int,
+    max_context: int,
+    allow_float_linears: int,
+    print_config: bool,
+    dry_run: bool,
+    **values: Any,
+) -> int:
+    """Build a bundle: search a prefix, calibrate, export, compile, check, report, publish.
+
+    Exit code 1 when a parity check fails; the bundle is then written all the same, and its report says where.
+    """
+    recipe = make_recipe(values)
+    if print_config:
+        click.echo(recipe.to_yaml(), nl=False)
+        return ExitCode.OK
+    from cushion_deploy.pipeline.build import build, plan
+
+    options = CompileOptions(
+        targets=targets, max_batch=max_batch, max_context=max_context, allow_float_linears=allow_float_linears
+    )
+    with progress(values["quiet"]) as report_progress:
+        ws = make_workspace(recipe, values["work_dir"], report_progress)
+        if dry_run:
+            for line in plan(ws, output):
+                click.echo(line)
+            return ExitCode.OK
+        report = build(ws, output, options)
+    if values["as_json"]:
+        click.echo(report.to_text())
+    else:
+        from rich.console import Console
+
+        from cushion_deploy.report import summary
+
+        Console(width=None if sys.stdout.isatty() else 80).print(summary(report))
+        click.echo(f"\nbundle: {output}\nreport: {output / 'report' / 'report.html'}")
+    return ExitCode.OK if all(row.passed for row in report.parity) else ExitCode.CHECK_FAILED

@@ -1,0 +1,40 @@
+"""`calibrate`: choose static activation scales behind a prefix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cushion_deploy.artifacts import SCALES_FILE, read_prefix, write_scales
+from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.progress import progress
+
+
+@click.command("calibrate")
+@recipe_options
+@click.option(
+    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search it."
+)
+@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path(SCALES_FILE), show_default=True)
+def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
+    """Observe every Site on text behind the prefix and write the scales as JSON."""
+    recipe = make_recipe(values)
+    from cushion_deploy.pipeline.stages import calibrate, search_prefix
+
+    with progress(values["quiet"]) as report_progress:
+        ws = make_workspace(recipe, values["work_dir"], report_progress)
+        with ws.store.lock():
+            prefix = read_prefix(prefix_file) if prefix_file else search_prefix(ws)[0]
+            scales = calibrate(ws, prefix).scales
+    write_scales(scales, output)
+    if values["as_json"]:
+        click.echo(json.dumps(scales.to_json()))
+        return
+    largest = sorted(scales.scales.items(), key=lambda item: -item[1])[:5]
+    click.echo(f"{len(scales.scales)} Sites, estimator {scales.estimator}, {scales.tokens} tokens of text")
+    for site, scale in largest:
+        click.echo(f"  {site:<28} scale {scale:.6g}")
+    click.echo(f"written: {output}")

@@ -1,0 +1,55 @@
+"""`engine`: compile a graph for an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.registry import ENGINES, choose_engines
+from cushion_deploy.errors import UsageError
+from cushion_deploy.runtime.bundle import read_graph
+
+
+@click.command("engine")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--engine", "name", required=True, help=f"One of: {', '.join(ENGINES)}.")
+@click.option("--target", "targets", multiple=True, help="GPU target of TensorRT, e.g. sm86; repeatable.")
+@click.option("--max-batch", type=int, default=1, show_default=True)
+@click.option("--max-context", type=int, default=2048, show_default=True)
+@click.option("--allow-float-linears", type=int, default=0, help="Linears that may stay in floating point.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the engine.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    folder: Path,
+    name: str,
+    targets: tuple[str, ...],
+    max_batch: int,
+    max_context: int,
+    allow_float_linears: int,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Compile the graph in FOLDER (of `export`, or a bundle) and count the linears that run in INT8."""
+    (engine,) = choose_engines([name])
+    graph = read_graph(folder)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists and is not an empty folder", hint="choose another output folder")
+    options = CompileOptions(
+        targets=targets, max_batch=max_batch, max_context=max_context, allow_float_linears=allow_float_linears
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    artifact = engine.compile(graph, output, options)
+    if as_json:
+        click.echo(json.dumps(artifact.to_json()))
+        return
+    click.echo(
+        f"{artifact.engine} for {', '.join(artifact.targets)}: "
+        f"{artifact.int8_linears} of {artifact.linears} linears in INT8, "
+        f"{artifact.fused_attention} fused attention kernels"
+    )
+    if not artifact.ran:
+        click.echo(str(artifact.details.get("note", "not run")))
+    click.echo(f"written: {output}")

@@ -1,0 +1,55 @@
+"""`export`: write the ONNX graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cushion_deploy.artifacts import read_prefix, read_scales
+from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.progress import progress
+from cushion_deploy.errors import UsageError
+
+
+@click.command("export")
+@recipe_options
+@click.option("--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search.")
+@click.option("--scales", "scales_file", type=click.Path(path_type=Path), help="scales.json; default: calibrate.")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option("--float", "float_twin", is_flag=True, help="Write the floating-point twin, without Q/DQ nodes.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the graph.")
+def command(
+    prefix_file: Path | None,
+    scales_file: Path | None,
+    dtype: Any,
+    float_twin: bool,
+    output: Path,
+    **values: Any,
+) -> None:
+    """Write model.onnx with Q/DQ nodes at Sites, INT8 weights, and the prefix as initializers."""
+    recipe = make_recipe(values)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists and is not an empty folder", hint="choose another output folder")
+    from cushion_deploy.pipeline.stages import calibrate, export, search_prefix
+    from cushion_deploy.store import place
+
+    with progress(values["quiet"]) as report_progress:
+        ws = make_workspace(recipe, values["work_dir"], report_progress)
+        with ws.store.lock():
+            prefix = read_prefix(prefix_file) if prefix_file else search_prefix(ws)[0]
+            scales = None
+            if not float_twin:
+                scales = read_scales(scales_file) if scales_file else calibrate(ws, prefix).scales
+            graph = export(ws, prefix, scales, dtype=dtype, name="model")
+    output.mkdir(parents=True, exist_ok=True)
+    for file in (graph.path, graph.path.with_name(graph.path.name + ".data"), graph.path.with_name("export.json")):
+        place(file, output / file.name, link=False)
+    if values["as_json"]:
+        click.echo(json.dumps(graph.to_json()))
+        return
+    kind = f"{graph.linears} linears behind {len(graph.sites)} Sites" if graph.quantized else "floating-point twin"
+    click.echo(f"opset {graph.opset}, {kind}, prefix of {prefix.length} positions; rules checked: {len(graph.rules)}")
+    click.echo(f"written: {output / graph.path.name}")

@@ -1,0 +1,79 @@
+"""`inspect`: show what a bundle, prefix or scales file holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from cushion_deploy.artifacts import read_prefix, read_scales
+from cushion_deploy.errors import UsageError
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(path: Path, as_json: bool) -> None:
+    """Show the contents of PATH: a bundle, a prefix.safetensors, or a scales.json."""
+    facts = _facts(path)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return _bundle(path)
+    if path.suffix == ".safetensors":
+        prefix = read_prefix(path)
+        return {
+            "kind": "prefix",
+            "token ids": list(prefix.token_ids),
+            "shape [layers, kv_heads, P, head_dim]": list(prefix.keys.shape),
+            "largest key": float(np.abs(prefix.keys).max(initial=0)),
+            "largest value": float(np.abs(prefix.values).max(initial=0)),
+            "model digest": prefix.model_digest,
+            "digest": prefix.digest,
+        }
+    if path.suffix == ".json":
+        scales = read_scales(path)
+        values = list(scales.scales.values())
+        return {
+            "kind": "activation scales",
+            "Sites": len(values),
+            "estimator": scales.estimator,
+            "tokens": scales.tokens,
+            "smallest scale": min(values),
+            "largest scale": max(values),
+            "model digest": scales.model_digest,
+            "prefix digest": scales.prefix_digest,
+        }
+    raise UsageError(f"{path} is nothing that can be inspected", hint="give a bundle, a .safetensors or a scales.json")
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    from cushion_deploy.runtime.bundle import open_bundle
+
+    bundle = open_bundle(path)
+    graph, contract = bundle.graph, bundle.contract
+    engines = sorted(p.parent.name for p in path.glob("engines/*/engine.json"))
+    return {
+        "kind": "bundle",
+        "model": bundle.manifest.recipe.get("model"),
+        "built": str(bundle.manifest.created),
+        "linears in the graph": graph.linears,
+        "MatMuls after packing": len(graph.sites),
+        "opset": graph.opset,
+        "prefix positions": contract.prefix_length,
+        "longest context": contract.max_positions - contract.prefix_length,
+        "engines": engines,
+        "files": len(bundle.manifest.files),
+        "bytes": sum(entry.size for entry in bundle.manifest.files.values()),
+        **{f"{name} digest": digest for name, digest in bundle.manifest.parents.items()},
+    }

@@ -1,0 +1,98 @@
+"""Options that several verbs share: the model, the recipe, overrides, the work folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+
+from cushion_deploy.errors import UsageError
+from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.progress import Progress
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.store import StageStore
+from cushion_deploy.types import ESTIMATORS, PRECISIONS
+
+F = TypeVar("F", bound=Callable[..., Any])
+WORK_DIR = Path(".cushion-work")
+
+FLAGS: dict[str, str] = {
+    "model": "model",
+    "revision": "revision",
+    "precision": "precision",
+    "seed": "seed",
+    "calib_data": "calibration.data",
+    "estimator": "calibration.estimator",
+    "eval_data": "evaluation.data",
+    "quantize_head": "export.quantize_head",
+    "max_length": "search.max_length",
+    "seed_tokens": "search.seed_tokens",
+    "objective": "search.objective",
+}
+"""Flag to the recipe setting that it overrides; everything else is reached with --set."""
+
+
+def recipe_options(function: F) -> F:
+    """Add the options that make up a recipe."""
+    options = [
+        click.option("--model", metavar="MODEL", help="GGUF file, Hugging Face folder, or hub id (org/name)."),
+        click.option("--revision", help="Revision of a hub model."),
+        click.option(
+            "--precision",
+            metavar="NAME",
+            help=f"Precision: {', '.join(PRECISIONS)}.",
+        ),
+        click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override any setting; see --print-config."
+        ),
+        click.option("--seed", type=int, help="Seed of everything random."),
+        click.option("--calib-data", metavar="DATA", help="Calibration text: file, wikitext, c4, org/name, or self."),
+        click.option("--eval-data", metavar="DATA", help="Text to measure perplexity on; not the calibration's."),
+        click.option("--estimator", metavar="NAME", help=f"Range estimator: {', '.join(ESTIMATORS)}."),
+        click.option("--quantize-head/--no-quantize-head", default=None, help="Run the output head in INT8 too."),
+        click.option("--max-length", type=int, help="Most tokens of the prefix."),
+        click.option(
+            "--seed-token", "seed_tokens", multiple=True, help="Token that the prefix begins with; repeatable."
+        ),
+        click.option("--objective", metavar="NAME", help="Objective of the search: error or max."),
+        click.option("--exhaustive", is_flag=True, help="Score the whole vocabulary exactly; resumable."),
+        click.option("--no-prefix", is_flag=True, help="Build without a prefix."),
+        click.option(
+            "--work-dir",
+            type=click.Path(path_type=Path),
+            default=WORK_DIR,
+            show_default=True,
+            help="Folder of finished stages, which later runs reuse.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("--quiet", is_flag=True, help="No progress on stderr."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """Return the recipe that the options of :func:`recipe_options` describe: file first, flags over it."""
+    recipe = Recipe.load(values["recipe"]) if values["recipe"] else Recipe()
+    overrides: dict[str, object] = {setting: values.get(flag) for flag, setting in FLAGS.items()}
+    overrides["search.seed_tokens"] = list(values["seed_tokens"]) or None
+    overrides["search.mode"] = "exhaustive" if values["exhaustive"] else None
+    overrides["search.enabled"] = False if values["no_prefix"] else None
+    if values.get("engines"):
+        overrides["engines"] = list(values["engines"])
+    for text in values["settings"]:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise UsageError(f"--set {text}: no '='", hint="write --set search.tau=0.4")
+        overrides[name] = yaml.safe_load(value)
+    return recipe.merged(overrides)
+
+
+def make_workspace(recipe: Recipe, work_dir: Path, progress: Progress) -> Workspace:
+    """Return the workspace of one run."""
+    return Workspace(recipe, StageStore(work_dir), progress)

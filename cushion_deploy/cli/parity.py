@@ -1,0 +1,60 @@
+"""`parity`: check that a bundle computes what was evaluated; made for CI."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from cushion_deploy.cli.options import WORK_DIR, make_workspace
+from cushion_deploy.cli.progress import progress
+from cushion_deploy.errors import ExitCode
+from cushion_deploy.recipe import Recipe
+
+
+@click.command("parity")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--model", help="The original model; default: the one that the bundle's recipe names.")
+@click.option("--eval-data", metavar="DATA", help="Text to compare on; default: that of the build.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML for CI.")
+@click.option("--work-dir", type=click.Path(path_type=Path), default=WORK_DIR, show_default=True)
+@click.option("--fresh", is_flag=True, help="Run every rung again, even where an earlier run's result is kept.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def command(
+    bundle: Path,
+    model: str | None,
+    eval_data: str | None,
+    as_json: bool,
+    junit: Path | None,
+    work_dir: Path,
+    fresh: bool,
+    quiet: bool,
+) -> int:
+    """Climb the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 when a rung fails."""
+    from cushion_deploy.pipeline.parity import check_bundle
+    from cushion_deploy.runtime.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    recipe = Recipe.model_validate(dict(opened.manifest.recipe)).merged({"model": model, "evaluation.data": eval_data})
+    with progress(quiet) as report_progress:
+        ws = make_workspace(recipe, work_dir, report_progress)
+        report = check_bundle(ws, opened.path, opened.graph, fresh=fresh)
+    if junit:
+        from cushion_deploy.parity.junit import write_junit
+
+        write_junit(report, junit)
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        for check in report.checks:
+            mark = "ok  " if check.passed else "FAIL"
+            where = f"  first diverging Site: {check.site}" if check.site and not check.passed else ""
+            click.echo(
+                f"{mark} {check.rung}: {check.metric} {check.value:.4g} ({check.direction} {check.limit:g}){where}"
+            )
+            if check.note:
+                click.echo(f"       {check.note}")
+        click.echo(f"{'passed' if report.passed else 'FAILED'} on {report.tokens} tokens of {report.corpus}")
+    return ExitCode.OK if report.passed else ExitCode.CHECK_FAILED

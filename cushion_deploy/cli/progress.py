@@ -1,0 +1,96 @@
+"""Progress on stderr: bars with rate and time left in a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from cushion_deploy.progress import Progress as Report
+from cushion_deploy.progress import silent
+
+LINE_SECONDS = 20.0
+"""Seconds between two lines where stderr is no terminal."""
+
+
+class RateColumn(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate of a task."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f}/s", style="dim")
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[Report]:
+    """Yield a function that draws what it is told."""
+    if quiet:
+        yield silent
+    elif sys.stderr.isatty():
+        with _bars() as bars:
+            yield _BarReport(bars)
+    else:
+        yield _LineReport()
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<36}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+class _BarReport:
+    """One bar at a time; a finished one stays."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        known = self.tasks.get(task)
+        if known is None:
+            known = self.tasks[task] = self.bars.add_task(task, total=total)
+        self.bars.update(known, completed=done, total=total)
+        if done >= total:
+            del self.tasks[task]
+
+
+class _LineReport:
+    """A line at the start of a task, one every so often, one at its end."""
+
+    def __init__(self) -> None:
+        self.task, self.begin, self.last = "", 0.0, 0.0
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if task != self.task:
+            self.task, self.begin, self.last = task, now, now
+            return
+        if done < total and now - self.last < LINE_SECONDS:
+            return
+        self.last = now
+        rate = done / max(now - self.begin, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if done < total else ""
+        print(f"{task}: {done}/{total} ({rate:.1f}/s{left})", file=sys.stderr, flush=True)
+        if done >= total:
+            self.task = ""

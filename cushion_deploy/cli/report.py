@@ -1,0 +1,26 @@
+"""`report`: show the report of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cushion_deploy.report import read_report, summary
+from cushion_deploy.store import verify_bundle
+
+
+@click.command("report")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print report.json.")
+def command(bundle: Path, as_json: bool) -> None:
+    """Show what the build of BUNDLE measured; the page is BUNDLE/report/report.html."""
+    verify_bundle(bundle)
+    report = read_report(bundle / "report" / "report.json")
+    if as_json:
+        click.echo(report.to_text())
+        return
+    from rich.console import Console
+
+    Console().print(summary(report))
+    click.echo(f"\npage: {bundle / 'report' / 'report.html'}")

@@ -1,0 +1,40 @@
+"""`search`: find the prefix of a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cushion_deploy.artifacts import PREFIX_FILE, write_prefix
+from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.progress import progress
+
+
+@click.command("search")
+@recipe_options
+@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path(PREFIX_FILE), show_default=True)
+def command(output: Path, **values: Any) -> None:
+    """Search the prefix by Algorithm 1 and write it as safetensors (keys, values, token_ids)."""
+    recipe = make_recipe(values)
+    from cushion_deploy.pipeline.stages import search_prefix
+
+    with progress(values["quiet"]) as report_progress:
+        ws = make_workspace(recipe, values["work_dir"], report_progress)
+        with ws.store.lock():
+            prefix, trace = search_prefix(ws)
+    write_prefix(prefix, output)
+    if values["as_json"]:
+        click.echo(json.dumps(trace.to_json() if trace else {"token_ids": []}))
+        return
+    if trace is None or not prefix.length:
+        click.echo(f"empty prefix: {trace.stopped if trace else 'the recipe wants none'}")
+    else:
+        click.echo(f"prefix: {list(trace.tokens)} (ids {list(trace.token_ids)}), {prefix.length} positions")
+        for step in trace.steps:
+            verdict = "accepted" if step.accepted else "rejected"
+            click.echo(f"  {step.best.token!r}: leaves {100 * step.ratio:.1f} % of the {trace.objective}; {verdict}")
+        click.echo(f"stopped because {trace.stopped}")
+    click.echo(f"written: {output}")

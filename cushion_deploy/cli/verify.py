@@ -1,0 +1,24 @@
+"""`verify`: check every byte of a bundle against its manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from cushion_deploy.store import verify_bundle
+
+
+@click.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def command(bundle: Path, as_json: bool) -> None:
+    """Check that BUNDLE holds exactly the files of its manifest, byte for byte. Exit code 4 when not."""
+    manifest = verify_bundle(bundle)
+    if as_json:
+        click.echo(json.dumps(manifest.to_json()))
+        return
+    size = sum(entry.size for entry in manifest.files.values())
+    click.echo(f"{bundle}: {len(manifest.files)} files, {size / 1e6:.1f} MB, all as published")
+    click.echo(f"manifest {manifest.digest}")

@@ -1,0 +1,1 @@
+"""Measure quality: perplexity on real text, for any way to run the model."""

@@ -1,0 +1,59 @@
+"""Turn a GGUF file into a Hugging Face folder with float32 safetensors, once, so that later loads are fast."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from cushion_deploy.errors import CushionError, UntrustedArtifact
+from cushion_deploy.families import family_for_model_type
+from cushion_deploy.modeling.source import ModelSource
+
+
+def convert_gguf(source: ModelSource, folder: Path) -> None:
+    """Write config, tokenizer and dequantized float32 weights of a GGUF file into ``folder``.
+
+    Raises:
+        UntrustedArtifact: the file is truncated or malformed.
+        UsageError: its architecture is not supported.
+    """
+    family_for_model_type(_architecture(source.path))
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+    except CushionError:
+        raise
+    except (ValueError, KeyError, IndexError, OSError, struct.error) as e:
+        raise _damaged(source.path, e) from e
+    # transformers refuses to save a model that remembers its GGUF origin: drop the marker, keep the weights.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    fresh = type(model)(model.config)
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _architecture(path: Path) -> str:
+    """Return ``general.architecture``, after checking that every tensor lies inside the file."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        for tensor in reader.tensors:
+            if tensor.data_offset + tensor.n_bytes > path.stat().st_size:
+                raise ValueError(f"tensor {tensor.name} ends behind the end of the file")
+        field = reader.fields["general.architecture"]
+    except (ValueError, KeyError, IndexError, OSError, struct.error) as e:
+        raise _damaged(path, e) from e
+    return str(field.contents())
+
+
+def _damaged(path: Path, error: Exception) -> UntrustedArtifact:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UntrustedArtifact(f"{path.name} is truncated or damaged: {reason}", hint="download the GGUF file again")

@@ -1,0 +1,29 @@
+"""Text from the model itself, for calibration without any data."""
+
+from __future__ import annotations
+
+import torch
+
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.progress import Progress, silent
+
+SAMPLES = 16
+SAMPLE_TOKENS = 512
+
+
+@torch.inference_mode()
+def sample_text(model: LoadedModel, seed: int, progress: Progress = silent) -> str:
+    """Return documents drawn from the model at temperature 1, joined by blank lines; the same for a seed.
+
+    The first token is drawn uniformly from the vocabulary, which makes the samples differ in topic.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.spec.vocab_size, (SAMPLES, 1), generator=generator)
+    output = model.module(input_ids=ids, use_cache=True)
+    for step in range(1, SAMPLE_TOKENS):
+        chances = torch.softmax(output.logits[:, -1].float(), dim=-1)
+        token = torch.multinomial(chances, 1, generator=generator)
+        ids = torch.cat([ids, token], dim=1)
+        output = model.module(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        progress("sampling text", step + 1, SAMPLE_TOKENS)
+    return "\n\n".join(model.tokenizer.batch_decode(ids, skip_special_tokens=True))

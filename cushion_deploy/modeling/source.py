@@ -1,0 +1,172 @@
+"""Find out what ``--model`` names, and refuse what cannot or must not be loaded, before torch is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
+from cushion_deploy.families import family_for_model_type
+from cushion_deploy.store import hash_file
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+SUPPORTED = "a .gguf file, a local Hugging Face folder with safetensors, or a hub id such as org/name"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checked model on disk.
+
+    Attributes:
+        kind: ``gguf`` (one file) or ``folder`` (Hugging Face layout, safetensors).
+        path: the file or folder.
+        label: what the user wrote, for reports.
+        revision: hub revision asked for, if any.
+        digest: SHA-256 over the bytes that decide the model.
+    """
+
+    kind: Literal["gguf", "folder"]
+    path: Path
+    label: str
+    revision: str | None
+    digest: str
+
+
+def resolve_source(model: str, revision: str | None = None) -> ModelSource:
+    """Return the checked source for a GGUF file, a local folder or a hub id.
+
+    Raises:
+        UsageError: nothing there, not a decoder, unknown family, already quantized.
+        UntrustedArtifact: a pickle checkpoint or a damaged file.
+        MissingDependency: a hub id was given and the hub cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _from_file(path, model)
+    if path.is_dir():
+        return _from_folder(path, model, revision)
+    if _HUB_ID.fullmatch(model) and not path.suffix.lower() == ".gguf":
+        return _from_folder(_download(model, revision), model, revision)
+    raise UsageError(f"model '{model}' does not exist", hint=f"give {SUPPORTED}")
+
+
+def _from_file(path: Path, label: str) -> ModelSource:
+    if path.suffix.lower() in PICKLES:
+        raise _pickle_error(path)
+    with path.open("rb") as f:
+        magic = f.read(4)
+    if magic != b"GGUF":
+        raise UsageError(f"{path.name} is not a GGUF file (it begins with {magic!r})", hint=f"give {SUPPORTED}")
+    return ModelSource("gguf", path, label, None, hash_file(path))
+
+
+def _from_folder(path: Path, label: str, revision: str | None) -> ModelSource:
+    config = read_json(path / "config.json", f"give {SUPPORTED}")
+    check_config(config)
+    weights = weight_files(path)
+    h = hashlib.sha256()
+    present = (path / name for name in TOKENIZER_FILES)
+    for file in [path / "config.json", *weights, *(p for p in present if p.is_file())]:
+        h.update(f"{file.name}:{hash_file(file)};".encode())
+    return ModelSource("folder", path, label, revision, h.hexdigest())
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse a config.json that is no supported decoder-only language model, or is already quantized."""
+    architectures = config.get("architectures") or []
+    if config.get("is_encoder_decoder") or (architectures and not any("CausalLM" in a for a in architectures)):
+        raise UsageError(
+            f"{', '.join(architectures) or 'this model'} is not a decoder-only language model",
+            hint="give a model whose architecture is a ...ForCausalLM, such as LlamaForCausalLM",
+        )
+    family = family_for_model_type(config.get("model_type"))
+    if "quantization_config" in config:
+        raise UsageError(
+            "the checkpoint is already quantized (config.json has quantization_config)",
+            hint="give the original floating-point checkpoint; cushion-deploy quantizes it itself",
+        )
+    if config.get("hidden_act") not in family.activations:
+        raise UsageError(
+            f"activation '{config.get('hidden_act')}' is not one that family {family.name} uses",
+            hint=f"supported: {', '.join(family.activations)}",
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder, in order.
+
+    Raises:
+        UntrustedArtifact: only pickled weights are there.
+        UsageError: no weights, or a shard is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index, "fetch the model again").get("weight_map", {})
+        names = sorted(set(weight_map.values()))
+        if any(Path(name).name != name for name in names):
+            raise UntrustedArtifact(
+                f"{index.name} points outside its folder", hint="do not use this checkpoint; fetch it again"
+            )
+        files = [folder / name for name in names]
+    elif (folder / "model.safetensors").is_file():
+        files = [folder / "model.safetensors"]
+    else:
+        files = []
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise UsageError(f"{index.name} names shards that are missing: {', '.join(missing)}", hint="fetch them")
+    if not files:
+        pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
+        if pickles:
+            raise _pickle_error(pickles[0])
+        raise UsageError(f"no safetensors weights in {folder}", hint=f"give {SUPPORTED}")
+    return files
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """Return a JSON object from a file; a missing or broken one is a UsageError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UsageError(f"{path} does not exist", hint=hint) from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UntrustedArtifact(f"{path} is not valid JSON ({e})", hint="fetch the file again") from e
+    if not isinstance(value, dict):
+        raise UntrustedArtifact(f"{path} holds no JSON object", hint="fetch the file again")
+    return value
+
+
+def _download(model: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError as e:
+        raise MissingDependency(
+            "reading a hub id needs huggingface_hub", hint="pip install 'cushion-deploy[build]'"
+        ) from e
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except RepositoryNotFoundError as e:
+        raise UsageError(
+            f"the hub has no model '{model}', or it is private",
+            hint="check the name; for a gated model log in with `hf auth login`",
+        ) from e
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise MissingDependency(
+            f"'{model}' is neither a local path nor in the local hub cache, and the hub cannot be reached",
+            hint="check the network, or download the model elsewhere and give its folder",
+        ) from e
+
+
+def _pickle_error(path: Path) -> UntrustedArtifact:
+    return UntrustedArtifact(
+        f"{path.name} is a pickle-style checkpoint, which can run code when it is opened",
+        hint="convert it to safetensors where you trust it (`save_pretrained(..., safe_serialization=True)`)",
+    )

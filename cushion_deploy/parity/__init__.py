@@ -1,0 +1,1 @@
+"""Prove that what was exported and compiled computes what was evaluated, rung by rung."""

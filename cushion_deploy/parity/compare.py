@@ -1,0 +1,87 @@
+"""Distances between two runs of the same tokens; numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cushion_deploy.types import FloatArray, Site
+
+
+@dataclass(frozen=True)
+class LogitDistance:
+    """Distance of logits ``b`` from a reference ``a``, both ``[..., vocab]``.
+
+    Attributes:
+        maximum, mean: of the absolute difference.
+        cosine: the smallest cosine over positions.
+        kl: mean KL(a || b) over positions, nats.
+        top1: share of positions whose largest logit is the same token.
+    """
+
+    maximum: float
+    mean: float
+    cosine: float
+    kl: float
+    top1: float
+
+    def words(self) -> str:
+        """Return the distances in one line."""
+        return (
+            f"max {self.maximum:.2g}, mean {self.mean:.2g}, cosine {self.cosine:.6f}, "
+            f"KL {self.kl:.2g} nats, top-1 {100 * self.top1:.2f} %"
+        )
+
+
+def compare_logits(a: FloatArray, b: FloatArray) -> LogitDistance:
+    """Return the distance of ``b`` from the reference ``a``; NaN anywhere makes every number NaN."""
+    x, y = a.reshape(-1, a.shape[-1]).astype(np.float64), b.reshape(-1, b.shape[-1]).astype(np.float64)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return LogitDistance(*[float("nan")] * 5)
+    difference = np.abs(x - y)
+    cosine = (x * y).sum(1) / np.maximum(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1), 1e-30)
+    p, q = _log_softmax(x), _log_softmax(y)
+    return LogitDistance(
+        maximum=float(difference.max()),
+        mean=float(difference.mean()),
+        cosine=float(cosine.min()),
+        kl=float((np.exp(p) * (p - q)).sum(1).mean()),
+        top1=float((x.argmax(1) == y.argmax(1)).mean()),
+    )
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many leading tokens two continuations share."""
+    for i, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return i
+    return min(len(a), len(b))
+
+
+@dataclass(frozen=True)
+class CodeDistance:
+    """Distance of int8 codes at one Site: the share that is identical, and the largest difference."""
+
+    identical: float
+    largest: int
+
+
+Codes = Mapping[Site, npt.NDArray[np.int8]]
+
+
+def compare_codes(a: Codes, b: Codes) -> dict[Site, CodeDistance]:
+    """Return the distance at every Site of ``a``, in its order."""
+    found = {}
+    for site, codes in a.items():
+        difference = np.abs(codes.astype(np.int16) - b[site].astype(np.int16))
+        found[site] = CodeDistance(float((difference == 0).mean()), int(difference.max()))
+    return found
+
+
+def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shifted = x - x.max(axis=1, keepdims=True)
+    out: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return out

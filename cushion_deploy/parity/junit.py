@@ -1,0 +1,26 @@
+"""The ladder as JUnit XML, one test case a check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from junitparser import Failure, JUnitXml, TestCase, TestSuite
+
+from cushion_deploy.types import ParityReport
+
+
+def write_junit(report: ParityReport, path: Path) -> None:
+    """Write the report where CI systems look for test results."""
+    suite = TestSuite("cushion-deploy parity")
+    for check in report.checks:
+        case = TestCase(check.metric, classname=check.rung)
+        if not check.passed:
+            words = f"{check.value:g}, expected {check.direction} {check.limit:g}"
+            where = f"; first diverging Site: {check.site}" if check.site else ""
+            case.result = [Failure(f"{words}{where}", "parity")]
+        if check.note:
+            case.system_out = check.note
+        suite.add_testcase(case)
+    xml = JUnitXml()
+    xml.add_testsuite(suite)
+    xml.write(str(path), pretty=True)

@@ -1,0 +1,56 @@
+"""The torch rungs of the ladder: floating point and fake-quant on the parity text, behind the prefix."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cushion_deploy.modeling.forward import logits, prefix_tensors, run, token_nll
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.parity.ladder import GREEDY_TOKENS, TorchReference
+from cushion_deploy.parity.segments import SiteCodes
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.types import ActivationScales, IntArray, Prefix, QuantScheme
+
+PROMPT_TOKENS = 32
+
+
+def torch_reference(
+    model: LoadedModel,
+    prefix: Prefix,
+    scales: ActivationScales,
+    scheme: QuantScheme,
+    ids: IntArray,
+    windows: IntArray,
+    progress: Progress = silent,
+) -> TorchReference:
+    """Run both torch models.
+
+    Args:
+        model, prefix, scales, scheme: what is deployed.
+        ids: int64 ``[1, n]`` for logits and codes.
+        windows: int64 ``[count, window]`` for perplexity.
+        progress: where to report windows done.
+    """
+    plain = logits(model, ids, prefix)
+    codes: SiteCodes = {}
+    with simulated(model, scheme, scales, lambda site, c: codes.__setitem__(site, c.numpy())):
+        quantized = logits(model, ids, prefix)
+    losses = []
+    with simulated(model, scheme, scales):
+        for done, window in enumerate(windows, 1):
+            losses.append(token_nll(model, window[None], prefix)[0])
+            progress("perplexity of fake-quant", done, len(windows))
+        prompt = ids[:, :PROMPT_TOKENS]
+        greedy = _greedy(model, prefix, prompt)
+    return TorchReference(ids, plain, quantized, codes, windows, np.stack(losses), prompt, greedy)
+
+
+@torch.inference_mode()
+def _greedy(model: LoadedModel, prefix: Prefix, prompt: IntArray) -> tuple[int, ...]:
+    """Return the greedy continuation, with the whole text run again for every token: no cache that could err."""
+    past, ids = prefix_tensors(prefix), torch.from_numpy(prompt)
+    for _ in range(GREEDY_TOKENS):
+        ids = torch.cat([ids, run(model, ids, past).logits[:, -1:].argmax(-1)], dim=1)
+    return tuple(int(i) for i in ids[0, prompt.shape[1] :])

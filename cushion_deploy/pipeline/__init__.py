@@ -1,0 +1,1 @@
+"""Each verb of the command line as one function; ``build`` is their composition."""

@@ -1,0 +1,24 @@
+"""The engine stage: compile a graph for each engine asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cushion_deploy.engines.base import CompileOptions, Engine
+from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.types import EngineArtifact, ExportedGraph
+
+
+def compile_engine(
+    ws: Workspace, engine: Engine, graph: ExportedGraph, options: CompileOptions
+) -> tuple[EngineArtifact, Path]:
+    """Return the compiled engine and its stage folder."""
+    parents = {"graph": graph.digest, "engine": engine.name, "version": engine.version(), "options": options.key()}
+
+    def make(out: Path) -> None:
+        artifact = engine.compile(graph, out, options)
+        (out / "engine.json").write_text(json.dumps(artifact.to_json(), indent=1, sort_keys=True) + "\n")
+
+    folder = ws.stage(f"engine-{engine.name}", parents, make)
+    return EngineArtifact.from_json(json.loads((folder / "engine.json").read_text())), folder

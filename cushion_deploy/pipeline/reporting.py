@@ -1,0 +1,170 @@
+"""Assemble report.json from what the stages left behind."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cushion_deploy.pipeline.parity import ParityResult
+from cushion_deploy.pipeline.stages import Calibrated
+from cushion_deploy.pipeline.workspace import StageTime, Workspace
+from cushion_deploy.prefix.trace import SearchTrace
+from cushion_deploy.report import Report
+from cushion_deploy.store.manifest import tool_version
+from cushion_deploy.types import EngineArtifact, ExportedGraph, ModelSpec
+
+PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "numpy")
+
+
+def assemble_report(
+    ws: Workspace,
+    spec: ModelSpec,
+    trace: SearchTrace | None,
+    calibrated: Calibrated,
+    evaluation: dict[str, Any],
+    graph: ExportedGraph,
+    engines: Sequence[EngineArtifact],
+    parity: ParityResult,
+    corpus: str,
+) -> Report:
+    """Return the report of a build."""
+    data = {
+        "schema": 1,
+        "tool": {"version": tool_version()},
+        "created": datetime.now(timezone.utc),
+        "model": {
+            "family": spec.family,
+            "parameters": spec.parameters,
+            "source": spec.source,
+            "layers": spec.num_layers,
+            "hidden_size": spec.hidden_size,
+            "heads": spec.num_heads,
+            "kv_heads": spec.num_kv_heads,
+            "vocab_size": spec.vocab_size,
+            "weights_digest": spec.weights_digest,
+        },
+        "recipe": ws.recipe.model_dump(mode="json"),
+        "precision": ws.recipe.precision,
+        "perplexity": {**evaluation["perplexity"], "engine": parity.engine_perplexity},
+        "search": _search(trace, ws.times) if trace else None,
+        "magnitudes": evaluation["magnitudes"],
+        "calibration": {
+            "estimator": calibrated.scales.estimator,
+            "corpus": corpus,
+            "tokens": calibrated.scales.tokens,
+            "sites": tuple(
+                {"site": site, "scale": scale, "amax": calibrated.amax[site]}
+                for site, scale in calibrated.scales.scales.items()
+            ),
+        },
+        "export": {
+            "opset": graph.opset,
+            "linears": graph.linears,
+            "packed_linears": len(graph.sites),
+            "quantize_head": ws.recipe.export.quantize_head,
+            "bytes": _size(graph.path),
+            "float_bytes": parity.float_bytes,
+            "rules_checked": graph.rules,
+        },
+        "parity": [c.to_json() for c in parity.report.checks],
+        "engines": [_engine(e) for e in engines],
+        "stages": merge_times(ws.times),
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpu": _cpu(),
+            "versions": _versions(),
+            "peak_rss_bytes": _peak_rss(),
+        },
+    }
+    return Report.model_validate(data)
+
+
+def merge_times(times: Sequence[StageTime]) -> list[dict[str, Any]]:
+    """Return one row a stage in the order of first use; a stage asked for twice is not counted as reused."""
+    rows: dict[str, dict[str, Any]] = {}
+    for t in times:
+        row = rows.setdefault(t.stage, {"stage": t.stage, "seconds": 0.0, "reused": t.reused})
+        row["seconds"] += t.seconds
+    return list(rows.values())
+
+
+def _search(trace: SearchTrace, times: Sequence[StageTime]) -> dict[str, Any]:
+    return {
+        "mode": trace.mode,
+        "objective": trace.objective,
+        "seed_tokens": trace.seed_tokens,
+        "token_ids": trace.token_ids,
+        "tokens": trace.tokens,
+        "positions_scored": trace.positions_scored,
+        "positions_full_scan": trace.positions_full_scan,
+        "candidates_scored": sum(len(step.top) for step in trace.steps),
+        "rank_in_random_sample": [
+            {"rank": step.audit_rank, "of": step.audit_size} for step in trace.steps if step.audit_size
+        ],
+        "seconds": trace.seconds,
+        "stopped": trace.stopped,
+        "steps": [
+            {
+                "token_id": step.best.token_id,
+                "token": step.best.token,
+                "source": step.best.source,
+                "objective_before": step.before,
+                "objective_after": step.best.objective,
+                "ratio": step.ratio,
+                "accepted": step.accepted,
+                "top": [vars(t) for t in step.top],
+            }
+            for step in trace.steps
+        ],
+    }
+
+
+def _engine(artifact: EngineArtifact) -> dict[str, Any]:
+    return {
+        "engine": artifact.engine,
+        "targets": artifact.targets,
+        "linears": artifact.linears,
+        "int8_linears": artifact.int8_linears,
+        "fused_attention": artifact.fused_attention,
+        "ran": artifact.ran,
+        "note": str(artifact.details.get("note", "")),
+        "details": artifact.details,
+    }
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size + path.with_name(path.name + ".data").stat().st_size
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _peak_rss() -> int:
+    import resource
+
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit

@@ -1,0 +1,93 @@
+"""Self-sink screen: run every vocabulary token alone at one position, and see how large it becomes itself.
+
+A token can only take the sink's place if it becomes a sink where it stands (METHOD section 3). One position a
+token instead of one text a token: V positions, not V * n. It is a filter; the exact objective decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cushion_deploy.modeling.forward import KeysValues, run
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.observe import observed
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.types import FloatArray, Site
+
+DEPTH_SAMPLE = 128
+"""Random tokens that decide how many layers the screen has to run."""
+DEPTH_AGREEMENT = 0.99
+"""Share of them whose own maximum must be reached within those layers."""
+
+
+@torch.inference_mode()
+def self_sink_sizes(
+    model: LoadedModel,
+    past: KeysValues,
+    rng: np.random.Generator,
+    *,
+    batch_positions: int = 2048,
+    progress: Progress = silent,
+) -> tuple[FloatArray, int]:
+    """Return the largest own Site activation of every vocabulary token at the position after ``past``.
+
+    Sinks form in the early layers: a random sample runs through all of them, the vocabulary only as deep as
+    the sample needed for its maxima.
+
+    Returns:
+        float32 ``[vocab]`` and the number of layers that were run.
+    """
+    vocabulary, layers = model.spec.vocab_size, model.spec.num_layers
+    sample = torch.from_numpy(rng.choice(vocabulary, size=min(DEPTH_SAMPLE, vocabulary), replace=False))
+    depth = _depth_needed(_layer_maxima(model, past, sample, layers))
+    sizes = np.empty(vocabulary, dtype=np.float32)
+    for start in range(0, vocabulary, batch_positions):
+        ids = torch.arange(start, min(start + batch_positions, vocabulary))
+        sizes[start : start + len(ids)] = _layer_maxima(model, past, ids, depth).amax(dim=0).numpy()
+        progress("screening the vocabulary", start + len(ids), vocabulary)
+    return sizes, depth
+
+
+def _depth_needed(maxima: Tensor) -> int:
+    """Return the fewest layers within which enough tokens reach their final maximum; ``maxima`` [layers, tokens]."""
+    reached = maxima.cummax(dim=0).values >= maxima.amax(dim=0)
+    share = reached.float().mean(dim=1)
+    return int((share >= DEPTH_AGREEMENT).nonzero()[0, 0]) + 1
+
+
+def _layer_maxima(model: LoadedModel, past: KeysValues, ids: Tensor, depth: int) -> Tensor:
+    """Return the largest Site activation of each token in each layer, ``[depth, tokens]``."""
+    found = torch.zeros(depth, len(ids))
+    sites = {site: linears for site, linears in model.sites.items() if _layer_of(site, depth) is not None}
+
+    def keep(site: Site, x: Tensor) -> None:
+        layer = _layer_of(site, depth)
+        if layer is not None:
+            found[layer] = torch.maximum(found[layer], x.abs().amax(dim=(1, 2)))
+
+    with observed(sites, keep), _truncated(model, depth):
+        run(model, ids[:, None], past[:depth], head=False)
+    return found
+
+
+def _layer_of(site: Site, depth: int) -> int | None:
+    parts = site.split(".")
+    layer = int(parts[1]) if parts[0] == "layers" else None
+    return layer if layer is not None and layer < depth else None
+
+
+@contextmanager
+def _truncated(model: LoadedModel, depth: int) -> Iterator[None]:
+    """Let the model run its first ``depth`` layers only."""
+    config = model.module.config
+    full = config.num_hidden_layers
+    config.num_hidden_layers = depth
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = full

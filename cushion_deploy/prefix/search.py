@@ -1,0 +1,177 @@
+"""Greedy prefix search, Algorithm 1 of the paper: append the token that minimizes L_q while it still helps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.forward import KeysValues, compute_prefix, prefix_tensors
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.prefix.candidates import Source, gather_candidates
+from cushion_deploy.prefix.objective import score_candidates, score_prefix
+from cushion_deploy.prefix.screen import self_sink_sizes
+from cushion_deploy.prefix.trace import ScoredToken, SearchStep, SearchTrace
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.recipe import Search
+from cushion_deploy.store import replace_file
+from cushion_deploy.types import IntArray, Prefix
+
+RUNGS = (64, 128)
+"""Text lengths of successive halving before the whole text."""
+KEEP = (0.2, 0.3)
+"""Share of the candidates that each of those rungs lets through."""
+FINALISTS = 12
+"""The fewest candidates that reach the exact scoring on the whole text."""
+SCAN_CHUNK = 512
+"""Tokens between two checkpoints of an exhaustive scan."""
+
+
+@dataclass
+class PrefixSearch:
+    """One search; holds what its steps share.
+
+    Attributes:
+        model: whose prefix is sought.
+        corpus: token ids int64 ``[n]`` that texts are drawn from.
+        config: m, tau, n, objective, mode, numbers of candidates.
+        seed: of every random choice.
+        scratch: folder for the checkpoints of an exhaustive scan; None for none.
+        progress: where to report.
+    """
+
+    model: LoadedModel
+    corpus: IntArray
+    config: Search
+    seed: int = 0
+    scratch: Path | None = None
+    progress: Progress = silent
+    trace: SearchTrace = field(init=False)
+
+    def __post_init__(self) -> None:
+        n = self.config.text_tokens
+        if len(self.corpus) < n:
+            raise UsageError(
+                f"the calibration text holds {len(self.corpus)} tokens, the search needs {n}",
+                hint="give more text, or lower search.text_tokens",
+            )
+        self.trace = SearchTrace(self.config.mode, self.config.objective, self._seed_ids())
+
+    def run(self) -> tuple[Prefix, SearchTrace]:
+        """Return the prefix (possibly empty) and the trace."""
+        begin = time.monotonic()
+        ids, trace = self.trace.seed_tokens, self.trace
+        trace.stopped = f"the prefix reached its longest length, {self.config.max_length}"
+        for number in range(max(0, self.config.max_length - len(ids))):
+            step = self._step(ids, number)
+            trace.steps.append(step)
+            if not step.accepted:
+                trace.stopped = self._why_stopped(step, ids)
+                break
+            ids = (*ids, step.best.token_id)
+        trace.token_ids, trace.tokens = ids, tuple(self.model.token_text(i) for i in ids)
+        trace.seconds = time.monotonic() - begin
+        return compute_prefix(self.model, ids), trace
+
+    def _step(self, ids: tuple[int, ...], number: int) -> SearchStep:
+        rng = np.random.default_rng([self.seed, number])
+        past = prefix_tensors(compute_prefix(self.model, ids))
+        start = int(rng.integers(0, len(self.corpus) - self.config.text_tokens + 1))
+        text = self.corpus[start : start + self.config.text_tokens]
+        before = score_prefix(self.model, past, text, self.config.objective)
+        self._count(1, len(text))
+        self.trace.positions_full_scan += self.model.spec.vocab_size * len(text)
+        layers = 0
+        if self.config.mode == "exhaustive":
+            scored, entered = self._scan(past, text, number), self.model.spec.vocab_size
+        else:
+            sizes, layers = self_sink_sizes(
+                self.model, past, rng, batch_positions=self.config.batch_positions, progress=self.progress
+            )
+            self._count(len(sizes), 1)
+            sources = gather_candidates(
+                self.model, sizes, self.config.screen_candidates, self.config.random_candidates, rng
+            )
+            scored, entered = self._halve(past, text, sources), len(sources)
+        best = scored[0]
+        accepted = best.objective <= self.config.tau * before
+        rank, size = self._audit(past, text, best, rng) if accepted else (0, 0)
+        return SearchStep(best, before, accepted, tuple(scored[:20]), entered, layers, rank, size)
+
+    def _halve(self, past: KeysValues, text: IntArray, sources: dict[int, Source]) -> list[ScoredToken]:
+        """Return the finalists, exactly scored on the whole text, best first."""
+        tokens = list(sources)
+        for length, keep in zip(RUNGS, KEEP, strict=True):
+            wanted = max(FINALISTS, int(len(tokens) * keep))
+            if length < len(text) and wanted < len(tokens):
+                scores = self._score(past, text[:length], tokens)
+                order = np.argsort(scores, kind="stable")[:wanted]
+                tokens = [tokens[i] for i in order]
+        return self._ranked(tokens, self._score(past, text, tokens), [sources[t] for t in tokens])
+
+    def _scan(self, past: KeysValues, text: IntArray, number: int) -> list[ScoredToken]:
+        """Score the whole vocabulary, with a checkpoint after every chunk; a killed scan goes on from there."""
+        file = self.scratch / f"scan-{number}.json" if self.scratch else None
+        scores: list[float] = json.loads(file.read_text()) if file and file.is_file() else []
+        vocabulary = self.model.spec.vocab_size
+        for start in range(len(scores), vocabulary, SCAN_CHUNK):
+            scores += self._score(past, text, range(start, min(start + SCAN_CHUNK, vocabulary)))
+            if file:
+                replace_file(file, json.dumps(scores).encode())
+            self.progress("scanning the vocabulary", len(scores), vocabulary)
+        return self._ranked(list(range(vocabulary)), scores, ["scan"] * vocabulary)
+
+    def _audit(self, past: KeysValues, text: IntArray, best: ScoredToken, rng: np.random.Generator) -> tuple[int, int]:
+        """Return the rank of the found token in a fresh random sample of the vocabulary, exactly scored."""
+        size = min(self.config.audit_tokens, self.model.spec.vocab_size)
+        sample = rng.choice(self.model.spec.vocab_size, size=size, replace=False)
+        scores = self._score(past, text, [int(t) for t in sample])
+        return 1 + sum(score < best.objective for score in scores), size
+
+    def _score(self, past: KeysValues, text: IntArray, tokens: Sequence[int]) -> list[float]:
+        self._count(len(tokens), len(text) + 1)
+        return score_candidates(
+            self.model,
+            past,
+            text,
+            tokens,
+            self.config.objective,
+            batch_positions=self.config.batch_positions,
+            progress=self.progress,
+            task=f"scoring candidates on {len(text)} tokens",
+        )
+
+    def _ranked(self, tokens: list[int], scores: list[float], sources: Sequence[str]) -> list[ScoredToken]:
+        found = [
+            ScoredToken(token, self.model.token_text(token), source, score)
+            for token, score, source in zip(tokens, scores, sources, strict=True)
+        ]
+        return sorted(found, key=lambda s: s.objective)
+
+    def _count(self, rows: int, length: int) -> None:
+        self.trace.positions_scored += rows * length
+
+    def _seed_ids(self) -> tuple[int, ...]:
+        ids: list[int] = []
+        for text in self.config.seed_tokens:
+            special = self.model.tokenizer.bos_token_id if text == "<bos>" else None
+            if text == "<bos>" and special is None:
+                raise UsageError("the seed <bos> was asked for, but the tokenizer has none", hint="choose another seed")
+            ids += [special] if special is not None else [int(i) for i in self.model.encode(text)]
+        if len(ids) > self.config.max_length:
+            raise UsageError(
+                f"the seeds are {len(ids)} tokens, longer than search.max_length = {self.config.max_length}",
+                hint="give fewer seeds or a longer prefix",
+            )
+        return tuple(ids)
+
+    def _why_stopped(self, step: SearchStep, ids: tuple[int, ...]) -> str:
+        best = f"the best of {step.candidates} candidates leaves {step.ratio:.2f} of the objective"
+        if ids:
+            return f"{best}, more than tau = {self.config.tau}: another token would not pay"
+        return f"{best}, more than tau = {self.config.tau}: this model has no sink worth a prefix"

@@ -1,0 +1,79 @@
+"""What the search did, step by step, for the report and for people who doubt it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token with its exact objective."""
+
+    token_id: int
+    token: str
+    source: str
+    objective: float
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """One turn of Algorithm 1.
+
+    Attributes:
+        best: the token that won, exactly scored on the whole text.
+        before: L_q(text | p).
+        accepted: whether best.objective <= tau * before.
+        top: exactly scored candidates, best first.
+        candidates: tokens that entered the first rung, or the vocabulary.
+        screen_layers: layers that the screen ran; 0 for an exhaustive scan.
+        audit_rank, audit_size: tokens of a fresh random sample that score better, plus 1, and the sample's
+            size; 0 of 0 where the step was not accepted.
+    """
+
+    best: ScoredToken
+    before: float
+    accepted: bool
+    top: tuple[ScoredToken, ...]
+    candidates: int
+    screen_layers: int
+    audit_rank: int = 0
+    audit_size: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """L_q after over L_q before."""
+        return self.best.objective / self.before if self.before else float("inf")
+
+
+@dataclass
+class SearchTrace:
+    """The whole search; ``stopped`` says in words why it ended, ``seconds`` is wall time."""
+
+    mode: str
+    objective: str
+    seed_tokens: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
+    tokens: tuple[str, ...] = ()
+    steps: list[SearchStep] = field(default_factory=list)
+    positions_scored: int = 0
+    positions_full_scan: int = 0
+    stopped: str = ""
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SearchTrace:
+        """Rebuild from :meth:`to_json`."""
+        d = dict(data)
+        d["steps"] = [
+            SearchStep(**{**s, "best": ScoredToken(**s["best"]), "top": tuple(ScoredToken(**t) for t in s["top"])})
+            for s in d["steps"]
+        ]
+        for name in ("seed_tokens", "token_ids", "tokens"):
+            d[name] = tuple(d[name])
+        return cls(**d)

@@ -1,0 +1,299 @@
+"""report.json as types: what a build measured, in schema 1; the one source of page, figures and terminal summary."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from cushion_deploy.errors import UntrustedArtifact
+
+SCHEMA = 1
+REPORT_JSON = "report.json"
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+CandidateSource = Literal["screen", "obvious", "random", "seed", "scan"]
+
+
+def _refuse_non_finite(value: JsonValue) -> JsonValue:
+    """Refuse NaN and infinity inside a free-form value; pydantic accepts them there when it reads JSON text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number; write null")
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
+        _refuse_non_finite(child)
+    return value
+
+
+FreeForm = dict[str, Annotated[JsonValue, AfterValidator(_refuse_non_finite)]]
+"""A JSON object whose keys are another module's business."""
+
+
+class Section(BaseModel):
+    """A part of report.json: unknown keys, NaN and infinity are refused; instances cannot be changed."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+
+class Tool(Section):
+    """The program that wrote the report."""
+
+    version: str
+
+
+class Model(Section):
+    """The model that was built; ``parameters`` counts scalars."""
+
+    family: str
+    parameters: Count
+    source: str
+    layers: Count
+    hidden_size: Count
+    heads: Count
+    kv_heads: Count
+    vocab_size: Count
+    weights_digest: str
+
+
+class Perplexity(Section):
+    """Perplexity on text not used for calibration; ``null`` where it was not measured or not finite.
+
+    Attributes:
+        window: tokens of one non-overlapping window.
+        tokens: tokens scored in all.
+        fp, fp_prefix, quantized, quantized_prefix: the four columns; quantization simulated.
+        engine: the compiled engine, prefix included.
+    """
+
+    corpus: str
+    window: Count
+    tokens: Count
+    fp: PositiveFloat | None
+    fp_prefix: PositiveFloat | None
+    quantized: PositiveFloat | None
+    quantized_prefix: PositiveFloat | None
+    engine: PositiveFloat | None = None
+
+
+class Candidate(Section):
+    """A token that was scored exactly at one step of the search."""
+
+    token_id: Count
+    token: str
+    source: CandidateSource
+    objective: float
+
+
+class SearchStep(Section):
+    """One step of the greedy search: the best token, and whether its gain was worth a prefix position."""
+
+    token_id: Count
+    token: str
+    source: CandidateSource
+    objective_before: float
+    objective_after: float
+    ratio: float
+    accepted: bool
+    top: tuple[Candidate, ...] = ()
+
+
+class Rank(Section):
+    """Rank 1 is the best; ``of`` is the size of the random sample of the vocabulary."""
+
+    rank: Annotated[int, Field(ge=1)]
+    of: Count
+
+
+class Search(Section):
+    """The prefix search; an empty ``token_ids`` means that no sink was worth a prefix."""
+
+    mode: str
+    objective: str
+    seed_tokens: tuple[int | str, ...] = ()
+    token_ids: tuple[Count, ...]
+    tokens: tuple[str, ...]
+    positions_scored: Count
+    positions_full_scan: Count
+    candidates_scored: Count
+    rank_in_random_sample: tuple[Rank, ...] = ()
+    seconds: Seconds
+    stopped: str
+    steps: tuple[SearchStep, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_string_per_id(self) -> Search:
+        if len(self.token_ids) != len(self.tokens):
+            raise ValueError(f"{len(self.token_ids)} token ids but {len(self.tokens)} token strings")
+        return self
+
+
+class LayerMagnitude(Section):
+    """The three largest and the median activation magnitude of one layer's output."""
+
+    layer: Count
+    top1: Seconds
+    top2: Seconds
+    top3: Seconds
+    median: Seconds
+
+
+class Magnitudes(Section):
+    """Activation magnitudes per layer, without and with the prefix."""
+
+    without: tuple[LayerMagnitude, ...]
+    with_prefix: tuple[LayerMagnitude, ...] = Field(validation_alias="with", serialization_alias="with")
+
+
+class SiteScale(Section):
+    """The static scale of one Site and the largest magnitude seen there."""
+
+    site: str
+    scale: PositiveFloat
+    amax: Annotated[float, Field(ge=0)]
+
+
+class Calibration(Section):
+    """How the activation scales were found, and what they are."""
+
+    estimator: str
+    corpus: str
+    tokens: Count
+    sites: tuple[SiteScale, ...]
+
+
+class Export(Section):
+    """The exported graph; ``float_bytes`` is the size of its floating-point twin."""
+
+    opset: Count
+    linears: Count
+    packed_linears: Count
+    quantize_head: bool
+    bytes: Count
+    float_bytes: Count
+    rules_checked: tuple[str, ...] = ()
+
+
+class ParityRow(Section):
+    """One check of the parity ladder; a ``value`` of null was not finite."""
+
+    rung: str
+    metric: str
+    value: float | None
+    limit: float
+    direction: Literal["at most", "at least"]
+    passed: bool
+    site: str | None = None
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _verdict_follows_from_numbers(self) -> ParityRow:
+        if self.value is None:
+            # Only +infinity 'at least' a limit can be null and still hold.
+            contradiction = self.passed and self.direction == "at most"
+        else:
+            holds = self.value <= self.limit if self.direction == "at most" else self.value >= self.limit
+            contradiction = self.passed != holds
+        if contradiction:
+            raise ValueError(
+                f"{self.rung}, {self.metric}: passed={self.passed} contradicts "
+                f"{self.value} {self.direction} {self.limit}"
+            )
+        return self
+
+
+class Engine(Section):
+    """A compiled engine: linears found in INT8, and whether it was executed on the building machine."""
+
+    engine: str
+    targets: tuple[str, ...]
+    linears: Count
+    int8_linears: Count
+    fused_attention: Count
+    ran: bool
+    note: str = ""
+    details: FreeForm = Field(default_factory=dict)
+
+
+class Stage(Section):
+    """Wall time of one stage of the build; ``reused`` when an earlier result served."""
+
+    stage: str
+    seconds: Seconds
+    reused: bool
+
+
+class Environment(Section):
+    """The machine and the library versions of the build."""
+
+    python: str
+    platform: str
+    cpu: str
+    versions: dict[str, str] = Field(default_factory=dict)
+    peak_rss_bytes: Count | None = None
+
+
+class Report(Section):
+    """The whole of report.json. A section that was not run is null, a list that was not run is empty."""
+
+    schema_version: Literal[1] = Field(default=1, validation_alias="schema", serialization_alias="schema")
+    tool: Tool
+    created: AwareDatetime
+    model: Model
+    recipe: FreeForm = Field(default_factory=dict)
+    precision: str
+    perplexity: Perplexity | None = None
+    search: Search | None = None
+    magnitudes: Magnitudes | None = None
+    calibration: Calibration | None = None
+    export: Export | None = None
+    parity: tuple[ParityRow, ...] = ()
+    engines: tuple[Engine, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    environment: Environment | None = None
+
+    def to_text(self) -> str:
+        """Return the text of report.json: indented, key order of the schema, one final newline."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def read_report(path: Path) -> Report:
+    """Read report.json.
+
+    Raises:
+        UntrustedArtifact: the file is missing, is no report, or has another schema.
+    """
+    hint = "run `cushion-deploy verify` on the bundle, or build it again"
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UntrustedArtifact(f"{path} cannot be read: {error.strerror}", hint=hint) from error
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UntrustedArtifact(
+            f"{path} is no report of schema {SCHEMA}: {where}: {first['msg']}"
+            f" ({error.error_count()} such finding(s) in all)",
+            hint=hint,
+        ) from error

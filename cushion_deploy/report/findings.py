@@ -1,0 +1,160 @@
+"""What the numbers of a report say, in sentences: the verdict first, then prefix, parity and engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cushion_deploy.report.document import Engine, ParityRow, Perplexity, Report
+from cushion_deploy.report.wording import listing, model_name, one_line, percent, perplexity, plural, value_and_limit
+
+Status = Literal["passed", "incomplete", "failed"]
+COLUMNS = ("FP", "FP + prefix", "quantized", "quantized + prefix")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a build: ``failed`` when a check failed, ``incomplete`` when proof is missing."""
+
+    status: Status
+    sentence: str
+
+
+def verdict(report: Report) -> Verdict:
+    """Return the one sentence that opens the page and ends the build."""
+    sentence = _subject(report) + _cost(report)
+    failed = len(failed_checks(report))
+    if failed:
+        checks = plural(len(report.parity), "parity check")
+        verb = "does" if failed == 1 else "do"
+        return Verdict("failed", f"Do not deploy: {failed} of {checks} {verb} not hold. {sentence}")
+    measured = report.perplexity is not None and report.perplexity.quantized_prefix is not None
+    proven = measured and bool(report.parity) and any(engine.ran for engine in report.engines)
+    return Verdict("passed" if proven else "incomplete", sentence)
+
+
+def _subject(report: Report) -> str:
+    name, precision = model_name(report.model.source), one_line(report.precision).upper()
+    if any(engine.ran for engine in report.engines):
+        return f"{name} runs in static {precision}"
+    return f"{name} in static {precision}, run by no engine here, stands"
+
+
+def _cost(report: Report) -> str:
+    """Return what quantization costs in perplexity, with the prefix and without."""
+    if report.perplexity is None:
+        return "; its perplexity was not measured."
+    p = report.perplexity
+    if not has_prefix(report):
+        quantized = p.quantized if p.quantized_prefix is None else p.quantized_prefix
+        return f"{_at(quantized, p.fp, 'FP')}; {_why_no_prefix(report)}."
+    after = _at(p.quantized_prefix, p.fp_prefix, "FP with the same prefix")
+    if p.quantized is None or p.fp is None:
+        return f"{after}; without the prefix no finite perplexity was measured."
+    return f"{after}; without the prefix it would be {percent(p.quantized / p.fp - 1)}."
+
+
+def _at(value: float | None, reference: float | None, name: str) -> str:
+    if value is None or reference is None:
+        return " with no finite perplexity to compare"
+    change = value / reference - 1
+    return f" at {percent(change)} perplexity {'over' if change >= 0 else 'against'} {name}"
+
+
+def _why_no_prefix(report: Report) -> str:
+    if report.search is None:
+        return "it was built without a prefix"
+    return "no prefix was needed: the search found no attention sink worth one"
+
+
+def perplexity_rows(measured: Perplexity) -> list[tuple[str, list[str]]]:
+    """Return the rows of the four-column table: the values, then their change against FP and FP + prefix."""
+    columns = (measured.fp, measured.fp_prefix, measured.quantized, measured.quantized_prefix)
+
+    def against(reference: int) -> list[str]:
+        base = columns[reference]
+        return [
+            "" if value is None or base is None or index == reference else percent(value / base - 1)
+            for index, value in enumerate(columns)
+        ]
+
+    return [
+        ("perplexity", [perplexity(value) for value in columns]),
+        ("against FP", against(0)),
+        ("against FP + prefix", against(1)),
+    ]
+
+
+def has_prefix(report: Report) -> bool:
+    """Return whether the built model carries a prefix."""
+    return report.search is not None and bool(report.search.token_ids)
+
+
+def prefix_sentence(report: Report) -> str:
+    """Say what the prefix is, or in words why there is none."""
+    if report.search is None:
+        return "No prefix search was run: the model was built without a prefix."
+    length = len(report.search.token_ids)
+    if not length:
+        return (
+            "No prefix was needed. The search found no attention sink worth a prefix position, "
+            "so the model runs exactly as it is."
+        )
+    return (
+        f"The prefix is {plural(length, 'token')} long. "
+        f"{'Its key and value stand' if length == 1 else 'Their keys and values stand'} in the graph as constants "
+        "ahead of every text and take the part of the attention sink, so that no token of the text has to."
+    )
+
+
+def failed_checks(report: Report) -> list[ParityRow]:
+    """Return the parity checks that do not hold, in ladder order."""
+    return [row for row in report.parity if not row.passed]
+
+
+def check_words(row: ParityRow) -> str:
+    """Return one check as words: ``max |Δlogit| 0.0031, at most 0.002``."""
+    value, limit = value_and_limit(row.value, row.limit)
+    return f"{one_line(row.metric)} {value}, {row.direction} {limit}"
+
+
+def parity_sentence(report: Report) -> str:
+    """Say how many checks of the ladder hold, and where the first one that does not diverges."""
+    if not report.parity:
+        return "The parity ladder was not run, so nothing here proves that the engine computes what the model computes."
+    failed = failed_checks(report)
+    if not failed:
+        total = len(report.parity)
+        return f"All {total} parity checks hold." if total > 1 else "The one parity check holds."
+    first = failed[0]
+    site = next((row.site for row in failed if row.site), None)
+    where = f" First diverging Site: {one_line(site)}." if site else " No diverging Site was named."
+    return (
+        f"{len(failed)} of {plural(len(report.parity), 'parity check')} {'fails' if len(failed) == 1 else 'fail'}, "
+        f"first on rung '{one_line(first.rung)}': {check_words(first)}.{where}"
+    )
+
+
+def coverage(engine: Engine) -> str:
+    """Say how many of an engine's linears are in INT8; only an engine that ran is said to run them."""
+    verb = "run" if engine.ran else "are compiled"
+    return f"of {engine.linears:,} linears, {engine.int8_linears:,} {verb} in INT8"
+
+
+def not_run_words(engine: Engine) -> str:
+    """Return ``not run: <why>`` for an engine that was not executed here."""
+    return f"not run: {one_line(engine.note) or 'no reason was recorded'}"
+
+
+def engines_sentence(report: Report) -> str:
+    """Say which engines were compiled and which of them were executed here."""
+    if not report.engines:
+        return "No engine was compiled: the bundle holds the ONNX graph alone."
+    ran = [one_line(e.engine) for e in report.engines if e.ran]
+    idle = [one_line(e.engine) for e in report.engines if not e.ran]
+    parts = []
+    if ran:
+        parts.append(f"{listing(ran)} {'was' if len(ran) == 1 else 'were'} compiled and run on this machine")
+    if idle:
+        parts.append(f"{listing(idle)} {'was' if len(idle) == 1 else 'were'} compiled but not run here")
+    return "; ".join(parts) + "."

@@ -1,0 +1,92 @@
+"""The report in a terminal of 80 columns: what ``build`` ends with and ``cushion-deploy report`` prints."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cushion_deploy.report import findings as words
+from cushion_deploy.report.document import Engine, ParityRow, Perplexity, Report, Stage
+from cushion_deploy.report.wording import duration, one_line, visible
+
+WIDTH = 80
+_COLOURS = {"passed": "green", "incomplete": "yellow", "failed": "red"}
+_SHOWN_FAILURES = 5
+
+
+def summary(report: Report) -> RenderableType:
+    """Return the summary as a rich renderable. Strings of the report are shown as text, never as markup."""
+    outcome = words.verdict(report)
+    parts: list[RenderableType] = [Text(outcome.sentence, style=f"bold {_COLOURS[outcome.status]}"), Text()]
+    if report.perplexity is not None:
+        parts += [_perplexity_table(report.perplexity), Text()]
+    parts += [_labelled("prefix", _prefix(report))]
+    parts += [_labelled("engine" if not i else "", _engine(e)) for i, e in enumerate(report.engines)]
+    if not report.engines:
+        parts.append(_labelled("engine", Text(words.engines_sentence(report))))
+    parts.append(_labelled("parity", Text(words.parity_sentence(report))))
+    # The sentence above names the first failure; these are the others.
+    failed = words.failed_checks(report)[1:]
+    parts += [_labelled("", _failure(row)) for row in failed[:_SHOWN_FAILURES]]
+    if len(failed) > _SHOWN_FAILURES:
+        parts.append(_labelled("", Text(f"and {len(failed) - _SHOWN_FAILURES} more")))
+    if report.stages:
+        parts.append(_labelled("time", _stages(report.stages)))
+    return Group(*parts)
+
+
+def summary_lines(report: Report) -> list[str]:
+    """Return the summary as plain lines of at most 80 columns, without colour."""
+    buffer = io.StringIO()
+    console = Console(
+        file=buffer, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False, _environ={}
+    )
+    console.print(summary(report))
+    return [text.rstrip() for text in buffer.getvalue().splitlines()]
+
+
+def _labelled(label: str, content: Text) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(width=8, style="dim")
+    grid.add_column(overflow="fold")
+    grid.add_row(Text(label), content)
+    return grid
+
+
+def _perplexity_table(measured: Perplexity) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("", style="dim")
+    for name in words.COLUMNS:
+        table.add_column(name, justify="right")
+    for name, cells in words.perplexity_rows(measured):
+        table.add_row(name, *cells)
+    return table
+
+
+def _prefix(report: Report) -> Text:
+    if report.search is None or not report.search.token_ids:
+        return Text(words.prefix_sentence(report))
+    pairs = zip(report.search.tokens, report.search.token_ids, strict=True)
+    return Text("  ").join(Text(f"{visible(token)} ({token_id})") for token, token_id in pairs)
+
+
+def _engine(engine: Engine) -> Text:
+    name = one_line(f"{engine.engine} ({', '.join(engine.targets)})")
+    text = Text(f"{name}: {words.coverage(engine)}")
+    return text if engine.ran else text.append(f"; {words.not_run_words(engine)}", style="yellow")
+
+
+def _failure(row: ParityRow) -> Text:
+    where = f" ({one_line(row.site)})" if row.site else ""
+    return Text(f"{one_line(row.rung)}: {words.check_words(row)}{where}", style="red")
+
+
+def _stages(stages: tuple[Stage, ...]) -> Text:
+    total = sum(stage.seconds for stage in stages if not stage.reused)
+    named = ", ".join(
+        f"{one_line(stage.stage)} {'reused' if stage.reused else duration(stage.seconds)}" for stage in stages
+    )
+    return Text(f"{duration(total)}: {named}")

@@ -1,0 +1,24 @@
+"""The edge runtime: open a bundle and generate, on numpy, tokenizers and one engine; nothing else is imported."""
+
+from __future__ import annotations
+
+from cushion_deploy.runtime.bundle import Bundle, open_bundle
+from cushion_deploy.runtime.generate import Detokenizer, TokenEvent, Usage, generate
+from cushion_deploy.runtime.sampling import SamplingParams
+from cushion_deploy.runtime.session import DecoderSession, OnnxRuntimeSession
+from cushion_deploy.runtime.text import Generation, TextGenerator, load
+
+__all__ = [
+    "Bundle",
+    "DecoderSession",
+    "Detokenizer",
+    "Generation",
+    "OnnxRuntimeSession",
+    "SamplingParams",
+    "TextGenerator",
+    "TokenEvent",
+    "Usage",
+    "generate",
+    "load",
+    "open_bundle",
+]

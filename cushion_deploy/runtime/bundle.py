@@ -1,0 +1,175 @@
+"""Open a bundle: verify every byte, then read what the runtime needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.runtime.chat import ChatTemplate
+from cushion_deploy.store import BundleManifest, verify_bundle
+from cushion_deploy.store.manifest import read_json
+from cushion_deploy.types import ExportedGraph, GraphContract, PrefixMode
+
+CONTRACT_NAME = "export.json"
+GRAPH_NAME = "model.onnx"
+_REBUILD = "build the bundle again with this version of cushion-deploy"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle.
+
+    Attributes:
+        path: its folder.
+        manifest: what it was made of.
+        config: config.json of the model.
+        generation_config: generation_config.json, empty where there is none.
+        graph: the decoder graph, ``graph.path`` its file.
+        tokenizer: reads and writes the model's text; padding and truncation are off.
+        tokenizer_config: tokenizer_config.json, empty where there is none.
+        chat_template: None for a model that was not trained to chat.
+        bos_token_id: beginning-of-sequence token, None where the model has none.
+        eos_token_ids: tokens that end a generation.
+    """
+
+    path: Path
+    manifest: BundleManifest
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    graph: ExportedGraph
+    tokenizer: Tokenizer
+    tokenizer_config: Mapping[str, Any]
+    chat_template: ChatTemplate | None
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def contract(self) -> GraphContract:
+        """Inputs and outputs of the graph."""
+        return self.graph.contract
+
+    @property
+    def model_path(self) -> Path:
+        """The canonical graph, ``model.onnx``."""
+        return self.graph.path
+
+    @property
+    def prefix_mode(self) -> PrefixMode:
+        """``baked`` where the graph holds a prefix."""
+        return "baked" if self.contract.prefix_length else "none"
+
+    def require_chat_template(self) -> ChatTemplate:
+        """Return the chat template; raises UsageError where the model has none."""
+        if self.chat_template is None:
+            raise UsageError(
+                f"{self.path} has no chat template: its model was not trained to chat",
+                hint="give a plain prompt to `generate` instead of messages",
+            )
+        return self.chat_template
+
+
+def open_bundle(path: Path | str) -> Bundle:
+    """Verify a bundle and read it; no engine is loaded.
+
+    Raises:
+        UsageError: the path is no folder.
+        UntrustedArtifact: a file is missing, extra, altered or not what a bundle holds.
+    """
+    path = Path(path)
+    manifest = verify_bundle(path)
+    config = _read(path / "config.json")
+    generation = _read(path / "generation_config.json", optional=True)
+    tokenizer_config = _read(path / "tokenizer_config.json", optional=True)
+    tokenizer = _tokenizer(path / "tokenizer.json")
+    special = _special_tokens(tokenizer_config)
+    return Bundle(
+        path=path,
+        manifest=manifest,
+        config=config,
+        generation_config=generation,
+        graph=read_graph(path),
+        tokenizer=tokenizer,
+        tokenizer_config=tokenizer_config,
+        chat_template=_chat_template(path, tokenizer_config, special),
+        bos_token_id=_bos(tokenizer, special, config),
+        eos_token_ids=_eos(tokenizer, special, generation, config),
+    )
+
+
+def _read(path: Path, *, optional: bool = False) -> Mapping[str, Any]:
+    if optional and not path.is_file():
+        return {}
+    _, value = read_json(path)
+    if not isinstance(value, dict):
+        raise UntrustedArtifact(f"{path} holds no JSON object", hint=_REBUILD)
+    return value
+
+
+def read_graph(path: Path) -> ExportedGraph:
+    """Return the graph in a folder of ``export`` or a bundle; raises UntrustedArtifact where there is none."""
+    data = _read(path / CONTRACT_NAME)
+    try:
+        # The name of the file is fixed: a path out of a file could lead anywhere.
+        graph = ExportedGraph.from_json({**data, "path": GRAPH_NAME}, path)
+    except (TypeError, KeyError) as e:
+        raise UntrustedArtifact(f"{path / CONTRACT_NAME} does not describe a graph: {e}", hint=_REBUILD) from e
+    if data.get("path") != GRAPH_NAME or not graph.path.is_file():
+        raise UntrustedArtifact(
+            f"{path / CONTRACT_NAME} describes {data.get('path')!r}, expected {GRAPH_NAME!r} in {path}", hint=_REBUILD
+        )
+    return graph
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise UntrustedArtifact(f"{path.parent} has no {path.name}", hint=_REBUILD)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises bare Exception
+        raise UntrustedArtifact(f"{path} is no tokenizer: {e!s:.200}", hint=_REBUILD) from e
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name, value in tokenizer_config.items():
+        if name.endswith("_token"):
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                found[name] = text
+    return found
+
+
+def _chat_template(path: Path, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]) -> ChatTemplate | None:
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return ChatTemplate(file.read_text(encoding="utf-8"), special)
+    source = tokenizer_config.get("chat_template")
+    if isinstance(source, list):  # several templates by name
+        source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
+    return ChatTemplate(source, special) if isinstance(source, str) else None
+
+
+def _bos(tokenizer: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]) -> int | None:
+    if "bos_token" in special and (found := tokenizer.token_to_id(special["bos_token"])) is not None:
+        return int(found)
+    value = config.get("bos_token_id")
+    return value if isinstance(value, int) else None
+
+
+def _eos(
+    tokenizer: Tokenizer, special: Mapping[str, str], generation: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[int, ...]:
+    for source in (generation, config):
+        value = source.get("eos_token_id")
+        if value is not None:
+            return tuple(sorted({int(v) for v in (value if isinstance(value, list) else [value])}))
+    found = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    return () if found is None else (int(found),)

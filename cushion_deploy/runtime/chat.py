@@ -1,0 +1,116 @@
+"""Turn messages into a prompt by the model's own chat template, as transformers renders it, and text into ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from cushion_deploy.errors import MissingDependency, UsageError
+
+Message = Mapping[str, Any]
+"""``role`` and ``content``, and whatever else the template reads."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template in Jinja2, run in a sandbox: it comes with the model and is not trusted.
+
+    Attributes:
+        source: the template.
+        special_tokens: name (``bos_token``, ``eos_token``, ...) to text, for the template's use.
+    """
+
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """Return the prompt.
+
+        Args:
+            messages: the conversation so far.
+            add_generation_prompt: end with the header of the assistant's turn.
+            variables: further names for the template, such as ``tools``.
+
+        Raises:
+            UsageError: no message, or the template is broken or refuses these.
+            MissingDependency: jinja2 is not installed.
+        """
+        if not messages:
+            raise UsageError("the conversation holds no message", hint='give at least {"role": "user", "content": ...}')
+        try:
+            import jinja2
+        except ImportError as e:
+            raise MissingDependency("chat templates need jinja2", hint="pip install 'cushion-deploy[chat]'") from e
+        names = {**self.special_tokens, "tools": None, "documents": None, **variables}
+        try:
+            return str(
+                _environment()
+                .from_string(self.source)
+                .render(messages=list(messages), add_generation_prompt=add_generation_prompt, **names)
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
+            raise UsageError(
+                f"the chat template refuses these messages: {e}",
+                hint="each message is an object with `role` and `content`, in the order that the model was trained on",
+            ) from e
+
+
+def _environment() -> Any:
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The block that marks the assistant's words for training; here it only shows what is inside."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Not jinja2's own filter, which escapes for HTML: models are trained on plain JSON.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
+    """Return the ids of a rendered template, which writes every special token itself, the first one included."""
+    return list(tokenizer.encode(rendered, add_special_tokens=False).ids)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, bos_token_id: int | None) -> list[int]:
+    """Return the ids of plain text with the special tokens that the tokenizer adds.
+
+    A text that brings its own beginning-of-sequence token keeps one of it, not two.
+    """
+    ids = list(tokenizer.encode(text).ids)
+    if bos_token_id is not None and ids[:2] == [bos_token_id] * 2:
+        plain = tokenizer.encode(text, add_special_tokens=False).ids
+        # Only what the tokenizer added is taken off: a text that writes it twice means it.
+        return ids[1:] if len(plain) < len(ids) else ids
+    return ids

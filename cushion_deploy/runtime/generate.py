@@ -1,0 +1,212 @@
+"""Generate token by token: prefill, decode, text that is only ever whole characters, and when to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from cushion_deploy.errors import UsageError
+from cushion_deploy.runtime.sampling import Sampler, SamplingParams
+from cushion_deploy.runtime.session import DecoderSession, context_limit
+from cushion_deploy.types import FloatArray
+
+FinishReason = Literal["eos", "stop", "length"]
+REPLACEMENT = "\ufffd"
+_CONTEXT_TOKENS = 6
+_LONGEST_HOLD = 256
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a generation cost: counts of tokens, and seconds of wall time in the engine and the sampler."""
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token.
+
+    Attributes:
+        token_id: the token.
+        text: the text that became certain with it; empty while a character or a stop string may be unfinished.
+        finish_reason: on the last event alone: ``eos`` (a stop id), ``stop`` (a stop string) or ``length``.
+        usage: on the last event alone.
+    """
+
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class Detokenizer:
+    """Turns token ids into text piece by piece; the pieces joined are the text of all tokens decoded at once.
+
+    A character whose bytes span tokens is held back until it is whole. Decoders look at neighbours (a leading space
+    is dropped at the beginning alone), so each piece is cut out of the text of a small window of tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        context: the token ids before the first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        """Begin after ``context``."""
+        self._tokenizer = tokenizer
+        self._window = list(context[-_CONTEXT_TOKENS:])
+        self._fresh = len(self._window)
+        self._emitted = len(self._decode().rstrip(REPLACEMENT))
+
+    def push(self, token_id: int) -> str:
+        """Return the text that became certain with this token."""
+        self._window.append(token_id)
+        text = self._decode()
+        stable = text.rstrip(REPLACEMENT)
+        held = len(self._window) - self._fresh
+        if stable != text and held > _LONGEST_HOLD:
+            stable = text  # no character is that long: these bytes will never be one
+        if len(stable) <= self._emitted:
+            return ""
+        piece = stable[self._emitted :]
+        self._emitted = len(stable)
+        if stable == text:
+            # Everything is out: the window moves on, and the tokens just shown become the context of the next.
+            self._window = self._window[self._fresh :]
+            self._fresh = len(self._window)
+            self._emitted = len(self._decode())
+        return piece
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._window, skip_special_tokens=True))
+
+
+class StopStrings:
+    """Holds back text that may turn out to be the beginning of a stop string.
+
+    Args:
+        strings: what ends the generation; not part of its text.
+
+    Raises:
+        UsageError: an empty string, which would match everywhere.
+    """
+
+    def __init__(self, strings: Collection[str]) -> None:
+        """Begin with nothing held."""
+        if "" in strings:
+            raise UsageError("a stop string is empty", hint="leave it out to stop at the end of text alone")
+        self._strings = tuple(strings)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return the text that is certain now, and whether a stop string was found; the text before it is certain."""
+        self._held += text
+        found = [at for s in self._strings if (at := self._held.find(s)) >= 0]
+        if found:
+            return self._held[: min(found)], True
+        keep = max((self._overlap(s) for s in self._strings), default=0)
+        certain = self._held[: len(self._held) - keep]
+        self._held = self._held[len(certain) :]
+        return certain, False
+
+    def flush(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+    def _overlap(self, string: str) -> int:
+        longest = min(len(string) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(string[:n])), 0)
+
+
+def generate(
+    session: DecoderSession,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    params: SamplingParams | None = None,
+    max_new_tokens: int = 128,
+    *,
+    stop_ids: Collection[int] = (),
+    stop_strings: Collection[str] = (),
+) -> Iterator[TokenEvent]:
+    """Yield one event per generated token; the last carries the finish reason and the usage.
+
+    The session is emptied first. Everything that can be refused is refused before this returns; text of a character
+    that the last token left unfinished is dropped.
+
+    Args:
+        session: a decoder.
+        tokenizer: the tokenizer of its model.
+        prompt_ids: token ids of the prompt, at least one.
+        params: how to choose tokens; None for greedy.
+        max_new_tokens: most tokens to generate, at least 1.
+        stop_ids: tokens that end the generation; their text is not shown.
+        stop_strings: texts that end the generation; neither they nor what follows is shown.
+
+    Raises:
+        UsageError: an empty prompt, or a context longer than the model has positions for.
+        CheckFailed: while iterating: the model returned NaN.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}", hint="ask for at least one token")
+    if not prompt_ids:
+        raise UsageError("the prompt holds no token", hint="give a prompt that is not empty")
+    limit = context_limit(session.contract)
+    if len(prompt_ids) + max_new_tokens > limit:
+        raise UsageError(
+            f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones are more than the {limit} that the model "
+            "has positions for",
+            hint=f"shorten the prompt, or ask for at most {max(limit - len(prompt_ids), 0)} new tokens",
+        )
+    sampler, stops = Sampler(params or SamplingParams()), StopStrings(stop_strings)
+    # An inner generator, so that the checks above run at the call and not at the first token.
+    return _events(session, tokenizer, list(prompt_ids), sampler, max_new_tokens, frozenset(stop_ids), stops)
+
+
+def _events(
+    session: DecoderSession,
+    tokenizer: Tokenizer,
+    history: list[int],
+    sampler: Sampler,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    stops: StopStrings,
+) -> Iterator[TokenEvent]:
+    prompt_tokens = len(history)
+    detokenizer = Detokenizer(tokenizer, history)
+    session.reset()
+    began = perf_counter()
+    token = sampler.next(_feed(session, history), history)
+    prefill_seconds, decode_seconds = perf_counter() - began, 0.0
+    for count in range(1, max_new_tokens + 1):
+        history.append(token)
+        ended = token in stop_ids
+        text, stopped = ("", False) if ended else stops.push(detokenizer.push(token))
+        reason: FinishReason | None = "eos" if ended else "stop" if stopped else None
+        if reason is None and count == max_new_tokens:
+            reason = "length"
+        if reason is not None:
+            text += "" if stopped else stops.flush()
+            yield TokenEvent(token, text, reason, Usage(prompt_tokens, count, prefill_seconds, decode_seconds))
+            return
+        yield TokenEvent(token, text)
+        began = perf_counter()
+        token = sampler.next(_feed(session, [token]), history)
+        decode_seconds += perf_counter() - began
+
+
+def _feed(session: DecoderSession, ids: list[int]) -> FloatArray:
+    """Return the logits after the last of ``ids``, ``[vocab]``."""
+    logits = session.run(np.asarray([ids], dtype=np.int64), need_logits="last")
+    if logits is None:
+        raise TypeError("the session returned no logits although it was asked for them")
+    last: FloatArray = logits[0, -1]
+    return last

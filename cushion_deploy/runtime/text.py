@@ -1,0 +1,121 @@
+"""Text in, text out: a bundle and its loaded engine together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cushion_deploy.errors import CheckFailed, unknown_choice
+from cushion_deploy.runtime.bundle import Bundle, open_bundle
+from cushion_deploy.runtime.chat import Message, encode_chat, encode_prompt
+from cushion_deploy.runtime.generate import FinishReason, TokenEvent, Usage, generate
+from cushion_deploy.runtime.sampling import SamplingParams
+from cushion_deploy.runtime.session import DecoderSession, OnnxRuntimeSession
+
+ENGINES = ["onnxruntime"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation: its text, token ids (the one that ended it included), why it ended, what it cost."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class TextGenerator:
+    """A bundle with its engine loaded; one generation at a time."""
+
+    bundle: Bundle
+    session: DecoderSession
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        params: SamplingParams | None = None,
+        max_new_tokens: int = 128,
+        stop: Collection[str] = (),
+    ) -> Iterator[TokenEvent]:
+        """Continue a plain text, event by event; see :func:`~cushion_deploy.runtime.generate`."""
+        ids = encode_prompt(self.bundle.tokenizer, prompt, self.bundle.bos_token_id)
+        return self._run(ids, params, max_new_tokens, stop)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        params: SamplingParams | None = None,
+        max_new_tokens: int = 128,
+        stop: Collection[str] = (),
+    ) -> Iterator[TokenEvent]:
+        """Answer a conversation, event by event; raises UsageError where the model has no chat template."""
+        rendered = self.bundle.require_chat_template().render(messages)
+        return self._run(encode_chat(self.bundle.tokenizer, rendered), params, max_new_tokens, stop)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        params: SamplingParams | None = None,
+        max_new_tokens: int = 128,
+        stop: Collection[str] = (),
+    ) -> Generation:
+        """Continue a plain text; returns when it has ended."""
+        return _collect(self.stream(prompt, params=params, max_new_tokens=max_new_tokens, stop=stop))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        params: SamplingParams | None = None,
+        max_new_tokens: int = 128,
+        stop: Collection[str] = (),
+    ) -> Generation:
+        """Answer a conversation; returns when the answer has ended."""
+        return _collect(self.stream_chat(messages, params=params, max_new_tokens=max_new_tokens, stop=stop))
+
+    def _run(
+        self, ids: Sequence[int], params: SamplingParams | None, max_new_tokens: int, stop: Collection[str]
+    ) -> Iterator[TokenEvent]:
+        return generate(
+            self.session,
+            self.bundle.tokenizer,
+            ids,
+            params,
+            max_new_tokens,
+            stop_ids=self.bundle.eos_token_ids,
+            stop_strings=stop,
+        )
+
+
+def load(path: Path | str, engine: str = "onnxruntime", threads: int | None = None) -> TextGenerator:
+    """Verify a bundle, then load its graph into an engine.
+
+    Args:
+        path: the bundle's folder.
+        engine: ``onnxruntime``.
+        threads: threads of the engine; None for one per physical core.
+
+    Raises:
+        UsageError: the path is no folder, or the engine is unknown.
+        UntrustedArtifact: the bundle is damaged; the engine has then seen no byte of it.
+        MissingDependency: the engine's library is not installed.
+    """
+    if engine not in ENGINES:
+        raise unknown_choice("engine", engine, ENGINES)
+    bundle = open_bundle(path)
+    return TextGenerator(bundle, OnnxRuntimeSession(bundle.model_path, bundle.contract, threads=threads))
+
+
+def _collect(events: Iterator[TokenEvent]) -> Generation:
+    seen = list(events)
+    last = seen[-1]
+    if last.finish_reason is None or last.usage is None:
+        raise CheckFailed("the generation broke off without a finish reason", hint="run it again")
+    text, ids = "".join(e.text for e in seen), tuple(e.token_id for e in seen)
+    return Generation(text, ids, last.finish_reason, last.usage)

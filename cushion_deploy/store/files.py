@@ -1,0 +1,203 @@
+"""Single files and trees: hash, list, sync to disk, link, remove, and disk errors put into words."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cushion_deploy.errors import UntrustedArtifact, UsageError
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file, read in pieces of 1 MiB.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    h = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    with open(path, "rb", buffering=0) as f:
+        while count := f.readinto(buffer):
+            h.update(buffer[:count])
+    return h.hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the SHA-256 (hex) of each file, in the given order."""
+    return {path: hash_file(path) for path in paths}
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """Return every file below a folder as relative POSIX path to size in bytes, sorted by path.
+
+    Empty folders hold no bytes and are not listed.
+
+    Raises:
+        UntrustedArtifact: a symbolic link or a special file (pipe, socket, device) lies anywhere below.
+        OSError: a folder cannot be read.
+    """
+    found: dict[str, int] = {}
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(folder / prefix) as entries:
+            for entry in entries:
+                relative = prefix + entry.name
+                info = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(info.st_mode):
+                    pending.append(relative + "/")
+                elif stat.S_ISREG(info.st_mode):
+                    found[relative] = info.st_size
+                else:
+                    kind = "a symbolic link" if stat.S_ISLNK(info.st_mode) else "a special file"
+                    raise UntrustedArtifact(
+                        f"{relative!r} in {folder} is {kind}; only plain files are expected",
+                        hint="copy the folder with links resolved, or make it again",
+                    )
+    return dict(sorted(found.items()))
+
+
+def sync_file(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and writes their entries through
+        return
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force every file and folder below ``folder``, then itself, to disk."""
+    for current, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync_file(Path(current, name))
+        sync_file(Path(current))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that a kill leaves either the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "xb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_file(path.parent)
+
+
+def place(src: Path, dst: Path, *, link: bool = True) -> None:
+    """Put the file ``src`` at ``dst`` as well, creating folders; a link is followed, never copied as a link.
+
+    Args:
+        src: an existing file; with ``link``, one of the stage store's.
+        dst: where it shall also be; must not exist.
+        link: share the bytes through a hard link where the file system can; False always copies, which is right for
+            files that belong to the user.
+
+    Raises:
+        OSError: neither worked.
+    """
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    real = src.resolve(strict=True)
+    # Decision: a hard link halves the disk and the time that a bundle of gigabytes takes. Its price is that an edit
+    # in place of the bundle's file also changes the stage's file. That cannot pass unseen: the store compares every
+    # digest before it reuses a stage and sweeps away one that differs, so the price is one stage run again.
+    if link:
+        try:
+            os.link(real, dst)
+            return
+        except FileExistsError:
+            raise
+        except OSError as e:
+            # Another file system, one without hard links, or another owner's file: a copy always serves.
+            logger.debug("copying %s, a hard link is not possible: %s", real, e)
+    if dst.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(dst))
+    shutil.copyfile(real, dst)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder; what cannot be removed is logged, so that clean-up never hides the error that led to it."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        logger.warning("could not remove %s: %s; remove it by hand", folder, e)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes free to this user where ``folder`` is, or would be created."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def human_bytes(count: int) -> str:
+    """Return a count of bytes as a person reads it, in decimal units as disks are sold."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Check that ``needed`` bytes are free where ``folder`` is or will be.
+
+    Raises:
+        UsageError: they are not.
+    """
+    free = free_bytes(folder)
+    if free < needed:
+        raise UsageError(
+            f"not enough disk space for {folder}: {human_bytes(needed)} needed, {human_bytes(free)} free",
+            hint=f"free another {human_bytes(needed - free)} there, or choose a folder on a larger disk",
+        )
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk, a missing permission and the like, raised while writing ``folder``, into a UsageError.
+
+    Other errors pass unchanged.
+    """
+    try:
+        yield
+    except OSError as e:
+        where = os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else str(folder)
+        if e.errno in _FULL:
+            raise UsageError(
+                f"cannot write {where}: {e.strerror} ({human_bytes(free_bytes(folder))} free)",
+                hint="free some space or choose a folder on a larger disk, and run again; finished stages are kept",
+            ) from e
+        if e.errno in _REFUSED:
+            raise UsageError(
+                f"cannot use {where}: {e.strerror}", hint="change its permissions or choose a folder you may write to"
+            ) from e
+        if e.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"the name {where} is too long", hint="choose a shorter path") from e
+        raise

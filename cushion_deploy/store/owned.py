@@ -1,0 +1,134 @@
+"""Temporary folders that carry a lock of their owner, so that those of killed runs can be told apart and swept.
+
+Layout: ``<parent>/<prefix><random>/`` holds ``owner.lock``, ``files/`` (what is being written) and, during a swap,
+``previous/`` (what it replaces). The kernel drops the lock when its process dies, however it dies; process ids would
+be reused and mean nothing in another container.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from cushion_deploy.store.files import remove_tree, sync_file
+
+logger = logging.getLogger(__name__)
+
+FILES = "files"
+_PREVIOUS = "previous"
+_LOCK = "owner.lock"
+_ATTEMPTS = 5
+
+
+def _claim(parent: Path, prefix: str) -> tuple[Path, FileLock]:
+    """Make a folder with its lock held; tries again when a sweeper of another process caught it half made."""
+    for attempt in itertools.count(1):
+        # Not tempfile.mkdtemp: its mode 0700 would outlive the rename into the published place.
+        folder = parent / f"{prefix}{uuid.uuid4().hex}"
+        folder.mkdir()
+        lock = FileLock(folder / _LOCK, timeout=0)
+        try:
+            lock.acquire()
+            (folder / FILES).mkdir()
+        except (Timeout, FileNotFoundError):
+            lock.release(force=True)
+            remove_tree(folder)
+            if attempt == _ATTEMPTS:
+                raise
+        except BaseException:
+            lock.release(force=True)
+            remove_tree(folder)
+            raise
+        else:
+            break
+    return folder, lock
+
+
+def _discard(folder: Path, lock: FileLock) -> None:
+    """Remove an owned folder; the lock file goes last, so that nobody else starts to remove the same files."""
+    for child in (FILES, _PREVIOUS):
+        remove_tree(folder / child)
+    lock.release(force=True)
+    remove_tree(folder)
+
+
+def put_back(folder: Path, target: Path) -> bool:
+    """Return what a broken-off :func:`swap_in` moved aside to its place; True when there was something to do."""
+    previous = folder / _PREVIOUS
+    if not previous.exists() or os.path.lexists(target):
+        return False
+    os.rename(previous, target)
+    sync_file(target.parent)
+    return True
+
+
+@contextmanager
+def owned_folder(parent: Path, prefix: str, target: Path) -> Iterator[Path]:
+    """Yield a fresh empty folder on the file system of ``parent``; whatever is left of it on exit is removed.
+
+    Args:
+        parent: an existing folder.
+        prefix: how the name begins.
+        target: where :func:`swap_in` will put it.
+    """
+    folder, lock = _claim(parent, prefix)
+    try:
+        yield folder / FILES
+    finally:
+        put_back(folder, target)
+        _discard(folder, lock)
+
+
+def swap_in(staged: Path, target: Path) -> None:
+    """Rename the folder ``staged`` of an :func:`owned_folder` to ``target``; what stood there is kept until it is done.
+
+    Both names never hold a part: a reader finds the old folder, for a moment none, then the new one.
+
+    Raises:
+        OSError: the rename failed; the old folder is back in its place.
+    """
+    owner = staged.parent
+    if os.path.lexists(target):
+        os.rename(target, owner / _PREVIOUS)
+    try:
+        os.rename(staged, target)
+    except BaseException:
+        put_back(owner, target)
+        raise
+    sync_file(target.parent)
+    sync_file(owner)
+
+
+def sweep_dead(parent: Path, prefix: str, target: Path | None = None) -> list[Path]:
+    """Remove the owned folders of killed runs below ``parent`` and return them.
+
+    Args:
+        parent: where to look; need not exist.
+        prefix: how the names begin.
+        target: if given, a folder that a killed swap had moved aside is first put back there.
+    """
+    if not parent.is_dir():
+        return []
+    name = re.compile(re.escape(prefix) + r"[0-9a-f]{32}")
+    removed = []
+    for folder in sorted(parent.iterdir()):
+        if not name.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+            continue
+        lock = FileLock(folder / _LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        if target is not None and put_back(folder, target):
+            logger.warning("put %s back, which a killed run had moved aside", target)
+        _discard(folder, lock)
+        removed.append(folder)
+    return removed

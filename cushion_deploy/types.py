@@ -1,0 +1,382 @@
+"""The nouns that stages hand to each other. Standard library and numpy only.
+
+Every artifact records the digests of its parents, so that a stage can refuse an
+input that belongs to another model, prefix or scheme.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NewType, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cushion_deploy.errors import UntrustedArtifact, UsageError
+
+Site = NewType("Site", str)
+"""Canonical name of a quantized input: ``layers.<i>.<kind>`` or ``head``."""
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+Dtype = Literal["float32", "float16"]
+Estimator = Literal["max", "percentile", "mse"]
+PrefixMode = Literal["baked", "none"]
+
+ESTIMATORS: tuple[Estimator, ...] = ("max", "percentile", "mse")
+HEAD_SITE = Site("head")
+
+
+def layer_site(layer: int, kind: str) -> Site:
+    """Return the Site of ``kind`` (``attn.qkv``, ``attn.out``, ``mlp.gate_up``, ``mlp.down``) in a layer."""
+    return Site(f"layers.{layer}.{kind}")
+
+
+def digest_json(value: Any) -> str:
+    """Return the SHA-256 (hex) of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_arrays(arrays: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:
+    """Return the SHA-256 (hex) of named arrays: name, dtype, shape and bytes, in the given order."""
+    h = hashlib.sha256()
+    for name, array in arrays:
+        h.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        h.update(np.ascontiguousarray(array).data)
+    return h.hexdigest()
+
+
+class WeightSource(Protocol):
+    """Named weight tensors, one at a time, so that export never holds a second copy of the model."""
+
+    def names(self) -> frozenset[str]:
+        """Return every tensor name, as the checkpoint spells it."""
+        ...
+
+    def get(self, name: str) -> FloatArray:
+        """Return one tensor as float32; raises KeyError for an unknown name."""
+        ...
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """Rotary position parameters: base and, per family, the scaling rule (Hugging Face ``rope_parameters``)."""
+
+    theta: float
+    rule: str = "default"
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model is: family, dimensions, vocabulary, and the digest of its weights."""
+
+    family: str
+    source: str
+    weights_digest: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    activation: str
+    rotary: RotaryScaling
+    tied_head: bool
+    attention_bias: bool
+    mlp_bias: bool
+    parameters: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UsageError(
+                f"{self.num_heads} attention heads are not a multiple of {self.num_kv_heads} key/value heads",
+                hint="the model's config.json is damaged; fetch it again",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
+        """Rebuild from :meth:`to_json`."""
+        d = dict(data)
+        d["rotary"] = RotaryScaling(**d["rotary"])
+        d["eos_token_ids"] = tuple(d["eos_token_ids"])
+        return cls(**d)
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """Static symmetric quantization of linears: per-tensor activations, per-output-channel weights.
+
+    This is the deployable subset that TensorRT runs in INT8 (zero point 0 on both operands).
+    """
+
+    name: str = "w8a8"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    quantize_head: bool = True
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the scheme."""
+        return digest_json(asdict(self))
+
+
+PRECISIONS: dict[str, QuantScheme] = {"w8a8": QuantScheme()}
+"""Deployable precisions by name, as ``--precision`` takes them."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A CushionCache: constant keys and values at positions 0..P-1.
+
+    Attributes:
+        token_ids: the tokens that produced it; empty for 'no prefix'.
+        keys: float32 ``[layers, kv_heads, P, head_dim]``, after rotation.
+        values: float32 ``[layers, kv_heads, P, head_dim]``.
+        model_digest: weights digest of the model it belongs to.
+    """
+
+    token_ids: tuple[int, ...]
+    keys: FloatArray
+    values: FloatArray
+    model_digest: str
+
+    def __post_init__(self) -> None:
+        if self.keys.shape != self.values.shape or self.keys.ndim != 4:
+            raise UntrustedArtifact(
+                f"prefix keys {self.keys.shape} and values {self.values.shape} are not two equal 4-D arrays",
+                hint="run `cushion-deploy search` again to make a valid prefix",
+            )
+        for name, array in (("keys", self.keys), ("values", self.values)):
+            if not np.isfinite(array).all():
+                raise UntrustedArtifact(
+                    f"prefix {name} contain NaN or infinity", hint="run `cushion-deploy search` again"
+                )
+
+    @property
+    def length(self) -> int:
+        """P, the number of positions it occupies."""
+        return int(self.keys.shape[2])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over token ids, keys and values."""
+        ids = np.asarray(self.token_ids, dtype=np.int64)
+        return digest_arrays([("ids", ids), ("keys", self.keys), ("values", self.values)])
+
+    @classmethod
+    def empty(cls, spec: ModelSpec) -> Prefix:
+        """Return the prefix of length 0 for a model."""
+        shape = (spec.num_layers, spec.num_kv_heads, 0, spec.head_dim)
+        zero = np.zeros(shape, dtype=np.float32)
+        return cls((), zero, zero.copy(), spec.weights_digest)
+
+
+@dataclass(frozen=True)
+class ActivationScales:
+    """Static per-tensor symmetric activation scales, and what they were calibrated under.
+
+    Attributes:
+        scales: Site to scale; a float32 value kept as a Python float.
+        estimator: the range estimator.
+        model_digest, prefix_digest, corpus_digest: parents.
+        tokens: text tokens observed.
+    """
+
+    scales: Mapping[Site, float]
+    estimator: Estimator
+    model_digest: str
+    prefix_digest: str
+    corpus_digest: str
+    tokens: int
+
+    def __post_init__(self) -> None:
+        for site, scale in self.scales.items():
+            if not math.isfinite(scale) or scale < float(np.finfo(np.float32).tiny):
+                raise UsageError(
+                    f"Site {site}: scale {scale!r} is not a positive normal number",
+                    hint="look at the calibration text and the model's weights: this input is constant or not finite",
+                )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of scales and parents."""
+        return digest_json(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return {**asdict(self), "scales": dict(sorted(self.scales.items()))}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ActivationScales:
+        """Rebuild from :meth:`to_json`."""
+        d = dict(data)
+        d["scales"] = {Site(k): float(v) for k, v in d["scales"].items()}
+        return cls(**d)
+
+
+@dataclass(frozen=True)
+class GraphContract:
+    """Inputs and outputs of an exported decoder graph.
+
+    ``input_ids`` int64 [batch, sequence], ``attention_mask`` int64 [batch, past + sequence],
+    ``position_ids`` int64 [batch, sequence], ``past_key_values.N.key/value``
+    [batch, kv_heads, past, head_dim] -> ``logits`` [batch, sequence, vocab],
+    ``present.N.key/value`` [batch, kv_heads, past + sequence, head_dim].
+    The caller counts its own tokens only; the graph adds the prefix itself.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    dtype: Dtype
+    prefix_length: int
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """An ONNX decoder on disk.
+
+    Attributes:
+        path: the ``.onnx`` file; its weights lie beside it as ``<name>.onnx.data``.
+        contract: what goes in and out.
+        quantized: whether Q/DQ nodes stand at Sites (False for the float twin).
+        sites: every Site that could be quantized, with the number of linears packed into its MatMul.
+        rules: names of the rules that were checked on it; empty for a float twin.
+        opset: ONNX opset of the default domain.
+        digest: SHA-256 over the two files.
+        parents: digests of model, prefix, scales and scheme.
+    """
+
+    path: Path
+    contract: GraphContract
+    quantized: bool
+    sites: Mapping[Site, int]
+    rules: tuple[str, ...]
+    opset: int
+    digest: str
+    parents: Mapping[str, str]
+
+    @property
+    def linears(self) -> int:
+        """Linears of the model that stand behind a Site, counted before packing."""
+        return sum(self.sites.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict; the path is reduced to its file name."""
+        return {**asdict(self), "path": self.path.name, "parents": dict(self.parents)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], folder: Path) -> ExportedGraph:
+        """Rebuild from :meth:`to_json`; ``folder`` is where the files lie."""
+        d = dict(data)
+        d["path"] = folder / d["path"]
+        d["contract"] = GraphContract(**d["contract"])
+        d["rules"] = tuple(d["rules"])
+        return cls(**d)
+
+
+@dataclass(frozen=True)
+class EngineArtifact:
+    """A compiled engine in its folder.
+
+    Attributes:
+        engine: registry name, e.g. ``onnxruntime``.
+        targets: what it runs on, e.g. ``("cpu",)`` or ``("sm80", "sm86")``.
+        key: compatibility key: digest over everything that decides whether the engine may be used.
+        files: file names inside the engine's folder, the report included.
+        linears: linears expected in INT8, counted before packing.
+        int8_linears: linears found in INT8 in the compiled engine, counted the same way.
+        fused_attention: fused attention kernels found.
+        ran: whether the engine was executed on this machine (False where its device is absent).
+        details: engine-specific facts (kernel counts, rewrites, options, why it did not run).
+        parents: digest of the graph it was compiled from, versions.
+    """
+
+    engine: str
+    targets: tuple[str, ...]
+    key: str
+    files: tuple[str, ...]
+    linears: int
+    int8_linears: int
+    fused_attention: int
+    ran: bool
+    details: Mapping[str, Any]
+    parents: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EngineArtifact:
+        """Rebuild from :meth:`to_json`."""
+        d = dict(data)
+        d["targets"], d["files"] = tuple(d["targets"]), tuple(d["files"])
+        return cls(**d)
+
+
+@dataclass(frozen=True)
+class ParityCheck:
+    """One measured claim of one rung: ``value`` against ``limit`` in the stated direction."""
+
+    rung: str
+    metric: str
+    value: float
+    limit: float
+    direction: Literal["at most", "at least"]
+    site: Site | None = None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the claim holds; a value that is not a number never does."""
+        if math.isnan(self.value):
+            return False
+        return self.value <= self.limit if self.direction == "at most" else self.value >= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict; a value that is not finite becomes null."""
+        value = self.value if math.isfinite(self.value) else None
+        return {**asdict(self), "value": value, "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Every check of the ladder, in order."""
+
+    checks: tuple[ParityCheck, ...]
+    corpus: str
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was at least one check and all hold."""
+        return bool(self.checks) and all(c.passed for c in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return {
+            "passed": self.passed,
+            "corpus": self.corpus,
+            "tokens": self.tokens,
+            "checks": [c.to_json() for c in self.checks],
+        }

@@ -1,0 +1,81 @@
+"""The one protocol of all engines, and what a compilation is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+from cushion_deploy.errors import MissingDependency
+from cushion_deploy.types import Dtype, EngineArtifact, ExportedGraph
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Limits and targets of a compilation; an engine ignores what has no meaning for it.
+
+    Attributes:
+        targets: engine-specific names such as ``sm86``; empty for the engine's default.
+        max_batch: largest batch of the optimization profiles.
+        max_context: longest context (prompt and generated tokens, without the prefix).
+        max_prefill: longest piece of prompt in one call.
+        allow_float_linears: linears that may stay in floating point before the build counts as failed.
+    """
+
+    targets: Sequence[str] = ()
+    max_batch: int = 1
+    max_context: int = 2048
+    max_prefill: int = 512
+    allow_float_linears: int = 0
+
+    def key(self) -> dict[str, object]:
+        """Return the JSON value that enters the compatibility key."""
+        return {**asdict(self), "targets": list(self.targets)}
+
+
+class Engine(Protocol):
+    """One engine: probe it, compile a graph for it, report what it made of the graph."""
+
+    name: str
+    """Name on the command line and of the folder in the bundle."""
+    extra: str
+    """The pip extra that installs it."""
+    graph_dtype: Dtype
+    """Type of activations of the graph it wants."""
+
+    def unavailable(self) -> str | None:
+        """Return why the engine cannot compile here, or None when it can."""
+        ...
+
+    def version(self) -> str:
+        """Return the version of the library; raises MissingDependency when it is not there."""
+        ...
+
+    def compile(self, graph: ExportedGraph, folder: Path, options: CompileOptions) -> EngineArtifact:
+        """Compile ``graph`` into the empty ``folder`` and read the INT8 coverage off the result.
+
+        Raises:
+            MissingDependency: the library is not there.
+            UsageError: an unknown target or a limit that the engine cannot meet.
+            CheckFailed: fewer linears in INT8 than ``allow_float_linears`` permits.
+        """
+        ...
+
+
+def version_of(distributions: Sequence[str], engine: str, extra: str) -> str:
+    """Return the version of the first of several distributions that is installed.
+
+    Raises:
+        MissingDependency: none is; the hint carries the install line.
+    """
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    raise MissingDependency(
+        f"engine '{engine}' needs {distributions[0]}, which is not installed",
+        hint=f"pip install 'cushion-deploy[{extra}]'",
+    )

@@ -1,0 +1,117 @@
+"""Write a decoder graph and its external data into a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from cushion_deploy.errors import UsageError
+from cushion_deploy.export.builder import GraphBuilder
+from cushion_deploy.export.decoder import DecoderGraph
+from cushion_deploy.export.prefix_kv import PrefixKv
+from cushion_deploy.export.rules import check_graph
+from cushion_deploy.families import get_family
+from cushion_deploy.store import hash_file
+from cushion_deploy.types import (
+    ActivationScales,
+    Dtype,
+    ExportedGraph,
+    GraphContract,
+    ModelSpec,
+    Prefix,
+    QuantScheme,
+    Site,
+    WeightSource,
+    digest_json,
+)
+
+MIN_OPSET, MAX_OPSET = 17, 22
+"""17 serves every TensorRT from 10.3 on; above 22 the operators of the graph change meaning or are untested."""
+DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+
+
+def export_graph(
+    spec: ModelSpec,
+    weights: WeightSource,
+    prefix: Prefix,
+    scales: ActivationScales | None,
+    scheme: QuantScheme,
+    folder: Path,
+    *,
+    name: str = "model",
+    dtype: Dtype = "float32",
+    opset: int = MIN_OPSET,
+) -> ExportedGraph:
+    """Write ``<name>.onnx`` and ``<name>.onnx.data``.
+
+    Args:
+        spec, weights: the model.
+        prefix: baked in as initializers; an empty one leaves no trace.
+        scales: static activation scales; None writes the float twin.
+        scheme: what to quantize.
+        folder: existing folder.
+        name: file stem.
+        dtype: type of activations, caches and floating-point weights.
+        opset: default-domain opset.
+
+    Raises:
+        UsageError: parents that do not belong together, a Site without scale, an opset out of range.
+        CheckFailed: the finished graph breaks a rule that TensorRT needs.
+    """
+    _check_parents(spec, prefix, scales, opset)
+    family = get_family(spec.family)
+    sites = family.linears(spec, head=scheme.quantize_head)
+    chosen: dict[Site, float] = {}
+    if scales is not None:
+        missing = [site for site in sites if site not in scales.scales]
+        if missing:
+            raise UsageError(
+                f"no activation scale for Site {missing[0]} ({len(missing)} missing)",
+                hint="run `cushion-deploy calibrate` for this model and scheme",
+            )
+        chosen = {site: scales.scales[site] for site in sites}
+    element = DTYPES[dtype]
+    decoder = DecoderGraph(GraphBuilder(opset), spec, family, weights, PrefixKv(prefix, element), element, chosen)
+    model = decoder.build()
+    path = folder / f"{name}.onnx"
+    ir.save(model, path, external_data=f"{name}.onnx.data", alignment=4096)
+    rules = check_graph(ir.load(path), set(chosen)) if scales is not None else []
+    return ExportedGraph(
+        path=path,
+        contract=GraphContract(
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            vocab_size=spec.vocab_size,
+            max_positions=spec.max_positions,
+            dtype=dtype,
+            prefix_length=prefix.length,
+        ),
+        quantized=scales is not None,
+        sites={site: len(paths) for site, paths in sites.items()},
+        rules=tuple(rules),
+        opset=opset,
+        digest=digest_json({p.name: hash_file(p) for p in (path, path.with_name(f"{name}.onnx.data"))}),
+        parents={
+            "model": spec.weights_digest,
+            "prefix": prefix.digest,
+            "scales": scales.digest if scales else "",
+            "scheme": scheme.digest,
+        },
+    )
+
+
+def _check_parents(spec: ModelSpec, prefix: Prefix, scales: ActivationScales | None, opset: int) -> None:
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise UsageError(f"opset {opset} is not supported", hint=f"choose {MIN_OPSET} to {MAX_OPSET}")
+    if prefix.model_digest != spec.weights_digest:
+        raise UsageError("the prefix was made for another model", hint="run `cushion-deploy search` for this model")
+    if scales is None:
+        return
+    if scales.model_digest != spec.weights_digest:
+        raise UsageError("the scales were made for another model", hint="run `cushion-deploy calibrate` for this model")
+    if scales.prefix_digest != prefix.digest:
+        raise UsageError(
+            "the scales were calibrated under another prefix", hint="run `cushion-deploy calibrate` with this prefix"
+        )

@@ -1,0 +1,191 @@
+"""A realistic report of a small model, as plain JSON data and as the typed document."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+from cushion_deploy.report.document import Report
+
+LAYERS = 30
+
+
+def _magnitudes(peak: float) -> list[dict[str, Any]]:
+    """Make magnitudes that grow with depth, peak inside and fall at the last layer."""
+    rows = []
+    for layer in range(LAYERS):
+        rise = 1 / (1 + math.exp(-(layer - 9)))
+        top = (60 + 0.9 * peak * rise) * (1 if layer < LAYERS - 1 else 0.4)
+        top = peak if layer == 20 else min(top, peak)
+        rows.append(
+            {
+                "layer": layer,
+                "top1": top,
+                "top2": 0.31 * top + 8,
+                "top3": 0.12 * top + 7,
+                "median": 2 + 0.33 * layer,
+            }
+        )
+    return rows
+
+
+def _sites() -> list[dict[str, Any]]:
+    sites = []
+    for layer in range(LAYERS):
+        for order, kind in enumerate(("attn.qkv", "attn.out", "mlp.gate_up", "mlp.down")):
+            amax = (6, 2.2, 9, 4 + 3 * (layer == 11) * 20)[order] * (1.3 + math.sin(1.7 * layer + order) / 2)
+            sites.append({"site": f"layers.{layer}.{kind}", "scale": amax / 127 * 0.8, "amax": amax})
+    return [*sites, {"site": "head", "scale": 0.31, "amax": 44.0}]
+
+
+def _candidates(best: float) -> list[dict[str, Any]]:
+    tokens = [(198, "\n"), (0, "<|im_start|>"), (216, " "), (30, "."), (28, ","), (264, "<script>alert(1)</script>")]
+    return [
+        {"token_id": i, "token": t, "source": s, "objective": best * (1 + 0.013 * k)}
+        for k, ((i, t), s) in enumerate(
+            zip(tokens, ["obvious", "obvious", "screen", "obvious", "random", "random"], strict=True)
+        )
+    ]
+
+
+def _parity() -> list[dict[str, Any]]:
+    rungs = [
+        ("float ONNX against torch", "max |Δlogit|", 3.4e-4, 2e-3, "at most"),
+        ("float ONNX against torch", "top-1 agreement", 1.0, 1.0, "at least"),
+        ("ONNX against fake-quant", "identical codes", 0.99993, 0.999, "at least"),
+        ("ONNX against fake-quant", "largest code difference", 1.0, 1.0, "at most"),
+        ("onnxruntime against fake-quant", "perplexity, relative difference", 6.3e-4, 5e-3, "at most"),
+        ("onnxruntime against fake-quant", "greedy tokens in common, of 32", 32.0, 24.0, "at least"),
+        ("decode against prefill", "max |Δlogit|", 2.9e-5, 1e-3, "at most"),
+    ]
+    return [
+        {"rung": r, "metric": m, "value": v, "limit": lim, "direction": d, "passed": True, "site": None, "note": ""}
+        for r, m, v, lim, d in rungs
+    ]
+
+
+_DATA: dict[str, Any] = {
+    "schema": 1,
+    "tool": {"version": "0.1.0"},
+    "created": "2026-03-14T09:26:53Z",
+    "model": {
+        "family": "llama",
+        "parameters": 134515008,
+        "source": "HuggingFaceTB/SmolLM2-135M",
+        "layers": LAYERS,
+        "hidden_size": 576,
+        "heads": 9,
+        "kv_heads": 3,
+        "vocab_size": 49152,
+        "weights_digest": "5f" * 32,
+    },
+    "recipe": {"model": "HuggingFaceTB/SmolLM2-135M", "precision": "w8a8", "calibrate": {"estimator": "mse"}},
+    "precision": "w8a8",
+    "perplexity": {
+        "corpus": "WikiText-2 validation (head)",
+        "window": 512,
+        "tokens": 65536,
+        "fp": 29.60,
+        "fp_prefix": 28.90,
+        "quantized": 63.23,
+        "quantized_prefix": 31.6,
+        "engine": 31.62,
+    },
+    "search": {
+        "mode": "screen",
+        "objective": "error",
+        "seed_tokens": [],
+        "token_ids": [198, 0],
+        "tokens": ["\n", "<|im_start|>"],
+        "positions_scored": 1482752,
+        "positions_full_scan": 50331648,
+        "candidates_scored": 392,
+        "rank_in_random_sample": [{"rank": 2, "of": 161}, {"rank": 1, "of": 161}],
+        "seconds": 214.3,
+        "stopped": "the best third token lowered the error only to 0.96 of its value, and less than 0.50 is asked",
+        "steps": [
+            {
+                "token_id": t,
+                "token": s,
+                "source": "obvious",
+                "objective_before": before,
+                "objective_after": after,
+                "ratio": after / before,
+                "accepted": ok,
+                "top": _candidates(after),
+            }
+            for t, s, before, after, ok in (
+                (198, "\n", 81234567.0, 7311111.0, True),
+                (0, "<|im_start|>", 7311111.0, 3120011.0, True),
+                (216, " ", 3120011.0, 2995210.0, False),
+            )
+        ],
+    },
+    "magnitudes": {"without": _magnitudes(24782.0), "with": _magnitudes(110.0)},
+    "calibration": {"estimator": "mse", "corpus": "python topics", "tokens": 32768, "sites": _sites()},
+    "export": {
+        "opset": 21,
+        "linears": 210,
+        "packed_linears": 120,
+        "quantize_head": True,
+        "bytes": 207_000_000,
+        "float_bytes": 538_000_000,
+        "rules_checked": ["symmetric zero points", "one consumer per Q", "weights stored as INT8"],
+    },
+    "parity": _parity(),
+    "engines": [
+        {
+            "engine": "onnxruntime",
+            "targets": ["cpu"],
+            "linears": 210,
+            "int8_linears": 210,
+            "fused_attention": 30,
+            "ran": True,
+            "note": "",
+            "details": {"kernels": {"MatMulInteger": 120}, "rewrites": {"uint8": 120}},
+        },
+        {
+            "engine": "tensorrt-rtx",
+            "targets": ["sm80", "sm86", "sm89", "sm120"],
+            "linears": 210,
+            "int8_linears": 208,
+            "fused_attention": 30,
+            "ran": False,
+            "note": "no NVIDIA GPU on this machine",
+            "details": {},
+        },
+    ],
+    "stages": [
+        {"stage": stage, "seconds": seconds, "reused": reused}
+        for stage, seconds, reused in (
+            ("load", 3.1, False),
+            ("search", 214.3, True),
+            ("calibrate", 41.7, False),
+            ("export", 6.2, False),
+            ("engine onnxruntime", 12.9, False),
+            ("engine tensorrt-rtx", 96.0, False),
+            ("parity", 58.4, False),
+            ("evaluate", 161.0, False),
+        )
+    ],
+    "environment": {
+        "python": "3.11.9",
+        "platform": "Linux-6.8-x86_64",
+        "cpu": "AMD EPYC 7B13, 2 cores",
+        "versions": {"numpy": "2.3.1", "onnxruntime": "1.31.1", "torch": "2.13.0"},
+        "peak_rss_bytes": 2_310_000_000,
+    },
+}
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    """A fresh copy of the report's JSON data, to be changed by the test."""
+    return copy.deepcopy(_DATA)
+
+
+@pytest.fixture
+def report(data: dict[str, Any]) -> Report:
+    """The typed report of ``data``."""
+    return Report.model_validate(data)

@@ -1,0 +1,106 @@
+"""The sentences of the report, against numbers worked out by hand."""
+
+from typing import Any
+
+import pytest
+
+from cushion_deploy.report.document import Report
+from cushion_deploy.report.findings import (
+    engines_sentence,
+    not_run_words,
+    parity_sentence,
+    perplexity_rows,
+    prefix_sentence,
+    verdict,
+)
+
+
+def _fail(data: dict[str, Any], index: int, value: float, site: str | None = None) -> None:
+    data["parity"][index].update(value=value, passed=False, site=site)
+
+
+def test_the_verdict_compares_each_quantized_column_with_its_own_reference(report: Report) -> None:
+    # 31.6 / 28.9 = 1.09343; 63.23 / 29.60 = 2.13615
+    outcome = verdict(report)
+    assert outcome.sentence == (
+        "SmolLM2-135M runs in static W8A8 at +9.3 % perplexity over FP with the same prefix; "
+        "without the prefix it would be +114 %."
+    )
+    assert outcome.status == "passed"
+
+
+def test_a_quantized_model_may_be_better_than_its_reference(data: dict[str, Any]) -> None:
+    data["perplexity"]["quantized_prefix"] = 28.4665  # 0.985 of 28.90
+    assert "at −1.5 % perplexity against FP with the same prefix" in verdict(Report.model_validate(data)).sentence
+
+
+def test_a_failed_check_comes_before_every_good_number(data: dict[str, Any]) -> None:
+    _fail(data, 2, 0.99, "layers.3.mlp.down")
+    _fail(data, 6, 0.5)
+    outcome = verdict(Report.model_validate(data))
+    assert outcome.status == "failed"
+    assert outcome.sentence.startswith("Do not deploy: 2 of 7 parity checks do not hold. ")
+
+
+@pytest.mark.parametrize(
+    ("section", "value"), [("parity", []), ("engines", []), ("perplexity", None)], ids=lambda x: str(x)
+)
+def test_missing_proof_is_never_a_pass(data: dict[str, Any], section: str, value: Any) -> None:
+    data[section] = value
+    assert verdict(Report.model_validate(data)).status == "incomplete"
+
+
+def test_a_compiled_engine_alone_does_not_make_the_model_run(data: dict[str, Any]) -> None:
+    data["engines"] = data["engines"][1:]
+    report = Report.model_validate(data)
+    assert verdict(report).status == "incomplete"
+    assert "run by no engine here" in verdict(report).sentence
+    assert "runs in static" not in verdict(report).sentence
+    assert engines_sentence(report) == "tensorrt-rtx was compiled but not run here."
+    assert not_run_words(report.engines[0]) == "not run: no NVIDIA GPU on this machine"
+
+
+def test_an_empty_prefix_is_a_result_and_is_said_in_words(data: dict[str, Any]) -> None:
+    data["search"].update(token_ids=[], tokens=[], rank_in_random_sample=[])
+    data["perplexity"].update(fp=20.0, fp_prefix=20.0, quantized=20.5, quantized_prefix=20.5)
+    report = Report.model_validate(data)
+    assert verdict(report).sentence == (
+        "SmolLM2-135M runs in static W8A8 at +2.5 % perplexity over FP; "
+        "no prefix was needed: the search found no attention sink worth one."
+    )
+    assert prefix_sentence(report).startswith("No prefix was needed.")
+
+
+def test_no_search_is_not_told_as_no_need(data: dict[str, Any]) -> None:
+    data["search"] = None
+    report = Report.model_validate(data)
+    assert "it was built without a prefix" in verdict(report).sentence
+    assert "needed" not in verdict(report).sentence + prefix_sentence(report)
+
+
+def test_a_collapse_to_no_number_is_said(data: dict[str, Any]) -> None:
+    data["perplexity"]["quantized"] = None
+    assert "without the prefix no finite perplexity was measured" in verdict(Report.model_validate(data)).sentence
+
+
+def test_the_four_columns_carry_both_deltas(report: Report) -> None:
+    assert report.perplexity is not None
+    assert perplexity_rows(report.perplexity) == [
+        ("perplexity", ["29.60", "28.90", "63.23", "31.60"]),
+        ("against FP", ["", "−2.4 %", "+114 %", "+6.8 %"]),
+        ("against FP + prefix", ["+2.4 %", "", "+119 %", "+9.3 %"]),
+    ]
+
+
+def test_the_first_diverging_site_is_named(data: dict[str, Any]) -> None:
+    _fail(data, 0, 0.0031)
+    _fail(data, 2, 0.99, "layers.3.mlp.down")
+    assert parity_sentence(Report.model_validate(data)) == (
+        "2 of 7 parity checks fail, first on rung 'float ONNX against torch': "
+        "max |Δlogit| 0.0031, at most 0.002. First diverging Site: layers.3.mlp.down."
+    )
+
+
+def test_an_unclimbed_ladder_proves_nothing(data: dict[str, Any]) -> None:
+    data["parity"] = []
+    assert "was not run" in parity_sentence(Report.model_validate(data))

@@ -1,0 +1,158 @@
+"""The page: complete, self-contained, and unmoved by hostile strings."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from cushion_deploy.report.document import Report
+from cushion_deploy.report.figures import Drawing
+from cushion_deploy.report.html import render_html
+
+SVG = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
+FIGURES = {name: Drawing(b"", SVG, SVG, SVG, SVG) for name in ("magnitudes", "perplexity", "scales", "stages")}
+VOID = {"meta", "img", "source", "br"}
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "</code><img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "{{ 7 * 7 }}{% raw %}",
+    "</style><style>*{display:none}",
+    "<!--",
+    "&lt;b&gt;",
+]
+
+
+class Page(HTMLParser):
+    """Collect what a browser would act on, and refuse elements that are not closed in order."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        if self._open[-1:] != ["style"]:
+            self.text += text
+
+
+def render(data: dict[str, Any]) -> Page:
+    return Page(render_html(Report.model_validate(data), FIGURES))
+
+
+def test_nothing_is_fetched_and_nothing_runs(data: dict[str, Any]) -> None:
+    page = render(data)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "a"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in {"src", "srcset", "href", "action", "data", "poster"}:
+            assert value.startswith("data:image/svg+xml;base64,"), (tag, name)
+    source = render_html(Report.model_validate(data), FIGURES)
+    assert not re.search(r"url\(|@import|https?://", source)
+
+
+def test_the_policy_forbids_all_but_inline_style_and_data_images(data: dict[str, Any]) -> None:
+    policies = [value for tag, name, value in render(data).attributes if tag == "meta" and "default-src" in value]
+    directives = {part.split()[0]: part.split()[1:] for part in policies[0].split(";")}
+    assert len(policies) == 1
+    assert directives == {
+        "default-src": ["'none'"],
+        "style-src": ["'unsafe-inline'"],
+        "img-src": ["data:"],
+        "base-uri": ["'none'"],
+        "form-action": ["'none'"],
+    }
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_hostile_strings_become_text_and_change_no_element(data: dict[str, Any], attack: str) -> None:
+    innocent = render(data)
+    data["search"]["tokens"][0] = attack
+    data["search"]["steps"][0]["top"][0]["token"] = attack
+    data["search"]["stopped"] = attack
+    data["model"]["family"] = attack
+    data["perplexity"]["corpus"] = attack
+    data["parity"][0]["metric"] = attack
+    data["engines"][1]["note"] = attack
+    data["engines"][0]["details"] = {attack: attack, "more": 1}
+    data["recipe"] = {"model": attack}
+    data["environment"]["versions"] = {"numpy": attack, "onnxruntime": "1", "torch": "2"}
+    page = render(data)
+    # Stand-ins for spaces are elements of their own inside a token.
+    assert [tag for tag in page.tags if tag != "i"] == [tag for tag in innocent.tags if tag != "i"]
+    assert attack in page.text
+    assert attack.replace(" ", "␣") in page.text
+
+
+def test_whitespace_tokens_are_legible(data: dict[str, Any]) -> None:
+    source = render_html(Report.model_validate(data), FIGURES)
+    assert '<code class="token"><i>⏎</i></code>' in source
+    assert '<code class="token"><i>␣</i></code>' in source
+    assert '<code class="token">&lt;|im_start|&gt;</code>' in source
+
+
+def test_direction_marks_cannot_disguise_any_string(data: dict[str, Any]) -> None:
+    data["parity"][0]["metric"] = data["model"]["source"] = "a\u202eb\x1bc"
+    text = render(data).text
+    assert "\u202e" not in text
+    assert "\x1b" not in text
+    assert "a‹U+202E›b‹U+001B›c" in text
+
+
+def test_an_engine_that_did_not_run_is_said_so(data: dict[str, Any]) -> None:
+    text = " ".join(render(data).text.split())
+    assert "Of 210 linears, 208 are compiled in INT8" in text
+    assert "not run: no NVIDIA GPU on this machine" in text
+    assert "Of 210 linears, 210 run in INT8" in text
+
+
+def test_a_failed_check_shows_value_limit_and_site(data: dict[str, Any]) -> None:
+    data["parity"][2].update(value=0.9971, passed=False, site="layers.3.mlp.down")
+    text = " ".join(render(data).text.split())
+    assert "Failed" in text
+    assert re.search(r"identical codes at layers\.3\.mlp\.down ?0\.9971 ?≥ 0\.999 ?fails", text)
+
+
+def test_a_report_of_almost_nothing_still_reads(data: dict[str, Any]) -> None:
+    minimal = {key: data[key] for key in ("schema", "tool", "created", "model", "precision")}
+    page = Page(render_html(Report.model_validate(minimal), {}))
+    for words in (
+        "Incomplete proof",
+        "its perplexity was not measured",
+        "The parity ladder was not run",
+        "No engine was compiled",
+        "No search was run",
+        "The environment was not recorded",
+    ):
+        assert words in page.text
+    assert "img" not in page.tags
+
+
+def test_an_empty_prefix_reads_as_a_result(data: dict[str, Any]) -> None:
+    data["search"].update(token_ids=[], tokens=[])
+    page = render(data)
+    assert "No prefix was needed." in page.text
+    assert "ol" not in page.tags
+
+
+def test_each_figure_is_embedded_for_light_dark_wide_and_narrow(report: Report) -> None:
+    drawing = Drawing(b"", b"wide light", b"wide dark", b"narrow light", b"narrow dark")
+    source = render_html(report, {"stages": drawing})
+    embedded = [base64.b64decode(found) for found in re.findall(r"svg\+xml;base64,([\w+/=]+)", source)]
+    assert embedded == [b"narrow dark", b"narrow light", b"wide dark", b"wide light"]
