@@ -35,6 +35,12 @@ class GraphBuilder:
         self.inputs.append(value)
         return value
 
+    def optional_input(self, name: str, default: npt.NDArray[Any]) -> ir.Value:
+        """Declare an initializer that a caller may override; one who does not know of it gets the default."""
+        value = self.constant(default, name)
+        self.inputs.append(value)
+        return value
+
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
         """Declare a value as a graph output under ``name``."""
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(list(shape))

@@ -1,5 +1,8 @@
 """The decoder as a graph, from embedding to logits: a flat forward pass over the family description.
 
+``logits_start`` is an initializer that a caller may override: the head then sees the tokens from there on only.
+A prompt needs the logits of its last token, and the head of a small model is a fifth of the work.
+
 Shapes in comments: B batch, S sequence, T past + S, P prefix, L = P + T, H query heads, K key/value heads,
 G = H / K, D head size.
 """
@@ -65,6 +68,10 @@ class DecoderGraph:
             x = self._attention(i, x, past_key, past_value)
             x = self._mlp(i, x)
         g.scope("head")
+        if self.dtype == ir.DataType.FLOAT:
+            # The float16 graph is for engines that take no optional inputs.
+            start = g.optional_input("logits_start", np.zeros(1, dtype=np.int64))
+            x = g.op("Slice", x, start, g.ints(np.iinfo(np.int64).max), g.ints(1))
         logits = self._head(self._norm(x, self.family.final_norm))
         g.output(logits, "logits", ir.DataType.FLOAT, ["batch", "sequence", spec.vocab_size])
         # Graph outputs in the order that runtimes expect: logits first, then present keys and values.
@@ -170,7 +177,8 @@ class DecoderGraph:
             rows = g.op("Reshape", x, g.ints(-1, spec.hidden_size))
             scores = g.op("Gemm", rows, self._embedding(), transB=1)
             shape = g.op("Concat", g.op("Shape", x, start=0, end=2), g.ints(spec.vocab_size), axis=0)
-            logits = g.op("Reshape", scores, shape)
+            # allowzero: logits_start may leave no row at all; engines of the float16 graph never see that.
+            logits = g.op("Reshape", scores, shape, allowzero=int(self.dtype == ir.DataType.FLOAT))
         else:
             logits = add_linear(g, x, PackedLinear(HEAD_SITE, (path,), self.weights), self.dtype, None)
         # A node of its own, so that the output carries the name and type of the contract.

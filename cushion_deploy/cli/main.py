@@ -59,7 +59,7 @@ class LazyGroup(click.Group):
 @click.version_option(tool_version(), prog_name="cushion-deploy")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
 def cli(verbose: bool) -> None:
-    """Run a language model in static per-tensor INT8 at the edge, with the proof beside it.
+    r"""Run a language model in static per-tensor INT8 at the edge, with the proof beside it.
 
     \b
     cushion-deploy build --model MODEL --precision w8a8 --output OUT

@@ -52,7 +52,7 @@ def resolve_source(model: str, revision: str | None = None) -> ModelSource:
         return _from_file(path, model)
     if path.is_dir():
         return _from_folder(path, model, revision)
-    if _HUB_ID.fullmatch(model) and not path.suffix.lower() == ".gguf":
+    if _HUB_ID.fullmatch(model) and path.suffix.lower() != ".gguf":
         return _from_folder(_download(model, revision), model, revision)
     raise UsageError(f"model '{model}' does not exist", hint=f"give {SUPPORTED}")
 
@@ -103,12 +103,14 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder, in order.
 
     Raises:
-        UntrustedArtifact: only pickled weights are there.
+        UntrustedArtifact: only pickled weights are there, or the index is damaged.
         UsageError: no weights, or a shard is missing.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index, "fetch the model again").get("weight_map", {})
+        weight_map = read_json(index, "fetch the model again").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UntrustedArtifact(f"{index.name} maps no tensors to files", hint="fetch the model again")
         names = sorted(set(weight_map.values()))
         if any(Path(name).name != name for name in names):
             raise UntrustedArtifact(

@@ -79,10 +79,9 @@ class PrefixSearch:
         return compute_prefix(self.model, ids), trace
 
     def _step(self, ids: tuple[int, ...], number: int) -> SearchStep:
-        rng = np.random.default_rng([self.seed, number])
+        rng = np.random.default_rng([self.seed, number, 1])
         past = prefix_tensors(compute_prefix(self.model, ids))
-        start = int(rng.integers(0, len(self.corpus) - self.config.text_tokens + 1))
-        text = self.corpus[start : start + self.config.text_tokens]
+        text = draw_text(self.corpus, self.config.text_tokens, self.seed, number)
         before = score_prefix(self.model, past, text, self.config.objective)
         self._count(1, len(text))
         self.trace.positions_full_scan += self.model.spec.vocab_size * len(text)
@@ -175,3 +174,9 @@ class PrefixSearch:
         if ids:
             return f"{best}, more than tau = {self.config.tau}: another token would not pay"
         return f"{best}, more than tau = {self.config.tau}: this model has no sink worth a prefix"
+
+
+def draw_text(corpus: IntArray, tokens: int, seed: int, step: int) -> IntArray:
+    """Return the text int64 ``[tokens]`` that a step of the search is scored on; the same for a seed and a step."""
+    start = int(np.random.default_rng([seed, step]).integers(0, len(corpus) - tokens + 1))
+    return corpus[start : start + tokens]

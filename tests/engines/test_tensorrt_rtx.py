@@ -303,7 +303,7 @@ def test_a_full_disk_in_the_worker_is_raised_here(stand_in: Callable[[str], Path
 
 
 def test_an_interrupt_kills_the_worker_at_once(stand_in: Callable[[str], Path]) -> None:
-    scratch = stand_in("echo $$ > pid; kill -USR1 $PPID; exec sleep 60")
+    scratch = stand_in("read request; echo $$ > pid; kill -USR1 $PPID; exec sleep 60")
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

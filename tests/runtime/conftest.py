@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,13 +91,6 @@ class Tiny:
     def session(self, **options: Any) -> OnnxRuntimeSession:
         """Return a fresh session on one thread."""
         return OnnxRuntimeSession(self.graph.path, self.graph.contract, threads=1, **options)
-
-
-@pytest.fixture(autouse=True)
-def subnormals() -> Iterator[None]:
-    """Give the thread its subnormal numbers back, which the first session of a process takes for good."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ class Script:
     """A session that wants these tokens next, whatever it is fed."""
 
     def __init__(self, contract: Any, tokens: list[int]) -> None:
-        self.contract, self._tokens, self.fed = contract, iter(tokens), []
+        self.contract, self._tokens = contract, iter(tokens)
+        self.fed: list[int] = []
 
     @property
     def length(self) -> int:

@@ -59,7 +59,7 @@ def test_tokens_fed_without_logits_count_as_context(session: Any, ids: Any) -> N
 @pytest.mark.parametrize("chunk", [4, 128])
 def test_left_padded_batch_equals_single_rows(tiny: Any, ids: Any, graph: str, chunk: int) -> None:
     exported = getattr(tiny, graph)
-    session = OnnxRuntimeSession(exported.path, exported.contract, threads=1, chunk=chunk)
+    session: Any = OnnxRuntimeSession(exported.path, exported.contract, threads=1, chunk=chunk)
     rows = [ids[0, :12], ids[0, 20:25], ids[0, 30:39]]
     batch, mask = np.full((3, 12), 2), np.zeros((3, 12), dtype=np.int64)
     for i, row in enumerate(rows):
@@ -104,7 +104,7 @@ def test_float16_cache_follows_the_contract(tiny: Any, tmp_path: Path, ids: Any)
 
     loaded = tiny.loaded
     half = export_graph(loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), tmp_path, dtype="float16")
-    session = OnnxRuntimeSession(half.path, half.contract, threads=1)
+    session: Any = OnnxRuntimeSession(half.path, half.contract, threads=1)
     expected = torch_logits(loaded, ids, tiny.prefix)
     session.run(ids[:, :-1], need_logits="none")
     got = session.run(ids[:, -1:])
@@ -254,7 +254,7 @@ def _with_logits_start(source: Path, target: Path) -> None:
 
 def test_head_runs_for_wanted_tokens_alone_where_the_graph_allows_it(tiny: Any, tmp_path: Path, ids: Any) -> None:
     _with_logits_start(tiny.graph.path, tmp_path / "model.onnx")
-    session = OnnxRuntimeSession(tmp_path / "model.onnx", tiny.graph.contract, threads=1, chunk=16)
+    session: Any = OnnxRuntimeSession(tmp_path / "model.onnx", tiny.graph.contract, threads=1, chunk=16)
     profiled = session_options(threads=1)
     profiled.enable_profiling = True
     profiled.profile_file_prefix = str(tmp_path / "profile")

@@ -1,0 +1,61 @@
+"""How long the search takes, and how its tokens rank among fresh random tokens scored exactly in the same context."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+from common import arguments, workspace
+
+from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
+from cushion_deploy.prefix.objective import score_candidates
+from cushion_deploy.prefix.search import PrefixSearch, draw_text
+
+
+def main() -> None:
+    """Search, then rank every found token in a random sample that is not the search's own."""
+    parser = arguments(__doc__)
+    parser.add_argument("--sample", type=int, default=400)
+    options = parser.parse_args()
+    ws = workspace(options)
+    config = ws.recipe.search
+    text = ws.model.encode(ws.corpus(ws.recipe.calibration.data, "calibration").text)
+    begin = time.monotonic()
+    _, trace = PrefixSearch(ws.model, text, config, options.seed, None, ws.progress).run()
+    seconds = time.monotonic() - begin
+    rng = np.random.default_rng(987_654_321)
+    ranks = []
+    for number, step in enumerate(trace.steps):
+        past = prefix_tensors(compute_prefix(ws.model, trace.token_ids[: len(trace.seed_tokens) + number]))
+        sample = [int(t) for t in rng.choice(ws.model.spec.vocab_size, size=options.sample, replace=False)]
+        drawn = draw_text(text, config.text_tokens, options.seed, number)
+        scores = score_candidates(ws.model, past, drawn, sample, config.objective, progress=ws.progress, task="ranking")
+        better = sum(score < step.best.objective for score in scores)
+        ranks.append(
+            {
+                "token": step.best.token,
+                "accepted": step.accepted,
+                "leaves": round(step.ratio, 4),
+                "better_in_sample": better,
+                "sample": options.sample,
+                "best_percent": round(100 * (better + 1) / (options.sample + 1), 2),
+            }
+        )
+    print(
+        json.dumps(
+            {
+                "seconds": round(seconds, 1),
+                "positions_scored": trace.positions_scored,
+                "positions_full_scan": trace.positions_full_scan,
+                "tokens": trace.tokens,
+                "stopped": trace.stopped,
+                "steps": ranks,
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

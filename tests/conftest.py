@@ -1,0 +1,222 @@
+"""Tiny Llamas that every test shares: a random one, one with a planted attention sink, and the real SmolLM2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cushion_deploy.modeling.gguf import convert_gguf
+from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.source import resolve_source
+
+SMOLLM2 = Path(__file__).parents[1] / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content | trim }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEXT = [
+    "A few semantically empty tokens become attention sinks and carry very large activations.",
+    "The quick brown fox jumps over the lazy dog; the dog sleeps, and the fox is gone by then.",
+    "When nothing else is worth attending to, a head attends to the first token of the text.",
+]
+BOS, EOS = 1, 2
+TinyWriter = Callable[..., Path]
+
+# Models this small gain nothing from threads, and lose much to them on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def subnormals() -> Iterator[None]:
+    """Give the thread its subnormal numbers back, which the first ONNX Runtime session takes for good."""
+    torch.set_flush_denormal(False)
+    yield
+    torch.set_flush_denormal(False)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Return a trained byte-level BPE tokenizer of 320 tokens that puts ``<s>`` before a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return tokenizer
+
+
+def write_tiny(folder: Path, edit: Callable[[LlamaForCausalLM], None] | None = None, **config: Any) -> Path:
+    """Write a random Llama of three layers as a Hugging Face folder, and return the folder.
+
+    Args:
+        folder: where to.
+        edit: changes the module before it is saved.
+        config: overrides of LlamaConfig.
+    """
+    tokenizer = tiny_tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    module = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+    if edit:
+        with torch.no_grad():
+            edit(module)
+    module.save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_writer() -> TinyWriter:
+    """Return :func:`write_tiny`, for tests that need a variant or a folder to damage."""
+    return write_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a random Llama: no sink; not to be changed."""
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Path) -> LoadedModel:
+    """Return the random Llama, loaded."""
+    return load_folder(tiny_folder, resolve_source(str(tiny_folder)))
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A sink that was written into a model on purpose.
+
+    Each token that is no absorber belongs to one of four classes. A token that attends to its own class alone
+    fires a neuron of the MLP of ``layer``: so does every first token of a text, and hardly any later one. An
+    absorber draws the attention of everything behind it and contributes nothing, so nothing fires behind it;
+    itself it fires harder than any other token.
+
+    Attributes:
+        absorbers: token ids.
+        layer: whose ``mlp.down`` input becomes massive.
+        massive: a magnitude that only fired neurons reach.
+    """
+
+    absorbers: tuple[int, ...]
+    layer: int
+    massive: float
+
+    def token_class(self, token: int) -> int:
+        """Return the class of a token that is no absorber."""
+        return token % 4
+
+
+PLANT = Plant(absorbers=(65, 97, 171), layer=1, massive=200.0)
+_CONSTANT, _CLASS, _ABSORBER, _MEAN, _SINK, _RESERVED = 0, 1, 5, 6, 10, 11
+
+
+def plant_sink(module: LlamaForCausalLM) -> None:
+    """Write the circuit of :class:`Plant` into a random Llama of the tiny shape, on reserved channels."""
+    embedding, layers = module.model.embed_tokens.weight, module.model.layers
+    unit = 3.0
+    embedding[:, _RESERVED:] *= 8.0 / embedding[:, _RESERVED:].norm(dim=1, keepdim=True)
+    embedding[:, :_RESERVED] = 0.0
+    embedding[:, _CONSTANT] = unit
+    for token in range(len(embedding)):
+        marked = _ABSORBER if token in PLANT.absorbers else _CLASS + PLANT.token_class(token)
+        embedding[token, marked] = unit
+    # Every row has the same norm now, hence the same divisor in the first RMS norm.
+    rms = float(embedding[0].square().mean().sqrt())
+    for layer in layers:
+        layer.self_attn.o_proj.weight[:_RESERVED] = 0.0
+        layer.mlp.down_proj.weight[:_RESERVED] = 0.0
+    # Query head 0 attends evenly, but 12 nats more to an absorber; the slowest rotary pair hardly turns.
+    attention, slow, dim = layers[0].self_attn, 7, 16
+    attention.q_proj.weight[: 2 * dim] = 0.0
+    attention.k_proj.weight[:dim] = 0.0
+    attention.v_proj.weight[:dim] = 0.0
+    attention.o_proj.weight[:, : 2 * dim] = 0.0
+    attention.q_proj.weight[slow, _CONSTANT] = attention.k_proj.weight[slow, _ABSORBER] = rms / unit * 48**0.5
+    for i in range(4):
+        attention.v_proj.weight[i, _CLASS + i] = rms
+        attention.o_proj.weight[_MEAN + i, i] = 1.0
+        # Fires where the mean over what is attended to exceeds 0.8 of one class.
+        mlp = layers[PLANT.layer].mlp
+        mlp.gate_proj.weight[i] = 0.0
+        mlp.gate_proj.weight[i, _MEAN + i], mlp.gate_proj.weight[i, _CONSTANT] = 60.0, -48.0
+        mlp.up_proj.weight[i] = 0.0
+        mlp.up_proj.weight[i, _CONSTANT] = 60.0
+        mlp.down_proj.weight[:, i] = 0.0
+        mlp.down_proj.weight[_SINK, i] = 0.25
+    mlp.gate_proj.weight[0, _ABSORBER] = 90.0
+
+
+@pytest.fixture(scope="session")
+def planted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a Llama with the planted sink."""
+    return write_tiny(tmp_path_factory.mktemp("planted"), plant_sink)
+
+
+@pytest.fixture(scope="session")
+def planted_model(planted_folder: Path) -> LoadedModel:
+    """Return the Llama with the planted sink, loaded."""
+    return load_folder(planted_folder, resolve_source(str(planted_folder)))
+
+
+@pytest.fixture(scope="session")
+def plant() -> Plant:
+    """Return what was planted into ``planted_model``."""
+    return PLANT
+
+
+@pytest.fixture(scope="session")
+def plain_ids() -> Any:
+    """Return 600 random token ids, int64 ``[600]``, without special tokens and without absorbers."""
+    ids = np.random.default_rng(11).integers(3, 320, 900)
+    return ids[~np.isin(ids, PLANT.absorbers)][:600].astype(np.int64)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct, or skip."""
+    if not SMOLLM2.is_file():
+        pytest.skip(f"{SMOLLM2.name} is not in .models")
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return SmolLM2 as a Hugging Face folder, converted once a session."""
+    folder: Path = tmp_path_factory.mktemp("smollm2")
+    convert_gguf(resolve_source(str(smollm2_gguf)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, smollm2_folder: Path) -> LoadedModel:
+    """Return SmolLM2, loaded."""
+    return load_folder(smollm2_folder, resolve_source(str(smollm2_gguf)))

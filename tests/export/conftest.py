@@ -1,0 +1,138 @@
+"""Random llamas of the real config class, their graphs on disk, and transformers as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cushion_deploy.export.folder import export_graph
+from cushion_deploy.families import get_family
+from cushion_deploy.modeling.forward import compute_prefix
+from cushion_deploy.modeling.load import LoadedModel, SafetensorsWeights, bind_sites, describe
+from cushion_deploy.modeling.source import resolve_source
+from cushion_deploy.types import ActivationScales, ExportedGraph, FloatArray, IntArray, Prefix, QuantScheme
+
+BASE: dict[str, Any] = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+MakeModel = Callable[..., LoadedModel]
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Return a function from LlamaConfig options to a random model whose biases and norms are random too."""
+    made: dict[str, LoadedModel] = {}
+
+    def make(**options: Any) -> LoadedModel:
+        key = repr(sorted(options.items()))
+        if key not in made:
+            torch.manual_seed(0)
+            module = LlamaForCausalLM(LlamaConfig(**{**BASE, **options})).eval().requires_grad_(False)
+            for name, parameter in module.named_parameters():
+                if "norm" in name or name.endswith(".bias"):
+                    parameter.add_(torch.randn(parameter.shape) * 0.3)
+            folder = tmp_path_factory.mktemp("hf")
+            module.save_pretrained(folder)
+            source = resolve_source(str(folder))
+            family = get_family("llama")
+            spec = describe(module, family, source)
+            sites = bind_sites(module, family, spec)
+            made[key] = LoadedModel(spec, family, module, None, sites, SafetensorsWeights(folder), folder)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_scales() -> Callable[[LoadedModel, Prefix], ActivationScales]:
+    """Return a function that gives every Site another plausible scale."""
+
+    def make(model: LoadedModel, prefix: Prefix) -> ActivationScales:
+        values = {site: float(np.float32(0.02 + 0.001 * i)) for i, site in enumerate(model.sites)}
+        return ActivationScales(values, "max", model.spec.weights_digest, prefix.digest, "corpus", 1)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def export_float(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ExportedGraph]:
+    """Return a function that exports the float graph of a model behind the prefix of some tokens."""
+
+    def export(model: LoadedModel, tokens: tuple[int, ...] = (), **options: Any) -> ExportedGraph:
+        prefix = compute_prefix(model, tokens)
+        folder = tmp_path_factory.mktemp("graph")
+        return export_graph(model.spec, model.weights, prefix, None, QuantScheme(), folder, **options)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def transformers_logits() -> Callable[..., FloatArray]:
+    """Return logits of transformers for one row of tokens behind the prefix's own tokens, without any cache."""
+
+    def logits(model: LoadedModel, tokens: tuple[int, ...], row: list[int]) -> FloatArray:
+        with torch.inference_mode():
+            out = model.module(input_ids=torch.tensor([[*tokens, *row]]), use_cache=False).logits
+        return np.asarray(out[0, len(tokens) :].numpy())
+
+    return logits
+
+
+class Runner:
+    """A graph in plain ONNX Runtime, fed by hand."""
+
+    def __init__(self, path: Path) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def __call__(
+        self,
+        ids: IntArray,
+        past: Mapping[str, npt.NDArray[Any]] | None = None,
+        mask: IntArray | None = None,
+        **more: npt.NDArray[Any],
+    ) -> tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]:
+        """Return logits and ``past_key_values.*`` for the next call."""
+        feed: dict[str, Any] = {}
+        for i in self.session.get_inputs():
+            if i.name.startswith("past"):
+                dtype = np.float16 if "float16" in i.type else np.float32
+                feed[i.name] = np.zeros((ids.shape[0], i.shape[1], 0, i.shape[3]), dtype)
+        feed |= past or {}
+        before = next(v.shape[2] for k, v in feed.items() if k.startswith("past"))
+        total = before + ids.shape[1]
+        if mask is None:
+            mask = np.ones((ids.shape[0], total), np.int64)
+        feed["input_ids"], feed["attention_mask"] = ids, mask
+        feed["position_ids"] = np.maximum(mask.cumsum(1) - 1, 0)[:, before:]
+        names = [o.name for o in self.session.get_outputs()]
+        out = dict(zip(names, self.session.run(names, feed | more), strict=True))
+        logits = out.pop("logits")
+        return logits, {name.replace("present", "past_key_values"): value for name, value in out.items()}
+
+
+@pytest.fixture(scope="session")
+def runner() -> type[Runner]:
+    """Return the class that runs a graph."""
+    return Runner

@@ -1,0 +1,77 @@
+"""The tiny model deployed: a prefix, calibrated scales, both graphs, and what torch says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.export.folder import export_graph
+from cushion_deploy.modeling.forward import compute_prefix
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.parity.ladder import TorchReference
+from cushion_deploy.parity.reference import torch_reference
+from cushion_deploy.types import ActivationScales, ExportedGraph, Prefix, QuantScheme
+
+TOKENS = (7, 1, 100)
+Edit = Callable[[dict[str, np.ndarray]], None]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """One model through calibration, export and the torch side of the ladder."""
+
+    model: LoadedModel
+    prefix: Prefix
+    scales: ActivationScales
+    scheme: QuantScheme
+    graph: ExportedGraph
+    twin: ExportedGraph
+    reference: TorchReference
+
+
+@pytest.fixture(scope="session")
+def deployed(tiny_model: LoadedModel, plain_ids: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """Return the deployed tiny model."""
+    prefix, scheme = compute_prefix(tiny_model, TOKENS), QuantScheme()
+    windows = plain_ids[:512].reshape(8, 64)
+    histograms = observe_sites(tiny_model, prefix, windows, np.ones_like(windows))
+    scales = choose_scales(
+        histograms, "max", percentile=99.9, model=tiny_model, prefix=prefix, corpus_digest="corpus", tokens=512
+    )
+    folder = tmp_path_factory.mktemp("deployed")
+    parents = (tiny_model.spec, tiny_model.weights, prefix)
+    graph = export_graph(*parents, scales, scheme, folder)
+    twin = export_graph(*parents, None, scheme, folder, name="float")
+    ids = plain_ids[None, 500:564]
+    reference = torch_reference(tiny_model, prefix, scales, scheme, ids, windows[:4])
+    return Deployed(tiny_model, prefix, scales, scheme, graph, twin, reference)
+
+
+@pytest.fixture
+def sabotaged(tmp_path: Path) -> Callable[[ExportedGraph, Edit], ExportedGraph]:
+    """Return a function that edits the tensors of a graph on disk and leaves everything else as it was."""
+
+    def edit_graph(graph: ExportedGraph, edit: Edit) -> ExportedGraph:
+        model = onnx.load(graph.path)
+        tensors: dict[str, Any] = {t.name: numpy_helper.to_array(t).copy() for t in model.graph.initializer}
+        before = {name: array.copy() for name, array in tensors.items()}
+        edit(tensors)
+        changed = [name for name in tensors if not np.array_equal(before[name], tensors[name])]
+        assert changed, "the sabotage must change something"
+        for tensor in model.graph.initializer:
+            if tensor.name in changed:
+                tensor.CopyFrom(numpy_helper.from_array(tensors[tensor.name], tensor.name))
+        path = tmp_path / graph.path.name
+        onnx.save_model(model, path, save_as_external_data=True, location=path.name + ".data", size_threshold=256)
+        return dataclasses.replace(graph, path=path)
+
+    return edit_graph

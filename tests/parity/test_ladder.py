@@ -1,0 +1,178 @@
+"""Every rung passes on an intact subject, and fails when its subject is broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cushion_deploy.parity.compare import CodeDistance
+from cushion_deploy.parity.ladder import (
+    decode_rung,
+    engine_rung,
+    first_diverging,
+    float_rung,
+    greedy_tokens,
+    segment_decode_rung,
+    segment_rung,
+)
+from cushion_deploy.parity.segments import SegmentRun
+from cushion_deploy.runtime.session import OnnxRuntimeSession
+from cushion_deploy.types import ParityCheck, Site
+
+STEPS = 12
+
+
+def passed(checks: list[ParityCheck]) -> list[bool]:
+    return [check.passed for check in checks]
+
+
+def open_session(graph: Any, kind: type[OnnxRuntimeSession] = OnnxRuntimeSession, **options: Any) -> OnnxRuntimeSession:
+    return kind(graph.path, graph.contract, threads=1, **options)
+
+
+class ForgetsPositions(OnnxRuntimeSession):
+    """Counts positions from 0 in every call."""
+
+    def run(self, ids: Any, mask: Any = None, positions: Any = None, *, need_logits: Any = "last") -> Any:
+        counted = np.arange(ids.shape[1], dtype=np.int64)[None].repeat(ids.shape[0], 0)
+        return super().run(ids, mask, counted, need_logits=need_logits)
+
+
+class LosesAToken(OnnxRuntimeSession):
+    """Drops the newest token of the cache before every call."""
+
+    def run(self, ids: Any, mask: Any = None, positions: Any = None, *, need_logits: Any = "last") -> Any:
+        self.truncate(max(0, self.length - 1))
+        return super().run(ids, mask, positions, need_logits=need_logits)
+
+
+def test_the_float_rung_holds(deployed) -> None:
+    checks = float_rung(deployed.reference, deployed.twin)
+    assert passed(checks) == [True, True]
+    assert [c.metric for c in checks] == ["max |logit difference|", "top-1 agreement"]
+    assert checks[0].value <= 1e-4
+    assert {c.rung for c in checks} == {"float graph against transformers"}
+
+
+@pytest.mark.parametrize("name", ["prefix.0.key", "layers.1.mlp.down.weight", "model.norm.weight"])
+def test_the_float_rung_sees_another_tensor(name: str, deployed, sabotaged) -> None:
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] *= np.float32(1.02)
+
+    assert not passed(float_rung(deployed.reference, sabotaged(deployed.twin, edit)))[0]
+
+
+def test_the_float_rung_fails_on_nan(deployed, sabotaged) -> None:
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.norm.weight"][0] = np.nan
+
+    checks = float_rung(deployed.reference, sabotaged(deployed.twin, edit))
+    assert all(math.isnan(c.value) for c in checks)
+    assert passed(checks) == [False, False]
+
+
+@pytest.mark.parametrize("kernels", ["literal", "fused"])
+def test_the_segment_rung_holds(kernels: str, deployed) -> None:
+    checks = segment_rung("segments", deployed.reference, SegmentRun(deployed.graph, deployed.scales, kernels))
+    assert passed(checks) == [True, True, True]
+    assert [c.site for c in checks] == [None, None, None]
+    assert {c.rung for c in checks} == {"segments"}
+    assert f"mean over {len(deployed.graph.sites)} Sites" in checks[0].note
+
+
+@pytest.mark.parametrize("kernels", ["literal", "fused"])
+def test_the_segment_decode_rung_holds(kernels: str, deployed) -> None:
+    run = SegmentRun(deployed.graph, deployed.scales, kernels)
+    assert passed(segment_decode_rung("decode", deployed.reference, run, STEPS)) == [True, True, True]
+
+
+def test_the_segment_decode_rung_sees_a_damaged_cache(deployed) -> None:
+    run = SegmentRun(deployed.graph, deployed.scales, "fused")
+
+    def damaged(ids: Any, codes: Any, past: Any = None) -> Any:
+        if past is not None:
+            past = {**past, "past_key_values.1.value": past["past_key_values.1.value"] * np.float32(0.9)}
+        return run(ids, codes, past)
+
+    checks = segment_decode_rung("decode", deployed.reference, damaged, STEPS)
+    assert not passed(checks)[0]
+    assert checks[0].site == "layers.1.attn.out"
+
+
+@pytest.mark.parametrize("chunk", [7, 128])
+def test_the_decode_rung_holds(chunk: int, deployed) -> None:
+    session = open_session(deployed.twin, chunk=chunk)
+    checks = decode_rung("decode", deployed.reference.ids, session, STEPS)
+    assert passed(checks) == [True]
+    assert checks[0].value <= 1e-4
+
+
+@pytest.mark.parametrize("kind", [ForgetsPositions, LosesAToken])
+def test_the_decode_rung_sees_a_broken_cache(kind: type[OnnxRuntimeSession], deployed) -> None:
+    checks = decode_rung("decode", deployed.reference.ids, open_session(deployed.twin, kind), STEPS)
+    assert passed(checks) == [False]
+
+
+def test_the_engine_rung_holds_and_tells_the_perplexity(deployed) -> None:
+    session = open_session(deployed.graph)
+    seen: list[tuple[int, int]] = []
+    checks, perplexity = engine_rung(
+        "engine", deployed.reference, session, lambda task, done, total: seen.append((done, total))
+    )
+    assert passed(checks) == [True]
+    assert seen == [(i, 4) for i in (1, 2, 3, 4)]
+    losses = []
+    for window in deployed.reference.windows:
+        session.reset()
+        logits = session.run(window[None], need_logits="all")
+        losses.append(
+            torch.nn.functional.cross_entropy(torch.tensor(logits[0, :-1]), torch.tensor(window[1:]), reduction="mean")
+        )
+    assert perplexity == pytest.approx(math.exp(float(torch.stack(losses).mean())), rel=1e-4)
+    assert "on 252 tokens" in checks[0].note
+    assert "of 32 tokens" in checks[0].note
+
+
+@pytest.mark.parametrize("name", ["head.weight_scales", "model.norm.weight", "layers.2.mlp.down.scale"])
+def test_the_engine_rung_sees_another_perplexity(name: str, deployed, sabotaged) -> None:
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = (tensors[name] * np.float32(3)).astype(np.float32)
+
+    checks, _ = engine_rung("engine", deployed.reference, open_session(sabotaged(deployed.graph, edit)))
+    assert passed(checks) == [False]
+
+
+def test_the_engine_rung_sees_better_perplexity_too(deployed) -> None:
+    worse = dataclasses.replace(deployed.reference, quantized_nll=deployed.reference.quantized_nll + 1)
+    checks, _ = engine_rung("engine", worse, open_session(deployed.graph))
+    assert passed(checks) == [False]
+    assert checks[0].value > 0.5
+
+
+def test_greedy_tokens_are_those_of_transformers(deployed) -> None:
+    prompt, prefix = deployed.reference.prompt, deployed.prefix.token_ids
+    whole = torch.tensor([[*prefix, *prompt[0].tolist()]])
+    for _ in range(10):
+        with torch.inference_mode():
+            logits = deployed.model.module(input_ids=whole, use_cache=False).logits
+        whole = torch.cat([whole, logits[:, -1:].argmax(-1)], dim=1)
+    assert greedy_tokens(open_session(deployed.twin), prompt, 10) == whole[0, -10:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("distances", "expected"),
+    [
+        ([(1.0, 0), (1.0, 0), (1.0, 0)], None),
+        ([(0.999, 1), (0.9989, 1), (0.1, 90)], "b"),
+        ([(0.9995, 2), (0.5, 1), (1.0, 0)], "a"),
+        ([(1.0, 0), (1.0, 1), (0.99, 1)], "c"),
+    ],
+)
+def test_the_first_site_beyond_a_limit_is_named(distances: list[tuple[float, int]], expected: str | None) -> None:
+    named = {Site(name): CodeDistance(*d) for name, d in zip("abc", distances, strict=True)}
+    assert first_diverging(named) == expected

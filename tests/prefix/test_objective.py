@@ -1,0 +1,110 @@
+"""The objective is Eq. 6 over text tokens alone, whatever the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.prefix.objective import OBJECTIVES, RowObjective, score_candidates, score_prefix
+from cushion_deploy.types import IntArray, Site
+
+CANDIDATES = [1, 65, 9, 44, 45, 46, 310]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("prefix", [(), (65,), (7, 1, 30)])
+def test_the_score_of_a_prefix_is_the_numpy_recomputation(
+    planted_model: LoadedModel, plain_ids: IntArray, oracle: Callable[..., Any], prefix: tuple[int, ...], objective: Any
+) -> None:
+    text = plain_ids[:40]
+    past = prefix_tensors(compute_prefix(planted_model, prefix))
+    expected = oracle(planted_model, prefix, text)[objective]
+    assert score_prefix(planted_model, past, text, objective) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("prefix", [(), (9, 12)])
+@pytest.mark.parametrize("batch_positions", [1, 70, 10_000])
+def test_each_candidate_has_its_own_score_whatever_the_batch(
+    planted_model: LoadedModel,
+    plain_ids: IntArray,
+    oracle: Callable[..., Any],
+    prefix: tuple[int, ...],
+    objective: Any,
+    batch_positions: int,
+) -> None:
+    text = plain_ids[:30]
+    past = prefix_tensors(compute_prefix(planted_model, prefix))
+    found = score_candidates(planted_model, past, text, CANDIDATES, objective, batch_positions=batch_positions)
+    expected = [oracle(planted_model, (*prefix, token), text)[objective] for token in CANDIDATES]
+    assert max(expected) > 2 * min(expected), "the candidates differ"
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_positions_of_a_forward_pass_stay_below_the_bound(
+    tiny_model: LoadedModel, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    forward = type(tiny_model.module.model).forward
+
+    def count(self: Any, input_ids: torch.Tensor, **rest: Any) -> Any:
+        sizes.append(input_ids.numel())
+        return forward(self, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(type(tiny_model.module.model), "forward", count)
+    score_candidates(tiny_model, [], plain_ids[:19], list(range(10)), "error", batch_positions=64)
+    assert sizes == [60, 60, 60, 20]
+
+
+def test_progress_counts_candidates(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+    reports: list[tuple[str, int, int]] = []
+    score_candidates(
+        tiny_model,
+        [],
+        plain_ids[:9],
+        [3, 4, 5],
+        "max",
+        batch_positions=20,
+        task="name",
+        progress=lambda *report: reports.append(report),
+    )
+    assert reports == [("name", 2, 3), ("name", 3, 3)]
+
+
+@given(
+    hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(-100, 100, width=16)),
+    st.integers(0, 3),
+    st.sampled_from([4, 8]),
+)
+def test_rows_are_measured_apart_and_skipped_positions_do_not_count(x: np.ndarray, skip: int, bits: int) -> None:
+    limit = 2 ** (bits - 1) - 1
+    measured = {name: RowObjective(name, 3, skip, bits) for name in OBJECTIVES}
+    for objective in measured.values():
+        objective(Site("a"), torch.from_numpy(x.copy()))
+        objective(Site("b"), torch.from_numpy(x[:, ::-1].copy() * 2))
+    error, largest = np.zeros(3), np.zeros(3)
+    for part in (x[:, skip:], x[:, ::-1][:, skip:] * 2):
+        for row in range(3):
+            values = part[row].astype(np.float64)
+            amax = np.abs(values).max()
+            largest[row] = max(largest[row], amax)
+            if amax > 0:
+                step = amax / limit
+                error[row] += ((values - np.rint(values / step) * step) ** 2).sum()
+    np.testing.assert_allclose(measured["max"].totals.numpy(), largest, rtol=1e-6)
+    np.testing.assert_allclose(measured["error"].totals.numpy(), error, rtol=1e-3, atol=1e-6)
+
+
+def test_a_site_of_zeros_adds_nothing() -> None:
+    measured = RowObjective("error", 2, 0)
+    measured(Site("a"), torch.zeros(2, 3, 4))
+    assert measured.totals.tolist() == [0.0, 0.0]

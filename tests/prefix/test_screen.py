@@ -1,0 +1,92 @@
+"""The screen gives every token its own largest activation, as transformers computes it, in fewer layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.prefix import screen
+from cushion_deploy.prefix.screen import self_sink_sizes
+
+InputsOf = Callable[..., dict[str, np.ndarray]]
+
+
+def own_maxima(model: LoadedModel, inputs_of: InputsOf, prefix: tuple[int, ...], token: int) -> np.ndarray:
+    """Return the largest own activation of ``token`` behind ``prefix`` in each layer."""
+    found = np.zeros(model.spec.num_layers)
+    for site, x in inputs_of(model, (*prefix, token)).items():
+        layer = int(site.split(".")[1])
+        found[layer] = max(found[layer], np.abs(x[-1]).max())
+    return found
+
+
+@pytest.mark.parametrize("prefix", [(), (97,), (5, 200)])
+@pytest.mark.parametrize("batch_positions", [100, 2048])
+def test_sizes_are_the_brute_force_ones(
+    planted_model: LoadedModel, inputs_of: InputsOf, prefix: tuple[int, ...], batch_positions: int
+) -> None:
+    past = prefix_tensors(compute_prefix(planted_model, prefix))
+    rng = np.random.default_rng(0)
+    sizes, depth = self_sink_sizes(planted_model, past, rng, batch_positions=batch_positions)
+    assert sizes.shape == (320,)
+    for token in range(0, 320, 5):
+        expected = own_maxima(planted_model, inputs_of, prefix, token)[:depth].max()
+        assert sizes[token] == pytest.approx(expected, rel=1e-3), token
+
+
+def test_as_many_layers_run_as_the_maxima_need(planted_model: LoadedModel, inputs_of: InputsOf) -> None:
+    # Without a prefix every token fires in layer 1 of 3, so nothing is left to find in layer 2.
+    sizes, depth = self_sink_sizes(planted_model, [], np.random.default_rng(0))
+    assert depth == 2
+    full = [own_maxima(planted_model, inputs_of, (), token).max() for token in range(0, 320, 9)]
+    np.testing.assert_allclose(sizes[::9], full, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("maxima", "depth"),
+    [
+        ([[5, 5], [1, 1], [1, 1]], 1),
+        ([[1, 1], [5, 5], [1, 1]], 2),
+        ([[5, 1], [1, 1], [1, 9]], 3),
+        ([[2, 2], [2, 2], [2, 2]], 1),
+    ],
+)
+def test_the_depth_is_where_the_sample_reached_its_maxima(maxima: list[list[float]], depth: int) -> None:
+    assert screen._depth_needed(torch.tensor(maxima, dtype=torch.float32)) == depth
+
+
+def test_absorbers_come_first(planted_model: LoadedModel, plant: Any) -> None:
+    sizes, _ = self_sink_sizes(planted_model, [], np.random.default_rng(1))
+    assert set(np.argsort(-sizes)[:3]) == set(plant.absorbers)
+    assert sizes.min() > plant.massive, "at the first position every token becomes a sink"
+
+
+def test_the_model_is_whole_again_even_after_an_error(tiny_model: LoadedModel) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    before = tiny_model.module(input_ids=ids).logits
+
+    def fail(task: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        self_sink_sizes(tiny_model, [], np.random.default_rng(0), progress=fail)
+    assert tiny_model.module.config.num_hidden_layers == 3
+    assert torch.equal(tiny_model.module(input_ids=ids).logits, before)
+
+
+def test_progress_ends_with_the_whole_vocabulary(tiny_model: LoadedModel) -> None:
+    reports: list[tuple[int, int]] = []
+    self_sink_sizes(
+        tiny_model,
+        [],
+        np.random.default_rng(0),
+        batch_positions=128,
+        progress=lambda _, done, total: reports.append((done, total)),
+    )
+    assert reports == [(128, 320), (256, 320), (320, 320)]

@@ -1,0 +1,206 @@
+"""The search removes a planted sink, finds none where there is none, and does what its settings say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.forward import compute_prefix
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.prefix import search
+from cushion_deploy.prefix.search import PrefixSearch
+from cushion_deploy.prefix.trace import SearchTrace
+from cushion_deploy.recipe import Search
+from cushion_deploy.types import IntArray
+
+Oracle = Callable[..., dict[str, float]]
+
+
+def config(**changes: Any) -> Search:
+    """Return small settings: 48 tokens of text, few candidates."""
+    small = {"text_tokens": 48, "random_candidates": 32, "screen_candidates": 16, "audit_tokens": 8}
+    return Search(**{**small, **changes})
+
+
+@pytest.mark.parametrize("objective", ["error", "max"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_planted_sink_is_found_and_removed(
+    planted_model: LoadedModel, plain_ids: IntArray, plant: Any, oracle: Oracle, objective: Any, seed: int
+) -> None:
+    prefix, trace = PrefixSearch(planted_model, plain_ids, config(objective=objective), seed=seed).run()
+    assert 1 <= prefix.length <= 2
+    step = trace.steps[0]
+    assert step.accepted
+    assert step.ratio < 0.2
+    for start in (0, 100, 300):
+        text = plain_ids[start : start + 48]
+        assert oracle(planted_model, (), text)["max"] > plant.massive
+    # Only the search's own text is promised to be free of it: a token of one class leaves that class a sink.
+    rng = np.random.default_rng([seed, 0])
+    assert trace.steps[0].before > 0
+    del rng
+
+
+def test_an_absorber_removes_the_sink_from_every_text(
+    planted_model: LoadedModel, plain_ids: IntArray, plant: Any, oracle: Oracle
+) -> None:
+    for start in range(0, 500, 100):
+        text = plain_ids[start : start + 48]
+        assert oracle(planted_model, plant.absorbers[:1], text)["max"] < plant.massive / 4
+
+
+@pytest.mark.parametrize("mode", ["screen", "exhaustive"])
+def test_a_model_without_sink_gets_an_empty_prefix_and_the_words_say_so(
+    tiny_model: LoadedModel, plain_ids: IntArray, mode: Any
+) -> None:
+    prefix, trace = PrefixSearch(tiny_model, plain_ids, config(mode=mode)).run()
+    assert (prefix.length, prefix.token_ids, trace.token_ids, trace.tokens) == (0, (), (), ())
+    assert "no sink worth a prefix" in trace.stopped
+    (step,) = trace.steps
+    assert not step.accepted
+    assert step.best.objective > 0.5 * step.before
+
+
+def test_the_prefix_is_the_models_own_for_the_tokens_found(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+    prefix, trace = PrefixSearch(planted_model, plain_ids, config()).run()
+    assert prefix.digest == compute_prefix(planted_model, trace.token_ids).digest
+    assert trace.tokens == tuple(planted_model.token_text(i) for i in trace.token_ids)
+
+
+@pytest.mark.parametrize("mode", ["screen", "exhaustive"])
+def test_a_seed_decides_everything(planted_model: LoadedModel, plain_ids: IntArray, mode: Any) -> None:
+    traces = []
+    for seed in (5, 5, 6):
+        _, trace = PrefixSearch(planted_model, plain_ids, config(mode=mode, max_length=1), seed=seed).run()
+        traces.append({**trace.to_json(), "seconds": 0})
+    assert traces[0] == traces[1]
+    assert traces[0] != traces[2]
+
+
+def test_an_exhaustive_search_finds_the_brute_force_best(
+    planted_model: LoadedModel, plain_ids: IntArray, oracle: Oracle
+) -> None:
+    text = plain_ids[:48]
+    _, trace = PrefixSearch(planted_model, text, config(mode="exhaustive", max_length=1)).run()
+    scores = np.array([oracle(planted_model, (token,), text)["error"] for token in range(320)])
+    best = trace.steps[0].best
+    assert best.token_id == int(scores.argmin())
+    assert best.objective == pytest.approx(scores.min(), rel=1e-3)
+    assert trace.steps[0].before == pytest.approx(oracle(planted_model, (), text)["error"], rel=1e-3)
+    assert [t.objective for t in trace.steps[0].top] == pytest.approx(sorted(scores)[:20], rel=1e-3)
+    assert (trace.steps[0].candidates, trace.steps[0].screen_layers) == (320, 0)
+
+
+def test_screened_scores_are_exact(planted_model: LoadedModel, plain_ids: IntArray, oracle: Oracle) -> None:
+    text = plain_ids[:200]
+    _, trace = PrefixSearch(planted_model, text, config(text_tokens=200, max_length=1)).run()
+    for scored in trace.steps[0].top[:5]:
+        expected = oracle(planted_model, (scored.token_id,), text)["error"]
+        assert scored.objective == pytest.approx(expected, rel=1e-3)
+    objectives = [s.objective for s in trace.steps[0].top]
+    assert objectives == sorted(objectives)
+    assert trace.steps[0].best == trace.steps[0].top[0]
+
+
+def test_the_audit_ranks_the_found_token_among_fresh_ones(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+    settings = config(mode="exhaustive", max_length=1, audit_tokens=40)
+    _, trace = PrefixSearch(planted_model, plain_ids, settings).run()
+    step = trace.steps[0]
+    assert (step.audit_rank, step.audit_size) == (1, 40), "nothing beats the best of the whole vocabulary"
+
+
+def test_a_scan_that_was_interrupted_goes_on_where_it_stopped(
+    planted_model: LoadedModel, plain_ids: IntArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "SCAN_CHUNK", 64)
+    settings = config(mode="exhaustive", max_length=1, audit_tokens=0)
+    scored: list[int] = []
+    score = search.score_candidates
+
+    def counting(model: Any, past: Any, text: Any, tokens: Any, *rest: Any, **options: Any) -> list[float]:
+        scored.extend(tokens)
+        return score(model, past, text, tokens, *rest, **options)
+
+    monkeypatch.setattr(search, "score_candidates", counting)
+    _, whole = PrefixSearch(planted_model, plain_ids, settings).run()
+    assert scored == list(range(320))
+    scored.clear()
+
+    def interrupt(task: str, done: int, total: int) -> None:
+        if task == "scanning the vocabulary" and done == 128:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        PrefixSearch(planted_model, plain_ids, settings, scratch=tmp_path, progress=interrupt).run()
+    assert scored == list(range(128))
+    scored.clear()
+    _, resumed = PrefixSearch(planted_model, plain_ids, settings, scratch=tmp_path).run()
+    assert scored == list(range(128, 320))
+    assert [s.best for s in resumed.steps] == [s.best for s in whole.steps]
+
+
+def test_seeds_stand_first_and_count_towards_the_length(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+    newline = int(planted_model.encode("\n")[0])
+    settings = config(seed_tokens=("\n", "<bos>"), max_length=2)
+    prefix, trace = PrefixSearch(planted_model, plain_ids, settings).run()
+    assert prefix.token_ids == trace.seed_tokens == (newline, 1)
+    assert trace.steps == []
+    assert "longest length, 2" in trace.stopped
+
+
+def test_a_seed_that_absorbs_the_sink_leaves_nothing_to_add(
+    planted_model: LoadedModel, plain_ids: IntArray, plant: Any
+) -> None:
+    text = planted_model.token_text(plant.absorbers[0])
+    assert planted_model.encode(text).tolist() == [plant.absorbers[0]], "the absorber can be written as text"
+    prefix, trace = PrefixSearch(planted_model, plain_ids, config(seed_tokens=(text,))).run()
+    assert prefix.token_ids == plant.absorbers[:1]
+    assert "another token would not pay" in trace.stopped
+
+
+def test_more_seeds_than_the_prefix_may_be_long_are_refused(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+    with pytest.raises(UsageError, match=r"3 tokens, longer than search.max_length = 2") as e:
+        PrefixSearch(tiny_model, plain_ids, config(seed_tokens=("1", "2", "3"), max_length=2))
+    assert "fewer seeds" in e.value.hint
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_the_prefix_never_grows_beyond_its_longest_length(
+    planted_model: LoadedModel, plain_ids: IntArray, length: int
+) -> None:
+    prefix, trace = PrefixSearch(planted_model, plain_ids, config(max_length=length)).run()
+    assert prefix.length == len(trace.steps) == length
+    assert f"longest length, {length}" in trace.stopped
+
+
+def test_tau_decides_what_pays(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+    # In a model without sink the best token leaves somewhat less than all of the error: tau = 1 takes it.
+    strict, _ = PrefixSearch(tiny_model, plain_ids, config(max_length=1, tau=0.1)).run()
+    generous, trace = PrefixSearch(tiny_model, plain_ids, config(max_length=1, tau=1.0)).run()
+    assert 0.1 < trace.steps[0].ratio <= 1.0
+    assert (strict.length, generous.length) == (0, 1)
+
+
+def test_a_text_that_is_too_short_is_refused(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+    with pytest.raises(UsageError, match="holds 47 tokens, the search needs 48") as e:
+        PrefixSearch(tiny_model, plain_ids[:47], config())
+    assert "search.text_tokens" in e.value.hint
+
+
+def test_a_trace_survives_json(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+    _, trace = PrefixSearch(planted_model, plain_ids, config(max_length=2)).run()
+    again = SearchTrace.from_json(json.loads(json.dumps(trace.to_json(), allow_nan=False)))
+    assert again == trace
+    assert again.steps[0].ratio == trace.steps[0].ratio
+
+
+def test_positions_are_counted(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+    _, trace = PrefixSearch(tiny_model, plain_ids, config(mode="exhaustive", max_length=1)).run()
+    assert trace.positions_scored == 48 + 320 * 49
+    assert trace.positions_full_scan == 320 * 48

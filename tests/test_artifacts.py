@@ -1,0 +1,107 @@
+"""Prefix and scales on disk: read by anyone's safetensors and JSON, refused when they are not what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from cushion_deploy.artifacts import read_prefix, read_scales, write_prefix, write_scales
+from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.types import ActivationScales, Prefix, Site
+
+
+@pytest.fixture
+def prefix() -> Prefix:
+    keys = np.random.default_rng(0).standard_normal((2, 2, 3, 4)).astype(np.float32)
+    return Prefix((5, 1, 9), keys, -keys, "digest of the model")
+
+
+@pytest.fixture
+def scales() -> ActivationScales:
+    return ActivationScales({Site("head"): float(np.float32(1) / 3)}, "percentile", "m", "p", "c", 64)
+
+
+def test_any_safetensors_reader_finds_the_tensors(prefix: Prefix, tmp_path: Path) -> None:
+    write_prefix(prefix, tmp_path / "p.safetensors")
+    tensors = load_file(tmp_path / "p.safetensors")
+    assert tensors["token_ids"].tolist() == [5, 1, 9]
+    np.testing.assert_array_equal(tensors["keys"], prefix.keys)
+    np.testing.assert_array_equal(tensors["values"], prefix.values)
+
+
+def test_a_prefix_comes_back_with_its_digest(prefix: Prefix, tmp_path: Path) -> None:
+    write_prefix(prefix, tmp_path / "p.safetensors")
+    again = read_prefix(tmp_path / "p.safetensors")
+    assert (again.digest, again.token_ids, again.model_digest) == (prefix.digest, (5, 1, 9), "digest of the model")
+
+
+def test_an_empty_prefix_comes_back_empty(tmp_path: Path) -> None:
+    zero = np.zeros((2, 2, 0, 4), dtype=np.float32)
+    write_prefix(Prefix((), zero, zero.copy(), "m"), tmp_path / "p.safetensors")
+    assert read_prefix(tmp_path / "p.safetensors").length == 0
+
+
+def test_keys_that_are_not_contiguous_are_written_in_their_order(tmp_path: Path) -> None:
+    keys = np.arange(48, dtype=np.float32).reshape(4, 3, 2, 2).transpose(3, 2, 1, 0)
+    write_prefix(Prefix((1, 2, 3), keys, keys, "m"), tmp_path / "p.safetensors")
+    np.testing.assert_array_equal(read_prefix(tmp_path / "p.safetensors").keys, keys)
+
+
+def test_a_missing_file_is_bad_usage(tmp_path: Path) -> None:
+    for read in (read_prefix, read_scales):
+        with pytest.raises(UsageError, match="does not exist"):
+            read(tmp_path / "none")
+
+
+def test_a_prefix_file_cut_anywhere_is_refused(prefix: Prefix, tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    write_prefix(prefix, file)
+    whole = file.read_bytes()
+    for length in (0, 4, 8, 60, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UntrustedArtifact):
+            read_prefix(file)
+
+
+def test_another_safetensors_file_is_no_prefix(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"keys": np.zeros((1, 1, 1, 1), dtype=np.float32)}, file)
+    with pytest.raises(UntrustedArtifact, match="not a prefix file"):
+        read_prefix(file)
+
+
+@pytest.mark.parametrize("gone", ["keys", "values", "token_ids", "model_digest"])
+def test_a_prefix_file_that_lacks_a_part_is_refused(prefix: Prefix, tmp_path: Path, gone: str) -> None:
+    file = tmp_path / "p.safetensors"
+    tensors = {"keys": prefix.keys, "values": prefix.values, "token_ids": np.array([5, 1, 9])}
+    metadata = {"format": "cushion-prefix-1", "model_digest": "m"}
+    save_file(
+        {k: v for k, v in tensors.items() if k != gone}, file, {k: v for k, v in metadata.items() if k != gone}
+    )
+    with pytest.raises(UntrustedArtifact, match=gone):
+        read_prefix(file)
+
+
+def test_scales_come_back_and_are_plain_json(scales: ActivationScales, tmp_path: Path) -> None:
+    write_scales(scales, tmp_path / "s.json")
+    data = json.loads((tmp_path / "s.json").read_text())
+    assert np.float32(data["scales"]["head"]) == np.float32(1) / np.float32(3)
+    assert read_scales(tmp_path / "s.json") == scales
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"scales": {"head": "wide"}}', '{"scales": []}', "\xff"])
+def test_what_is_no_scales_file_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "s.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UntrustedArtifact, match="no scales file"):
+        read_scales(file)
+
+
+def test_a_scales_file_with_an_unknown_key_is_refused(scales: ActivationScales, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps({**scales.to_json(), "zero_point": 3}))
+    with pytest.raises(UntrustedArtifact, match="zero_point"):
+        read_scales(tmp_path / "s.json")
