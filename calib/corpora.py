@@ -139,7 +139,8 @@ def _from_file(path: Path) -> Corpus:
 
 def _jsonl_texts(name: str, text: str) -> list[str]:
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: JSON strings may hold U+2028 and the other separators that it knows.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -159,11 +160,11 @@ def _parquet_texts(path: Path) -> list[str]:
     except ImportError as e:
         raise MissingDependency("reading parquet needs pyarrow", hint="pip install 'cushion-deploy[build]'") from e
     try:
+        if "text" not in pq.read_schema(path).names:
+            raise UsageError(f"{path.name} has no column 'text'", hint="rename the column that holds the text")
         table = pq.read_table(path, columns=["text"])
     except pa.ArrowException as e:
         raise UntrustedArtifact(f"{path.name} is not readable as parquet: {e}", hint="write the file again") from e
-    if "text" not in table.column_names:
-        raise UsageError(f"{path.name} has no column 'text'", hint="rename the column that holds the text")
     return [str(value) for value in table.column("text").to_pylist() if value]
 
 

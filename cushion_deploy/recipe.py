@@ -49,13 +49,13 @@ class Search(Section):
         default="screen", description="Score screened candidates exactly, or every token of the vocabulary."
     )
     random_candidates: int = Field(
-        default=256, ge=0, description="Random tokens among the candidates of a screened search."
+        default=192, ge=0, description="Random tokens among the candidates of a screened search."
     )
     screen_candidates: int = Field(
         default=64, ge=0, description="Candidates of a screened search with the largest self-sink activation."
     )
     audit_tokens: int = Field(
-        default=24, ge=0, description="Fresh random tokens that each found token is ranked against, exactly scored."
+        default=16, ge=0, description="Fresh random tokens that each found token is ranked against, exactly scored."
     )
     batch_positions: int = Field(default=2048, ge=1, description="Token positions in one forward pass; bounds memory.")
 
@@ -66,7 +66,7 @@ class Calibration(Section):
     data: str | None = Field(
         default=None, description="Text file or data set to calibrate on; null is the offline default."
     )
-    estimator: Estimator = Field(default="mse", description="Range estimator: max, percentile or mse.")
+    estimator: Estimator = Field(default="percentile", description="Range estimator: max, percentile or mse.")
     percentile: float = Field(
         default=99.99, gt=50, le=100, description="Percentile that the percentile estimator keeps."
     )

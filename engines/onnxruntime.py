@@ -38,7 +38,7 @@ class Coverage:
 
     Attributes:
         int8: Sites whose MatMul is fused to the integer kernel on a uint8 activation.
-        left: names of nodes that should have been fused, with the reason.
+        left: names of nodes that should have been fused and of Sites without a fused node, with the reason.
         kernels: operator types of the optimized graph, counted.
         rewritten: weights that were stored as uint8 with zero point 128.
         changed: Sites whose rewritten weight is not the same codes; must stay empty.
@@ -133,7 +133,8 @@ def read_coverage(graph: ExportedGraph) -> Coverage:
             options.add_session_config_entry(key, value)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
         ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
-        return _count(ir.load(folder / "optimized.onnx"), ir.load(graph.path), set(graph.sites))
+        sites = set(graph.sites) if graph.quantized else set()
+        return _count(ir.load(folder / "optimized.onnx"), ir.load(graph.path), sites)
 
 
 def _count(optimized: Any, canonical: Any, sites: set[Site]) -> Coverage:
@@ -158,8 +159,7 @@ def _count(optimized: Any, canonical: Any, sites: set[Site]) -> Coverage:
                         coverage.changed.append(site)
         elif node.op_type == "MatMul" and any(_is_dequantized(value) for value in node.inputs):
             coverage.left.append(f"{node.name}: DequantizeLinear -> MatMul was not fused")
-    missing = sites - coverage.int8 - {Site(line.split(":")[0]) for line in coverage.left}
-    coverage.left += [f"{site}: not found in the optimized graph" for site in sorted(missing)] if coverage.int8 else []
+    coverage.left += [f"{site}: not in the integer kernel" for site in sorted(sites - coverage.int8)]
     return coverage
 
 

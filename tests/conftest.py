@@ -135,7 +135,7 @@ class Plant:
         return token % 4
 
 
-PLANT = Plant(absorbers=(65, 97, 171), layer=1, massive=200.0)
+PLANT = Plant(absorbers=(65, 97, 171), layer=1, massive=100.0)
 _CONSTANT, _CLASS, _ABSORBER, _MEAN, _SINK, _RESERVED = 0, 1, 5, 6, 10, 11
 
 

@@ -79,9 +79,7 @@ def test_a_prefix_file_that_lacks_a_part_is_refused(prefix: Prefix, tmp_path: Pa
     file = tmp_path / "p.safetensors"
     tensors = {"keys": prefix.keys, "values": prefix.values, "token_ids": np.array([5, 1, 9])}
     metadata = {"format": "cushion-prefix-1", "model_digest": "m"}
-    save_file(
-        {k: v for k, v in tensors.items() if k != gone}, file, {k: v for k, v in metadata.items() if k != gone}
-    )
+    save_file({k: v for k, v in tensors.items() if k != gone}, file, {k: v for k, v in metadata.items() if k != gone})
     with pytest.raises(UntrustedArtifact, match=gone):
         read_prefix(file)
 

@@ -24,7 +24,7 @@ from cushion_deploy.types import IntArray, Prefix
 
 RUNGS = (64, 128)
 """Text lengths of successive halving before the whole text."""
-KEEP = (0.2, 0.3)
+KEEP = (0.15, 0.25)
 """Share of the candidates that each of those rungs lets through."""
 FINALISTS = 12
 """The fewest candidates that reach the exact scoring on the whole text."""

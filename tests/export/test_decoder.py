@@ -114,9 +114,7 @@ def test_positions_are_those_of_the_caller(make_model, export_float, runner, ids
 
 
 @pytest.mark.parametrize("opset", range(17, 23))
-def test_every_opset_computes_the_same(
-    opset: int, make_model, export_float, transformers_logits, runner, ids
-) -> None:
+def test_every_opset_computes_the_same(opset: int, make_model, export_float, transformers_logits, runner, ids) -> None:
     model = make_model(tie_word_embeddings=True)
     exported = export_float(model, (7,), opset=opset)
     written = onnx.load(exported.path, load_external_data=False)

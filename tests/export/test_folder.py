@@ -154,9 +154,7 @@ def test_quantizers_stand_exactly_at_sites(dtype: str, quantize_head: bool, expo
     assert all(consumers[name] == 1 for name in found)
     # One DQ for each Q, one for each weight, and each pair meets in one MatMul.
     assert sum(n.op_type == "DequantizeLinear" for n in model.node) == 2 * len(sites)
-    pairs = [
-        [producers[i] if i in producers else None for i in n.input] for n in model.node if n.op_type == "MatMul"
-    ]
+    pairs = [[producers.get(i) for i in n.input] for n in model.node if n.op_type == "MatMul"]
     quantized = [(a.input[0], b.input[0]) for a, b in pairs if a and b and a.op_type == b.op_type == "DequantizeLinear"]
     assert quantized == [(f"{site}.codes", f"{site}.weight_codes") for site in sites]
     assert graph.rules == tuple(RULES)

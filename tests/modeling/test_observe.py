@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -77,13 +79,12 @@ def test_a_second_pass_is_computed_anew(tiny_model: LoadedModel, ids: Tensor) ->
 
 
 @pytest.mark.parametrize("look", [observed, replaced])
-def test_no_hook_stays_behind_not_even_after_an_error(tiny_model: LoadedModel, ids: Tensor, look: object) -> None:
+def test_no_hook_stays_behind_not_even_after_an_error(tiny_model: LoadedModel, ids: Tensor, look: Any) -> None:
     before = hooks(tiny_model)
 
     def fail(site: Site, x: Tensor) -> Tensor:
         raise RuntimeError(site)
 
-    with pytest.raises(RuntimeError, match=r"layers\.0\.attn\.qkv"), look(tiny_model.sites, fail):  # type: ignore[operator]
-        assert hooks(tiny_model) > before
+    with pytest.raises(RuntimeError, match=r"layers\.0\.attn\.qkv"), look(tiny_model.sites, fail):
         tiny_model.module(input_ids=ids)
     assert hooks(tiny_model) == before

@@ -29,9 +29,7 @@ def test_progress_ends_with_all_tokens(tiny_model: LoadedModel) -> None:
     assert reports[-1] == (12, 12)
 
 
-def test_tokens_follow_the_models_own_distribution(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_follow_the_models_own_distribution(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of 2048 first tokens, each is followed by a draw from softmax(logits): the mean log likelihood of the
     # draws is minus the mean entropy.
     monkeypatch.setattr(sample, "SAMPLES", 2048)

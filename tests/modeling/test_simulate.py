@@ -119,7 +119,8 @@ def test_a_site_without_scale_is_refused_before_anything_changes(tiny_model: Loa
     scales = scales_for(tiny_model)
     partial = dataclasses.replace(scales, scales={k: v for k, v in scales.scales.items() if "mlp.down" not in k})
     weight = tiny_model.module.model.layers[0].self_attn.q_proj.weight
-    with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down \(3 missing\)") as e, simulated(tiny_model, SCHEME, partial):
+    found = r"layers\.0\.mlp\.down \(3 missing\)"
+    with pytest.raises(UsageError, match=found) as e, simulated(tiny_model, SCHEME, partial):
         pass
     assert "calibrate" in e.value.hint
     assert tiny_model.module.model.layers[0].self_attn.q_proj.weight is weight

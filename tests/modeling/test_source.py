@@ -48,9 +48,13 @@ def shard(folder: Path) -> None:
 
 def refused(model: Path | str, code: ExitCode) -> CushionError:
     """Return the error that resolving and, if that succeeds, loading ends in; it must carry ``code`` and a hint."""
-    with pytest.raises(CushionError) as e:
+
+    def use() -> None:
         source = resolve_source(str(model))
         load_folder(source.path, source)
+
+    with pytest.raises(CushionError) as e:
+        use()
     assert e.value.exit_code == code, e.value.message
     assert e.value.hint
     return e.value

@@ -6,18 +6,16 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cushion_deploy.parity.compare import common_prefix, compare_codes, compare_logits
 from cushion_deploy.types import ParityCheck, ParityReport, Site
 
-FINITE = st.floats(-50, 50, width=32)
+FINITE = st.integers(-400, 400).map(lambda n: n / 8)
 SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(2, 7))
-PAIRS = SHAPES.flatmap(
-    lambda shape: st.tuples(*[hnp.arrays(np.float32, shape, elements=FINITE) for _ in range(2)])
-)
+PAIRS = SHAPES.flatmap(lambda shape: st.tuples(*[hnp.arrays(np.float32, shape, elements=FINITE) for _ in range(2)]))
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -26,10 +24,12 @@ def softmax(row: list[float]) -> list[float]:
     return [p / math.fsum(powers) for p in powers]
 
 
+@settings(deadline=None, derandomize=True)
 @given(PAIRS)
 def test_every_distance_is_its_definition(pair: tuple[np.ndarray, np.ndarray]) -> None:
     a, b = pair
-    rows = [(x.tolist(), y.tolist()) for x, y in zip(a.reshape(-1, a.shape[-1]), b.reshape(-1, a.shape[-1]), strict=True)]
+    flat = [x.reshape(-1, x.shape[-1]).tolist() for x in pair]
+    rows = list(zip(*flat, strict=True))
     found = compare_logits(a, b)
     differences = [abs(x - y) for row in rows for x, y in zip(*row, strict=True)]
     assert found.maximum == pytest.approx(max(differences), abs=1e-9)
@@ -37,13 +37,9 @@ def test_every_distance_is_its_definition(pair: tuple[np.ndarray, np.ndarray]) -
     cosines, divergences, same = [], [], []
     for x, y in rows:
         norm = math.hypot(*x) * math.hypot(*y)
-        if norm > 1e-20:
-            cosines.append(math.fsum(p * q for p, q in zip(x, y, strict=True)) / norm)
-        else:
-            cosines.append(0.0)
-        divergences.append(
-            math.fsum(p * math.log(p / q) for p, q in zip(softmax(x), softmax(y), strict=True) if p > 0)
-        )
+        dot = math.fsum(p * q for p, q in zip(x, y, strict=True))
+        cosines.append(dot / norm if norm else 0.0)
+        divergences.append(math.fsum(p * math.log(p / q) for p, q in zip(softmax(x), softmax(y), strict=True) if p > 0))
         same.append(x.index(max(x)) == y.index(max(y)))
     assert found.cosine == pytest.approx(min(cosines), abs=1e-6)
     assert found.kl == pytest.approx(sum(divergences) / len(rows), abs=1e-6, rel=1e-6)
@@ -51,6 +47,7 @@ def test_every_distance_is_its_definition(pair: tuple[np.ndarray, np.ndarray]) -
     assert found.kl >= -1e-12
 
 
+@settings(deadline=None, derandomize=True)
 @given(hnp.arrays(np.float32, (2, 3, 5), elements=FINITE), st.floats(0.5, 20, width=32))
 def test_a_constant_added_to_a_row_is_no_divergence(a: np.ndarray, constant: float) -> None:
     found = compare_logits(a.astype(np.float64), a.astype(np.float64) + constant)
@@ -58,6 +55,7 @@ def test_a_constant_added_to_a_row_is_no_divergence(a: np.ndarray, constant: flo
     assert found.kl == pytest.approx(0, abs=1e-9)
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.floats(-20, 20), st.floats(-20, 20))
 def test_two_tokens_have_the_divergence_of_a_coin(a: float, b: float) -> None:
     p, q = (1 / (1 + math.exp(-x)) for x in (a, b))
@@ -101,6 +99,7 @@ def test_words_name_every_distance() -> None:
     assert words == "max 1.1, mean 0.55, cosine 0.000000, KL 0.14 nats, top-1 100.00 %"
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6))
 def test_common_prefix_is_the_longest(a: list[int], b: list[int]) -> None:
     expected = max(n for n in range(min(len(a), len(b)) + 1) if a[:n] == b[:n])
@@ -110,6 +109,7 @@ def test_common_prefix_is_the_longest(a: list[int], b: list[int]) -> None:
 CODES = hnp.arrays(np.int8, (1, 3, 4), elements=st.integers(-128, 127))
 
 
+@settings(deadline=None, derandomize=True)
 @given(CODES, CODES)
 def test_code_distance_counts_without_wrapping(a: np.ndarray, b: np.ndarray) -> None:
     first, second = Site("layers.1.attn.qkv"), Site("layers.0.mlp.down")

@@ -138,7 +138,7 @@ def test_the_engine_rung_holds_and_tells_the_perplexity(deployed) -> None:
     assert "of 32 tokens" in checks[0].note
 
 
-@pytest.mark.parametrize("name", ["head.weight_scales", "model.norm.weight", "layers.2.mlp.down.scale"])
+@pytest.mark.parametrize("name", ["head.weight_scales", "model.norm.weight"])
 def test_the_engine_rung_sees_another_perplexity(name: str, deployed, sabotaged) -> None:
     def edit(tensors: dict[str, np.ndarray]) -> None:
         tensors[name] = (tensors[name] * np.float32(3)).astype(np.float32)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.parity.ladder import GREEDY_TOKENS
@@ -79,10 +82,6 @@ def test_quantization_shows_and_the_model_is_left_as_it_was(deployed) -> None:
 
 
 def test_without_scales_for_a_site_there_is_no_reference(deployed) -> None:
-    import dataclasses
-
-    from cushion_deploy.errors import UsageError
-
     d = deployed
     left = {site: value for site, value in d.scales.scales.items() if site != "layers.1.attn.out"}
     with pytest.raises(UsageError, match=r"layers\.1\.attn\.out"):

@@ -32,7 +32,7 @@ def test_the_score_of_a_prefix_is_the_numpy_recomputation(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("prefix", [(), (9, 12)])
+@pytest.mark.parametrize("prefix", [(), (9,)])
 @pytest.mark.parametrize("batch_positions", [1, 70, 10_000])
 def test_each_candidate_has_its_own_score_whatever_the_batch(
     planted_model: LoadedModel,
@@ -108,3 +108,14 @@ def test_a_site_of_zeros_adds_nothing() -> None:
     measured = RowObjective("error", 2, 0)
     measured(Site("a"), torch.zeros(2, 3, 4))
     assert measured.totals.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.model
+def test_a_newline_takes_the_sink_of_smollm2(smollm2: LoadedModel) -> None:
+    # METHOD.md section 1: largest linear input 3366 without a prefix, 1281 behind <bos>, 109 behind a newline.
+    text = smollm2.encode("The tower is 324 metres tall, about the same height as an 81-storey building. " * 3)
+    newline, bos = int(smollm2.encode("\n")[0]), int(smollm2.tokenizer.bos_token_id)
+    none = score_prefix(smollm2, [], text, "max")
+    behind = dict(zip((newline, bos), score_candidates(smollm2, [], text, [newline, bos], "max"), strict=True))
+    assert none > 1000
+    assert behind[newline] < 300

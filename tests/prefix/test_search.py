@@ -29,22 +29,17 @@ def config(**changes: Any) -> Search:
 
 
 @pytest.mark.parametrize("objective", ["error", "max"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("start", [0, 150, 300])
 def test_a_planted_sink_is_found_and_removed(
-    planted_model: LoadedModel, plain_ids: IntArray, plant: Any, oracle: Oracle, objective: Any, seed: int
+    planted_model: LoadedModel, plain_ids: IntArray, plant: Any, oracle: Oracle, objective: Any, start: int
 ) -> None:
-    prefix, trace = PrefixSearch(planted_model, plain_ids, config(objective=objective), seed=seed).run()
+    text = plain_ids[start : start + 48]
+    assert oracle(planted_model, (), text)["max"] > plant.massive
+    prefix, trace = PrefixSearch(planted_model, text, config(objective=objective), seed=start).run()
     assert 1 <= prefix.length <= 2
-    step = trace.steps[0]
-    assert step.accepted
-    assert step.ratio < 0.2
-    for start in (0, 100, 300):
-        text = plain_ids[start : start + 48]
-        assert oracle(planted_model, (), text)["max"] > plant.massive
-    # Only the search's own text is promised to be free of it: a token of one class leaves that class a sink.
-    rng = np.random.default_rng([seed, 0])
-    assert trace.steps[0].before > 0
-    del rng
+    assert trace.steps[0].accepted
+    assert trace.steps[0].ratio < 0.2
+    assert oracle(planted_model, prefix.token_ids, text)["max"] < plant.massive / 2
 
 
 def test_an_absorber_removes_the_sink_from_every_text(
@@ -52,7 +47,7 @@ def test_an_absorber_removes_the_sink_from_every_text(
 ) -> None:
     for start in range(0, 500, 100):
         text = plain_ids[start : start + 48]
-        assert oracle(planted_model, plant.absorbers[:1], text)["max"] < plant.massive / 4
+        assert oracle(planted_model, plant.absorbers[:1], text)["max"] < plant.massive / 2
 
 
 @pytest.mark.parametrize("mode", ["screen", "exhaustive"])

@@ -1,0 +1,51 @@
+"""Engines by name: those asked for, or those that are there."""
+
+from __future__ import annotations
+
+import pytest
+
+from cushion_deploy.engines.onnxruntime import OnnxRuntimeCpu
+from cushion_deploy.engines.registry import ENGINES, choose_engines
+from cushion_deploy.engines.tensorrt_rtx import TensorRtRtx
+from cushion_deploy.errors import ExitCode, MissingDependency, UsageError
+
+
+@pytest.fixture
+def only_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let TensorRT-RTX be missing."""
+    monkeypatch.setattr(OnnxRuntimeCpu, "unavailable", lambda self: None)
+    monkeypatch.setattr(TensorRtRtx, "unavailable", lambda self: "the library is not there")
+
+
+def test_names_are_the_keys() -> None:
+    assert {"onnxruntime", "tensorrt-rtx"} <= set(ENGINES)
+    assert all(engine.name == name for name, engine in ENGINES.items())
+
+
+@pytest.mark.usefixtures("only_onnxruntime")
+def test_without_a_wish_every_available_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [e.name for e in choose_engines(None)] == ["onnxruntime"]
+    monkeypatch.setattr(TensorRtRtx, "unavailable", lambda self: None)
+    assert [e.name for e in choose_engines(None)] == ["onnxruntime", "tensorrt-rtx"]
+
+
+@pytest.mark.usefixtures("only_onnxruntime")
+def test_wishes_are_kept_in_order() -> None:
+    assert [e.name for e in choose_engines(["onnxruntime"])] == ["onnxruntime"]
+    assert choose_engines([]) == []
+
+
+@pytest.mark.usefixtures("only_onnxruntime")
+def test_an_unknown_engine_lists_the_valid_ones() -> None:
+    with pytest.raises(UsageError, match="unknown engine 'tensorflow'") as caught:
+        choose_engines(["onnxruntime", "tensorflow"])
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert caught.value.hint == "choose one of: onnxruntime, tensorrt-rtx"
+
+
+@pytest.mark.usefixtures("only_onnxruntime")
+def test_an_engine_that_is_missing_ends_with_the_install_line() -> None:
+    with pytest.raises(MissingDependency, match="the library is not there") as caught:
+        choose_engines(["onnxruntime", "tensorrt-rtx"])
+    assert caught.value.exit_code == ExitCode.MISSING == 3
+    assert caught.value.hint == "pip install 'cushion-deploy[rtx]'"

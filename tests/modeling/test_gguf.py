@@ -1,0 +1,156 @@
+"""A GGUF file becomes the same model as the folder that it was written from; a damaged one is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, GGUFWriter, TokenType, dequantize
+from safetensors.numpy import load_file
+
+from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.modeling.gguf import convert_gguf
+from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.source import resolve_source
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Return a query or key weight in GGUF's order: rotary pairs beside each other instead of half a head apart."""
+    out, width = weight.shape
+    return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
+
+
+def write_gguf(folder: Path, file: Path, architecture: str = "llama") -> Path:
+    """Write the tiny folder as a float32 GGUF file."""
+    writer = GGUFWriter(file, architecture)
+    writer.add_context_length(256)
+    writer.add_embedding_length(64)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(320)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * 317)
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stem = name.removesuffix(".weight")
+        if stem.startswith("model.layers."):
+            _, _, layer, inner = stem.split(".", 3)
+            if inner in ("self_attn.q_proj", "self_attn.k_proj"):
+                tensor = interleaved(tensor, 4 if "q_proj" in inner else 2)
+            target = f"blk.{layer}.{NAMES[inner]}"
+        else:
+            target = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[stem]
+        writer.add_tensor(f"{target}.weight", np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the tiny model as a GGUF file."""
+    return write_gguf(tiny_folder, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def test_the_converted_model_is_the_one_that_was_written(
+    gguf_file: Path, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    source = resolve_source(str(gguf_file))
+    convert_gguf(source, tmp_path)
+    model = load_folder(tmp_path, source)
+    for name in tiny_model.weights.names():
+        np.testing.assert_array_equal(model.weights.get(name), tiny_model.weights.get(name), err_msg=name)
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(model.module(input_ids=ids).logits, tiny_model.module(input_ids=ids).logits)
+    text = "The fox attends to the first token."
+    assert model.encode(text).tolist() == tiny_model.encode(text).tolist()
+    assert (model.spec.source, model.spec.bos_token_id, model.spec.eos_token_ids) == ("tiny.gguf", 1, (2,))
+    assert model.spec.weights_digest == source.digest
+
+
+def test_the_folder_holds_no_pickle_and_no_marker_of_quantization(gguf_file: Path, tmp_path: Path) -> None:
+    convert_gguf(resolve_source(str(gguf_file)), tmp_path)
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.05, 0.5, 0.99])
+def test_a_truncated_file_is_refused(gguf_file: Path, tmp_path: Path, share: float) -> None:
+    whole = gguf_file.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole[: max(4, int(len(whole) * share))])
+    with pytest.raises(UntrustedArtifact, match=r"cut\.gguf is truncated or damaged") as e:
+        convert_gguf(resolve_source(str(cut)), tmp_path / "out")
+    assert "download" in e.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("offset", [4, 8, 16, 24])
+def test_a_header_of_nonsense_is_refused(gguf_file: Path, tmp_path: Path, offset: int) -> None:
+    # Version, number of tensors, number of fields, length of the first name.
+    bad = tmp_path / "bad.gguf"
+    shutil.copy(gguf_file, bad)
+    with bad.open("r+b") as f:
+        f.seek(offset)
+        f.write(b"\xff\xff\xff\x7f")
+    with pytest.raises(UntrustedArtifact, match="truncated or damaged"):
+        convert_gguf(resolve_source(str(bad)), tmp_path / "out")
+
+
+def test_another_architecture_is_answered_with_the_supported_ones(tiny_folder: Path, tmp_path: Path) -> None:
+    file = write_gguf(tiny_folder, tmp_path / "other.gguf", "mamba")
+    with pytest.raises(UsageError, match="'mamba' is not supported") as e:
+        convert_gguf(resolve_source(str(file)), tmp_path / "out")
+    assert "llama" in e.value.hint
+
+
+@pytest.mark.model
+def test_real_weights_are_those_that_gguf_dequantizes(smollm2_gguf: Path, smollm2: LoadedModel) -> None:
+    tensors = {t.name: t for t in GGUFReader(smollm2_gguf).tensors}
+    for theirs, ours in (("blk.11.ffn_down", "model.layers.11.mlp.down_proj"), ("output_norm", "model.norm")):
+        tensor = tensors[f"{theirs}.weight"]
+        expected = dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(smollm2.weights.get(f"{ours}.weight"), expected)
+    query = tensors["blk.0.attn_q.weight"]
+    expected = interleaved(smollm2.weights.get("model.layers.0.self_attn.q_proj.weight"), smollm2.spec.num_heads)
+    np.testing.assert_array_equal(expected, dequantize(query.data, query.tensor_type))
+
+
+@pytest.mark.model
+def test_a_real_file_cut_in_the_middle_is_refused(smollm2_gguf: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    with smollm2_gguf.open("rb") as f:
+        cut.write_bytes(f.read(smollm2_gguf.stat().st_size // 2))
+    with pytest.raises(UntrustedArtifact, match="truncated or damaged"):
+        convert_gguf(resolve_source(str(cut)), tmp_path / "out")
