@@ -69,7 +69,9 @@ def clock(row: dict[str, list[float]], name: str, call: object) -> None:
 def memory(graph: ExportedGraph) -> int:
     """Return the peak resident bytes of a fresh process that loads a graph, prefills and decodes."""
     request = json.dumps({"folder": str(graph.path.parent), "graph": graph.to_json()})
-    done = subprocess.run([sys.executable, __file__, "--child"], input=request, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child"], input=request, capture_output=True, text=True, check=True
+    )
     return int(done.stdout)
 
 

@@ -17,6 +17,7 @@ def main() -> None:
     """Search, then rank every found token in a random sample that is not the search's own."""
     parser = arguments(__doc__)
     parser.add_argument("--sample", type=int, default=400)
+    parser.add_argument("--rejected", action="store_true", help="rank the tokens of rejected steps too")
     options = parser.parse_args()
     ws = workspace(options)
     config = ws.recipe.search
@@ -27,6 +28,8 @@ def main() -> None:
     rng = np.random.default_rng(987_654_321)
     ranks = []
     for number, step in enumerate(trace.steps):
+        if not (step.accepted or options.rejected):
+            continue
         past = prefix_tensors(compute_prefix(ws.model, trace.token_ids[: len(trace.seed_tokens) + number]))
         sample = [int(t) for t in rng.choice(ws.model.spec.vocab_size, size=options.sample, replace=False)]
         drawn = draw_text(text, config.text_tokens, options.seed, number)

@@ -69,5 +69,5 @@ def read_scales(path: Path) -> ActivationScales:
         raise UsageError(f"{path} does not exist", hint=hint)
     try:
         return ActivationScales.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UntrustedArtifact(f"{path} is no scales file: {e}", hint=hint) from e

@@ -30,8 +30,9 @@ def build(ws: Workspace, output: Path, options: CompileOptions | None = None) ->
     engines = choose_engines(ws.recipe.engines)
     source = ws.source
     with ws.store.lock():
-        # The converted model, its float twin, two graphs and the bundle: about nine bytes a weight byte of GGUF.
-        require_space(ws.store.root, 4 * _bytes(source.path))
+        # Float32 twice (the model converted from GGUF, the float twin), INT8 twice, one plan: about 14 bytes a
+        # parameter. A GGUF file may spend half a byte on one, a folder at least two.
+        require_space(ws.store.root, (28 if source.kind == "gguf" else 7) * _bytes(source.path))
         prefix, trace = search_prefix(ws)
         calibrated = calibrate(ws, prefix)
         graph = export(ws, prefix, calibrated.scales, dtype="float32")

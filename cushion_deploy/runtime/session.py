@@ -93,6 +93,8 @@ def session_options(*, threads: int | None = None, fused: bool = True) -> Any:
     """
     ort = _import_onnxruntime()
     options = ort.SessionOptions()
+    # Warnings off: it warns of every initializer that a caller may override, which logits_start is on purpose.
+    options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
     # Flush-to-zero reaches a session's own worker threads every time, but the thread that calls it only through the

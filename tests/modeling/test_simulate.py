@@ -160,3 +160,9 @@ def test_a_tied_head_is_quantized_and_the_embedding_is_not(
 def test_torch_codes_equal_the_numpy_oracle(x: np.ndarray, scale: float) -> None:
     codes = quantize_codes(torch.from_numpy(x.copy()), torch.tensor(scale, dtype=torch.float32))
     np.testing.assert_array_equal(codes.numpy(), quantize(x, scale))
+
+
+def test_torch_rounds_halves_to_even_and_saturates() -> None:
+    x = torch.tensor([-1e9, -128.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 127.5, 1e9])
+    assert quantize_codes(x, torch.tensor(1.0)).tolist() == [-128, -128, -2, -2, 0, 0, 2, 2, 127, 127]
+    assert quantize_codes(x[[0, -1]], torch.tensor(1.0), bits=4).tolist() == [-8, 7]

@@ -1,0 +1,190 @@
+"""`build` from model to bundle: what it leaves, what it prints, what a second run reuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.report import Report
+from cushion_deploy.store import verify_bundle
+
+DRIVER = """
+import sys
+from cushion_deploy.cli.main import run
+code = run(sys.argv[1:])
+print(sorted({"torch", "transformers"} & set(sys.modules)), file=sys.stderr)
+sys.exit(code)
+"""
+# The keys that the file format promises; more may come.
+PROMISED: dict[str, set[str]] = {
+    "model": {"family", "parameters"},
+    "perplexity": {"corpus", "window", "fp", "fp_prefix", "quantized", "quantized_prefix"},
+    "search": {"mode", "token_ids", "tokens", "positions_scored", "positions_full_scan", "seconds"},
+    "parity": {"rung", "metric", "value", "limit", "passed"},
+    "engines": {"engine", "targets", "linears", "int8_linears", "fused_attention", "ran"},
+    "stages": {"stage", "seconds", "reused"},
+}
+
+
+def test_a_build_leaves_a_bundle_that_verifies(cli: Any, tiny_bundle: Any) -> None:
+    manifest = verify_bundle(tiny_bundle.bundle)
+    assert set(manifest.parents) >= {"graph", "model"}
+    assert cli("verify", tiny_bundle.bundle).code == 0
+    left = [p.name for p in tiny_bundle.bundle.parent.iterdir()]
+    assert sorted(left) == ["bundle", "work"]
+
+
+def test_json_is_one_document_on_stdout_and_equals_the_file(tiny_bundle: Any) -> None:
+    printed = tiny_bundle.result.json
+    assert printed == json.loads((tiny_bundle.bundle / "report" / "report.json").read_text())
+    assert "perplexity" in tiny_bundle.result.err
+
+
+@pytest.mark.parametrize("section", PROMISED)
+def test_the_report_has_what_the_format_promises(planted_bundle: Any, section: str) -> None:
+    text = (planted_bundle.bundle / "report" / "report.json").read_text()
+    Report.model_validate_json(text)
+    data = json.loads(text)
+    assert data["schema"] == 1
+    rows = data[section] if isinstance(data[section], list) else [data[section]]
+    assert rows
+    for row in rows:
+        assert set(row) >= PROMISED[section]
+
+
+def test_every_linear_runs_in_int8_and_every_check_holds(planted_bundle: Any) -> None:
+    data = json.loads((planted_bundle.bundle / "report" / "report.json").read_text())
+    (engine,) = data["engines"]
+    # Three layers of seven linears, and the head.
+    assert (engine["linears"], engine["int8_linears"], engine["ran"]) == (22, 22, True)
+    assert all(check["passed"] for check in data["parity"])
+    assert data["stages"]
+    assert not any(stage["reused"] for stage in data["stages"])
+
+
+def test_no_sink_ends_with_an_empty_prefix_in_words(cli: Any, tiny_bundle: Any) -> None:
+    assert tiny_bundle.result.json["search"]["token_ids"] == []
+    shown = cli("report", tiny_bundle.bundle)
+    assert "No prefix was needed" in shown.out
+    assert "no attention sink" in " ".join(shown.out.split())
+
+
+def test_a_planted_sink_is_found(planted_bundle: Any) -> None:
+    data = json.loads((planted_bundle.bundle / "report" / "report.json").read_text())
+    assert data["search"]["token_ids"]
+    p = data["perplexity"]
+    assert p["quantized_prefix"] / p["fp_prefix"] < p["quantized"] / p["fp"]
+    assert "prefix" in planted_bundle.result.out
+    assert str(planted_bundle.bundle) in planted_bundle.result.out
+
+
+def test_a_second_build_reuses_every_stage_without_torch(python: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    output = tmp_path / "again"
+    done = python(
+        DRIVER, "build", *planted_bundle.options, "--engine", "onnxruntime", "--output", output, "--json", "--quiet"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+    report = json.loads(done.stdout)
+    assert [s["stage"] for s in report["stages"] if not s["reused"]] == []
+    assert len(report["stages"]) >= 6
+    assert verify_bundle(output).parents == verify_bundle(planted_bundle.bundle).parents
+
+
+def test_quiet_says_nothing_but_the_result(cli: Any, tiny_bundle: Any, tmp_path: Path) -> None:
+    done = cli("build", *tiny_bundle.options, "--engine", "onnxruntime", "--output", tmp_path / "b", "--quiet")
+    assert (done.code, done.err) == (0, "")
+    assert "All" in done.out
+
+
+def test_a_seed_decides_every_byte_of_the_graph(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    options = [*planted_bundle.options[:-1], tmp_path / "work"]
+    assert cli("export", *options, "--output", tmp_path / "graph").code == 0
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "graph" / name).read_bytes() == (planted_bundle.bundle / name).read_bytes()
+
+
+def test_a_bundle_of_ours_is_replaced(cli: Any, tiny_bundle: Any, copy: Path) -> None:
+    before = verify_bundle(copy)
+    options = [*tiny_bundle.options, "--engine", "onnxruntime", "--set", "evaluation.max_tokens=64"]
+    assert cli("build", *options, "--output", copy, "--quiet").code == 0
+    after = verify_bundle(copy)
+    assert after.recipe["evaluation"]["max_tokens"] == 64
+    assert after.parents["graph"] == before.parents["graph"]
+
+
+def test_dry_run_writes_nothing(cli: Any, tiny_folder: Path, small: list[str], tmp_path: Path) -> None:
+    done = cli(
+        "build", "--model", tiny_folder, *small, "--work-dir", tmp_path / "w", "--output", tmp_path / "o", "--dry-run"
+    )
+    assert done.code == 0
+    assert list(tmp_path.iterdir()) == []
+    for word in ("search", "calibrate", "export", "onnxruntime", str(tmp_path / "o")):
+        assert word in done.out
+
+
+def test_dry_run_finds_bad_input(cli: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    assert cli("build", "--model", tiny_folder, "--output", tmp_path / "mine", "--dry-run").code == 2
+    assert cli("build", "--model", tmp_path / "none.gguf", "--output", tmp_path / "o", "--dry-run").code == 2
+
+
+def test_print_config_round_trips(cli: Any, tmp_path: Path) -> None:
+    flags = ["--seed", "7", "--seed-token", "a", "--set", "search.tau=0.25", "--no-quantize-head", "--engine", "x"]
+    first = cli("build", *flags, "--print-config")
+    assert first.code == 0
+    values = yaml.safe_load(first.out)
+    assert (values["seed"], values["search"]["seed_tokens"], values["search"]["tau"]) == (7, ["a"], 0.25)
+    assert (values["export"]["quantize_head"], values["engines"]) == (False, ["x"])
+    (tmp_path / "r.yaml").write_text(first.out)
+    assert cli("build", "--recipe", tmp_path / "r.yaml", "--print-config").out == first.out
+
+
+def test_flags_stand_over_the_recipe_and_set_over_flags(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("seed: 1\nsearch: {max_length: 2, tau: 0.3}\n")
+    done = cli("build", "--recipe", tmp_path / "r.yaml", "--max-length", 3, "--set", "seed=5", "--print-config")
+    recipe = Recipe.model_validate(yaml.safe_load(done.out))
+    assert (recipe.seed, recipe.search.max_length, recipe.search.tau) == (5, 3, 0.3)
+
+
+def test_a_failed_check_still_writes_the_bundle_and_exits_1(
+    cli: Any, tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    import cushion_deploy.pipeline.build as build
+    from cushion_deploy.types import ParityCheck
+
+    real = build.check_parity
+
+    def failing(*arguments: Any) -> Any:
+        result = real(*arguments)
+        check = ParityCheck("a rung", "a metric", 2.0, 1.0, "at most")
+        return replace(result, report=replace(result.report, checks=(*result.report.checks, check)))
+
+    monkeypatch.setattr(build, "check_parity", failing)
+    done = cli("build", *tiny_bundle.options, "--engine", "onnxruntime", "--output", tmp_path / "b", "--json")
+    assert done.code == 1
+    assert [c["rung"] for c in done.json["parity"] if not c["passed"]] == ["a rung"]
+    verify_bundle(tmp_path / "b")
+
+
+def test_tensorrt_rtx_beside_onnxruntime(cli: Any, tiny_bundle: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    done = cli(
+        *("build", *tiny_bundle.options, "--engine", "onnxruntime", "--engine", "tensorrt-rtx", "--target", "sm86"),
+        *("--max-context", "128", "--output", tmp_path / "b", "--json", "--quiet"),
+    )
+    assert done.code == 0, done.err
+    engines = {e["engine"]: e for e in done.json["engines"]}
+    assert set(engines) == {"onnxruntime", "tensorrt-rtx"}
+    assert engines["tensorrt-rtx"]["targets"] == ["sm86"]
+    assert engines["tensorrt-rtx"]["int8_linears"] == engines["tensorrt-rtx"]["linears"] == 22
+    listed = {name.split("/")[1] for name in verify_bundle(tmp_path / "b").files if name.startswith("engines/")}
+    assert listed == {"onnxruntime", "tensorrt-rtx"}
