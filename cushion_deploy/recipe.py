@@ -68,7 +68,7 @@ class Calibration(Section):
     )
     estimator: Estimator = Field(default="percentile", description="Range estimator: max, percentile or mse.")
     percentile: float = Field(
-        default=99.99, gt=50, le=100, description="Percentile that the percentile estimator keeps."
+        default=99.995, gt=50, le=100, description="Percentile that the percentile estimator keeps."
     )
     windows: int = Field(default=16, ge=1, description="Windows of text to observe.")
     window: int = Field(default=512, ge=2, description="Tokens in one window.")
@@ -77,7 +77,7 @@ class Calibration(Section):
 class Export(Section):
     """What the ONNX graph looks like."""
 
-    quantize_head: bool = Field(default=True, description="Run the output head in INT8 too.")
+    quantize_head: bool = Field(default=False, description="Run the output head in INT8 too.")
     opset: int | None = Field(default=None, ge=13, description="ONNX opset; null is the lowest that serves.")
     prefix: PrefixMode = Field(
         default="baked", description="Put the prefix into the graph (baked), or leave it out (none)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import ENGINES, choose_engines
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime.bundle import read_graph
+from cushion_deploy.store import MANIFEST_NAME, verify_bundle
 
 
 @click.command("engine")
@@ -34,6 +36,9 @@ def command(
 ) -> None:
     """Compile the graph in FOLDER (of `export`, or a bundle) and count the linears that run in INT8."""
     (engine,) = choose_engines([name])
+    # A folder of `export` has no manifest; a bundle's engine sees no byte that was not compared.
+    if os.path.lexists(folder / MANIFEST_NAME):
+        verify_bundle(folder)
     graph = read_graph(folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists and is not an empty folder", hint="choose another output folder")

@@ -101,10 +101,10 @@ def run(arguments: list[str]) -> int:
     except Terminated:
         _say("terminated; finished stages are kept, run the same command again to go on")
         return ExitCode.TERMINATED
-    except BrokenPipeError:
-        # The reader of our output went away, as `head` does: no failure of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.OK
+    except SystemExit as e:
+        # click ends the process itself for one thing alone: the reader of our output went away, as `head` does.
+        # That is no failure of ours.
+        return ExitCode.OK if e.code == 1 else ExitCode.BUG
     except Exception as e:
         traceback.print_exc(file=sys.stderr)
         _say(f"error: {type(e).__name__}: {e}")
