@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cushion_deploy.errors import UsageError, unknown_choice
-from cushion_deploy.types import PRECISIONS, Dtype, Estimator, PrefixMode
+from cushion_deploy.types import PRECISIONS, Estimator, PrefixMode
 
 _LIMIT = 1 << 20
 _PRINT_CONFIG = "`cushion-deploy build --print-config` prints every setting with its meaning"
@@ -124,7 +124,6 @@ class Recipe(Section):
     revision: str | None = Field(default=None, description="Revision of a hub model; null is its main branch.")
     precision: str = Field(default="w8a8", description=f"Deployable precision: {', '.join(PRECISIONS)}.")
     seed: int = Field(default=0, ge=0, description="Seed of everything random.")
-    dtype: Dtype = Field(default="float32", description="Type of the activations that stay in floating point.")
     engines: Names | None = Field(default=None, description="Engines to compile; null is every one available here.")
     search: Search = Field(default_factory=Search, description="How the prefix is found.")
     calibration: Calibration = Field(

@@ -20,7 +20,6 @@ DEFAULTS: dict[str, Any] = {
     "revision": None,
     "precision": "w8a8",
     "seed": 0,
-    "dtype": "float32",
     "engines": None,
     "search": {
         "enabled": True,
@@ -30,14 +29,15 @@ DEFAULTS: dict[str, Any] = {
         "text_tokens": 512,
         "objective": "error",
         "mode": "screen",
-        "random_candidates": 256,
+        "random_candidates": 192,
         "screen_candidates": 64,
+        "audit_tokens": 16,
         "batch_positions": 2048,
     },
-    "calibration": {"data": None, "estimator": "mse", "percentile": 99.99, "windows": 32, "window": 512},
-    "export": {"quantize_head": True, "opset": None, "prefix": "baked"},
-    "evaluation": {"data": None, "window": 512, "max_tokens": 16384},
-    "parity": {"data": None, "tokens": 1024, "decode_tokens": 32},
+    "calibration": {"data": None, "estimator": "percentile", "percentile": 99.995, "windows": 16, "window": 512},
+    "export": {"quantize_head": False, "opset": None, "prefix": "baked"},
+    "evaluation": {"data": None, "window": 512, "max_tokens": 8192},
+    "parity": {"data": None, "tokens": 256, "decode_tokens": 16},
 }
 
 
@@ -116,7 +116,6 @@ BAD = {
     "tau: 0.5": ("unknown setting 'tau'", "did you mean 'search.tau'?"),
     "zzz: 1": ("unknown setting 'zzz'", "choose one of: model, revision"),
     "precision: w4a4": ("unknown precision 'w4a4'", "choose one of: w8a8"),
-    "dtype: bfloat16": ("dtype is 'bfloat16'", "'float32' or 'float16'"),
     "seed: -1": ("seed is -1", "greater than or equal to 0"),
     "seed: yes": ("seed is True", "valid integer"),
     "seed: '4'": ("seed is '4'", "valid integer"),

@@ -104,7 +104,9 @@ def run(arguments: list[str]) -> int:
     except SystemExit as e:
         # click ends the process itself for one thing alone: the reader of our output went away, as `head` does.
         # That is no failure of ours.
-        return ExitCode.OK if e.code == 1 else ExitCode.BUG
+        if e.code != 1:
+            raise
+        return ExitCode.OK
     except Exception as e:
         traceback.print_exc(file=sys.stderr)
         _say(f"error: {type(e).__name__}: {e}")

@@ -89,7 +89,12 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         name, sign, value = text.partition("=")
         if not sign:
             raise UsageError(f"--set {text}: no '='", hint="write --set search.tau=0.4")
-        overrides[name] = yaml.safe_load(value)
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise UsageError(
+                f"--set {text}: {value!r} is not valid YAML", hint="put quotes around text that has special characters"
+            ) from e
     return recipe.merged(overrides)
 
 
