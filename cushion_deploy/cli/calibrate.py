@@ -18,7 +18,9 @@ from cushion_deploy.cli.progress import progress
 @click.option(
     "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search it."
 )
-@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path(SCALES_FILE), show_default=True)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), default=Path(SCALES_FILE), show_default=True, help="File to write."
+)
 def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     """Observe every Site on text behind the prefix and write the scales as JSON."""
     recipe = make_recipe(values)

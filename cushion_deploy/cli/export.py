@@ -18,7 +18,13 @@ from cushion_deploy.errors import UsageError
 @recipe_options
 @click.option("--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search.")
 @click.option("--scales", "scales_file", type=click.Path(path_type=Path), help="scales.json; default: calibrate.")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Type of what stays in floating point.",
+)
 @click.option("--float", "float_twin", is_flag=True, help="Write the floating-point twin, without Q/DQ nodes.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the graph.")
 def command(

@@ -17,15 +17,19 @@ from cushion_deploy.runtime import SamplingParams, load
 @click.argument("prompt", required=False)
 @click.option("--chat", is_flag=True, help="Treat the prompt as a user's message and apply the chat template.")
 @click.option("--system", help="System message; with --chat.")
-@click.option("--max-new-tokens", type=int, default=128, show_default=True)
+@click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Most tokens to generate.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="0 keeps all.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--min-p", type=float, default=0.0, show_default=True)
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True, help="Choose among the k likeliest; 0 keeps all.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Share of the probability to choose from.")
+@click.option(
+    "--min-p", type=float, default=0.0, show_default=True, help="Least probability, as a share of the likeliest token's."
+)
+@click.option(
+    "--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: tokens seen before are less likely."
+)
 @click.option("--seed", type=int, help="Seed of sampling.")
 @click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
-@click.option("--engine", default="onnxruntime", show_default=True)
+@click.option("--engine", default="onnxruntime", show_default=True, help="Engine to run on.")
 @click.option("--threads", type=int, help="Threads; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done, instead of streaming.")
 def command(

@@ -19,7 +19,13 @@ from cushion_deploy.recipe import Recipe
 @click.option("--eval-data", metavar="DATA", help="Text to compare on; default: that of the build.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML for CI.")
-@click.option("--work-dir", type=click.Path(path_type=Path), default=WORK_DIR, show_default=True)
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    default=WORK_DIR,
+    show_default=True,
+    help="Folder of finished stages, which later runs reuse.",
+)
 @click.option("--fresh", is_flag=True, help="Run every rung again, even where an earlier run's result is kept.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(

@@ -76,7 +76,7 @@ class _BarReport:
 
 
 class _LineReport:
-    """A line at the start of a task, one every so often, one at its end."""
+    """A line every so often, and one at the end of a task."""
 
     def __init__(self) -> None:
         self.task, self.begin, self.last = "", 0.0, 0.0

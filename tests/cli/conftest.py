@@ -101,7 +101,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "eval.txt").write_text("\n".join(reversed(SENTENCES * 6)))
     return [
         *("--recipe", str(folder / "recipe.yaml"), "--calib-data", str(folder / "calib.txt")),
-        *("--eval-data", str(folder / "eval.txt")),
+        *("--eval-data", str(folder / "eval.txt"), "--quantize-head"),
     ]
 
 

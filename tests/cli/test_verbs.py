@@ -1,0 +1,249 @@
+"""The verbs of single stages, on their own and on each other's output; `parity`; and what help says of them all."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from junitparser import JUnitXml
+from safetensors.numpy import load_file
+
+from cushion_deploy.cli.main import VERBS
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.store import publish, staging_area, verify_bundle
+
+PACKAGE = Path(__file__).parents[2] / "cushion_deploy"
+COMMANDS: dict[str, click.Command] = {verb: import_module(f"cushion_deploy.cli.{verb}").command for verb in VERBS}
+
+
+def test_search_writes_the_prefix_that_the_build_found(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    done = cli("search", *planted_bundle.options, "--output", tmp_path / "p.safetensors", "--json", "--quiet")
+    assert (done.code, done.err) == (0, "")
+    tensors = load_file(tmp_path / "p.safetensors")
+    for name, expected in load_file(planted_bundle.bundle / "prefix.safetensors").items():
+        np.testing.assert_array_equal(tensors[name], expected)
+    assert tensors["token_ids"].tolist() == done.json["token_ids"]
+    # Layers, key-value heads, positions, head dimension.
+    assert tensors["keys"].shape == tensors["values"].shape == (3, 2, len(done.json["token_ids"]), 16)
+
+
+def test_search_explains_its_steps(cli: Any, planted_bundle: Any, tiny_bundle: Any, tmp_path: Path) -> None:
+    found = cli("search", *planted_bundle.options, "--output", tmp_path / "p.safetensors")
+    assert "accepted" in found.out
+    assert "stopped because" in found.out
+    none = cli("search", *tiny_bundle.options, "--output", tmp_path / "e.safetensors")
+    assert none.code == 0
+    assert "empty prefix" in none.out
+    assert load_file(tmp_path / "e.safetensors")["keys"].shape[2] == 0
+
+
+def test_search_without_a_prefix(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    done = cli("search", *planted_bundle.options, "--no-prefix", "--output", tmp_path / "p.safetensors", "--json")
+    assert (done.code, done.json) == (0, {"token_ids": []})
+    assert load_file(tmp_path / "p.safetensors")["token_ids"].size == 0
+
+
+def test_each_verb_works_on_the_output_of_the_one_before(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    options, bundle = planted_bundle.options, planted_bundle.bundle
+    prefix, scales, graph, engine = (tmp_path / n for n in ("p.safetensors", "s.json", "graph", "engine"))
+    assert cli("search", *options, "--output", prefix).code == 0
+    done = cli("calibrate", *options, "--prefix", prefix, "--output", scales, "--json")
+    assert (done.code, done.json) == (0, json.loads(scales.read_text()))
+    assert scales.read_bytes() == (bundle / "scales.json").read_bytes()
+    done = cli("export", *options, "--prefix", prefix, "--scales", scales, "--output", graph, "--json")
+    assert done.code == 0, done.err
+    assert {p.name for p in graph.iterdir()} == {"model.onnx", "model.onnx.data", "export.json"}
+    assert (graph / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
+    done = cli("engine", graph, "--engine", "onnxruntime", "--output", engine, "--json")
+    assert done.code == 0, done.err
+    assert (done.json["linears"], done.json["int8_linears"]) == (22, 22)
+    assert (engine / "engine.json").is_file()
+
+
+def test_a_finished_stage_is_not_shared_with_what_export_wrote(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    assert cli("export", *planted_bundle.options, "--output", tmp_path / "g").code == 0
+    assert (tmp_path / "g" / "model.onnx").stat().st_nlink == 1
+
+
+def test_export_of_the_float_twin_has_no_quantizer(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    import onnx
+
+    done = cli("export", *planted_bundle.options, "--float", "--output", tmp_path / "g")
+    assert done.code == 0, done.err
+    assert "floating-point twin" in done.out
+    operators = {n.op_type for n in onnx.load(tmp_path / "g" / "model.onnx", load_external_data=False).graph.node}
+    assert "MatMul" in operators
+    assert not operators & {"QuantizeLinear", "DequantizeLinear"}
+
+
+def test_engine_of_a_bundle(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    done = cli("engine", planted_bundle.bundle, "--engine", "onnxruntime", "--output", tmp_path / "e")
+    assert done.code == 0
+    assert "22 of 22 linears in INT8" in done.out
+
+
+@pytest.mark.parametrize("kind", ["prefix", "scales"])
+def test_what_belongs_to_another_model_is_refused(
+    cli: Any, planted_bundle: Any, tiny_bundle: Any, tmp_path: Path, kind: str
+) -> None:
+    name = {"prefix": "prefix.safetensors", "scales": "scales.json"}[kind]
+    other = planted_bundle.bundle / name
+    done = cli("export", *tiny_bundle.options, f"--{kind}", other, "--output", tmp_path / "g")
+    assert done.code == 2, (done.out, done.err)
+    assert "another model" in done.err
+    assert not (tmp_path / "g").exists()
+
+
+def test_scales_behind_another_prefix_are_refused(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    scales = planted_bundle.bundle / "scales.json"
+    done = cli("export", *planted_bundle.options, "--no-prefix", "--scales", scales, "--output", tmp_path / "g")
+    assert done.code == 2, (done.out, done.err)
+    assert "another prefix" in done.err
+
+
+def test_inspect_shows_a_bundle_a_prefix_and_scales(cli: Any, planted_bundle: Any) -> None:
+    bundle = planted_bundle.bundle
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    shown = cli("inspect", bundle, "--json").json
+    assert (shown["linears in the graph"], shown["MatMuls after packing"]) == (22, 13)
+    assert shown["files"] == len(verify_bundle(bundle).files)
+    assert shown["engines"] == ["onnxruntime"]
+    prefix = cli("inspect", bundle / "prefix.safetensors", "--json").json
+    assert prefix["token ids"] == report["search"]["token_ids"]
+    assert prefix["largest key"] == float(np.abs(load_file(bundle / "prefix.safetensors")["keys"]).max())
+    scales = cli("inspect", bundle / "scales.json", "--json").json
+    values = json.loads((bundle / "scales.json").read_text())["scales"].values()
+    assert (scales["smallest scale"], scales["largest scale"]) == (min(values), max(values))
+    assert "largest key" in cli("inspect", bundle / "prefix.safetensors").out
+    assert cli("inspect", bundle / "model.onnx").code == 2
+
+
+def test_report_shows_and_prints_the_report(cli: Any, planted_bundle: Any) -> None:
+    file = planted_bundle.bundle / "report" / "report.json"
+    assert cli("report", planted_bundle.bundle, "--json").json == json.loads(file.read_text())
+    shown = cli("report", planted_bundle.bundle)
+    assert shown.code == 0
+    assert "perplexity" in shown.out
+    assert str(planted_bundle.bundle / "report" / "report.html") in shown.out
+
+
+def test_verify_names_the_manifest(cli: Any, planted_bundle: Any) -> None:
+    done = cli("verify", planted_bundle.bundle)
+    assert (done.code, done.err) == (0, "")
+    assert verify_bundle(planted_bundle.bundle).digest in done.out
+    shown = cli("verify", planted_bundle.bundle, "--json").json
+    assert set(shown["files"]) == set(verify_bundle(planted_bundle.bundle).files)
+
+
+def test_parity_of_a_bundle(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    junit = tmp_path / "parity.xml"
+    done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--junit", junit, "--json", "--fresh")
+    assert done.code == 0, done.err
+    checks = done.json["checks"]
+    assert all(c["passed"] for c in checks)
+    assert len({c["rung"] for c in checks}) >= 5
+    (suite,) = JUnitXml.fromfile(str(junit))
+    assert (suite.tests, suite.failures) == (len(checks), 0)
+
+
+def test_parity_for_a_person_reuses_the_build(cli: Any, planted_bundle: Any) -> None:
+    done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work)
+    assert (done.code, done.err) == (0, "")
+    assert "FAIL" not in done.out
+    assert done.out.splitlines()[-1].startswith("passed on 64 tokens of eval.txt")
+
+
+def test_parity_against_another_model(cli: Any, planted_bundle: Any, tiny_folder: Path) -> None:
+    done = cli("parity", planted_bundle.bundle, "--model", tiny_folder, "--work-dir", planted_bundle.work)
+    assert (done.code, done.out) == (2, "")
+    assert "not the model that the bundle was built from" in done.err
+    assert "--model" in done.err
+
+
+def test_parity_names_the_first_site_of_a_sabotaged_scale(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    site, bundle, junit = "layers.1.mlp.down", tmp_path / "b", tmp_path / "parity.xml"
+    manifest = verify_bundle(planted_bundle.bundle)
+    with staging_area(bundle) as staged:
+        for name in manifest.files:
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(planted_bundle.bundle / name, staged / name)
+        scales = json.loads((staged / "scales.json").read_text())
+        scales["scales"] = {k: v * 1.5 if k == site else v for k, v in scales["scales"].items()}
+        (staged / "scales.json").write_text(json.dumps(scales))
+        publish(staged, bundle, manifest.recipe, manifest.parents)
+    done = cli("parity", bundle, "--work-dir", planted_bundle.work, "--junit", junit)
+    assert done.code == 1, done.err
+    failed = [line for line in done.out.splitlines() if line.startswith("FAIL")]
+    named = re.findall(r"first diverging Site: (\S+)", "\n".join(failed))
+    assert named
+    # Each Site is fed the reference's codes, so the damage shows in what enters the next one.
+    assert set(named) <= {site, "layers.2.attn.qkv"}
+    assert done.out.splitlines()[-1].startswith("FAILED")
+    (suite,) = JUnitXml.fromfile(str(junit))
+    assert suite.failures == len(failed)
+    assert named[0] in junit.read_text()
+
+
+def test_help_lists_every_verb(cli: Any) -> None:
+    shown = cli("--help")
+    assert shown.code == 0
+    for verb, words in VERBS.items():
+        assert re.search(rf"^  {verb} +{re.escape(words)}", shown.out, re.MULTILINE)
+    assert "Exit codes" in shown.out
+    assert cli("--version").out.startswith("cushion-deploy")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_speaks_to_a_newcomer(cli: Any, verb: str) -> None:
+    shown = cli(verb, "--help")
+    assert (shown.code, shown.err) == (0, "")
+    command = COMMANDS[verb]
+    assert command.help
+    assert command.help.split("\n")[0].endswith((".", ":"))
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name != "help":
+            words = option.help or ""
+            assert words, f"{verb} {option.opts[0]} says nothing of itself"
+            assert words.endswith("."), f"{verb} {option.opts[0]}: {words}"
+        elif isinstance(option, click.Argument):
+            assert str(option.name).upper() in command.help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_option_of_a_verb_is_dead(verb: str) -> None:
+    from cushion_deploy.cli import options
+
+    source = [inspect.getsource(import_module(f"cushion_deploy.cli.{verb}"))]
+    used = set()
+    if "make_recipe" in source[0]:
+        source.append(inspect.getsource(options.make_recipe))
+        used |= set(options.FLAGS)
+    nodes = [node for text in source for node in ast.walk(ast.parse(text))]
+    # An option names its parameter in its declaration too, which is no use of it.
+    declared = {
+        id(argument)
+        for n in nodes
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in ("option", "argument")
+        for argument in n.args
+    }
+    used |= {n.id for n in nodes if isinstance(n, ast.Name)}
+    used |= {n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in declared}
+    for parameter in COMMANDS[verb].params:
+        assert parameter.name in used, f"{verb}: {parameter.name} is never used"
+
+
+def test_no_setting_of_the_recipe_is_dead() -> None:
+    text = "\n".join(p.read_text() for p in PACKAGE.glob("**/*.py") if p.name != "recipe.py" and "cli" not in p.parts)
+    text += "\n".join(p.read_text() for name in ("calib", "export", "engines") for p in (PACKAGE / name).glob("*.py"))
+    for setting in Recipe.settings():
+        last = setting.name.rpartition(".")[2]
+        assert re.search(rf"\.{last}\b", text), f"{setting.name} is never used"

@@ -1,0 +1,106 @@
+"""The wheel: one package, every module importable from it, its template inside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WALK = """
+import importlib, pkgutil, sys
+import cushion_deploy
+names = [m.name for m in pkgutil.walk_packages(cushion_deploy.__path__, "cushion_deploy.")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(cushion_deploy.__file__)
+print(*names)
+for name in ("export", "engines", "calib", "cli", "store", "runtime", "cushion_deploy.cushion_deploy"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        continue
+    print("found", name, file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a wheel built from a copy of the source, so that nothing is left in the tree."""
+    for needed in ("build", "setuptools"):
+        if find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("cushion_deploy", "calib", "engines", "export"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(source)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = (folder / "dist").glob("*.whl")
+    return found
+
+
+def test_it_owns_one_name_and_carries_what_is_no_python(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"cushion_deploy"}
+    assert "cushion_deploy/py.typed" in names
+    templates = [p.name for p in (ROOT / "cushion_deploy" / "report").glob("*.j2")]
+    assert templates
+    assert {f"cushion_deploy/report/{t}" for t in templates} <= set(names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_it_has_every_module_of_the_source(wheel: Path) -> None:
+    # Path.rglob does not follow the links of the three shared folders on every Python, os.walk does when told.
+    source = {
+        os.path.relpath(os.path.join(folder, file), ROOT)
+        for folder, _, files in os.walk(ROOT / "cushion_deploy", followlinks=True)
+        for file in files
+        if file.endswith(".py")
+    }
+    assert source == {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+
+
+def test_installed_alone_every_module_imports_and_no_bare_name_does(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120)
+    python = environment / "bin" / "python"
+    if not python.exists():
+        pytest.skip("not a POSIX virtual environment")
+    site = subprocess.run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    zipfile.ZipFile(wheel).extractall(site)
+    # The dependencies come from here. Path files in there are not read, so an editable install stays out.
+    Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONWARNINGS")}
+    done = subprocess.run(
+        [str(python), "-c", WALK], capture_output=True, text=True, cwd=tmp_path, env=clean, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "found" not in done.stderr
+    where, modules = done.stdout.splitlines()
+    assert Path(where).is_relative_to(site)
+    assert {"cushion_deploy.export.decoder", "cushion_deploy.engines.registry", "cushion_deploy.calib.corpora"} <= set(
+        modules.split()
+    )
