@@ -17,6 +17,7 @@ from cushion_deploy.types import ActivationScales, Prefix
 
 PREFIX_FILE = "prefix.safetensors"
 SCALES_FILE = "scales.json"
+_METADATA = "cushion"
 _PREFIX_FORMAT = "cushion-prefix-1"
 
 
@@ -27,8 +28,9 @@ def write_prefix(prefix: Prefix, path: Path) -> None:
         "values": np.ascontiguousarray(prefix.values),
         "token_ids": np.asarray(prefix.token_ids, dtype=np.int64),
     }
-    metadata = {"format": _PREFIX_FORMAT, "model_digest": prefix.model_digest}
-    replace_file(path, save(tensors, metadata=metadata))
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    facts = json.dumps({"format": _PREFIX_FORMAT, "model_digest": prefix.model_digest})
+    replace_file(path, save(tensors, metadata={_METADATA: facts}))
 
 
 def read_prefix(path: Path) -> Prefix:
@@ -43,12 +45,12 @@ def read_prefix(path: Path) -> Prefix:
         raise UsageError(f"{path} does not exist", hint=hint)
     try:
         with safe_open(path, framework="np") as f:
-            metadata = f.metadata() or {}
+            metadata = json.loads((f.metadata() or {}).get(_METADATA, "{}"))
             if metadata.get("format") != _PREFIX_FORMAT:
                 raise UntrustedArtifact(f"{path} is not a prefix file", hint=hint)
             ids = tuple(int(i) for i in f.get_tensor("token_ids"))
             return Prefix(ids, f.get_tensor("keys"), f.get_tensor("values"), metadata["model_digest"])
-    except (SafetensorError, KeyError) as e:
+    except (SafetensorError, AttributeError, KeyError, ValueError) as e:
         raise UntrustedArtifact(f"{path} is damaged: {e}", hint=hint) from e
 
 

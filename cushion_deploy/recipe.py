@@ -172,6 +172,15 @@ class Recipe(Section):
         return _validate({k: v for k, v in data.items() if v is not None or k not in sections}, f"{path}: ")
 
     @classmethod
+    def from_bundle(cls, data: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a bundle's manifest carries.
+
+        Raises:
+            UsageError: another version of the program wrote it, with settings that this one does not know.
+        """
+        return _validate(data, "the recipe in the bundle: ")
+
+    @classmethod
     def settings(cls) -> Iterator[Setting]:
         """Yield every setting in order, for documentation and ``--help``."""
         for name, field in cls.model_fields.items():

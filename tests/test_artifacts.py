@@ -67,6 +67,12 @@ def test_a_prefix_file_cut_anywhere_is_refused(prefix: Prefix, tmp_path: Path) -
             read_prefix(file)
 
 
+def test_the_same_prefix_is_the_same_bytes(prefix: Prefix, tmp_path: Path) -> None:
+    for name in "ab":
+        write_prefix(prefix, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_another_safetensors_file_is_no_prefix(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({"keys": np.zeros((1, 1, 1, 1), dtype=np.float32)}, file)
@@ -79,7 +85,8 @@ def test_a_prefix_file_that_lacks_a_part_is_refused(prefix: Prefix, tmp_path: Pa
     file = tmp_path / "p.safetensors"
     tensors = {"keys": prefix.keys, "values": prefix.values, "token_ids": np.array([5, 1, 9])}
     metadata = {"format": "cushion-prefix-1", "model_digest": "m"}
-    save_file({k: v for k, v in tensors.items() if k != gone}, file, {k: v for k, v in metadata.items() if k != gone})
+    facts = json.dumps({k: v for k, v in metadata.items() if k != gone})
+    save_file({k: v for k, v in tensors.items() if k != gone}, file, {"cushion": facts})
     with pytest.raises(UntrustedArtifact, match=gone):
         read_prefix(file)
 

@@ -40,7 +40,7 @@ def commands(path: Path) -> list[list[str]]:
 
 def test_there_are_documents() -> None:
     assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"} <= set(DOCUMENTS)
-    assert len(FOLDERS) >= 14
+    assert len(FOLDERS) >= 13
 
 
 @pytest.mark.parametrize("folder", ["", *FOLDERS, "bench"])

@@ -16,7 +16,14 @@ from cushion_deploy.errors import ExitCode
 
 @click.command("build")
 @recipe_options
-@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("bundle"), show_default=True, help="Folder of the bundle.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path("bundle"),
+    show_default=True,
+    help="Folder of the bundle.",
+)
 @click.option("--engine", "engines", multiple=True, help="Engine to compile; repeatable. Default: all available.")
 @click.option("--target", "targets", multiple=True, help="GPU target of TensorRT, e.g. sm86; repeatable.")
 @click.option("--max-batch", type=int, default=1, show_default=True, help="Largest batch of TensorRT profiles.")

@@ -19,7 +19,12 @@ from cushion_deploy.cli.progress import progress
     "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search it."
 )
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), default=Path(SCALES_FILE), show_default=True, help="File to write."
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path(SCALES_FILE),
+    show_default=True,
+    help="File to write.",
 )
 def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     """Observe every Site on text behind the prefix and write the scales as JSON."""

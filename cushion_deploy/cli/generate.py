@@ -22,10 +22,18 @@ from cushion_deploy.runtime import SamplingParams, load
 @click.option("--top-k", type=int, default=0, show_default=True, help="Choose among the k likeliest; 0 keeps all.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Share of the probability to choose from.")
 @click.option(
-    "--min-p", type=float, default=0.0, show_default=True, help="Least probability, as a share of the likeliest token's."
+    "--min-p",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Least probability, as a share of the likeliest token's.",
 )
 @click.option(
-    "--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: tokens seen before are less likely."
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Above 1: tokens seen before are less likely.",
 )
 @click.option("--seed", type=int, help="Seed of sampling.")
 @click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")

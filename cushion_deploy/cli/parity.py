@@ -43,7 +43,7 @@ def command(
     from cushion_deploy.runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)
-    recipe = Recipe.model_validate(dict(opened.manifest.recipe)).merged({"model": model, "evaluation.data": eval_data})
+    recipe = Recipe.from_bundle(opened.manifest.recipe).merged({"model": model, "evaluation.data": eval_data})
     with progress(quiet) as report_progress:
         ws = make_workspace(recipe, work_dir, report_progress)
         report = check_bundle(ws, opened.path, opened.graph, fresh=fresh)

@@ -16,7 +16,12 @@ from cushion_deploy.cli.progress import progress
 @click.command("search")
 @recipe_options
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), default=Path(PREFIX_FILE), show_default=True, help="File to write."
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path(PREFIX_FILE),
+    show_default=True,
+    help="File to write.",
 )
 def command(output: Path, **values: Any) -> None:
     """Search the prefix by Algorithm 1 and write it as safetensors (keys, values, token_ids)."""

@@ -52,8 +52,9 @@ def build(ws: Workspace, output: Path, options: CompileOptions | None = None) ->
             for file in model_files(ws).iterdir():
                 if file.name not in ("stage.json", "spec.json"):
                     place(file, staged / file.name)
+            # Copied: onnx tools take a second hard link of external data for an attack, and refuse to read it.
             for file in (graph.path, graph.path.with_name(graph.path.name + ".data")):
-                place(file, staged / file.name)
+                place(file, staged / file.name, link=False)
             (staged / "export.json").write_text(json.dumps(graph.to_json(), indent=1) + "\n")
             write_prefix(prefix, staged / PREFIX_FILE)
             write_scales(calibrated.scales, staged / SCALES_FILE)

@@ -104,7 +104,7 @@ def _search(trace: SearchTrace, times: Sequence[StageTime]) -> dict[str, Any]:
         "tokens": trace.tokens,
         "positions_scored": trace.positions_scored,
         "positions_full_scan": trace.positions_full_scan,
-        "candidates_scored": sum(len(step.top) for step in trace.steps),
+        "candidates_scored": sum(step.exact for step in trace.steps),
         "rank_in_random_sample": [
             {"rank": step.audit_rank, "of": step.audit_size} for step in trace.steps if step.audit_size
         ],

@@ -100,7 +100,7 @@ class PrefixSearch:
         best = scored[0]
         accepted = best.objective <= self.config.tau * before
         rank, size = self._audit(past, text, best, rng) if accepted else (0, 0)
-        return SearchStep(best, before, accepted, tuple(scored[:20]), entered, layers, rank, size)
+        return SearchStep(best, before, accepted, tuple(scored[:20]), entered, len(scored), layers, rank, size)
 
     def _halve(self, past: KeysValues, text: IntArray, sources: dict[int, Source]) -> list[ScoredToken]:
         """Return the finalists, exactly scored on the whole text, best first."""

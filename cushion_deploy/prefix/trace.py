@@ -27,6 +27,7 @@ class SearchStep:
         accepted: whether best.objective <= tau * before.
         top: exactly scored candidates, best first.
         candidates: tokens that entered the first rung, or the vocabulary.
+        exact: tokens scored exactly, on the whole text.
         screen_layers: layers that the screen ran; 0 for an exhaustive scan.
         audit_rank, audit_size: tokens of a fresh random sample that score better, plus 1, and the sample's
             size; 0 of 0 where the step was not accepted.
@@ -37,6 +38,7 @@ class SearchStep:
     accepted: bool
     top: tuple[ScoredToken, ...]
     candidates: int
+    exact: int
     screen_layers: int
     audit_rank: int = 0
     audit_size: int = 0

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +135,8 @@ def planted_bundle(planted_folder: Path, small: list[str], tmp_path_factory: pyt
 
 
 @pytest.fixture
-def copy(tiny_bundle: Built, tmp_path: Path) -> Iterator[Path]:
+def copy(tiny_bundle: Built, tmp_path: Path) -> Path:
     """Return a copy of the random Llama's bundle that a test may damage."""
     folder = tmp_path / "copy"
     shutil.copytree(tiny_bundle.bundle, folder)
-    yield folder
+    return folder

@@ -146,7 +146,9 @@ def test_verify_names_the_manifest(cli: Any, planted_bundle: Any) -> None:
 
 def test_parity_of_a_bundle(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
     junit = tmp_path / "parity.xml"
-    done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--junit", junit, "--json", "--fresh")
+    done = cli(
+        "parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--junit", junit, "--json", "--fresh"
+    )
     assert done.code == 0, done.err
     checks = done.json["checks"]
     assert all(c["passed"] for c in checks)
@@ -182,7 +184,7 @@ def test_parity_names_the_first_site_of_a_sabotaged_scale(cli: Any, planted_bund
         publish(staged, bundle, manifest.recipe, manifest.parents)
     done = cli("parity", bundle, "--work-dir", planted_bundle.work, "--junit", junit)
     assert done.code == 1, done.err
-    failed = [line for line in done.out.splitlines() if line.startswith("FAIL")]
+    failed = [line for line in done.out.splitlines() if line.startswith("FAIL ")]
     named = re.findall(r"first diverging Site: (\S+)", "\n".join(failed))
     assert named
     # Each Site is fed the reference's codes, so the damage shows in what enters the next one.
