@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from importlib.util import find_spec
 
 
 class ExitCode(IntEnum):
@@ -15,6 +16,7 @@ class ExitCode(IntEnum):
     UNTRUSTED = 4
     BUG = 70
     INTERRUPTED = 130
+    BROKEN_PIPE = 141
     TERMINATED = 143
 
 
@@ -56,6 +58,38 @@ class UntrustedArtifact(CushionError):
     """A file is corrupt, altered, or of a kind that is never loaded (pickle, remote code)."""
 
     exit_code = ExitCode.UNTRUSTED
+
+
+EXTRAS: dict[str, str] = {
+    "torch": "build",
+    "transformers": "build",
+    "accelerate": "build",
+    "gguf": "build",
+    "datasets": "build",
+    "onnx": "build",
+    "onnx_ir": "build",
+    "junitparser": "build",
+    "onnxruntime": "cpu",
+    "jinja2": "report",
+    "matplotlib": "report",
+}
+"""Import name of an optional library to the extra that installs it."""
+
+
+def missing_module(name: str) -> MissingDependency:
+    """Return the error for a library of ``EXTRAS`` that is not installed."""
+    return MissingDependency(f"{name} is not installed", hint=f"pip install 'cushion-deploy[{EXTRAS[name]}]'")
+
+
+def require_modules(*names: str) -> None:
+    """Check that libraries of ``EXTRAS`` are installed, without importing them.
+
+    Raises:
+        MissingDependency: the first that is not, with the install line.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise missing_module(name)
 
 
 def unknown_choice(what: str, value: str, valid: list[str]) -> UsageError:

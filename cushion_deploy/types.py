@@ -163,6 +163,11 @@ class Prefix:
                 f"prefix keys {self.keys.shape} and values {self.values.shape} are not two equal 4-D arrays",
                 hint="run `cushion-deploy search` again to make a valid prefix",
             )
+        if len(self.token_ids) != self.keys.shape[2]:
+            raise UntrustedArtifact(
+                f"prefix of {len(self.token_ids)} token ids but {self.keys.shape[2]} positions",
+                hint="run `cushion-deploy search` again to make a valid prefix",
+            )
         for name, array in (("keys", self.keys), ("values", self.values)):
             if not np.isfinite(array).all():
                 raise UntrustedArtifact(

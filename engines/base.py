@@ -54,7 +54,7 @@ class Engine(Protocol):
         ...
 
     def compile(self, graph: ExportedGraph, folder: Path, options: CompileOptions) -> EngineArtifact:
-        """Compile ``graph`` into the empty ``folder`` and read the INT8 coverage off the result.
+        """Compile ``graph`` into the empty ``folder``, read the INT8 coverage off the result, write ``engine.json``.
 
         Raises:
             MissingDependency: the library is not there.

@@ -62,6 +62,7 @@ class DecoderGraph:
         g.scope("inputs")
         self.cos, self.sin = self._rotary(positions)
         self.bias = self._attention_bias(ids, self.prefix.extend_mask(g, mask))
+        self.prefix_shape = self.prefix.batch_shape(g, mask) if self.prefix.length else None
         g.scope("embedding")
         x = g.op("Gather", self._embedding(), ids, axis=0)  # [B, S, hidden]
         for i, (past_key, past_value) in enumerate(past):
@@ -127,7 +128,9 @@ class DecoderGraph:
         query = g.op("Reshape", g.op("Mul", query, scale), g.ints(0, kv, -1, size))  # [B, K, G * S, D]
         present_key = g.op("Concat", past_key, key, axis=2)  # [B, K, T, D]
         present_value = g.op("Concat", past_value, value, axis=2)
-        context = self.prefix.attend(g, i, query, present_key, present_value, self.bias)  # [B, K, G * S, D]
+        context = self.prefix.attend(
+            g, i, query, present_key, present_value, self.bias, self.prefix_shape
+        )  # [B, K, G * S, D]
         rows = g.op("Transpose", g.op("Reshape", context, g.ints(0, heads, -1, size)), perm=[0, 2, 1, 3])
         joined = g.op("Reshape", rows, g.ints(0, 0, heads * size))
         for part, value_ in (("key", present_key), ("value", present_value)):

@@ -31,8 +31,20 @@ class PrefixKv:
         ones = g.op("Expand", g.int_scalar(1), g.op("Concat", batch, g.ints(self.length), axis=0))
         return g.op("Concat", ones, mask, axis=1)
 
+    def batch_shape(self, g: GraphBuilder, mask: ir.Value) -> ir.Value:
+        """Return the shape ``[B, K, P, D]`` that every layer's prefix is expanded to, int64 ``[4]``."""
+        batch = g.op("Shape", mask, start=0, end=1)
+        return g.op("Concat", batch, g.ints(*self.prefix.keys.shape[1:]), axis=0)
+
     def attend(
-        self, g: GraphBuilder, layer: int, query: ir.Value, key: ir.Value, value: ir.Value, bias: ir.Value
+        self,
+        g: GraphBuilder,
+        layer: int,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        bias: ir.Value,
+        shape: ir.Value | None,
     ) -> ir.Value:
         """Append scaled dot-product attention over prefix and context, in floating point.
 
@@ -42,13 +54,12 @@ class PrefixKv:
             query: ``[B, K, G * S, D]``, already scaled.
             key, value: ``[B, K, T, D]``, the present without the prefix.
             bias: additive mask ``[B, 1, G * S, P + T]``.
+            shape: of :meth:`batch_shape`; None where there is no prefix.
 
         Returns:
             ``[B, K, G * S, D]``.
         """
-        if self.length:
-            batch = g.op("Shape", key, start=0, end=1)
-            shape = g.op("Concat", batch, g.ints(*self.prefix.keys.shape[1:]), axis=0)
+        if shape is not None:
             key = g.op("Concat", g.op("Expand", self._constant(g, layer, "key"), shape), key, axis=2)
             value = g.op("Concat", g.op("Expand", self._constant(g, layer, "value"), shape), value, axis=2)
         scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]), name="scores")

@@ -10,6 +10,7 @@ import click
 
 from cushion_deploy.artifacts import SCALES_FILE, read_prefix, write_scales
 from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 
 
@@ -29,6 +30,7 @@ from cushion_deploy.cli.progress import progress
 def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     """Observe every Site on text behind the prefix and write the scales as JSON."""
     recipe = make_recipe(values)
+    require_parent(output)
     from cushion_deploy.pipeline.stages import calibrate, search_prefix
 
     with progress(values["quiet"]) as report_progress:

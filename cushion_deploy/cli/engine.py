@@ -8,10 +8,11 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import ENGINES, choose_engines
 from cushion_deploy.errors import UsageError
-from cushion_deploy.runtime.bundle import read_graph
+from cushion_deploy.runtime.bundle import read_graph, verify_graph
 from cushion_deploy.store import MANIFEST_NAME, verify_bundle
 
 
@@ -36,17 +37,23 @@ def command(
 ) -> None:
     """Compile the graph in FOLDER (of `export`, or a bundle) and count the linears that run in INT8."""
     (engine,) = choose_engines([name])
-    # A folder of `export` has no manifest; a bundle's engine sees no byte that was not compared.
+    require_new_folder(output)
+    # A bundle has a manifest of everything, a folder of `export` the digest of its graph: no engine sees a byte
+    # that was not compared.
     if os.path.lexists(folder / MANIFEST_NAME):
         verify_bundle(folder)
     graph = read_graph(folder)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists and is not an empty folder", hint="choose another output folder")
+    verify_graph(graph)
+    if engine.graph_dtype != graph.contract.dtype:
+        raise UsageError(
+            f"engine '{name}' compiles {engine.graph_dtype} graphs, the one in {folder} is {graph.contract.dtype}",
+            hint=f"write one with `cushion-deploy export --dtype {engine.graph_dtype}`",
+        )
     options = CompileOptions(
         targets=targets, max_batch=max_batch, max_context=max_context, allow_float_linears=allow_float_linears
     )
-    output.mkdir(parents=True, exist_ok=True)
-    artifact = engine.compile(graph, output, options)
+    with new_folder(output) as staged:
+        artifact = engine.compile(graph, staged, options)
     if as_json:
         click.echo(json.dumps(artifact.to_json()))
         return
@@ -56,5 +63,5 @@ def command(
         f"{artifact.fused_attention} fused attention kernels"
     )
     if not artifact.ran:
-        click.echo(str(artifact.details.get("note", "not run")))
+        click.echo(str(artifact.details.get("not_run", "not run")))
     click.echo(f"written: {output}")

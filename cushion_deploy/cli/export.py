@@ -10,8 +10,8 @@ import click
 
 from cushion_deploy.artifacts import read_prefix, read_scales
 from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
-from cushion_deploy.errors import UsageError
 
 
 @click.command("export")
@@ -37,8 +37,7 @@ def command(
 ) -> None:
     """Write model.onnx with Q/DQ nodes at Sites, INT8 weights, and the prefix as initializers."""
     recipe = make_recipe(values)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists and is not an empty folder", hint="choose another output folder")
+    require_new_folder(output)
     from cushion_deploy.pipeline.stages import calibrate, export, search_prefix
     from cushion_deploy.store import place
 
@@ -50,9 +49,9 @@ def command(
             if not float_twin:
                 scales = read_scales(scales_file) if scales_file else calibrate(ws, prefix).scales
             graph = export(ws, prefix, scales, dtype=dtype, name="model")
-    output.mkdir(parents=True, exist_ok=True)
-    for file in (graph.path, graph.path.with_name(graph.path.name + ".data"), graph.path.with_name("export.json")):
-        place(file, output / file.name, link=False)
+    with new_folder(output) as staged:
+        for file in (graph.path, graph.path.with_name(graph.path.name + ".data"), graph.path.with_name("export.json")):
+            place(file, staged / file.name, link=False)
     if values["as_json"]:
         click.echo(json.dumps(graph.to_json()))
         return

@@ -84,6 +84,7 @@ def command(
         click.echo(json.dumps({"text": text, "token_ids": ids, "finish_reason": last.finish_reason, "usage": usage}))
         return
     click.echo()
-    if last.usage and sys.stderr.isatty():
-        rate = last.usage.new_tokens / max(last.usage.decode_seconds, 1e-9)
+    if last.usage and last.usage.new_tokens > 1 and sys.stderr.isatty():
+        # The first token is the work of the prefill.
+        rate = (last.usage.new_tokens - 1) / max(last.usage.decode_seconds, 1e-9)
         click.echo(f"[{last.usage.new_tokens} tokens, {rate:.1f} tokens/s, {last.finish_reason}]", err=True)

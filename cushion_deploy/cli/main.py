@@ -12,7 +12,7 @@ from types import FrameType
 
 import click
 
-from cushion_deploy.errors import CushionError, ExitCode
+from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, missing_module
 from cushion_deploy.store.manifest import tool_version
 
 VERBS = {
@@ -103,15 +103,26 @@ def run(arguments: list[str]) -> int:
         return ExitCode.TERMINATED
     except SystemExit as e:
         # click ends the process itself for one thing alone: the reader of our output went away, as `head` does.
-        # That is no failure of ours.
+        # Neither done nor failed: nobody saw the verdict. 128 + SIGPIPE is what shells expect.
         if e.code != 1:
             raise
-        return ExitCode.OK
+        return ExitCode.BROKEN_PIPE
+    except ModuleNotFoundError as e:
+        if e.name not in EXTRAS:
+            return _bug(e)
+        missing = missing_module(e.name)
+        _say(f"error: {missing.message}")
+        _say(f"  -> {missing.hint}")
+        return missing.exit_code
     except Exception as e:
-        traceback.print_exc(file=sys.stderr)
-        _say(f"error: {type(e).__name__}: {e}")
-        _say("  -> this is a bug in cushion-deploy; please report it with the lines above")
-        return ExitCode.BUG
+        return _bug(e)
+
+
+def _bug(error: Exception) -> int:
+    traceback.print_exception(error, file=sys.stderr)
+    _say(f"error: {type(error).__name__}: {error}")
+    _say("  -> this is a bug in cushion-deploy; please report it with the lines above")
+    return ExitCode.BUG
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

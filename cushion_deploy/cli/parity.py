@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from cushion_deploy.cli.options import WORK_DIR, make_workspace
+from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode
 from cushion_deploy.recipe import Recipe
@@ -26,7 +27,7 @@ from cushion_deploy.recipe import Recipe
     show_default=True,
     help="Folder of finished stages, which later runs reuse.",
 )
-@click.option("--fresh", is_flag=True, help="Run every rung again, even where an earlier run's result is kept.")
+@click.option("--reuse", is_flag=True, help="Take the kept result of an earlier run on this machine.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(
     bundle: Path,
@@ -35,7 +36,7 @@ def command(
     as_json: bool,
     junit: Path | None,
     work_dir: Path,
-    fresh: bool,
+    reuse: bool,
     quiet: bool,
 ) -> int:
     """Climb the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 when a rung fails."""
@@ -43,10 +44,13 @@ def command(
     from cushion_deploy.runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)
-    recipe = Recipe.from_bundle(opened.manifest.recipe).merged({"model": model, "evaluation.data": eval_data})
+    overrides = {"model": model, "evaluation.data": eval_data, "parity.data": eval_data}
+    recipe = Recipe.from_bundle(opened.manifest.recipe).merged(overrides)
+    if junit:
+        require_parent(junit)
     with progress(quiet) as report_progress:
         ws = make_workspace(recipe, work_dir, report_progress)
-        report = check_bundle(ws, opened.path, opened.graph, fresh=fresh)
+        report = check_bundle(ws, opened.path, opened.graph, reuse=reuse)
     if junit:
         from cushion_deploy.parity.junit import write_junit
 

@@ -10,6 +10,7 @@ import click
 
 from cushion_deploy.artifacts import PREFIX_FILE, write_prefix
 from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 
 
@@ -26,6 +27,7 @@ from cushion_deploy.cli.progress import progress
 def command(output: Path, **values: Any) -> None:
     """Search the prefix by Algorithm 1 and write it as safetensors (keys, values, token_ids)."""
     recipe = make_recipe(values)
+    require_parent(output)
     from cushion_deploy.pipeline.stages import search_prefix
 
     with progress(values["quiet"]) as report_progress:

@@ -8,6 +8,7 @@ from pathlib import Path
 from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, write_prefix, write_scales
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import choose_engines
+from cushion_deploy.errors import UsageError, require_modules
 from cushion_deploy.pipeline.compiling import compile_engine
 from cushion_deploy.pipeline.parity import check_parity
 from cushion_deploy.pipeline.reporting import assemble_report
@@ -25,10 +26,12 @@ def build(ws: Workspace, output: Path, options: CompileOptions | None = None) ->
             in the store for the next run.
     """
     options = options or CompileOptions()
+    require_modules("torch", "transformers", "onnx_ir", "onnxruntime", "matplotlib", "jinja2")
     recover(output)
     require_publishable(output)
     engines = choose_engines(ws.recipe.engines)
     source = ws.source
+    _require_other_text(ws)
     with ws.store.lock():
         # Float32 twice (the model converted from GGUF, the float twin), INT8 twice, one plan: about 14 bytes a
         # parameter. A GGUF file may spend half a byte on one, a folder at least two.
@@ -68,6 +71,18 @@ def build(ws: Workspace, output: Path, options: CompileOptions | None = None) ->
             parents = {**graph.parents, "graph": graph.digest}
             publish(staged, output, ws.recipe.model_dump(mode="json"), parents)
     return report
+
+
+def _require_other_text(ws: Workspace) -> None:
+    """Refuse to score the text that the scales were calibrated on."""
+    calibration, evaluation = ws.recipe.calibration.data, ws.recipe.evaluation.data
+    if calibration == "self" or evaluation is None:
+        return
+    if ws.corpus(calibration, "calibration").digest == ws.corpus(evaluation, "evaluation").digest:
+        raise UsageError(
+            f"{evaluation} is the calibration text too, so its perplexity would flatter the result",
+            hint="give other text with --eval-data, or leave it out",
+        )
 
 
 def _bytes(path: Path) -> int:

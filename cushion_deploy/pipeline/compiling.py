@@ -17,8 +17,7 @@ def compile_engine(
     parents = {"graph": graph.digest, "engine": engine.name, "version": engine.version(), "options": options.key()}
 
     def make(out: Path) -> None:
-        artifact = engine.compile(graph, out, options)
-        (out / "engine.json").write_text(json.dumps(artifact.to_json(), indent=1, sort_keys=True) + "\n")
+        engine.compile(graph, out, options)
 
     folder = ws.stage(f"engine-{engine.name}", parents, make)
     return EngineArtifact.from_json(json.loads((folder / "engine.json").read_text())), folder

@@ -14,7 +14,6 @@ from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
 from cushion_deploy.pipeline.stages import evaluation_windows
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.store import StageStore
 from cushion_deploy.types import ActivationScales, ExportedGraph, ParityCheck, ParityReport, Prefix, Site
 
 
@@ -27,8 +26,15 @@ class ParityResult:
     float_bytes: int
 
 
-def check_parity(ws: Workspace, prefix: Prefix, scales: ActivationScales, graph: ExportedGraph) -> ParityResult:
-    """Return the whole ladder for a graph whose model is at hand; kept and reused like every stage."""
+def check_parity(
+    ws: Workspace, prefix: Prefix, scales: ActivationScales, graph: ExportedGraph, *, reuse: bool = True
+) -> ParityResult:
+    """Return the whole ladder for a graph whose model is at hand.
+
+    Args:
+        ws, prefix, scales, graph: what was built.
+        reuse: take a kept result of an earlier run, and keep this one.
+    """
     config, evaluation = ws.recipe.parity, ws.recipe.evaluation
     corpus = ws.corpus(config.data or evaluation.data, "evaluation")
     parents = {
@@ -37,20 +43,26 @@ def check_parity(ws: Workspace, prefix: Prefix, scales: ActivationScales, graph:
         "scales": scales.digest,
         "onnxruntime": ENGINES["onnxruntime"].version(),
         "corpus": corpus.digest,
+        "perplexity corpus": ws.corpus(evaluation.data, "evaluation").digest,
         "parity": config.model_dump(mode="json", exclude={"data"}),
         "evaluation": evaluation.model_dump(mode="json", exclude={"data"}),
     }
 
     def make(out: Path) -> None:
-        result = _climb(ws, prefix, scales, graph, corpus.name)
+        with TemporaryDirectory(dir=out) as twin:
+            result = _climb(ws, prefix, scales, graph, corpus.name, Path(twin))
         (out / "parity.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
-    data = json.loads((ws.stage("parity", parents, make) / "parity.json").read_text())
+    if reuse:
+        data = json.loads((ws.stage("parity", parents, make) / "parity.json").read_text())
+    else:
+        with TemporaryDirectory(prefix="cushion-parity-") as twin:
+            data = _climb(ws, prefix, scales, graph, corpus.name, Path(twin))
     return ParityResult(read_parity(data["parity"]), data["engine_perplexity"], data["float_bytes"])
 
 
 def _climb(
-    ws: Workspace, prefix: Prefix, scales: ActivationScales, graph: ExportedGraph, corpus: str
+    ws: Workspace, prefix: Prefix, scales: ActivationScales, graph: ExportedGraph, corpus: str, folder: Path
 ) -> dict[str, Any]:
     from cushion_deploy.export.folder import export_graph
     from cushion_deploy.parity.ladder import decode_rung, engine_rung, float_rung, segment_decode_rung, segment_rung
@@ -65,13 +77,12 @@ def _climb(
     tokens = min(config.decode_tokens, ids.shape[1] // 2)
     reference = torch_reference(model, prefix, scales, ws.scheme, ids, windows, ws.progress)
     checks: list[ParityCheck] = []
-    with TemporaryDirectory(dir=ws.store.root, prefix="float-twin-") as name:
-        twin = export_graph(model.spec, model.weights, prefix, None, ws.scheme, Path(name), name="float")
-        float_bytes = sum(f.stat().st_size for f in Path(name).iterdir())
-        checks += float_rung(reference, twin)
-        float_decode = OnnxRuntimeSession(twin.path, twin.contract)
-        checks += decode_rung("float graph: decode against prefill", ids, float_decode, tokens)
-        del float_decode
+    twin = export_graph(model.spec, model.weights, prefix, None, ws.scheme, folder, name="float")
+    float_bytes = sum(f.stat().st_size for f in folder.iterdir())
+    checks += float_rung(reference, twin)
+    checks += decode_rung(
+        "float graph: decode against prefill", ids, OnnxRuntimeSession(twin.path, twin.contract), tokens
+    )
     checks += segment_rung("canonical ONNX against fake-quant", reference, SegmentRun(graph, scales, "literal"))
     fused = SegmentRun(graph, scales, "fused")
     checks += segment_rung("onnxruntime kernels against fake-quant", reference, fused)
@@ -105,7 +116,7 @@ def read_parity(data: dict[str, Any]) -> ParityReport:
     return ParityReport(tuple(checks), data["corpus"], data["tokens"])
 
 
-def check_bundle(ws: Workspace, bundle: Path, graph: ExportedGraph, *, fresh: bool = False) -> ParityReport:
+def check_bundle(ws: Workspace, bundle: Path, graph: ExportedGraph, *, reuse: bool = False) -> ParityReport:
     """Return the ladder's report for a verified bundle.
 
     Raises:
@@ -118,8 +129,4 @@ def check_bundle(ws: Workspace, bundle: Path, graph: ExportedGraph, *, fresh: bo
             hint="give the original with --model",
         )
     with ws.store.lock():
-        if fresh:
-            with TemporaryDirectory(prefix="cushion-parity-") as name:
-                other = Workspace(ws.recipe, StageStore(Path(name)), ws.progress)
-                return check_parity(other, prefix, scales, graph).report
-        return check_parity(ws, prefix, scales, graph).report
+        return check_parity(ws, prefix, scales, graph, reuse=reuse).report

@@ -52,7 +52,7 @@ def assemble_report(
         "recipe": ws.recipe.model_dump(mode="json"),
         "precision": ws.recipe.precision,
         "perplexity": {**evaluation["perplexity"], "engine": parity.engine_perplexity},
-        "search": _search(trace, ws.times) if trace else None,
+        "search": _search(trace) if trace else None,
         "magnitudes": evaluation["magnitudes"],
         "calibration": {
             "estimator": calibrated.scales.estimator,
@@ -95,7 +95,7 @@ def merge_times(times: Sequence[StageTime]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _search(trace: SearchTrace, times: Sequence[StageTime]) -> dict[str, Any]:
+def _search(trace: SearchTrace) -> dict[str, Any]:
     return {
         "mode": trace.mode,
         "objective": trace.objective,
@@ -134,7 +134,7 @@ def _engine(artifact: EngineArtifact) -> dict[str, Any]:
         "int8_linears": artifact.int8_linears,
         "fused_attention": artifact.fused_attention,
         "ran": artifact.ran,
-        "note": str(artifact.details.get("note", "")),
+        "note": str(artifact.details.get("not_run", "")),
         "details": artifact.details,
     }
 

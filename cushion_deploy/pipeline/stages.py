@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, read_prefix, read_scales, write_prefix, write_scales
+from cushion_deploy.errors import UsageError
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import SearchTrace
 from cushion_deploy.types import (
@@ -21,8 +22,6 @@ from cushion_deploy.types import (
     ModelSpec,
     Prefix,
 )
-
-MODEL_FILES = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,13 @@ def search_prefix(ws: Workspace) -> tuple[Prefix, SearchTrace | None]:
 
 
 def calibrate(ws: Workspace, prefix: Prefix) -> Calibrated:
-    """Return static activation scales behind a prefix."""
+    """Return static activation scales behind a prefix.
+
+    Raises:
+        UsageError: the prefix belongs to another model.
+    """
+    if prefix.model_digest != ws.source.digest:
+        raise UsageError("the prefix was made for another model", hint="run `cushion-deploy search` for this model")
     config = ws.recipe.calibration
     corpus = ws.corpus(config.data, "calibration")
     parents = {

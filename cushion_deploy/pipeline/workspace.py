@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +19,7 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.source import ModelSource, resolve_source
 from cushion_deploy.progress import Progress, silent
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.store import StageStore
-from cushion_deploy.store.manifest import tool_version
+from cushion_deploy.store import StageStore, hash_file
 from cushion_deploy.types import PRECISIONS, QuantScheme, digest_json
 
 if TYPE_CHECKING:
@@ -24,6 +27,35 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.load import LoadedModel
 
 logger = logging.getLogger(__name__)
+PACKAGE = Path(__file__).resolve().parent.parent
+LIBRARIES = ("torch", "transformers", "gguf", "numpy", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tokenizers")
+
+
+@cache
+def computed_by() -> dict[str, str]:
+    """Return what a result depends on beside its inputs: this program's own source, libraries, and the processor."""
+    h = hashlib.sha256()
+    # os.walk, because in a checkout export, engines and calib are links, which Path.rglob does not enter.
+    sources = (Path(top) / name for top, _, names in os.walk(PACKAGE, followlinks=True) for name in names)
+    for file in sorted(path for path in sources if path.suffix == ".py"):
+        h.update(f"{file.relative_to(PACKAGE)}:{hash_file(file)};".encode())
+    found = {"source": h.hexdigest(), "machine": platform.machine(), "cpu": cpu_flags()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_flags() -> str:
+    """Return a digest of the instruction sets of the processor, which decide the kernels; empty where unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return digest_json(sorted(flags))
 
 
 @dataclass(frozen=True)
@@ -50,6 +82,7 @@ class Workspace:
     store: StageStore
     progress: Progress = silent
     times: list[StageTime] = field(default_factory=list)
+    _corpora: dict[tuple[str | None, str], Corpus] = field(default_factory=dict, repr=False)
 
     @cached_property
     def source(self) -> ModelSource:
@@ -81,7 +114,10 @@ class Workspace:
         """Return a corpus; text sampled from the model is drawn once and kept in the store."""
         from cushion_deploy.calib.corpora import load_corpus
 
-        return load_corpus(data, part, self._sampled_text)
+        known = self._corpora.get((data, part))
+        if known is None:
+            known = self._corpora[data, part] = load_corpus(data, part, self._sampled_text)
+        return known
 
     def stage(self, name: str, parents: dict[str, Any], make: Callable[[Path], None]) -> Path:
         """Return the folder of a finished stage, made now or earlier.
@@ -92,7 +128,7 @@ class Workspace:
             make: writes the result into an empty folder.
         """
         key = self.key(name, parents)
-        start = time.monotonic()
+        start, inner = time.monotonic(), self._timed()
         folder = self.store.find(name, key)
         reused = folder is not None
         if folder is None:
@@ -102,12 +138,13 @@ class Workspace:
             folder = self.store.find(name, key)
             if folder is None:
                 raise UsageError(f"stage {name} vanished from {self.store.root}", hint="do not touch the work folder")
-        self.times.append(StageTime(name, time.monotonic() - start, reused))
+        # A stage that needs the model runs the load inside its own time: that time is the load's.
+        self.times.append(StageTime(name, time.monotonic() - start - (self._timed() - inner), reused))
         return folder
 
     def key(self, name: str, parents: dict[str, Any]) -> str:
         """Return the key of a stage."""
-        return digest_json({"stage": name, "version": tool_version(), **parents})
+        return digest_json({"stage": name, "computed by": computed_by(), **parents})
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -115,6 +152,9 @@ class Workspace:
         start = time.monotonic()
         yield
         self.times.append(StageTime(name, time.monotonic() - start, False))
+
+    def _timed(self) -> float:
+        return sum(t.seconds for t in self.times)
 
     def _sampled_text(self) -> str:
         from cushion_deploy.modeling.sample import sample_text

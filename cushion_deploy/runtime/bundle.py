@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.runtime.chat import ChatTemplate
-from cushion_deploy.store import BundleManifest, verify_bundle
+from cushion_deploy.store import BundleManifest, hash_file, verify_bundle
 from cushion_deploy.store.manifest import read_json
-from cushion_deploy.types import ExportedGraph, GraphContract, PrefixMode
+from cushion_deploy.types import ExportedGraph, GraphContract, PrefixMode, digest_json
 
 CONTRACT_NAME = "export.json"
 GRAPH_NAME = "model.onnx"
@@ -123,6 +123,17 @@ def read_graph(path: Path) -> ExportedGraph:
             f"{path / CONTRACT_NAME} describes {data.get('path')!r}, expected {GRAPH_NAME!r} in {path}", hint=_REBUILD
         )
     return graph
+
+
+def verify_graph(graph: ExportedGraph) -> None:
+    """Compare a graph's files with the digest that its export wrote down; raises UntrustedArtifact on a difference."""
+    files = (graph.path, graph.path.with_name(graph.path.name + ".data"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or digest_json({file.name: hash_file(file) for file in files}) != graph.digest:
+        raise UntrustedArtifact(
+            f"{graph.path} or its data is not what was exported{f' ({missing[0]} is missing)' if missing else ''}",
+            hint="export the graph again",
+        )
 
 
 def _tokenizer(path: Path) -> Tokenizer:

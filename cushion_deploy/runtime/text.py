@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cushion_deploy.errors import CheckFailed, unknown_choice
+from cushion_deploy.errors import CheckFailed, MissingDependency, unknown_choice
 from cushion_deploy.runtime.bundle import Bundle, open_bundle
 from cushion_deploy.runtime.chat import Message, encode_chat, encode_prompt
 from cushion_deploy.runtime.generate import FinishReason, TokenEvent, Usage, generate
@@ -106,6 +106,11 @@ def load(path: Path | str, engine: str = "onnxruntime", threads: int | None = No
         UntrustedArtifact: the bundle is damaged; the engine has then seen no byte of it.
         MissingDependency: the engine's library is not installed.
     """
+    if engine.startswith("tensorrt"):
+        raise MissingDependency(
+            f"engine '{engine}' needs an NVIDIA GPU and a session that this version does not have yet",
+            hint="run the bundle with --engine onnxruntime",
+        )
     if engine not in ENGINES:
         raise unknown_choice("engine", engine, ENGINES)
     bundle = open_bundle(path)

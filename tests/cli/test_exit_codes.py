@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cushion_deploy import errors
 from cushion_deploy.calib.corpora import HUB_CORPORA
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.families import FAMILIES
@@ -325,9 +326,46 @@ def test_a_command_line_that_is_none(cli: Any, arguments: list[str]) -> None:
     assert "Traceback" not in done.err
 
 
-def test_a_reader_that_goes_away_is_no_failure(start: Any, tiny_bundle: Any) -> None:
+def test_a_reader_that_goes_away_is_neither_done_nor_a_failed_check(start: Any, tiny_bundle: Any) -> None:
     with start("from cushion_deploy.cli.main import main; main()", "inspect", tiny_bundle.bundle) as process:
         process.stdout.close()
         err = process.stderr.read()
         process.wait(60)
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, err) == (141, "")
+
+
+@pytest.mark.parametrize(("module", "extra"), [("torch", "build"), ("onnx_ir", "build"), ("matplotlib", "report")])
+def test_a_build_without_an_extra_says_at_once_what_to_install(
+    cli: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str
+) -> None:
+    real = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == module else real(name))
+    done = cli("build", "--model", tiny_folder, "--output", tmp_path / "out", "--work-dir", tmp_path / "work")
+    assert done.code == 3
+    assert f"pip install 'cushion-deploy[{extra}]'" in done.err
+    assert not (tmp_path / "work").exists()
+
+
+def test_scoring_the_calibration_text_is_refused(cli: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some text " * 500)
+    same = ["--calib-data", text, "--eval-data", text]
+    done = cli("build", "--model", tiny_folder, *same, "--output", tmp_path / "o", "--work-dir", tmp_path / "w")
+    assert done.code == 2
+    assert "calibration text too" in done.err
+
+
+def test_a_graph_that_is_not_what_was_exported_reaches_no_engine(
+    cli: Any, tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    for name in ("model.onnx", "model.onnx.data", "export.json"):
+        (folder / name).write_bytes((tiny_bundle.bundle / name).read_bytes())
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "model.onnx.data").write_bytes(data)
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: pytest.fail("an engine saw the graph"))
+    done = cli("engine", folder, "--engine", "onnxruntime", "--output", tmp_path / "engine")
+    assert done.code == 4
+    assert not (tmp_path / "engine").exists()

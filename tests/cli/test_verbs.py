@@ -146,9 +146,7 @@ def test_verify_names_the_manifest(cli: Any, planted_bundle: Any) -> None:
 
 def test_parity_of_a_bundle(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
     junit = tmp_path / "parity.xml"
-    done = cli(
-        "parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--junit", junit, "--json", "--fresh"
-    )
+    done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--junit", junit, "--json")
     assert done.code == 0, done.err
     checks = done.json["checks"]
     assert all(c["passed"] for c in checks)
@@ -158,7 +156,7 @@ def test_parity_of_a_bundle(cli: Any, planted_bundle: Any, tmp_path: Path) -> No
 
 
 def test_parity_for_a_person_reuses_the_build(cli: Any, planted_bundle: Any) -> None:
-    done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work)
+    done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--reuse")
     assert (done.code, done.err) == (0, "")
     assert "FAIL" not in done.out
     assert done.out.splitlines()[-1].startswith("passed on 64 tokens of eval.txt")

@@ -51,13 +51,12 @@ def test_as_many_layers_run_as_the_maxima_need(planted_model: LoadedModel, input
 @pytest.mark.parametrize(
     ("maxima", "depth"),
     [
-        ([[5, 5], [1, 1], [1, 1]], 1),
-        ([[1, 1], [5, 5], [1, 1]], 2),
-        ([[5, 1], [1, 1], [1, 9]], 3),
-        ([[2, 2], [2, 2], [2, 2]], 1),
+        ([[1, 2, 3], [0, 0, 0], [0, 0, 0]], 1),
+        ([[3, 2, 1], [4, 5, 6], [0, 0, 0]], 2),
+        ([[1, 2, 3], [0, 0, 0], [9, 0, 0]], 3),
     ],
 )
-def test_the_depth_is_where_the_sample_reached_its_maxima(maxima: list[list[float]], depth: int) -> None:
+def test_the_depth_is_where_the_sample_has_its_final_ranking(maxima: list[list[float]], depth: int) -> None:
     assert screen._depth_needed(torch.tensor(maxima, dtype=torch.float32)) == depth
 
 

@@ -1,0 +1,35 @@
+"""A new output folder: made beside its place and renamed into it, so that a stopped command leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cushion_deploy.errors import UsageError
+from cushion_deploy.store.files import disk_errors
+from cushion_deploy.store.owned import owned_folder, swap_in
+
+
+def require_new_folder(output: Path) -> None:
+    """Check that ``output`` may be made: nothing there, or an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists and is not an empty folder", hint="choose another output folder")
+
+
+def require_parent(file: Path) -> None:
+    """Check, before hours of work, that a file can be written where it was asked for."""
+    if not file.absolute().parent.is_dir():
+        raise UsageError(f"the folder of {file} does not exist", hint="make it first, or choose another place")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``output`` on a clean exit and vanishes on any other."""
+    require_new_folder(output)
+    target = output.absolute()
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with owned_folder(target.parent, f".{target.name}.cushion-", target) as staged:
+            yield staged
+            swap_in(staged, target)
