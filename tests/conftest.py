@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cushion_deploy.modeling.gguf import convert_gguf
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
+
+# A runner that starts this in the background has SIGINT ignored, and children inherit that: the tests that interrupt
+# a real process would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMOLLM2 = Path(__file__).parents[1] / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT_TEMPLATE = (

@@ -235,31 +235,13 @@ def test_integer_sums_do_not_saturate(tmp_path: Path) -> None:
     assert "MatMulIntegerToFloat" in {n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node}
 
 
-def _with_logits_start(source: Path, target: Path) -> None:
-    """Copy a graph and let a caller choose the first token that its head sees."""
-    model = onnx.load(source)
-    graph = model.graph
-    head = [n for n in graph.node if n.name.startswith("head/")]
-    hidden = head[0].input[0]
-    for node in head:
-        node.input[:] = ["wanted" if name == hidden else name for name in node.input]
-    for name, value in {"logits_start": 0, "all_the_rest": 2**62, "sequence_axis": 1}.items():
-        graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
-    graph.input.append(helper.make_tensor_value_info("logits_start", TensorProto.INT64, [1]))
-    inputs = [hidden, "logits_start", "all_the_rest", "sequence_axis"]
-    graph.node.insert(list(graph.node).index(head[0]), helper.make_node("Slice", inputs, ["wanted"]))
-    graph.output[0].type.tensor_type.shape.dim[1].dim_param = "rows"
-    onnx.save(model, target)
-
-
-def test_head_runs_for_wanted_tokens_alone_where_the_graph_allows_it(tiny: Any, tmp_path: Path, ids: Any) -> None:
-    _with_logits_start(tiny.graph.path, tmp_path / "model.onnx")
-    session: Any = OnnxRuntimeSession(tmp_path / "model.onnx", tiny.graph.contract, threads=1, chunk=16)
+def test_head_runs_for_wanted_tokens_alone(tiny: Any, tmp_path: Path, ids: Any) -> None:
+    session: Any = OnnxRuntimeSession(tiny.graph.path, tiny.graph.contract, threads=1, chunk=16)
     profiled = session_options(threads=1)
     profiled.enable_profiling = True
     profiled.profile_file_prefix = str(tmp_path / "profile")
     providers = ["CPUExecutionProvider"]
-    session._session = onnxruntime.InferenceSession(tmp_path / "model.onnx", profiled, providers=providers)
+    session._session = onnxruntime.InferenceSession(tiny.graph.path, profiled, providers=providers)
     expected = torch_logits(tiny.loaded, ids, tiny.prefix)
     np.testing.assert_allclose(session.run(ids, need_logits="last"), expected[:, -1:], atol=2e-4)
     session.reset()
