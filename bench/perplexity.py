@@ -14,7 +14,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--eval-data", required=True)
     parser.add_argument("--window", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--estimator", nargs="+", default=["mse"])
+    parser.add_argument("--estimator", nargs="+", default=["percentile"])
     parser.add_argument("--head", nargs="+", choices=["float", "int8"], default=["float", "int8"])
     parser.add_argument("--max-tokens", type=int, default=1_000_000)
     options = parser.parse_args()
