@@ -26,31 +26,39 @@ DEPTH_AGREEMENT = 0.95
 
 
 @torch.inference_mode()
-def self_sink_sizes(
-    model: LoadedModel,
-    past: KeysValues,
-    rng: np.random.Generator,
-    *,
-    batch_positions: int = 2048,
-    progress: Progress = silent,
-) -> tuple[FloatArray, int]:
-    """Return the largest own Site activation of every vocabulary token at the position after ``past``.
+def sink_depth(model: LoadedModel, rng: np.random.Generator) -> int:
+    """Return in how many layers, from the first, a token that becomes a sink has become one.
 
-    Sinks form in the early layers (SmolLM2: the 12th of 30): a random sample runs through all of them, the
-    vocabulary only as deep as the sample needed for its ranking.
-
-    Returns:
-        float32 ``[vocab]`` and the number of layers that were run.
+    Sinks form in the early layers (SmolLM2: the 12th of 30), the same ones whatever stands before. So a random
+    sample with nothing before it, where sinks are sure to form if the model has any, runs through all layers
+    once, and the vocabulary only as deep as the sample needed for its ranking.
     """
     vocabulary, layers = model.spec.vocab_size, model.spec.num_layers
     sample = torch.from_numpy(rng.choice(vocabulary, size=min(DEPTH_SAMPLE, vocabulary), replace=False))
-    depth = _depth_needed(_layer_maxima(model, past, sample, layers))
+    return _depth_needed(_layer_maxima(model, [], sample, layers))
+
+
+@torch.inference_mode()
+def self_sink_sizes(
+    model: LoadedModel,
+    past: KeysValues,
+    depth: int,
+    *,
+    batch_positions: int = 2048,
+    progress: Progress = silent,
+) -> FloatArray:
+    """Return the largest own Site activation in the first ``depth`` layers of every token after ``past``.
+
+    Returns:
+        float32 ``[vocab]``.
+    """
+    vocabulary = model.spec.vocab_size
     sizes = np.empty(vocabulary, dtype=np.float32)
     for start in range(0, vocabulary, batch_positions):
         ids = torch.arange(start, min(start + batch_positions, vocabulary))
         sizes[start : start + len(ids)] = _layer_maxima(model, past, ids, depth).amax(dim=0).numpy()
         progress("screening the vocabulary", start + len(ids), vocabulary)
-    return sizes, depth
+    return sizes
 
 
 def _depth_needed(maxima: Tensor) -> int:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from cushion_deploy.modeling.forward import KeysValues, compute_prefix, prefix_t
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.prefix.candidates import Source, gather_candidates
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
-from cushion_deploy.prefix.screen import self_sink_sizes
+from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth
 from cushion_deploy.prefix.trace import ScoredToken, SearchStep, SearchTrace
 from cushion_deploy.progress import Progress, silent
 from cushion_deploy.recipe import Search
@@ -89,8 +90,9 @@ class PrefixSearch:
         if self.config.mode == "exhaustive":
             scored, entered = self._scan(past, text, number), self.model.spec.vocab_size
         else:
-            sizes, layers = self_sink_sizes(
-                self.model, past, rng, batch_positions=self.config.batch_positions, progress=self.progress
+            layers = self._depth
+            sizes = self_sink_sizes(
+                self.model, past, layers, batch_positions=self.config.batch_positions, progress=self.progress
             )
             self._count(len(sizes), 1)
             sources = gather_candidates(
@@ -101,6 +103,10 @@ class PrefixSearch:
         accepted = best.objective <= self.config.tau * before
         rank, size = self._audit(past, text, best, rng) if accepted else (0, 0)
         return SearchStep(best, before, accepted, tuple(scored[:20]), entered, len(scored), layers, rank, size)
+
+    @cached_property
+    def _depth(self) -> int:
+        return sink_depth(self.model, np.random.default_rng([self.seed, 2]))
 
     def _halve(self, past: KeysValues, text: IntArray, sources: dict[int, Source]) -> list[ScoredToken]:
         """Return the finalists, exactly scored on the whole text, best first."""

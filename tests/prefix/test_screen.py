@@ -12,7 +12,7 @@ import torch
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.prefix import screen
-from cushion_deploy.prefix.screen import self_sink_sizes
+from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth
 
 InputsOf = Callable[..., dict[str, np.ndarray]]
 
@@ -32,18 +32,17 @@ def test_sizes_are_the_brute_force_ones(
     planted_model: LoadedModel, inputs_of: InputsOf, prefix: tuple[int, ...], batch_positions: int
 ) -> None:
     past = prefix_tensors(compute_prefix(planted_model, prefix))
-    rng = np.random.default_rng(0)
-    sizes, depth = self_sink_sizes(planted_model, past, rng, batch_positions=batch_positions)
+    sizes = self_sink_sizes(planted_model, past, 2, batch_positions=batch_positions)
     assert sizes.shape == (320,)
     for token in range(0, 320, 5):
-        expected = own_maxima(planted_model, inputs_of, prefix, token)[:depth].max()
+        expected = own_maxima(planted_model, inputs_of, prefix, token)[:2].max()
         assert sizes[token] == pytest.approx(expected, rel=1e-3), token
 
 
 def test_as_many_layers_run_as_the_maxima_need(planted_model: LoadedModel, inputs_of: InputsOf) -> None:
     # Without a prefix every token fires in layer 1 of 3, so nothing is left to find in layer 2.
-    sizes, depth = self_sink_sizes(planted_model, [], np.random.default_rng(0))
-    assert depth == 2
+    assert sink_depth(planted_model, np.random.default_rng(0)) == 2
+    sizes = self_sink_sizes(planted_model, [], 2)
     full = [own_maxima(planted_model, inputs_of, (), token).max() for token in range(0, 320, 9)]
     np.testing.assert_allclose(sizes[::9], full, rtol=1e-3)
 
@@ -61,7 +60,7 @@ def test_the_depth_is_where_the_sample_has_its_final_ranking(maxima: list[list[f
 
 
 def test_absorbers_come_first(planted_model: LoadedModel, plant: Any) -> None:
-    sizes, _ = self_sink_sizes(planted_model, [], np.random.default_rng(1))
+    sizes = self_sink_sizes(planted_model, [], 3)
     assert set(np.argsort(-sizes)[:3]) == set(plant.absorbers)
     assert sizes.min() > plant.massive, "at the first position every token becomes a sink"
 
@@ -74,7 +73,7 @@ def test_the_model_is_whole_again_even_after_an_error(tiny_model: LoadedModel) -
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        self_sink_sizes(tiny_model, [], np.random.default_rng(0), progress=fail)
+        self_sink_sizes(tiny_model, [], 2, progress=fail)
     assert tiny_model.module.config.num_hidden_layers == 3
     assert torch.equal(tiny_model.module(input_ids=ids).logits, before)
 
@@ -84,7 +83,7 @@ def test_progress_ends_with_the_whole_vocabulary(tiny_model: LoadedModel) -> Non
     self_sink_sizes(
         tiny_model,
         [],
-        np.random.default_rng(0),
+        2,
         batch_positions=128,
         progress=lambda _, done, total: reports.append((done, total)),
     )

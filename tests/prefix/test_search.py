@@ -199,3 +199,11 @@ def test_positions_are_counted(tiny_model: LoadedModel, plain_ids: IntArray) -> 
     _, trace = PrefixSearch(tiny_model, plain_ids, config(mode="exhaustive", max_length=1)).run()
     assert trace.positions_scored == 48 + 320 * 49
     assert trace.positions_full_scan == 320 * 48
+
+
+def test_every_step_is_screened_as_deep_as_sinks_form_with_nothing_before_them(
+    planted_model: LoadedModel, plain_ids: IntArray
+) -> None:
+    # Once the sink is taken no token becomes one, so a sample taken then would ask for every layer.
+    _, trace = PrefixSearch(planted_model, plain_ids, config(max_length=2)).run()
+    assert [step.screen_layers for step in trace.steps] == [2, 2]
