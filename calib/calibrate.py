@@ -96,4 +96,12 @@ def choose_scales(
         site: symmetric_scale(threshold(histogram, estimator, percentile=percentile))
         for site, histogram in histograms.items()
     }
-    return ActivationScales(scales, estimator, model.spec.weights_digest, prefix.digest, corpus_digest, tokens)
+    return ActivationScales(
+        scales,
+        estimator,
+        model.spec.weights_digest,
+        prefix.digest,
+        corpus_digest,
+        tokens,
+        model.smoothing.digest if model.smoothing else "",
+    )

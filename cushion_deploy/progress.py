@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
+
+TICK_SECONDS = 1.0
+"""Seconds between two reports of a step whose length is unknown; a shorter step reports nothing."""
 
 
 class Progress(Protocol):
-    """Called with the name of a task, the units done and the units in all; also once with done == total."""
+    """Called with the name of a task, the units done and the units in all; also once with done == total.
+
+    A total of 0 says that the length is unknown; the units are then seconds since the task began.
+    """
 
     def __call__(self, task: str, done: int, total: int) -> None:
         """Take one report."""
@@ -15,3 +25,27 @@ class Progress(Protocol):
 
 def silent(task: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+@contextmanager
+def elapsed(progress: Progress, task: str) -> Iterator[None]:
+    """Report the seconds that a step of unknown length has taken so far, from a thread, until it ends."""
+    begin, over = time.monotonic(), threading.Event()
+    ticks = 0
+
+    def tick() -> None:
+        nonlocal ticks
+        while not over.wait(TICK_SECONDS):
+            ticks += 1
+            progress(task, int(time.monotonic() - begin), 0)
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        over.set()
+        ticker.join()
+    if ticks:
+        seconds = max(1, round(time.monotonic() - begin))
+        progress(task, seconds, seconds)

@@ -60,6 +60,34 @@ class Search(Section):
     batch_positions: int = Field(default=2048, ge=1, description="Token positions in one forward pass; bounds memory.")
 
 
+class Tuning(Section):
+    """How the prefix is tuned (Eq. 11 of the paper)."""
+
+    enabled: bool = Field(default=False, description="Train keys and values of the prefix, the model frozen.")
+    loss: Literal["distill", "ce"] = Field(
+        default="distill",
+        description="Stay close to the original model (distill), or predict the text as the paper does (ce).",
+    )
+    error_weight: float = Field(default=0.01, ge=0, description="Weight (lambda) of the quantization error.")
+    scales: bool = Field(default=True, description="Train the static activation scales along with the prefix.")
+    learning_rate: float = Field(default=0.001, gt=0, description="Adam learning rate of keys and values.")
+    scale_learning_rate: float = Field(
+        default=0.003, gt=0, description="Adam learning rate of the logarithms of the scales."
+    )
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="Course of the learning rates.")
+    epochs: int = Field(default=2, ge=1, description="Times that each window is used.")
+    windows: int = Field(default=80, ge=1, description="Windows of text to train on.")
+    held_out: int = Field(default=8, ge=1, description="Other windows of text that decide which state is kept.")
+    window: int = Field(default=256, ge=2, description="Tokens in one window.")
+    batch: int = Field(default=2, ge=1, description="Windows in one optimizer step.")
+    microbatch: int = Field(default=1, ge=1, description="Windows in one forward and backward pass; bounds memory.")
+    clip: float = Field(default=1.0, gt=0, description="Largest norm of a gradient.")
+    judge_every: int = Field(default=20, ge=1, description="Steps between two looks at the held-out text.")
+    checkpointing: bool = Field(
+        default=True, description="Run layers again for the gradient instead of keeping their activations."
+    )
+
+
 class Calibration(Section):
     """How static activation scales are measured."""
 
@@ -108,6 +136,13 @@ class Parity(Section):
     decode_tokens: int = Field(default=16, ge=1, description="Tokens to decode one by one against prefill.")
 
 
+class TensorRt(Section):
+    """What the optimization profiles of TensorRT plans admit."""
+
+    max_batch: int = Field(default=1, ge=1, description="Largest batch of TensorRT profiles.")
+    max_context: int = Field(default=2048, ge=1, description="Longest context of TensorRT profiles, prefix left out.")
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting of the recipe: dotted name, meaning, default."""
@@ -132,6 +167,9 @@ class Recipe(Section):
     export: Export = Field(default_factory=Export, description="What the ONNX graph looks like.")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="What perplexity is measured on.")
     parity: Parity = Field(default_factory=Parity, description="How the parity ladder compares the rungs.")
+    tensorrt: TensorRt = Field(
+        default_factory=TensorRt, description="What the optimization profiles of TensorRT plans admit."
+    )
 
     @field_validator("precision")
     @classmethod
@@ -194,18 +232,16 @@ class Recipe(Section):
         """Return this recipe with some settings replaced.
 
         Args:
-            overrides: dotted name, such as ``search.max_length``, to value; None leaves the setting as it is.
+            overrides: dotted name, such as ``search.max_length``, to value; None sets it to null.
 
         Raises:
-            UsageError: an unknown name, a wrong type, a value out of range.
+            UsageError: an unknown name, a wrong type, a value out of range, null where none is allowed.
         """
         data = self.model_dump()
         names = {s.name for s in self.settings()}
         for name, value in overrides.items():
             if name not in names:
                 raise _unknown(name)
-            if value is None:
-                continue
             section, _, inner = name.rpartition(".")
             (data[section] if section else data)[inner] = value
         return _validate(data, "")
@@ -285,7 +321,7 @@ def _usage(e: ValidationError, where: str) -> UsageError:
     if first["type"] == "value_error":
         return UsageError(f"{where}{name}: {first['ctx']['error']}{more}", hint=_PRINT_CONFIG)
     expected = first["msg"].removeprefix("Input should be ")
-    found = repr(first["input"])
+    found = "null" if first["input"] is None else repr(first["input"])
     found = found if len(found) <= 60 else found[:57] + "..."
     expected = _EXPECTED.get(first["type"], expected)
     if expected.startswith(("greater", "less")):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NewType, Protocol
 
@@ -194,6 +194,36 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class Smoothing:
+    """What every input channel of a Site is divided by, and the weights behind it multiplied with (SmoothQuant).
+
+    Attributes:
+        factors: Site to float32 ``[features]``, positive; empty for no smoothing.
+        alpha: how much of the size moved into the weights, 0 to 1.
+        model_digest: weights digest of the model it was measured on.
+    """
+
+    factors: Mapping[Site, FloatArray]
+    alpha: float
+    model_digest: str
+
+    def __post_init__(self) -> None:
+        for site, factor in self.factors.items():
+            if not np.isfinite(factor).all() or (factor < np.finfo(np.float32).tiny).any():
+                raise UntrustedArtifact(
+                    f"Site {site}: a smoothing factor is not a positive normal number",
+                    hint="run `cushion-deploy calibrate` again",
+                )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what a folded weight depends on; empty for no smoothing."""
+        if not self.factors:
+            return ""
+        return digest_arrays([("model " + self.model_digest, np.zeros(0, np.float32)), *sorted(self.factors.items())])
+
+
+@dataclass(frozen=True)
 class ActivationScales:
     """Static per-tensor symmetric activation scales, and what they were calibrated under.
 
@@ -202,6 +232,7 @@ class ActivationScales:
         estimator: the range estimator.
         model_digest, prefix_digest, corpus_digest: parents.
         tokens: text tokens observed.
+        smoothing_digest: of the smoothing that was folded into the model; empty for none.
     """
 
     scales: Mapping[Site, float]
@@ -210,6 +241,7 @@ class ActivationScales:
     prefix_digest: str
     corpus_digest: str
     tokens: int
+    smoothing_digest: str = ""
 
     def __post_init__(self) -> None:
         for site, scale in self.scales.items():
@@ -218,6 +250,21 @@ class ActivationScales:
                     f"Site {site}: scale {scale!r} is not a positive normal number",
                     hint="look at the calibration text and the model's weights: this input is constant or not finite",
                 )
+
+    def of(self, sites: Iterable[Site]) -> dict[Site, float]:
+        """Return the scales of these Sites; raises UsageError when one is missing."""
+        wanted = list(sites)
+        missing = [site for site in wanted if site not in self.scales]
+        if missing:
+            raise UsageError(
+                f"no activation scale for Site {missing[0]} ({len(missing)} missing)",
+                hint="run `cushion-deploy calibrate` for this model and scheme",
+            )
+        return {site: self.scales[site] for site in wanted}
+
+    def moved(self, scales: Mapping[Site, float], prefix: Prefix) -> ActivationScales:
+        """Return other scales with the same parents behind another prefix, as tuning leaves them."""
+        return replace(self, scales=dict(scales), prefix_digest=prefix.digest)
 
     @property
     def digest(self) -> str:

@@ -64,13 +64,7 @@ def export_graph(
     sites = family.linears(spec, head=scheme.quantize_head)
     chosen: dict[Site, float] = {}
     if scales is not None:
-        missing = [site for site in sites if site not in scales.scales]
-        if missing:
-            raise UsageError(
-                f"no activation scale for Site {missing[0]} ({len(missing)} missing)",
-                hint="run `cushion-deploy calibrate` for this model and scheme",
-            )
-        chosen = {site: scales.scales[site] for site in sites}
+        chosen = scales.of(sites)
     element = DTYPES[dtype]
     decoder = DecoderGraph(GraphBuilder(opset), spec, family, weights, PrefixKv(prefix, element), element, chosen)
     model = decoder.build()

@@ -31,6 +31,13 @@ def test_the_runtime_loads_no_library_of_the_build() -> None:
     assert not loaded("import cushion_deploy.runtime") & set(HEAVY)
 
 
+def test_the_runtime_needs_numpy_and_tokenizers_alone() -> None:
+    others = {"filelock", "pydantic", "click", "rich", "yaml", "safetensors", "jinja2"}
+    found = loaded("import cushion_deploy.runtime")
+    assert not found & others
+    assert found >= {"numpy", "tokenizers"}
+
+
 def test_the_table_of_engines_loads_no_engine() -> None:
     found = loaded("import cushion_deploy.engines.registry")
     assert not found & {"torch", "transformers", "onnxruntime", "tensorrt_rtx"}

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "export": {"quantize_head": False, "opset": None, "prefix": "baked"},
     "evaluation": {"data": None, "window": 512, "max_tokens": 8192},
     "parity": {"data": None, "tokens": 256, "decode_tokens": 16},
+    "tensorrt": {"max_batch": 1, "max_context": 2048},
 }
 
 
@@ -178,9 +179,7 @@ def test_a_missing_file_a_folder_and_a_huge_file_are_refused(tmp_path: Path) -> 
 
 def test_merged_overrides_what_is_given_only() -> None:
     base = Recipe(seed=3, search=Search(tau=0.25))
-    merged = base.merged(
-        {"search.max_length": 0, "search.enabled": False, "search.tau": None, "model": "m", "engines": ("a",)}
-    )
+    merged = base.merged({"search.max_length": 0, "search.enabled": False, "model": "m", "engines": ("a",)})
     expected = base.model_dump()
     expected["search"].update(max_length=0, enabled=False)
     expected.update(model="m", engines=("a",))
@@ -189,9 +188,18 @@ def test_merged_overrides_what_is_given_only() -> None:
     assert base.merged({}) == base
 
 
+def test_merged_sets_null_where_null_is_given() -> None:
+    merged = Recipe(model="m", engines=("a",)).merged({"engines": None, "calibration.data": None})
+    assert (merged.model, merged.engines, merged.calibration.data) == ("m", None, None)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("search.tau", None, "search.tau is null"),
+        ("precision", None, "precision is null"),
+        ("search.seed_tokens", None, "search.seed_tokens is null"),
+        ("tensorrt.max_batch", 0, "tensorrt.max_batch is 0"),
         ("search.max_lenght", 1, "unknown setting 'search.max_lenght'"),
         ("search.max_lenght", None, "unknown setting 'search.max_lenght'"),
         ("search", {}, "'search' is a section"),

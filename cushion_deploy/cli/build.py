@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.options import limit_options, make_recipe, make_workspace, recipe_options
 from cushion_deploy.cli.progress import progress
-from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.errors import ExitCode
 
 
@@ -26,16 +26,13 @@ from cushion_deploy.errors import ExitCode
 )
 @click.option("--engine", "engines", multiple=True, help="Engine to compile; repeatable. Default: all available.")
 @click.option("--target", "targets", multiple=True, help="GPU target of TensorRT, e.g. sm86; repeatable.")
-@click.option("--max-batch", type=int, default=1, show_default=True, help="Largest batch of TensorRT profiles.")
-@click.option("--max-context", type=int, default=2048, show_default=True, help="Longest context of TensorRT profiles.")
+@limit_options
 @click.option("--allow-float-linears", type=int, default=0, help="Linears that may stay in floating point.")
 @click.option("--print-config", is_flag=True, help="Print the complete recipe as YAML and stop.")
 @click.option("--dry-run", is_flag=True, help="Check the input, say what would run, and stop.")
 def command(
     output: Path,
     targets: tuple[str, ...],
-    max_batch: int,
-    max_context: int,
     allow_float_linears: int,
     print_config: bool,
     dry_run: bool,
@@ -49,18 +46,15 @@ def command(
     if print_config:
         click.echo(recipe.to_yaml(), nl=False)
         return ExitCode.OK
-    from cushion_deploy.pipeline.build import build, plan
+    from cushion_deploy.pipeline.build import build, plan, plan_lines
 
-    options = CompileOptions(
-        targets=targets, max_batch=max_batch, max_context=max_context, allow_float_linears=allow_float_linears
-    )
     with progress(values["quiet"]) as report_progress:
         ws = make_workspace(recipe, values["work_dir"], report_progress)
         if dry_run:
-            for line in plan(ws, output):
-                click.echo(line)
+            found = plan(ws, output, targets=targets, allow_float_linears=allow_float_linears)
+            click.echo(json.dumps(found) if values["as_json"] else "\n".join(plan_lines(found)))
             return ExitCode.OK
-        report = build(ws, output, options)
+        report = build(ws, output, targets=targets, allow_float_linears=allow_float_linears)
     if values["as_json"]:
         click.echo(report.to_text())
     else:

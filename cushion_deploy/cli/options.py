@@ -31,6 +31,8 @@ FLAGS: dict[str, str] = {
     "max_length": "search.max_length",
     "seed_tokens": "search.seed_tokens",
     "objective": "search.objective",
+    "max_batch": "tensorrt.max_batch",
+    "max_context": "tensorrt.max_context",
 }
 """Flag to the recipe setting that it overrides; everything else is reached with --set."""
 
@@ -76,13 +78,26 @@ def recipe_options(function: F) -> F:
     return function
 
 
+def limit_options(function: F) -> F:
+    """Add the options of the optimization profiles of TensorRT; what is not given is left to the recipe."""
+    for option in (
+        click.option("--max-context", type=int, help="Longest context of TensorRT profiles. Default: the recipe's."),
+        click.option("--max-batch", type=int, help="Largest batch of TensorRT profiles. Default: the recipe's."),
+    ):
+        function = option(function)
+    return function
+
+
 def make_recipe(values: dict[str, Any]) -> Recipe:
     """Return the recipe that the options of :func:`recipe_options` describe: file first, flags over it."""
     recipe = Recipe.load(values["recipe"]) if values["recipe"] else Recipe()
-    overrides: dict[str, object] = {setting: values.get(flag) for flag, setting in FLAGS.items()}
-    overrides["search.seed_tokens"] = list(values["seed_tokens"]) or None
-    overrides["search.mode"] = "exhaustive" if values["exhaustive"] else None
-    overrides["search.enabled"] = False if values["no_prefix"] else None
+    # A flag that was not given is None, or an empty tuple where it is repeatable.
+    given = {flag: value for flag, value in values.items() if value not in (None, ())}
+    overrides: dict[str, object] = {setting: given[flag] for flag, setting in FLAGS.items() if flag in given}
+    if values["exhaustive"]:
+        overrides["search.mode"] = "exhaustive"
+    if values["no_prefix"]:
+        overrides["search.enabled"] = False
     if values.get("engines"):
         overrides["engines"] = list(values["engines"])
     for text in values["settings"]:

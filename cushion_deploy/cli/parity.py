@@ -45,7 +45,8 @@ def command(
 
     opened = open_bundle(bundle)
     overrides = {"model": model, "evaluation.data": eval_data, "parity.data": eval_data}
-    recipe = Recipe.from_bundle(opened.manifest.recipe).merged(overrides)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    recipe = Recipe.from_bundle(opened.manifest.recipe).merged(given)
     if junit:
         require_parent(junit)
     with progress(quiet) as report_progress:

@@ -32,8 +32,20 @@ class RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Return the rate of a task."""
+        if task.fields.get("timed"):
+            return Text("")
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.1f}/s", style="dim")
+
+
+class CountColumn(MofNCompleteColumn):
+    """Units done of units in all; seconds where the length is unknown."""
+
+    def render(self, task: Task) -> Text:
+        """Return the count of a task."""
+        if task.fields.get("timed"):
+            return Text(f"{int(task.completed)} s", style="progress.download")
+        return super().render(task)
 
 
 @contextmanager
@@ -52,7 +64,7 @@ def _bars() -> Progress:
     return Progress(
         TextColumn("{task.description:<36}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        CountColumn(),
         RateColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
@@ -69,9 +81,10 @@ class _BarReport:
     def __call__(self, task: str, done: int, total: int) -> None:
         known = self.tasks.get(task)
         if known is None:
-            known = self.tasks[task] = self.bars.add_task(task, total=total)
-        self.bars.update(known, completed=done, total=total)
-        if done >= total:
+            # Without a total the bar pulses.
+            known = self.tasks[task] = self.bars.add_task(task, total=total or None, timed=not total)
+        self.bars.update(known, completed=done, total=total or None)
+        if total and done >= total:
             del self.tasks[task]
 
 
@@ -79,18 +92,20 @@ class _LineReport:
     """A line every so often, and one at the end of a task."""
 
     def __init__(self) -> None:
-        self.task, self.begin, self.last = "", 0.0, 0.0
+        self.task, self.begin, self.last, self.timed = "", 0.0, 0.0, False
 
     def __call__(self, task: str, done: int, total: int) -> None:
         now = time.monotonic()
         if task != self.task:
-            self.task, self.begin, self.last = task, now, now
+            self.task, self.begin, self.last, self.timed = task, now, now, not total
             return
-        if done < total and now - self.last < LINE_SECONDS:
+        over = bool(total) and done >= total
+        if not over and now - self.last < LINE_SECONDS:
             return
         self.last = now
         rate = done / max(now - self.begin, 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if done < total else ""
-        print(f"{task}: {done}/{total} ({rate:.1f}/s{left})", file=sys.stderr, flush=True)
-        if done >= total:
+        left = f", {(total - done) / rate:.0f} s left" if done < total and rate else ""
+        count = f"{done} s" if self.timed else f"{done}/{total} ({rate:.1f}/s{left})"
+        print(f"{task}: {count}", file=sys.stderr, flush=True)
+        if over:
             self.task = ""

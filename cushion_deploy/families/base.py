@@ -9,10 +9,16 @@ from cushion_deploy.types import HEAD_SITE, ModelSpec, Site, layer_site
 
 @dataclass(frozen=True)
 class SiteRule:
-    """One quantized input of a layer and the linears that share it, by module path inside the layer."""
+    """One quantized input of a layer and the linears that share it, by module path inside the layer.
+
+    ``absorber`` is the norm or linear before the Site whose output channels are the Site's input channels up to
+    a factor, so that dividing its tensors along their first axis divides the Site's input; None where nothing
+    can absorb a factor.
+    """
 
     kind: str
     linears: tuple[str, ...]
+    absorber: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,29 @@ from pathlib import Path
 
 from cushion_deploy.errors import CushionError, UntrustedArtifact
 from cushion_deploy.families import family_for_model_type
+from cushion_deploy.modeling.bars import reported_bars
 from cushion_deploy.modeling.source import ModelSource
+from cushion_deploy.progress import Progress, silent
 
 
-def convert_gguf(source: ModelSource, folder: Path) -> None:
+def convert_gguf(source: ModelSource, folder: Path, progress: Progress = silent) -> None:
     """Write config, tokenizer and dequantized float32 weights of a GGUF file into ``folder``.
+
+    Args:
+        source: the checked file.
+        folder: existing folder to write into.
+        progress: where to report.
 
     Raises:
         UntrustedArtifact: the file is truncated or malformed.
         UsageError: its architecture is not supported.
     """
     family_for_model_type(_architecture(source.path))
+    with reported_bars(progress):
+        _convert(source, folder)
+
+
+def _convert(source: ModelSource, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -14,8 +14,10 @@ from torch import nn
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.families import Family, family_for_model_type
+from cushion_deploy.modeling.bars import reported_bars
 from cushion_deploy.modeling.source import ModelSource, check_config, read_json, weight_files
-from cushion_deploy.types import FloatArray, IntArray, ModelSpec, RotaryScaling, Site
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.types import FloatArray, IntArray, ModelSpec, RotaryScaling, Site, Smoothing
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class LoadedModel:
         sites: Site to the linears that it feeds; ``head`` included.
         weights: the tensors on disk, for export.
         folder: Hugging Face folder that it was loaded from.
+        smoothing: what was folded into ``module`` and is not in ``weights``; None for nothing.
     """
 
     spec: ModelSpec
@@ -38,6 +41,7 @@ class LoadedModel:
     sites: dict[Site, tuple[nn.Linear, ...]]
     weights: SafetensorsWeights
     folder: Path
+    smoothing: Smoothing | None = None
 
     def encode(self, text: str) -> IntArray:
         """Return the token ids of plain text, int64 ``[n]``, without special tokens."""
@@ -73,12 +77,13 @@ class SafetensorsWeights:
         return array
 
 
-def load_folder(folder: Path, source: ModelSource) -> LoadedModel:
+def load_folder(folder: Path, source: ModelSource, progress: Progress = silent) -> LoadedModel:
     """Load a Hugging Face folder (float32, frozen); remote code stays off.
 
     Args:
         folder: the source itself, or what :func:`convert_gguf` made of it.
         source: where it came from; its digest names the model.
+        progress: where to report.
 
     Raises:
         UsageError: not a supported decoder, or its tensors do not fit its config.
@@ -90,14 +95,15 @@ def load_folder(folder: Path, source: ModelSource) -> LoadedModel:
     check_config(config)
     weights = SafetensorsWeights(folder)
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+        with reported_bars(progress):
+            module, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
     except (ValueError, KeyError, OSError, RuntimeError) as e:
         raise UsageError(f"{source.label} cannot be loaded: {_first_line(e)}", hint="fetch the model again") from e
     if info["missing_keys"]:

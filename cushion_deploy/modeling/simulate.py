@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from cushion_deploy.errors import UsageError
 from cushion_deploy.fakequant import dequantize, qmax, quantize_weight
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import replaced
@@ -30,6 +29,23 @@ def quantized_sites(model: LoadedModel, scheme: QuantScheme) -> dict[Site, tuple
 
 
 @contextmanager
+def quantized_weights(sites: Mapping[Site, tuple[nn.Linear, ...]]) -> Iterator[None]:
+    """Give the linears of these Sites the values of their INT8 weights; restored on exit.
+
+    A tied head is quantized without touching the embedding.
+    """
+    with ExitStack() as stack:
+        for site, linears in sites.items():
+            for i, linear in enumerate(linears):
+                original = linear.weight
+                codes, scale = quantize_weight(original.detach().numpy(), f"{site}[{i}]")
+                quantized = torch.from_numpy(dequantize(codes, scale[:, None]))
+                linear.weight = nn.Parameter(quantized, requires_grad=False)
+                stack.callback(setattr, linear, "weight", original)
+        yield
+
+
+@contextmanager
 def simulated(
     model: LoadedModel,
     scheme: QuantScheme,
@@ -38,8 +54,7 @@ def simulated(
 ) -> Iterator[None]:
     """Run the model with INT8 weights and, unless ``scales`` is None, static INT8 activations.
 
-    Weights are restored on exit. A tied head is quantized without touching the embedding. ``on_codes`` is
-    called with the int8 codes ``[batch, length, features]`` that enter each Site.
+    ``on_codes`` is called with the int8 codes ``[batch, length, features]`` that enter each Site.
 
     Raises:
         UsageError: a Site has no scale.
@@ -47,14 +62,8 @@ def simulated(
     sites = quantized_sites(model, scheme)
     with ExitStack() as stack:
         if scales is not None:
-            missing = sorted(set(sites) - set(scales.scales))
-            if missing:
-                raise UsageError(
-                    f"no activation scale for Site {missing[0]} ({len(missing)} missing)",
-                    hint="run `cushion-deploy calibrate` again for this model and scheme",
-                )
             # float32 scalars: a Python float would be applied in double precision and change codes.
-            values = {site: torch.tensor(scales.scales[site], dtype=torch.float32) for site in sites}
+            values = {site: torch.tensor(scale, dtype=torch.float32) for site, scale in scales.of(sites).items()}
 
             def transform(site: Site, x: Tensor) -> Tensor:
                 codes = quantize_codes(x, values[site])
@@ -63,11 +72,5 @@ def simulated(
                 return codes * values[site]
 
             stack.enter_context(replaced(sites, transform))
-        for site, linears in sites.items():
-            for i, linear in enumerate(linears):
-                original = linear.weight
-                codes, scale = quantize_weight(original.detach().numpy(), f"{site}[{i}]")
-                quantized = torch.from_numpy(dequantize(codes, scale[:, None]))
-                linear.weight = nn.Parameter(quantized, requires_grad=False)
-                stack.callback(setattr, linear, "weight", original)
+        stack.enter_context(quantized_weights(sites))
         yield

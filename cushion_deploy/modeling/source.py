@@ -15,8 +15,22 @@ from cushion_deploy.store import hash_file
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 SUPPORTED = "a .gguf file, a local Hugging Face folder with safetensors, or a hub id such as org/name"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*.j*",
+    "additional_chat_templates/*.jinja",
+)
+"""What a loader reads beside config and weights: generation settings, and the tokenizer in all its layouts."""
+_HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *SIDE_FILES]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -72,9 +86,9 @@ def _from_folder(path: Path, label: str, revision: str | None) -> ModelSource:
     check_config(config)
     weights = weight_files(path)
     h = hashlib.sha256()
-    present = (path / name for name in TOKENIZER_FILES)
-    for file in [path / "config.json", *weights, *(p for p in present if p.is_file())]:
-        h.update(f"{file.name}:{hash_file(file)};".encode())
+    beside = {file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
+    for file in [path / "config.json", *weights, *sorted(beside)]:
+        h.update(f"{file.relative_to(path).as_posix()}:{hash_file(file)};".encode())
     return ModelSource("folder", path, label, revision, h.hexdigest())
 
 
@@ -92,6 +106,11 @@ def check_config(config: dict[str, Any]) -> None:
             "the checkpoint is already quantized (config.json has quantization_config)",
             hint="give the original floating-point checkpoint; cushion-deploy quantizes it itself",
         )
+    if other := config.get("transformers_weights"):
+        raise UsageError(
+            f"config.json sends the loader to other weights ({other})",
+            hint="name that file model.safetensors and remove transformers_weights from config.json",
+        )
     if config.get("hidden_act") not in family.activations:
         raise UsageError(
             f"activation '{config.get('hidden_act')}' is not one that family {family.name} uses",
@@ -100,13 +119,16 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, in order.
+    """Return the safetensors files of a folder that transformers would load, in order.
+
+    A whole ``model.safetensors`` stands over an index beside it, as it does in transformers.
 
     Raises:
         UntrustedArtifact: only pickled weights are there, or the index is damaged.
         UsageError: no weights, or a shard is missing.
     """
-    index = folder / "model.safetensors.index.json"
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    files = [whole] if whole.is_file() else []
     if index.is_file():
         weight_map = read_json(index, "fetch the model again").get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -116,14 +138,12 @@ def weight_files(folder: Path) -> list[Path]:
             raise UntrustedArtifact(
                 f"{index.name} points outside its folder", hint="do not use this checkpoint; fetch it again"
             )
-        files = [folder / name for name in names]
-    elif (folder / "model.safetensors").is_file():
-        files = [folder / "model.safetensors"]
-    else:
-        files = []
+        files = files or [folder / name for name in names]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
-        raise UsageError(f"{index.name} names shards that are missing: {', '.join(missing)}", hint="fetch them")
+        raise UsageError(
+            f"{index.name} names shards that are missing: {', '.join(missing)}", hint="fetch them into the same folder"
+        )
     if not files:
         pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
         if pickles:

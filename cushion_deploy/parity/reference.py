@@ -1,17 +1,23 @@
-"""The torch rungs of the ladder: floating point and fake-quant on the parity text, behind the prefix."""
+"""The torch side of the ladder: floating point and fake-quant on the parity text, behind the prefix."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from cushion_deploy.fakequant import quantize_weight
 from cushion_deploy.modeling.forward import logits, prefix_tensors, run, token_nll
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.simulate import quantized_sites, simulated
+from cushion_deploy.parity.blame import SiteInputs
 from cushion_deploy.parity.ladder import GREEDY_TOKENS, TorchReference
 from cushion_deploy.parity.segments import SiteCodes
+from cushion_deploy.parity.written import LinearWeights
 from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import ActivationScales, IntArray, Prefix, QuantScheme
+from cushion_deploy.types import ActivationScales, FloatArray, IntArray, Prefix, QuantScheme, Site
 
 PROMPT_TOKENS = 32
 
@@ -45,6 +51,27 @@ def torch_reference(
         prompt = ids[:, :PROMPT_TOKENS]
         greedy = _greedy(model, prefix, prompt)
     return TorchReference(ids, plain, quantized, codes, windows, np.stack(losses), prompt, greedy)
+
+
+@torch.inference_mode()
+def float_inputs(model: LoadedModel, prefix: Prefix, ids: IntArray) -> SiteInputs:
+    """Return what enters every Site of the floating-point model, ``[1, n, features]``, in computation order.
+
+    Args:
+        model, prefix: what is deployed.
+        ids: int64 ``[1, n]``.
+    """
+    found: dict[Site, FloatArray] = {}
+    with observed(model.sites, lambda site, x: found.__setitem__(site, x.numpy())):
+        run(model, torch.from_numpy(ids), prefix_tensors(prefix))
+    return {site: found[site] for site in model.sites}
+
+
+def quantized_weights(model: LoadedModel, scheme: QuantScheme) -> Iterator[LinearWeights]:
+    """Yield Site, codes and scales of every linear as fake-quant computes with them, one linear at a time."""
+    for site, linears in quantized_sites(model, scheme).items():
+        for i, linear in enumerate(linears):
+            yield site, *quantize_weight(linear.weight.detach().numpy(), f"{site}[{i}]")
 
 
 @torch.inference_mode()

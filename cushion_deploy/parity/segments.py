@@ -11,7 +11,7 @@ the two graphs are the same function.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,23 +37,9 @@ class SegmentRun:
 
     def __init__(self, graph: ExportedGraph, scales: ActivationScales, kernels: Kernels) -> None:
         """Open the cut graph."""
-        import onnx_ir as ir
-        import onnxruntime as ort
-
         self.graph, self.scales = graph, scales
         self.sites = tuple(graph.sites)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if kernels == "literal":
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        for key, value in (LITERAL_CONFIG if kernels == "literal" else SESSION_CONFIG).items():
-            options.add_session_config_entry(key, value)
-        with tempfile.TemporaryDirectory(prefix="cushion-parity-") as name:
-            data = graph.path.with_name(graph.path.name + ".data")
-            place(data, Path(name) / data.name)
-            path = Path(name) / graph.path.name
-            ir.save(_cut(ir.load(graph.path), self.sites), path)
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.session = edited_session(graph, lambda model: _cut(model, self.sites), kernels)
 
     def __call__(
         self, ids: IntArray, codes: SiteCodes, past: Mapping[str, FloatArray] | None = None
@@ -71,10 +57,7 @@ class SegmentRun:
         """
         contract = self.graph.contract
         feed: dict[str, npt.NDArray[Any]] = dict(past or empty_past(contract, ids.shape[0]))
-        before = next(iter(feed.values())).shape[2]
-        feed["input_ids"] = ids
-        feed["attention_mask"] = np.ones((ids.shape[0], before + ids.shape[1]), dtype=np.int64)
-        feed["position_ids"] = np.arange(before, before + ids.shape[1], dtype=np.int64)[None].repeat(ids.shape[0], 0)
+        feed.update(token_inputs(ids, next(iter(feed.values())).shape[2]))
         for site in self.sites:
             feed[f"{site}.forced"] = dequantize(codes[site], self.scales.scales[site])
         names = [output.name for output in self.session.get_outputs()]
@@ -83,20 +66,61 @@ class SegmentRun:
         return out["logits"], computed, {name: value for name, value in out.items() if name.startswith("present.")}
 
 
+def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: Kernels) -> Any:
+    """Return an ONNX Runtime session of a copy of the graph that ``edit`` changed; the graph itself stays as it is."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if kernels == "literal":
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for key, value in (LITERAL_CONFIG if kernels == "literal" else SESSION_CONFIG).items():
+        options.add_session_config_entry(key, value)
+    with tempfile.TemporaryDirectory(prefix="cushion-parity-") as name:
+        data = graph.path.with_name(graph.path.name + ".data")
+        place(data, Path(name) / data.name)
+        path = Path(name) / graph.path.name
+        model = ir.load(graph.path)
+        edit(model)
+        ir.save(model, path)
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def show_input(model: Any, value: Any, site: Site) -> None:
+    """Make a float32 value of the graph its output ``<site>.input`` too."""
+    import onnx_ir as ir
+
+    # An Identity, because the tensor may already be a graph output or have other consumers.
+    shown = ir.node("Identity", [value], name=f"{site}.show")
+    shown.outputs[0].name = f"{site}.input"
+    shown.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    model.graph.append(shown)
+    model.graph.outputs.append(shown.outputs[0])
+
+
+def token_inputs(ids: IntArray, before: int = 0) -> dict[str, npt.NDArray[Any]]:
+    """Return the inputs of a graph for tokens ``[batch, n]`` without padding, after ``before`` tokens of the cache."""
+    rows, end = ids.shape[0], before + ids.shape[1]
+    positions = np.arange(before, end, dtype=np.int64)[None].repeat(rows, 0)
+    mask = np.ones((rows, end), dtype=np.int64)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
 def empty_past(contract: Any, batch: int) -> dict[str, FloatArray]:
     """Return ``past_key_values.*`` of length 0."""
     empty = np.zeros((batch, contract.num_kv_heads, 0, contract.head_dim), dtype=contract.dtype)
     return {f"past_key_values.{i}.{p}": empty for i in range(contract.num_layers) for p in ("key", "value")}
 
 
-def _cut(model: Any, sites: tuple[Site, ...]) -> Any:
+def _cut(model: Any, sites: tuple[Site, ...]) -> None:
     """Feed the Q node of each Site from a new input ``<site>.forced``, and show its old input as ``<site>.input``."""
     import onnx_ir as ir
 
     quantizers = {node.outputs[0].name: node for node in model.graph if node.op_type == "QuantizeLinear"}
     for site in sites:
         node = quantizers[f"{site}.codes"]
-        entering = node.inputs[0]
+        show_input(model, node.inputs[0], site)
         forced = ir.Value(
             name=f"{site}.forced",
             type=ir.TensorType(ir.DataType.FLOAT),
@@ -104,10 +128,3 @@ def _cut(model: Any, sites: tuple[Site, ...]) -> Any:
         )
         model.graph.inputs.append(forced)
         node.replace_input_with(0, forced)
-        # An Identity, because the tensor may already be a graph output or have other consumers.
-        shown = ir.node("Identity", [entering], name=f"{site}.show")
-        shown.outputs[0].name = f"{site}.input"
-        shown.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        model.graph.append(shown)
-        model.graph.outputs.append(shown.outputs[0])
-    return model

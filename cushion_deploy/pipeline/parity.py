@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, read_prefix, read_scales
+from cushion_deploy.engines.base import Engine
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
-from cushion_deploy.pipeline.stages import evaluation_windows
+from cushion_deploy.pipeline.stages import evaluation_windows, export
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.types import ActivationScales, ExportedGraph, ParityCheck, ParityReport, Prefix, Site
+from cushion_deploy.types import (
+    ActivationScales,
+    EngineArtifact,
+    ExportedGraph,
+    ParityCheck,
+    ParityReport,
+    Prefix,
+    Site,
+)
 
 
 @dataclass(frozen=True)
@@ -27,12 +37,19 @@ class ParityResult:
 
 
 def check_parity(
-    ws: Workspace, prefix: Prefix, scales: ActivationScales, graph: ExportedGraph, *, reuse: bool = True
+    ws: Workspace,
+    prefix: Prefix,
+    scales: ActivationScales,
+    graph: ExportedGraph,
+    half: ExportedGraph | None = None,
+    *,
+    reuse: bool = True,
 ) -> ParityResult:
     """Return the whole ladder for a graph whose model is at hand.
 
     Args:
         ws, prefix, scales, graph: what was built.
+        half: the float16 graph that an engine was compiled from; None where there is none, and no rung for it then.
         reuse: take a kept result of an earlier run, and keep this one.
     """
     config, evaluation = ws.recipe.parity, ws.recipe.evaluation
@@ -46,28 +63,43 @@ def check_parity(
         "perplexity corpus": ws.corpus(evaluation.data, "evaluation").digest,
         "parity": config.model_dump(mode="json", exclude={"data"}),
         "evaluation": evaluation.model_dump(mode="json", exclude={"data"}),
+        "float16 graph": half.digest if half else None,
     }
 
     def make(out: Path) -> None:
         with TemporaryDirectory(dir=out) as twin:
-            result = _climb(ws, prefix, scales, graph, corpus.name, Path(twin))
+            result = _climb(ws, prefix, scales, graph, half, corpus.name, Path(twin))
         (out / "parity.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
     if reuse:
         data = json.loads((ws.stage("parity", parents, make) / "parity.json").read_text())
     else:
         with TemporaryDirectory(prefix="cushion-parity-") as twin:
-            data = _climb(ws, prefix, scales, graph, corpus.name, Path(twin))
+            data = _climb(ws, prefix, scales, graph, half, corpus.name, Path(twin))
     return ParityResult(read_parity(data["parity"]), data["engine_perplexity"], data["float_bytes"])
 
 
 def _climb(
-    ws: Workspace, prefix: Prefix, scales: ActivationScales, graph: ExportedGraph, corpus: str, folder: Path
+    ws: Workspace,
+    prefix: Prefix,
+    scales: ActivationScales,
+    graph: ExportedGraph,
+    half: ExportedGraph | None,
+    corpus: str,
+    folder: Path,
 ) -> dict[str, Any]:
     from cushion_deploy.export.folder import export_graph
-    from cushion_deploy.parity.ladder import decode_rung, engine_rung, float_rung, segment_decode_rung, segment_rung
-    from cushion_deploy.parity.reference import torch_reference
+    from cushion_deploy.parity.ladder import (
+        decode_rung,
+        engine_rung,
+        float_rung,
+        half_rung,
+        segment_decode_rung,
+        segment_rung,
+    )
+    from cushion_deploy.parity.reference import float_inputs, quantized_weights, torch_reference
     from cushion_deploy.parity.segments import SegmentRun
+    from cushion_deploy.parity.written import scale_rung, weight_rung
     from cushion_deploy.runtime.session import OnnxRuntimeSession
 
     config, model = ws.recipe.parity, ws.model
@@ -77,19 +109,33 @@ def _climb(
     tokens = min(config.decode_tokens, ids.shape[1] // 2)
     reference = torch_reference(model, prefix, scales, ws.scheme, ids, windows, ws.progress)
     checks: list[ParityCheck] = []
+    for name, written in (("graph", graph), ("float16 graph", half)):
+        if written:
+            checks += scale_rung(f"scales in the {name} against scales.json", written, scales)
+            weights = quantized_weights(model, ws.scheme)
+            checks += weight_rung(f"weights in the {name} against fake-quant", written, weights)
     twin = export_graph(model.spec, model.weights, prefix, None, ws.scheme, folder, name="float")
     float_bytes = sum(f.stat().st_size for f in folder.iterdir())
-    checks += float_rung(reference, twin)
+    checks += float_rung(reference, twin, lambda: float_inputs(model, prefix, ids))
     checks += decode_rung(
         "float graph: decode against prefill", ids, OnnxRuntimeSession(twin.path, twin.contract), tokens
     )
-    checks += segment_rung("canonical ONNX against fake-quant", reference, SegmentRun(graph, scales, "literal"))
+    literal = SegmentRun(graph, scales, "literal")
+    checks += segment_rung("canonical ONNX against fake-quant", reference, literal)
+    if half:
+        other = SegmentRun(half, scales, "literal")
+        checks += half_rung("float16 graph against the float32 graph", reference, literal, other)
+        del other
+    del literal
     fused = SegmentRun(graph, scales, "fused")
-    checks += segment_rung("onnxruntime kernels against fake-quant", reference, fused)
+    segments = segment_rung("onnxruntime kernels against fake-quant", reference, fused)
+    checks += segments
     checks += segment_decode_rung("onnxruntime kernels: decode against prefill", reference, fused, tokens)
     del fused
     session = OnnxRuntimeSession(graph.path, graph.contract)
-    found, engine_perplexity = engine_rung("onnxruntime engine against fake-quant", reference, session, ws.progress)
+    found, engine_perplexity = engine_rung(
+        "onnxruntime engine against fake-quant", reference, session, ws.progress, segments
+    )
     checks += found
     report = ParityReport(tuple(checks), corpus, int(ids.size))
     return {
@@ -97,6 +143,27 @@ def _climb(
         "engine_perplexity": engine_perplexity if math.isfinite(engine_perplexity) else None,
         "float_bytes": float_bytes,
     }
+
+
+def half_graph(
+    ws: Workspace, prefix: Prefix, scales: ActivationScales, engines: Iterable[Engine]
+) -> ExportedGraph | None:
+    """Return the float16 graph that one of the engines is compiled from, or None where none takes float16."""
+    if all(engine.graph_dtype == "float32" for engine in engines):
+        return None
+    return export(ws, prefix, scales, dtype="float16", name="float16")
+
+
+def _half_behind(ws: Workspace, prefix: Prefix, scales: ActivationScales, bundle: Path) -> ExportedGraph | None:
+    """Export the float16 graph behind an engine of a bundle again; None where there is none.
+
+    A bundle carries the compiled engine alone. None too where the exporter writes another graph than the engine was
+    compiled from (a later version of it): a check of that graph would say nothing of the engine.
+    """
+    files = {name: bundle / "engines" / name / "engine.json" for name in ENGINES}
+    made = {name: EngineArtifact.from_json(json.loads(f.read_text())) for name, f in files.items() if f.is_file()}
+    half = half_graph(ws, prefix, scales, [ENGINES[name] for name in made])
+    return half if half and any(a.parents["graph"] == half.digest for a in made.values()) else None
 
 
 def read_parity(data: dict[str, Any]) -> ParityReport:
@@ -129,4 +196,5 @@ def check_bundle(ws: Workspace, bundle: Path, graph: ExportedGraph, *, reuse: bo
             hint="give the original with --model",
         )
     with ws.store.lock():
-        return check_parity(ws, prefix, scales, graph, reuse=reuse).report
+        half = _half_behind(ws, prefix, scales, bundle)
+        return check_parity(ws, prefix, scales, graph, half, reuse=reuse).report

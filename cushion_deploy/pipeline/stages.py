@@ -12,8 +12,10 @@ import numpy as np
 
 from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, read_prefix, read_scales, write_prefix, write_scales
 from cushion_deploy.errors import UsageError
+from cushion_deploy.pipeline.limits import require_positions
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import SearchTrace
+from cushion_deploy.progress import elapsed
 from cushion_deploy.types import (
     ActivationScales,
     Dtype,
@@ -32,22 +34,58 @@ class Calibrated:
     amax: dict[str, float]
 
 
+def search_parents(ws: Workspace) -> dict[str, Any]:
+    """Return what decides the result of the search."""
+    return {
+        "model": ws.source.digest,
+        "corpus": ws.corpus(ws.recipe.calibration.data, "calibration").digest,
+        "seed": ws.recipe.seed,
+        "search": ws.recipe.search.model_dump(mode="json"),
+    }
+
+
+def calibrate_parents(ws: Workspace, prefix: str) -> dict[str, Any]:
+    """Return what decides the scales behind the prefix of that digest."""
+    return {
+        "model": ws.source.digest,
+        "prefix": prefix,
+        "corpus": ws.corpus(ws.recipe.calibration.data, "calibration").digest,
+        "calibration": ws.recipe.calibration.model_dump(mode="json", exclude={"data"}),
+    }
+
+
+def export_parents(ws: Workspace, prefix: str, scales: str | None, dtype: Dtype, name: str) -> dict[str, Any]:
+    """Return what decides a graph, from the digests of prefix and scales."""
+    from cushion_deploy.export.folder import MIN_OPSET
+
+    return {
+        "model": ws.source.digest,
+        "prefix": prefix,
+        "scales": scales,
+        "scheme": ws.scheme.digest,
+        "dtype": dtype,
+        "opset": ws.recipe.export.opset or MIN_OPSET,
+        "name": name,
+    }
+
+
+def export_stage(name: str) -> str:
+    """Return the name of the stage that makes the graph ``name``."""
+    return {"model": "export", "float": "export-float-twin"}.get(name, f"export-{name}")
+
+
 def search_prefix(ws: Workspace) -> tuple[Prefix, SearchTrace | None]:
     """Return the prefix and the trace of its search; an empty prefix and None where the recipe wants none."""
     config = ws.recipe.search
     if not config.enabled or ws.recipe.export.prefix == "none":
         return Prefix.empty(ws.model.spec), None
     corpus = ws.corpus(ws.recipe.calibration.data, "calibration")
-    parents = {
-        "model": ws.source.digest,
-        "corpus": corpus.digest,
-        "seed": ws.recipe.seed,
-        "search": config.model_dump(mode="json"),
-    }
+    parents = search_parents(ws)
 
     def make(out: Path) -> None:
         from cushion_deploy.prefix.search import PrefixSearch
 
+        require_positions(ws.recipe, ws.model.spec, config.max_length, ("search",))
         scratch = ws.store.scratch("search", ws.key("search", parents))
         text = ws.model.encode(corpus.text)
         prefix, trace = PrefixSearch(ws.model, text, config, ws.recipe.seed, scratch, ws.progress).run()
@@ -68,17 +106,13 @@ def calibrate(ws: Workspace, prefix: Prefix) -> Calibrated:
         raise UsageError("the prefix was made for another model", hint="run `cushion-deploy search` for this model")
     config = ws.recipe.calibration
     corpus = ws.corpus(config.data, "calibration")
-    parents = {
-        "model": ws.source.digest,
-        "prefix": prefix.digest,
-        "corpus": corpus.digest,
-        "calibration": config.model_dump(mode="json", exclude={"data"}),
-    }
+    parents = calibrate_parents(ws, prefix.digest)
 
     def make(out: Path) -> None:
         from cushion_deploy.calib.calibrate import choose_scales, observe_sites
         from cushion_deploy.calib.corpora import pack_windows
 
+        require_positions(ws.recipe, ws.model.spec, prefix.length, ("calibration",))
         documents = [ws.model.encode(text) for text in corpus.documents]
         ids, mask = pack_windows(documents, config.window, config.windows, corpus.name)
         histograms = observe_sites(ws.model, prefix, ids, mask, progress=ws.progress)
@@ -127,6 +161,7 @@ def evaluate(ws: Workspace, prefix: Prefix, calibrated: Calibrated) -> dict[str,
         from cushion_deploy.modeling.magnitudes import layer_magnitudes
         from cushion_deploy.modeling.simulate import simulated
 
+        require_positions(ws.recipe, ws.model.spec, prefix.length, ("evaluation",))
         windows, _ = evaluation_windows(ws)
         empty = _no_prefix(prefix)
 
@@ -159,30 +194,27 @@ def export(
     ws: Workspace, prefix: Prefix, scales: ActivationScales | None, *, dtype: Dtype, name: str = "model"
 ) -> ExportedGraph:
     """Return the exported graph (``scales`` None: its float twin) in its stage folder."""
-    from cushion_deploy.export.folder import MIN_OPSET
-
-    opset = ws.recipe.export.opset or MIN_OPSET
-    parents = {
-        "model": ws.source.digest,
-        "prefix": prefix.digest,
-        "scales": scales.digest if scales else None,
-        "scheme": ws.scheme.digest,
-        "dtype": dtype,
-        "opset": opset,
-        "name": name,
-    }
+    parents = export_parents(ws, prefix.digest, scales.digest if scales else None, dtype, name)
 
     def make(out: Path) -> None:
         from cushion_deploy.export.folder import export_graph
 
         model = ws.model
-        graph = export_graph(
-            model.spec, model.weights, prefix, scales, ws.scheme, out, name=name, dtype=dtype, opset=opset
-        )
+        with elapsed(ws.progress, f"exporting the {dtype} graph"):
+            graph = export_graph(
+                model.spec,
+                model.weights,
+                prefix,
+                scales,
+                ws.scheme,
+                out,
+                name=name,
+                dtype=dtype,
+                opset=parents["opset"],
+            )
         _write_json(out / "export.json", graph.to_json())
 
-    stage = {"model": "export", "float": "export-float-twin"}.get(name, f"export-{name}")
-    folder = ws.stage(stage, parents, make)
+    folder = ws.stage(export_stage(name), parents, make)
     return ExportedGraph.from_json(_read_json(folder / "export.json"), folder)
 
 

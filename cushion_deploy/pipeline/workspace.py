@@ -98,11 +98,14 @@ class Workspace:
 
         folder = self.source.path
         if self.source.kind == "gguf":
-            from cushion_deploy.modeling.gguf import convert_gguf
-
-            folder = self.stage("model", {"model": self.source.digest}, lambda out: convert_gguf(self.source, out))
+            folder = self.stage("model", {"model": self.source.digest}, self._convert)
         with self.clock("load"):
-            return load_folder(folder, self.source)
+            return load_folder(folder, self.source, self.progress)
+
+    def _convert(self, out: Path) -> None:
+        from cushion_deploy.modeling.gguf import convert_gguf
+
+        convert_gguf(self.source, out, self.progress)
 
     @property
     def scheme(self) -> QuantScheme:
@@ -156,11 +159,18 @@ class Workspace:
     def _timed(self) -> float:
         return sum(t.seconds for t in self.times)
 
+    def sampled_text_kept(self) -> bool:
+        """Return whether text sampled from the model is kept from an earlier run."""
+        return self.store.holds("sample", self.key("sample", self._sample_parents())) is not None
+
+    def _sample_parents(self) -> dict[str, Any]:
+        return {"model": self.source.digest, "seed": self.recipe.seed}
+
     def _sampled_text(self) -> str:
         from cushion_deploy.modeling.sample import sample_text
 
         def make(out: Path) -> None:
             (out / "text.txt").write_text(sample_text(self.model, self.recipe.seed, self.progress), encoding="utf-8")
 
-        folder = self.stage("sample", {"model": self.source.digest, "seed": self.recipe.seed}, make)
+        folder = self.stage("sample", self._sample_parents(), make)
         return (folder / "text.txt").read_text(encoding="utf-8")

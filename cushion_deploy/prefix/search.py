@@ -76,7 +76,7 @@ class PrefixSearch:
                 break
             ids = (*ids, step.best.token_id)
         trace.token_ids, trace.tokens = ids, tuple(self.model.token_text(i) for i in ids)
-        trace.seconds = time.monotonic() - begin
+        trace.seconds += time.monotonic() - begin
         return compute_prefix(self.model, ids), trace
 
     def _step(self, ids: tuple[int, ...], number: int) -> SearchStep:
@@ -85,7 +85,7 @@ class PrefixSearch:
         text = draw_text(self.corpus, self.config.text_tokens, self.seed, number)
         before = score_prefix(self.model, past, text, self.config.objective)
         self._count(1, len(text))
-        self.trace.positions_full_scan += self.model.spec.vocab_size * len(text)
+        self.trace.positions_full_scan += self.model.spec.vocab_size * (len(text) + 1)
         layers = 0
         if self.config.mode == "exhaustive":
             scored, entered = self._scan(past, text, number), self.model.spec.vocab_size
@@ -122,12 +122,17 @@ class PrefixSearch:
     def _scan(self, past: KeysValues, text: IntArray, number: int) -> list[ScoredToken]:
         """Score the whole vocabulary, with a checkpoint after every chunk; a killed scan goes on from there."""
         file = self.scratch / f"scan-{number}.json" if self.scratch else None
-        scores: list[float] = json.loads(file.read_text()) if file and file.is_file() else []
-        vocabulary = self.model.spec.vocab_size
+        earlier = json.loads(file.read_text()) if file and file.is_file() else {}
+        scores: list[float] = earlier.get("scores", [])
+        seconds: float = earlier.get("seconds", 0.0)
+        # What earlier runs spent on this scan belongs to its cost as well.
+        self._count(len(scores), len(text) + 1)
+        self.trace.seconds += seconds
+        vocabulary, begin = self.model.spec.vocab_size, time.monotonic() - seconds
         for start in range(len(scores), vocabulary, SCAN_CHUNK):
             scores += self._score(past, text, range(start, min(start + SCAN_CHUNK, vocabulary)))
             if file:
-                replace_file(file, json.dumps(scores).encode())
+                replace_file(file, json.dumps({"scores": scores, "seconds": time.monotonic() - begin}).encode())
             self.progress("scanning the vocabulary", len(scores), vocabulary)
         return self._ranked(list(range(vocabulary)), scores, ["scan"] * vocabulary)
 

@@ -79,3 +79,44 @@ class SearchTrace:
         for name in ("seed_tokens", "token_ids", "tokens"):
             d[name] = tuple(d[name])
         return cls(**d)
+
+
+@dataclass(frozen=True)
+class TuningState:
+    """The prefix after some steps of tuning.
+
+    Attributes:
+        step: optimizer steps done; 0 is the untuned prefix.
+        held_out: L_pred (nats a token) of the quantized model on held-out text.
+        prediction, error: both parts of the loss in that step, ``error`` over its untuned value; None at the start.
+    """
+
+    step: int
+    held_out: float
+    prediction: float | None
+    error: float | None
+
+
+@dataclass
+class TuningTrace:
+    """The whole tuning: its loss, whether scales were trained too, optimizer steps, wall time, states in order."""
+
+    loss: str
+    scales_tuned: bool
+    steps: int
+    states: list[TuningState] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> TuningState:
+        """The first state with the lowest held-out loss; it is what was kept."""
+        return min(self.states, key=lambda s: s.held_out)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TuningTrace:
+        """Rebuild from :meth:`to_json`."""
+        return cls(**{**data, "states": [TuningState(**state) for state in data["states"]]})

@@ -17,6 +17,8 @@ from cushion_deploy.types import ExportedGraph, GraphContract, PrefixMode, diges
 
 CONTRACT_NAME = "export.json"
 GRAPH_NAME = "model.onnx"
+TEXT_NAME = "text.json"
+"""How text is fed: ``{"keep_bos": bool}``. A bundle without it keeps the token."""
 _REBUILD = "build the bundle again with this version of cushion-deploy"
 
 
@@ -35,6 +37,8 @@ class Bundle:
         chat_template: None for a model that was not trained to chat.
         bos_token_id: beginning-of-sequence token, None where the model has none.
         eos_token_ids: tokens that end a generation.
+        keep_bos: whether a text is fed with the beginning-of-sequence token that its tokenizer or template puts
+            before it; False where the prefix begins with that token.
     """
 
     path: Path
@@ -47,6 +51,7 @@ class Bundle:
     chat_template: ChatTemplate | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    keep_bos: bool = True
 
     @property
     def contract(self) -> GraphContract:
@@ -98,6 +103,7 @@ def open_bundle(path: Path | str) -> Bundle:
         chat_template=_chat_template(path, tokenizer_config, special),
         bos_token_id=_bos(tokenizer, special, config),
         eos_token_ids=_eos(tokenizer, special, generation, config),
+        keep_bos=_keep_bos(path / TEXT_NAME),
     )
 
 
@@ -107,6 +113,13 @@ def _read(path: Path, *, optional: bool = False) -> Mapping[str, Any]:
     _, value = read_json(path)
     if not isinstance(value, dict):
         raise UntrustedArtifact(f"{path} holds no JSON object", hint=_REBUILD)
+    return value
+
+
+def _keep_bos(path: Path) -> bool:
+    value = _read(path, optional=True).get("keep_bos", True)
+    if not isinstance(value, bool):
+        raise UntrustedArtifact(f"{path}: keep_bos is {value!r}, expected true or false", hint=_REBUILD)
     return value
 
 

@@ -98,16 +98,32 @@ def _environment() -> Any:
     return environment
 
 
-def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Return the ids of a rendered template, which writes every special token itself, the first one included."""
-    return list(tokenizer.encode(rendered, add_special_tokens=False).ids)
+def encode_chat(
+    tokenizer: Tokenizer, rendered: str, bos_token_id: int | None = None, *, keep_bos: bool = True
+) -> list[int]:
+    """Return the ids of a rendered template, which writes every special token itself, the first one included.
+
+    Without ``keep_bos`` the first one is left out, because the prefix has it.
+    """
+    ids = list(tokenizer.encode(rendered, add_special_tokens=False).ids)
+    return ids if keep_bos else _without_bos(ids, bos_token_id)
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, bos_token_id: int | None) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, text: str, bos_token_id: int | None, *, keep_bos: bool = True) -> list[int]:
     """Return the ids of plain text with the special tokens that the tokenizer adds.
 
-    A text that brings its own beginning-of-sequence token keeps one of it, not two.
+    A text that brings its own beginning-of-sequence token keeps one of it, not two; without ``keep_bos`` none,
+    because the prefix has it.
     """
+    ids = _encode_once(tokenizer, text, bos_token_id)
+    return ids if keep_bos else _without_bos(ids, bos_token_id)
+
+
+def _without_bos(ids: list[int], bos_token_id: int | None) -> list[int]:
+    return ids[1:] if bos_token_id is not None and ids[:1] == [bos_token_id] else ids
+
+
+def _encode_once(tokenizer: Tokenizer, text: str, bos_token_id: int | None) -> list[int]:
     ids = list(tokenizer.encode(text).ids)
     if bos_token_id is not None and ids[:2] == [bos_token_id] * 2:
         plain = tokenizer.encode(text, add_special_tokens=False).ids

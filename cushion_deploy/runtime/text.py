@@ -42,7 +42,7 @@ class TextGenerator:
         stop: Collection[str] = (),
     ) -> Iterator[TokenEvent]:
         """Continue a plain text, event by event; see :func:`~cushion_deploy.runtime.generate`."""
-        ids = encode_prompt(self.bundle.tokenizer, prompt, self.bundle.bos_token_id)
+        ids = encode_prompt(self.bundle.tokenizer, prompt, self.bundle.bos_token_id, keep_bos=self.bundle.keep_bos)
         return self._run(ids, params, max_new_tokens, stop)
 
     def stream_chat(
@@ -55,7 +55,8 @@ class TextGenerator:
     ) -> Iterator[TokenEvent]:
         """Answer a conversation, event by event; raises UsageError where the model has no chat template."""
         rendered = self.bundle.require_chat_template().render(messages)
-        return self._run(encode_chat(self.bundle.tokenizer, rendered), params, max_new_tokens, stop)
+        ids = encode_chat(self.bundle.tokenizer, rendered, self.bundle.bos_token_id, keep_bos=self.bundle.keep_bos)
+        return self._run(ids, params, max_new_tokens, stop)
 
     def generate(
         self,

@@ -15,10 +15,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from cushion_deploy.store.files import remove_tree, sync_file
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,9 @@ _ATTEMPTS = 5
 
 def _claim(parent: Path, prefix: str) -> tuple[Path, FileLock]:
     """Make a folder with its lock held; tries again when a sweeper of another process caught it half made."""
+    # Only where a lock is taken: the runtime reads bundles through this package and needs no locks.
+    from filelock import FileLock, Timeout
+
     for attempt in itertools.count(1):
         # Not tempfile.mkdtemp: its mode 0700 would outlive the rename into the published place.
         folder = parent / f"{prefix}{uuid.uuid4().hex}"
@@ -115,6 +120,8 @@ def sweep_dead(parent: Path, prefix: str, target: Path | None = None) -> list[Pa
         prefix: how the names begin.
         target: if given, a folder that a killed swap had moved aside is first put back there.
     """
+    from filelock import FileLock, Timeout
+
     if not parent.is_dir():
         return []
     name = re.compile(re.escape(prefix) + r"[0-9a-f]{32}")

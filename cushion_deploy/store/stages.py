@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.store.files import disk_errors, remove_tree, sync_tree
 from cushion_deploy.store.manifest import check_files, measure_files, parse_files, read_json
@@ -43,6 +41,14 @@ class StageStore:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a stage or key: letters, digits, '.', '_' and '-' only")
         return self.root / kind / stage / key
+
+    def holds(self, stage: str, key: str) -> Path | None:
+        """Return the folder of a finished stage without comparing a byte of it, or None; touches nothing.
+
+        For telling what a run would reuse; what uses the result calls :meth:`find`.
+        """
+        folder = self._folder("stages", stage, key)
+        return folder if (folder / STAGE_MANIFEST).is_file() else None
 
     def find(self, stage: str, key: str) -> Path | None:
         """Return the finished folder of a stage if every byte of it is as it was written.
@@ -117,6 +123,9 @@ class StageStore:
         Raises:
             UsageError: at once, if another process holds it; or the folder is not writable.
         """
+        # Only here: the runtime reads bundles through this package and should need no more than it says.
+        from filelock import FileLock, Timeout
+
         path = self.root / "lock"
         held = FileLock(path, timeout=0)
         with disk_errors(self.root):

@@ -128,6 +128,16 @@ def test_dry_run_writes_nothing(cli: Any, tiny_folder: Path, small: list[str], t
         assert word in done.out
 
 
+def test_dry_run_as_json_is_one_object(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    done = cli(
+        "build", *planted_bundle.options, "--output", tmp_path / "o", "--engine", "onnxruntime", "--dry-run", "--json"
+    )
+    assert done.code == 0
+    kept = {row["stage"]: row["kept"] for row in done.json["stages"]}
+    assert kept["search"] is kept["calibrate"] is kept["export"] is kept["engine-onnxruntime"] is True
+    assert done.json["output"] == str(tmp_path / "o")
+
+
 def test_dry_run_finds_bad_input(cli: Any, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
@@ -151,6 +161,68 @@ def test_flags_stand_over_the_recipe_and_set_over_flags(cli: Any, tmp_path: Path
     done = cli("build", "--recipe", tmp_path / "r.yaml", "--max-length", 3, "--set", "seed=5", "--print-config")
     recipe = Recipe.model_validate(yaml.safe_load(done.out))
     assert (recipe.seed, recipe.search.max_length, recipe.search.tau) == (5, 3, 0.3)
+
+
+def test_set_null_stands_over_the_recipe(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("engines: [onnxruntime]\ncalibration: {data: a.txt}\nevaluation: {data: b.txt}\n")
+    recipe = ("build", "--recipe", tmp_path / "r.yaml", "--print-config")
+    done = cli(*recipe, "--set", "engines=null", "--set", "calibration.data=null")
+    values = yaml.safe_load(done.out)
+    assert (values["engines"], values["calibration"]["data"], values["evaluation"]["data"]) == (None, None, "b.txt")
+    done = cli(*recipe, "--set", "search.tau=null")
+    assert done.code == 2
+    assert "search.tau is null" in done.err
+
+
+def test_the_limits_of_tensorrt_are_settings_and_flags_stand_over_them(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("tensorrt: {max_batch: 3, max_context: 96}\n")
+    done = cli("build", "--recipe", tmp_path / "r.yaml", "--max-context", 64, "--print-config")
+    assert yaml.safe_load(done.out)["tensorrt"] == {"max_batch": 3, "max_context": 64}
+    assert cli("build", "--recipe", tmp_path / "r.yaml", "--max-batch", 0, "--print-config").code == 2
+
+
+def test_engines_are_compiled_within_the_limits_of_the_recipe(
+    cli: Any, tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cushion_deploy.cli.engine as verb
+    import cushion_deploy.pipeline.build as build
+
+    asked = []
+    real = build.compile_engine
+
+    def record(ws: Any, engine: Any, graph: Any, options: Any) -> Any:
+        asked.append((options.max_batch, options.max_context))
+        return real(ws, engine, graph, options)
+
+    monkeypatch.setattr(build, "compile_engine", record)
+    done = cli(
+        *(
+            "build",
+            *tiny_bundle.options,
+            "--engine",
+            "onnxruntime",
+            "--max-batch",
+            2,
+            "--set",
+            "tensorrt.max_context=96",
+        ),
+        *("--output", tmp_path / "b", "--quiet"),
+    )
+    assert done.code == 0, done.err
+    assert verify_bundle(tmp_path / "b").recipe["tensorrt"] == {"max_batch": 2, "max_context": 96}
+
+    class Recorder:
+        graph_dtype = "float32"
+
+        def compile(self, graph: Any, folder: Path, options: Any) -> Any:
+            asked.append((options.max_batch, options.max_context))
+            return verb.ENGINES["onnxruntime"].compile(graph, folder, options)
+
+    monkeypatch.setattr(verb, "choose_engines", lambda names: [Recorder()])
+    engine = ("engine", tmp_path / "b", "--engine", "onnxruntime")
+    assert cli(*engine, "--output", tmp_path / "e").code == 0
+    assert cli(*engine, "--output", tmp_path / "f", "--max-batch", 5).code == 0
+    assert asked == [(2, 96), (2, 96), (5, 96)]
 
 
 def test_a_failed_check_still_writes_the_bundle_and_exits_1(

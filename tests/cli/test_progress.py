@@ -53,6 +53,21 @@ def test_each_task_has_its_own_rate(clock: Clock) -> None:
     assert err.getvalue().splitlines() == ["a: 10/10 (10.0/s)", "b: 10/10 (1.0/s)"]
 
 
+def test_a_task_of_unknown_length_shows_its_seconds(clock: Clock) -> None:
+    with redirect_stderr(io.StringIO()) as err, progress() as report:
+        for second in range(1, 46):
+            clock.now += 1.0
+            report("compiling", second, 0)
+        report("compiling", 46, 46)
+        report("next", 0, 2)
+        clock.now += 1.0
+        report("next", 2, 2)
+    assert err.getvalue().splitlines() == [
+        *("compiling: 21 s", "compiling: 41 s", "compiling: 46 s"),
+        "next: 2/2 (2.0/s)",
+    ]
+
+
 def test_quiet_is_silent(clock: Clock) -> None:
     with redirect_stderr(io.StringIO()) as err, progress(quiet=True) as report:
         report("work", 0, 1)
@@ -74,8 +89,12 @@ def test_a_terminal_gets_bars_that_stay(monkeypatch: pytest.MonkeyPatch) -> None
             time.sleep(0.01)
             report(task, 3, 7)
             report(task, 7, 7)
+        report("timed", 1, 0)
+        report("timed", 33, 33)
     shown: Any = err.getvalue()
     assert "first" in shown
     assert "second" in shown
     assert "7/7" in shown
+    assert "33 s" in shown
+    assert "33/33" not in shown
     assert "/s" in shown

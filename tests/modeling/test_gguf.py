@@ -105,6 +105,18 @@ def test_the_folder_holds_no_pickle_and_no_marker_of_quantization(gguf_file: Pat
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
+def test_conversion_reports_its_tensors_and_leaves_stderr_alone(
+    gguf_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    seen: list[tuple[str, int, int]] = []
+    convert_gguf(resolve_source(str(gguf_file)), tmp_path, lambda *row: seen.append(row))
+    tensors = len(GGUFReader(gguf_file).tensors)
+    converted = [row[1:] for row in seen if row[0] == "converting GGUF tensors"]
+    assert converted == [(done, tensors) for done in range(tensors + 1)]
+    assert "it/s" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.05, 0.5, 0.99])
 def test_a_truncated_file_is_refused(gguf_file: Path, tmp_path: Path, share: float) -> None:
     whole = gguf_file.read_bytes()

@@ -101,6 +101,18 @@ def test_a_token_has_its_text_and_a_special_one_its_name(tiny_model: LoadedModel
     assert tiny_model.token_text(int(tiny_model.encode("x")[0])) == "x"
 
 
+def test_loading_reports_its_weights_and_leaves_stderr_alone(
+    tiny_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    seen: list[tuple[str, int, int]] = []
+    load_folder(tiny_folder, resolve_source(str(tiny_folder)), lambda *row: seen.append(row))
+    assert seen[0] == ("loading weights", 0, 30)
+    assert seen[-1] == ("loading weights", 30, 30)
+    load_folder(tiny_folder, resolve_source(str(tiny_folder)))
+    assert "it/s" not in capfd.readouterr().err
+
+
 def test_a_tied_head_is_the_embedding(tiny_writer: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_writer(tmp_path, tie_word_embeddings=True)
     model = load_folder(folder, resolve_source(str(folder)))

@@ -98,6 +98,48 @@ def test_the_digest_follows_every_byte_that_decides_the_model(folder: Path) -> N
     assert digests[-1] == digests[-2]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("generation_config.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "added_tokens.json"),
+        *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "tokenizer.4.0.0.json"),
+        *("spiece.model", "additional_chat_templates/tool_use.jinja"),
+    ],
+)
+def test_the_digest_covers_every_file_that_loading_reads(folder: Path, name: str) -> None:
+    before = resolve_source(str(folder)).digest
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text('{"of": "another"}')
+    there = resolve_source(str(folder)).digest
+    assert there != before
+    (folder / name).write_text('{"of": "one more"}')
+    assert resolve_source(str(folder)).digest not in (there, before)
+
+
+def test_beside_an_index_the_whole_file_is_what_is_loaded_and_hashed(folder: Path, tiny_folder: Path) -> None:
+    shard(folder)
+    first = folder / "model-00001-of-00002.safetensors"
+    save_file({n: t + 1 for n, t in load_file(first).items()}, first, {"format": "pt"})
+    sharded = resolve_source(str(folder)).digest
+    shutil.copy(tiny_folder / "model.safetensors", folder)
+    whole = resolve_source(str(folder))
+    assert whole.digest != sharded
+    loaded = load_folder(folder, whole)
+    for name, tensor in load_file(tiny_folder / "model.safetensors").items():
+        np.testing.assert_array_equal(loaded.weights.get(name), tensor)
+        np.testing.assert_array_equal(loaded.module.state_dict()[name].numpy(), tensor)
+    with (folder / "model.safetensors").open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"\x55")
+    assert resolve_source(str(folder)).digest != whole.digest
+
+
+def test_a_config_that_names_other_weights_is_refused(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    edit_config(folder, transformers_weights="other.safetensors")
+    assert "other.safetensors" in refused(folder, ExitCode.USAGE).message
+
+
 def test_the_digest_does_not_depend_on_where_the_folder_lies(tiny_folder: Path, folder: Path) -> None:
     assert resolve_source(str(folder)).digest == resolve_source(str(tiny_folder)).digest
 
@@ -192,7 +234,9 @@ def test_an_activation_that_the_graph_cannot_build_is_bad_usage(folder: Path) ->
 def test_a_missing_shard_is_named(folder: Path) -> None:
     shard(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors" in refused(folder, ExitCode.USAGE).message
+    error = refused(folder, ExitCode.USAGE)
+    assert "model-00002-of-00002.safetensors" in error.message
+    assert "model.safetensors.index.json" in error.message
 
 
 @pytest.mark.parametrize("target", ["../model.safetensors", "/etc/passwd", "a/b.safetensors"])

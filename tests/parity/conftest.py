@@ -1,4 +1,4 @@
-"""The tiny model deployed: a prefix, calibrated scales, both graphs, and what torch says of them."""
+"""The tiny model deployed: a prefix, calibrated scales, its graphs, and what torch says of them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Deployed:
     scheme: QuantScheme
     graph: ExportedGraph
     twin: ExportedGraph
+    half: ExportedGraph
     reference: TorchReference
 
 
@@ -51,9 +52,10 @@ def deployed(tiny_model: LoadedModel, plain_ids: np.ndarray, tmp_path_factory: p
     parents = (tiny_model.spec, tiny_model.weights, prefix)
     graph = export_graph(*parents, scales, scheme, folder)
     twin = export_graph(*parents, None, scheme, folder, name="float")
+    half = export_graph(*parents, scales, scheme, folder, name="float16", dtype="float16")
     ids = plain_ids[None, 500:564]
     reference = torch_reference(tiny_model, prefix, scales, scheme, ids, windows[:4])
-    return Deployed(tiny_model, prefix, scales, scheme, graph, twin, reference)
+    return Deployed(tiny_model, prefix, scales, scheme, graph, twin, half, reference)
 
 
 @pytest.fixture

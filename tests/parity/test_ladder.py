@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from cushion_deploy.parity.ladder import (
     first_diverging,
     float_rung,
     greedy_tokens,
+    half_rung,
     segment_decode_rung,
     segment_rung,
 )
+from cushion_deploy.parity.reference import float_inputs
 from cushion_deploy.parity.segments import SegmentRun
 from cushion_deploy.runtime.session import OnnxRuntimeSession
 from cushion_deploy.types import ParityCheck, Site
@@ -51,27 +54,63 @@ class LosesAToken(OnnxRuntimeSession):
         return super().run(ids, mask, positions, need_logits=need_logits)
 
 
-def test_the_float_rung_holds(deployed) -> None:
-    checks = float_rung(deployed.reference, deployed.twin)
+def site_inputs(d: Any) -> Callable[[], Any]:
+    """Return what the float rung asks when it fails."""
+    return lambda: float_inputs(d.model, d.prefix, d.reference.ids)
+
+
+def test_the_float_rung_holds_and_then_asks_for_no_site(deployed) -> None:
+    def never() -> Any:
+        raise AssertionError("the inputs of the Sites cost another run of the model")
+
+    checks = float_rung(deployed.reference, deployed.twin, never)
+    assert [c.site for c in checks] == [None, None]
     assert passed(checks) == [True, True]
     assert [c.metric for c in checks] == ["max |logit difference|", "top-1 agreement"]
     assert checks[0].value <= 1e-4
     assert {c.rung for c in checks} == {"float graph against transformers"}
 
 
-@pytest.mark.parametrize("name", ["prefix.0.key", "layers.1.mlp.down.weight", "model.norm.weight"])
-def test_the_float_rung_sees_another_tensor(name: str, deployed, sabotaged) -> None:
-    def edit(tensors: dict[str, np.ndarray]) -> None:
-        tensors[name] *= np.float32(1.02)
+FLOAT_FAULTS = {
+    "model.embed_tokens.weight": "layers.0.attn.qkv",
+    "model.layers.0.input_layernorm.weight": "layers.0.attn.qkv",
+    "layers.0.attn.qkv.weight": "layers.0.attn.out",
+    "prefix.0.key": "layers.0.attn.out",
+    "prefix.2.value": "layers.2.attn.out",
+    "layers.1.attn.out.weight": "layers.1.mlp.gate_up",
+    "layers.1.mlp.gate_up.weight": "layers.1.mlp.down",
+    "layers.1.mlp.down.weight": "layers.2.attn.qkv",
+    "layers.2.mlp.down.weight": "head",
+    "model.norm.weight": "head",
+}
 
-    assert not passed(float_rung(deployed.reference, sabotaged(deployed.twin, edit)))[0]
+
+@pytest.mark.parametrize(("name", "site"), FLOAT_FAULTS.items())
+def test_the_float_rung_names_the_first_site_behind_another_tensor(name: str, site: str, deployed, sabotaged) -> None:
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name][..., : tensors[name].shape[-1] // 2] *= np.float32(1.3)  # a half: a norm undoes a common factor
+
+    checks = float_rung(deployed.reference, sabotaged(deployed.twin, edit), site_inputs(deployed))
+    assert not checks[0].passed
+    assert {c.site for c in checks if not c.passed} == {site}
+    assert checks[0].note.startswith(f"first diverging Site: {site}; max ")
+
+
+def test_the_float_rung_says_that_the_head_itself_differs(deployed, sabotaged) -> None:
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors["head.weight"][:, 3] += np.float32(0.5)
+
+    checks = float_rung(deployed.reference, sabotaged(deployed.twin, edit), site_inputs(deployed))
+    assert (checks[0].passed, checks[0].site) == (False, "head")
+    assert checks[0].note.startswith("the difference arises behind the input of the last Site, head; max ")
 
 
 def test_the_float_rung_fails_on_nan(deployed, sabotaged) -> None:
     def edit(tensors: dict[str, np.ndarray]) -> None:
         tensors["model.norm.weight"][0] = np.nan
 
-    checks = float_rung(deployed.reference, sabotaged(deployed.twin, edit))
+    checks = float_rung(deployed.reference, sabotaged(deployed.twin, edit), site_inputs(deployed))
+    assert [c.site for c in checks] == ["head", "head"], "the norm stands before the head"
     assert all(math.isnan(c.value) for c in checks)
     assert passed(checks) == [False, False]
 
@@ -145,6 +184,61 @@ def test_the_engine_rung_sees_another_perplexity(name: str, deployed, sabotaged)
 
     checks, _ = engine_rung("engine", deployed.reference, open_session(sabotaged(deployed.graph, edit)))
     assert passed(checks) == [False]
+
+
+SEGMENTS = ParityCheck("kernels", "identical INT8 codes, lowest Site", 1.0, 0.999, "at least")
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        ("layers.1.mlp.down", "on rung 'kernels', first diverging Site: layers.1.mlp.down; "),
+        (None, "on rung 'kernels', no segment diverges; "),
+    ],
+)
+def test_the_engine_rung_points_to_the_segments(site: Any, words: str, deployed) -> None:
+    segments = [dataclasses.replace(SEGMENTS, site=site)]
+    worse = dataclasses.replace(deployed.reference, quantized_nll=deployed.reference.quantized_nll + 1)
+    (failed,), _ = engine_rung("engine", worse, open_session(deployed.graph), segments=segments)
+    assert (failed.site, failed.note.startswith(words)) == (site, True), failed.note
+    (held,), _ = engine_rung("engine", deployed.reference, open_session(deployed.graph), segments=segments)
+    assert held.site is None
+    assert "kernels" not in held.note
+
+
+def run_half(d: Any, half: Any) -> list[ParityCheck]:
+    runs = (SegmentRun(graph, d.scales, "literal") for graph in (d.graph, half))
+    return half_rung("half", d.reference, *runs)
+
+
+def test_the_half_rung_holds_and_sees_the_rounding(deployed) -> None:
+    checks = run_half(deployed, deployed.half)
+    assert passed(checks) == [True, True, True]
+    assert [c.site for c in checks] == [None, None, None]
+    assert checks[0].value < 0.999, "float16 flips codes that lie near a tie"
+    # The head computes in float32 from equal codes: what is left is one rounding of the logits to 11 bits.
+    largest = np.abs(deployed.reference.quantized_logits).max()
+    rounded = deployed.reference.quantized_logits.astype(np.float16).astype(np.float32)
+    expected = np.abs(rounded - deployed.reference.quantized_logits).max() / largest
+    assert checks[2].value == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("layers.1.attn.out.scale", "layers.1.mlp.gate_up"),
+        ("layers.0.attn.qkv.weight_scales", "layers.0.attn.out"),
+        ("model.layers.1.post_attention_layernorm.weight", "layers.1.mlp.gate_up"),
+        ("prefix.2.value", "layers.2.attn.out"),
+        ("head.weight_scales", "head"),
+    ],
+)
+def test_the_half_rung_names_the_first_site_behind_another_tensor(name: str, site: str, deployed, sabotaged) -> None:
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = (tensors[name] * np.float32(1.3)).astype(tensors[name].dtype)
+
+    checks = run_half(deployed, sabotaged(deployed.half, edit))
+    assert {c.site for c in checks if not c.passed} == {site}
 
 
 def test_the_engine_rung_sees_better_perplexity_too(deployed) -> None:

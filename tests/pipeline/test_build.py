@@ -147,13 +147,89 @@ def test_a_workspace_without_a_model_says_what_to_give(tmp_path: Path) -> None:
         plan(Workspace(Recipe(), StageStore(tmp_path / "w")), tmp_path / "out")
 
 
-def test_a_plan_names_the_finished_stages(workspace: MakeWorkspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["<bos>", "a", None])
+def test_text_behind_a_prefix_comes_without_bos_as_it_was_calibrated(
+    workspace: MakeWorkspace, tmp_path: Path, prefix: str | None
+) -> None:
+    from cushion_deploy.runtime import load
+
+    seeds = [prefix] if prefix else []
+    build(workspace(search__enabled=bool(prefix), search__seed_tokens=seeds, search__max_length=1), tmp_path / "out")
+    generator = load(tmp_path / "out")
+    plain = len(generator.bundle.tokenizer.encode("The fox", add_special_tokens=False).ids)
+    usage = generator.generate("The fox", max_new_tokens=1).usage
+    assert usage.prompt_tokens == plain + (prefix is None), "the tokenizer puts <s> before a text"
+
+
+def kept_by(ws: Workspace, output: Path) -> dict[str, bool | None]:
+    """Return what a plan says of each stage."""
+    return {row["stage"]: row["kept"] for row in plan(ws, output)["stages"]}
+
+
+def test_a_plan_says_which_of_its_own_stages_are_kept(workspace: MakeWorkspace, tmp_path: Path) -> None:
     ws = workspace()
-    search_prefix(ws)
-    line = next(line for line in plan(workspace(), tmp_path / "out") if line.startswith("finished stages"))
-    assert "search" in line
-    assert "none" in "\n".join(plan(workspace(tmp_path / "new"), tmp_path / "out"))
+    prefix, _ = search_prefix(ws)
+    scales = calibrate(ws, prefix).scales
+    export(ws, prefix, scales, dtype="float32")
+    found = kept_by(workspace(), tmp_path / "out")
+    assert found["search"] is found["calibrate"] is found["export"] is True
+    # What other settings left in the same folder is not this build's.
+    other = kept_by(workspace(calibration__estimator="mse"), tmp_path / "out")
+    assert (other["search"], other["calibrate"], other["export"]) == (True, False, None)
+    other = kept_by(workspace(seed=99), tmp_path / "out")
+    assert (other["search"], other["calibrate"]) == (False, None)
+    new = kept_by(workspace(tmp_path / "new"), tmp_path / "out")
+    assert not any(new.values())
     assert not (tmp_path / "new").exists()
+
+
+def test_the_space_asked_for_shrinks_with_what_is_kept(
+    workspace: MakeWorkspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cushion_deploy.pipeline.build as module
+
+    asked: list[int] = []
+    monkeypatch.setattr(module, "require_space", lambda folder, needed: asked.append(needed))
+    build(workspace(tmp_path / "work"), tmp_path / "out")
+    planned = plan(workspace(tmp_path / "work"), tmp_path / "out")["space"]
+    build(workspace(tmp_path / "work"), tmp_path / "out")
+    first, second = asked
+    assert second == planned
+    assert second < first / 2
+    assert second >= (tmp_path / "out" / "model.onnx.data").stat().st_size
+
+
+def test_an_edit_of_a_bundle_file_does_not_reach_the_store(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    build(workspace(), tmp_path / "out")
+    shared = [p.name for p in (tmp_path / "out").rglob("*") if p.is_file() and p.stat().st_nlink > 1]
+    assert shared == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("search__text_tokens", "search.text_tokens"),
+        ("calibration__window", "calibration.window"),
+        ("evaluation__window", "evaluation.window"),
+        ("parity__tokens", "parity.tokens"),
+    ],
+)
+def test_text_longer_than_the_positions_is_refused_before_the_search(
+    workspace: MakeWorkspace, tmp_path: Path, setting: str, name: str
+) -> None:
+    # The tiny model has 256 positions, and the prefix may take 4 of them.
+    room = 252 - (2 if name.startswith("parity") else 0)
+    ws = workspace(tmp_path / "work", **{setting: room + 1, "evaluation__max_tokens": 256})
+    with pytest.raises(UsageError, match=f"{name}.* leaves 252 of the model's 256 positions"):
+        build(ws, tmp_path / "out")
+    assert not (tmp_path / "work" / "stages" / "search").exists()
+
+
+def test_a_verb_alone_refuses_a_window_that_does_not_fit(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    ws = workspace(tmp_path / "work", calibration__window=257)
+    prefix, _ = search_prefix(ws)
+    with pytest.raises(UsageError, match=r"calibration\.window is 257"):
+        calibrate(ws, prefix)
 
 
 def test_a_stage_asked_for_twice_is_one_row_and_not_reused() -> None:

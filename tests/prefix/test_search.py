@@ -138,6 +138,37 @@ def test_a_scan_that_was_interrupted_goes_on_where_it_stopped(
     _, resumed = PrefixSearch(planted_model, plain_ids, settings, scratch=tmp_path).run()
     assert scored == list(range(128, 320))
     assert [s.best for s in resumed.steps] == [s.best for s in whole.steps]
+    assert resumed.positions_scored == whole.positions_scored
+
+
+def test_the_seconds_of_an_interrupted_scan_add_up(
+    planted_model: LoadedModel, plain_ids: IntArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A clock that only scoring moves, by one second a token.
+    clock = [0.0]
+    score = search.score_candidates
+
+    def slow(model: Any, past: Any, text: Any, tokens: Any, *rest: Any, **options: Any) -> list[float]:
+        clock[0] += len(tokens)
+        return score(model, past, text, tokens, *rest, **options)
+
+    monkeypatch.setattr(search, "SCAN_CHUNK", 64)
+    monkeypatch.setattr(search, "score_candidates", slow)
+    monkeypatch.setattr(search.time, "monotonic", lambda: clock[0])
+
+    def stop_at(wanted: int) -> Any:
+        def report(task: str, done: int, total: int) -> None:
+            if task == "scanning the vocabulary" and done == wanted:
+                raise KeyboardInterrupt
+
+        return report
+
+    settings = config(mode="exhaustive", max_length=1, audit_tokens=0)
+    for wanted in (128, 192):
+        with pytest.raises(KeyboardInterrupt):
+            PrefixSearch(planted_model, plain_ids, settings, scratch=tmp_path, progress=stop_at(wanted)).run()
+    _, trace = PrefixSearch(planted_model, plain_ids, settings, scratch=tmp_path).run()
+    assert trace.seconds == 320
 
 
 def test_seeds_stand_first_and_count_towards_the_length(planted_model: LoadedModel, plain_ids: IntArray) -> None:
@@ -198,7 +229,7 @@ def test_a_trace_survives_json(planted_model: LoadedModel, plain_ids: IntArray) 
 def test_positions_are_counted(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
     _, trace = PrefixSearch(tiny_model, plain_ids, config(mode="exhaustive", max_length=1)).run()
     assert trace.positions_scored == 48 + 320 * 49
-    assert trace.positions_full_scan == 320 * 48
+    assert trace.positions_full_scan == 320 * 49, "a scan takes the token and the text, as it is counted above"
 
 
 def test_every_step_is_screened_as_deep_as_sinks_form_with_nothing_before_them(

@@ -106,3 +106,12 @@ def test_missing_jinja2_carries_its_install_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(MissingDependency) as caught:
         ChatTemplate("x").render(MESSAGES)
     assert caught.value.hint == "pip install 'cushion-deploy[chat]'"
+
+
+def test_behind_a_prefix_that_begins_with_bos_no_text_brings_it_again(tokenizer: Any) -> None:
+    plain = tokenizer.encode("fox", add_special_tokens=False).ids
+    for text in ("fox", "<s>fox"):
+        assert encode_prompt(tokenizer, text, 1, keep_bos=False) == plain
+        assert encode_chat(tokenizer, text, 1, keep_bos=False) == plain
+    assert encode_chat(tokenizer, "<s>fox", 1) == [1, *plain]
+    assert encode_prompt(tokenizer, "fox", None, keep_bos=False) == [1, *plain]

@@ -1,0 +1,72 @@
+"""SmoothQuant factors: how much of each input channel's size moves into the weights.
+
+s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for every input channel j (Xiao et al., 2023, Eq. 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cushion_deploy.folding import absorbers
+from cushion_deploy.modeling.forward import prefix_tensors, run
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.observe import observed
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.types import FloatArray, IntArray, Prefix, Site, Smoothing
+
+SMALLEST = 1e-5
+"""The least magnitude that counts of a channel: a dead channel keeps a finite factor."""
+
+
+@torch.inference_mode()
+def channel_maxima(
+    model: LoadedModel, prefix: Prefix, ids: IntArray, mask: IntArray, *, batch: int = 4, progress: Progress = silent
+) -> dict[Site, FloatArray]:
+    """Return the largest magnitude of each input channel of every Site, text tokens behind the prefix only.
+
+    Args:
+        model, prefix: what runs.
+        ids, mask: int64 ``[windows, window]``; mask 0 on padding.
+        batch: windows a forward pass.
+        progress: where to report windows done.
+
+    Returns:
+        Site to float32 ``[features]``.
+    """
+    found: dict[Site, Tensor] = {}
+    rows = torch.from_numpy(mask)
+    chosen = rows[:0].bool()
+
+    def keep(site: Site, x: Tensor) -> None:
+        largest = x[chosen].abs().amax(dim=0)
+        found[site] = torch.maximum(found[site], largest) if site in found else largest
+
+    past = prefix_tensors(prefix)
+    with observed(model.sites, keep):
+        for start in range(0, len(ids), batch):
+            part = rows[start : start + batch]
+            chosen = part.bool()
+            run(model, torch.from_numpy(ids[start : start + batch]), past, None if bool(chosen.all()) else part)
+            progress("measuring channels", min(start + batch, len(ids)), len(ids))
+    return {site: value.numpy() for site, value in found.items()}
+
+
+def choose_factors(model: LoadedModel, maxima: Mapping[Site, FloatArray], alpha: float) -> Smoothing:
+    """Return the factors of every Site of the model that has an absorber.
+
+    Args:
+        model: whose weights take the factors up.
+        maxima: of :func:`channel_maxima`.
+        alpha: 0 leaves the activations as they are large, 1 makes all channels equally large.
+    """
+    factors: dict[Site, FloatArray] = {}
+    for site in absorbers(model.family, model.spec):
+        weight = torch.stack([linear.weight.detach().abs().amax(dim=0) for linear in model.sites[site]]).amax(dim=0)
+        x = np.maximum(maxima[site].astype(np.float64), SMALLEST)
+        w = np.maximum(weight.numpy().astype(np.float64), SMALLEST)
+        factors[site] = (x**alpha / w ** (1 - alpha)).astype(np.float32)
+    return Smoothing(factors, alpha, model.spec.weights_digest)

@@ -1,0 +1,313 @@
+"""Quantization-aware prefix tuning (Eq. 11): train keys and values of the prefix, and nothing of the model.
+
+L = L_pred + lambda * L_q through the statically quantized model: rounding is straight-through, scales are
+constants for L_q (METHOD section 4). Two decisions beyond the paper:
+
+- L_q is divided by its value under the untuned prefix, so that lambda means the same on every model; and the
+  rounded values in it are constants, because a straight-through gradient of ||X - q(X)||^2 vanishes identically.
+- The static scales may be trained along with the prefix (learned step sizes: Esser et al., 2020), by L_pred alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load, save
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+from cushion_deploy.errors import UsageError
+from cushion_deploy.fakequant import qmax
+from cushion_deploy.modeling.forward import run
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.observe import replaced
+from cushion_deploy.modeling.simulate import quantized_sites, quantized_weights
+from cushion_deploy.prefix.trace import TuningState, TuningTrace
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.recipe import Tuning
+from cushion_deploy.store import replace_file
+from cushion_deploy.types import ActivationScales, IntArray, Prefix, QuantScheme, Site
+
+CHECKPOINT_SECONDS = 60
+"""Wall time between two checkpoints of a tuning that a kill may interrupt."""
+
+
+class ConstantPast(DynamicCache):  # type: ignore[misc]
+    """A cache that stands before every text and never grows, so that a layer may run twice (checkpointing)."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return past and new keys and values of a layer, ``[batch, kv_heads, P + n, head_dim]``; keep neither."""
+        layer = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], dim=2), torch.cat([layer.values, value_states], dim=2)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
+    """Return the quantized ``x`` with straight-through rounding; differentiable in ``x`` and in ``scale``."""
+    limit = qmax(bits)
+    inside = torch.clamp(x / scale, -limit - 1, limit)
+    return (inside + (inside.round() - inside).detach()) * scale
+
+
+@dataclass
+class PrefixTuning:
+    """One tuning; holds what its steps share.
+
+    Attributes:
+        model: the model as it is deployed (smoothing folded in).
+        scheme, scales, prefix: where it starts from.
+        train, held_out: int64 ``[windows, window]``, of text that shares nothing.
+        config: loss, lambda, learning rate, schedule, epochs, batch, clipping.
+        seed: of the order of the windows.
+        scratch: folder for the checkpoint; None for none.
+        progress: where to report.
+    """
+
+    model: LoadedModel
+    scheme: QuantScheme
+    scales: ActivationScales
+    prefix: Prefix
+    train: IntArray
+    held_out: IntArray
+    config: Tuning
+    seed: int = 0
+    scratch: Path | None = None
+    progress: Progress = silent
+    parameters: dict[str, nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.prefix.length:
+            raise UsageError("there is no prefix to tune", hint="search one first, or leave tuning out")
+        self.sites = quantized_sites(self.model, self.scheme)
+        known = self.scales.of(self.sites)
+        self.parameters = {
+            "keys": nn.Parameter(torch.from_numpy(self.prefix.keys.copy())),
+            "values": nn.Parameter(torch.from_numpy(self.prefix.values.copy())),
+            # In logarithms, so that a step is relative and a scale stays positive.
+            "log_scales": nn.Parameter(torch.tensor(list(known.values()), dtype=torch.float32).log()),
+        }
+        self.index = {site: i for i, site in enumerate(known)}
+        self.parameters["log_scales"].requires_grad_(self.config.scales)
+        self.steps = math.ceil(len(self.train) / self.config.batch) * self.config.epochs
+        self._error_unit = 1.0
+        self._errors: list[Tensor] = []
+        self._hidden: dict[bytes, Tensor] = {}
+        self.base_rates = [self.config.learning_rate, self.config.scale_learning_rate]
+        groups = [
+            {"params": [self.parameters["keys"], self.parameters["values"]], "lr": self.base_rates[0]},
+            {"params": [self.parameters["log_scales"]], "lr": self.base_rates[1]},
+        ]
+        self.optimizer = torch.optim.Adam(groups)
+
+    def run(self) -> tuple[Prefix, ActivationScales, TuningTrace]:
+        """Return the best prefix and scales seen on the held-out text, the start included, and the trace."""
+        trace = TuningTrace(loss=self.config.loss, scales_tuned=self.config.scales, steps=self.steps)
+        best, first = self._snapshot(), 0
+        with self.quantized():
+            resumed = self._resume(trace)
+            if resumed is None:
+                held_out, self._error_unit = self._judge()
+                trace.states.append(TuningState(0, held_out, None, None))
+            else:
+                best, first = resumed
+            saved = begin = time.monotonic()
+            earlier = trace.seconds
+            for step in range(first, self.steps):
+                prediction, error = self._step(step)
+                done = step + 1
+                if done % self.config.judge_every == 0 or done == self.steps:
+                    held_out, _ = self._judge()
+                    if math.isfinite(held_out) and held_out < trace.best.held_out:
+                        best = self._snapshot()
+                    trace.states.append(TuningState(done, held_out, prediction, error))
+                trace.seconds = earlier + time.monotonic() - begin
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self._save(trace, best, done)
+                    saved = time.monotonic()
+                self.progress(
+                    f"tuning the prefix: {self.config.loss} {prediction:.4f}, error {error:.3f}, "
+                    f"held-out {trace.states[-1].held_out:.4f} (untuned {trace.states[0].held_out:.4f})",
+                    done,
+                    self.steps,
+                )
+        return *self._result(best), trace
+
+    def _step(self, step: int) -> tuple[float, float]:
+        """Take one optimizer step; return both parts of the loss, averaged over its tokens."""
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * self._schedule(step)
+        rows = self._rows(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        prediction = error = 0.0
+        for start in range(0, len(rows), self.config.microbatch):
+            ids = self.train[rows[start : start + self.config.microbatch]]
+            share = len(ids) / len(rows)
+            loss, quantization = self.losses(ids)
+            total = loss + self.config.error_weight * quantization / self._error_unit
+            (total * share).backward()  # type: ignore[no-untyped-call]
+            prediction += share * float(loss.detach())
+            error += share * float(quantization.detach()) / self._error_unit
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(trained, self.config.clip)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        return prediction, error
+
+    def losses(self, ids: IntArray) -> tuple[Tensor, Tensor]:
+        """Return L_pred (nats a token) and L_q (Eq. 6, mean over text tokens) of ids ``[batch, length]``.
+
+        To be called, and differentiated, within :meth:`quantized`.
+        """
+        self._errors.clear()
+        logits = run_behind(self.model, torch.from_numpy(ids), self.parameters["keys"], self.parameters["values"])
+        # A layer that is run again for its gradient reports its error again, later: too late to count.
+        error = torch.stack(self._errors).sum() / ids.size
+        scores = torch.log_softmax(logits[:, :-1].float(), -1)
+        if self.config.loss == "ce":
+            return nn.functional.nll_loss(scores.flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten()), error
+        target = torch.log_softmax(self._teacher(ids)[:, :-1], -1)
+        return nn.functional.kl_div(scores, target, reduction="none", log_target=True).sum(-1).mean(), error
+
+    @contextmanager
+    def quantized(self) -> Iterator[None]:
+        """Quantize weights and Site inputs, and run layers again for their gradient if the recipe says so."""
+        if self.config.loss == "distill":
+            self._remember_teacher()
+
+        def transform(site: Site, x: Tensor) -> Tensor:
+            scale = self.parameters["log_scales"][self.index[site]].exp()
+            quantized = fake_quantize(x, scale, self.scheme.activation_bits)
+            self._errors.append((x - quantized.detach()).square().sum())
+            return quantized
+
+        with ExitStack() as stack:
+            stack.enter_context(replaced(self.sites, transform))
+            stack.enter_context(quantized_weights(self.sites))
+            if self.config.checkpointing:
+                for layer in self.model.module.get_submodule(self.model.family.layers):
+                    layer.forward = _rerun(layer.forward)
+                    stack.callback(delattr, layer, "forward")
+            yield
+
+    @torch.no_grad()
+    def _remember_teacher(self) -> None:
+        """Keep the last hidden states of the original model, without prefix, on every window; they are small."""
+        self._head = self.model.module.get_submodule(self.model.family.head).weight
+        windows = [*self.train, *self.held_out]
+        for done, row in enumerate(windows, 1):
+            hidden = run(self.model, torch.from_numpy(row[None]), [], head=False).last_hidden_state[0]
+            self._hidden[row.tobytes()] = hidden
+            self.progress("asking the original model", done, len(windows))
+
+    @torch.no_grad()
+    def _teacher(self, ids: IntArray) -> Tensor:
+        """Return the logits of the original model, ``[batch, length, vocab]``."""
+        hidden = torch.stack([self._hidden[row.tobytes()] for row in ids])
+        return nn.functional.linear(hidden, self._head).float()
+
+    @torch.no_grad()
+    def _judge(self) -> tuple[float, float]:
+        """Return both losses on the held-out text."""
+        total, quantization = 0.0, 0.0
+        for row in self.held_out:
+            loss, error = self.losses(row[None])
+            total, quantization = total + float(loss), quantization + float(error)
+        return total / len(self.held_out), quantization / len(self.held_out)
+
+    def _schedule(self, step: int) -> float:
+        if self.config.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+    def _rows(self, step: int) -> IntArray:
+        """Return the windows of a step; each epoch takes every window once, in an order of its own."""
+        per_epoch = self.steps // self.config.epochs
+        epoch, number = divmod(step, per_epoch)
+        order = np.random.default_rng([self.seed, epoch, 3]).permutation(len(self.train))
+        return order[number * self.config.batch : (number + 1) * self.config.batch]
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def _result(self, best: dict[str, Tensor]) -> tuple[Prefix, ActivationScales]:
+        keys, values = best["keys"].numpy(), best["values"].numpy()
+        prefix = Prefix(self.prefix.token_ids, keys, values, self.prefix.model_digest)
+        found = best["log_scales"].exp()
+        scales = {**self.scales.scales, **{site: float(found[i]) for site, i in self.index.items()}}
+        return prefix, self.scales.moved(scales if self.config.scales else self.scales.scales, prefix)
+
+    def _identity(self) -> str:
+        """Return what a checkpoint must agree with; the caller's scratch folder stands for all else."""
+        h = hashlib.sha256(self.config.model_dump_json().encode())
+        for part in (self.prefix.digest, self.scales.digest, self.scheme.digest, str(self.seed)):
+            h.update(part.encode())
+        h.update(np.ascontiguousarray(self.train).data)
+        h.update(np.ascontiguousarray(self.held_out).data)
+        return h.hexdigest()
+
+    def _save(self, trace: TuningTrace, best: dict[str, Tensor], step: int) -> None:
+        if self.scratch is None:
+            return
+        tensors = {f"now.{name}": t for name, t in self._snapshot().items()}
+        tensors |= {f"best.{name}": t for name, t in best.items()}
+        for name, parameter in self.parameters.items():
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{name}.{moment}"] = value
+        facts = {"identity": self._identity(), "step": step, "unit": self._error_unit, "trace": trace.to_json()}
+        data = save({k: v.numpy() for k, v in tensors.items()}, metadata={"tuning": json.dumps(facts)})
+        replace_file(self.scratch / "tuning.safetensors", data)
+
+    def _resume(self, trace: TuningTrace) -> tuple[dict[str, Tensor], int] | None:
+        """Restore a checkpoint of this very tuning; return the best state and the steps done, or None."""
+        file = self.scratch / "tuning.safetensors" if self.scratch else None
+        if file is None or not file.is_file():
+            return None
+        raw = file.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        facts = json.loads(header["__metadata__"]["tuning"])
+        if facts["identity"] != self._identity():
+            return None
+        tensors = {name: torch.from_numpy(value.copy()) for name, value in load(raw).items()}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"now.{name}"])
+                moments = {k.rsplit(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"adam.{name}.")}
+                if moments:
+                    self.optimizer.state[parameter] = moments
+        restored = TuningTrace.from_json(facts["trace"])
+        trace.states, trace.seconds = restored.states, restored.seconds
+        self._error_unit = float(facts["unit"])
+        return {name: tensors[f"best.{name}"] for name in self.parameters}, int(facts["step"])
+
+
+def run_behind(model: LoadedModel, ids: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Return logits ``[batch, length, vocab]`` of ids behind keys and values ``[layers, kv_heads, P, head_dim]``."""
+    batch, length = ids.shape
+    past = ConstantPast(
+        [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in zip(keys, values, strict=True)]
+    )
+    start = keys.shape[2]
+    positions = torch.arange(start, start + length)[None]
+    logits: Tensor = model.module(input_ids=ids, past_key_values=past, position_ids=positions).logits
+    return logits
+
+
+def _rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run_again(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run_again

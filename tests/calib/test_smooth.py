@@ -1,0 +1,85 @@
+"""Smoothing factors are those of the paper's formula over the channels of real text, and tame a large channel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cushion_deploy.calib.smooth import channel_maxima, choose_factors
+from cushion_deploy.errors import UntrustedArtifact
+from cushion_deploy.modeling.fold import fold
+from cushion_deploy.modeling.forward import compute_prefix
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.types import HEAD_SITE, Prefix, Site, Smoothing
+
+
+def text(rows: int, seed: int = 0) -> np.ndarray:
+    """Return int64 ``[rows, 24]`` ordinary tokens."""
+    return np.random.default_rng(seed).integers(3, 300, size=(rows, 24))
+
+
+def brute(model: LoadedModel, ids: list[int], skip: int) -> dict[str, np.ndarray]:
+    """Return the largest magnitude of each channel of every Site, without cache or hooks of ours."""
+    found: dict[str, np.ndarray] = {}
+    handles = [
+        linears[0].register_forward_hook(
+            lambda _, args, __, site=site: found.__setitem__(site, args[0][0, skip:].abs().amax(0).numpy())
+        )
+        for site, linears in model.sites.items()
+    ]
+    with torch.inference_mode():
+        model.module(input_ids=torch.tensor([ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_maxima_are_those_of_the_text_alone(planted_model: LoadedModel) -> None:
+    ids = text(3)
+    mask = np.ones_like(ids)
+    mask[1, 10:] = 0
+    ids[1, 10:] = 0
+    prefix = compute_prefix(planted_model, (97,))
+    got = channel_maxima(planted_model, prefix, ids, mask, batch=2)
+    lengths = (24, 10, 24)
+    rows = [brute(planted_model, [97, *ids[i, :n]], skip=1) for i, n in enumerate(lengths)]
+    for site, value in got.items():
+        expected = np.max([row[site] for row in rows], axis=0)
+        np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-4 * expected.max(), err_msg=site)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_factors_follow_the_formula(tiny_model: LoadedModel, alpha: float) -> None:
+    ids = text(2)
+    maxima = channel_maxima(tiny_model, Prefix.empty(tiny_model.spec), ids, np.ones_like(ids))
+    smoothing = choose_factors(tiny_model, maxima, alpha)
+    assert HEAD_SITE not in smoothing.factors
+    for site, factor in smoothing.factors.items():
+        weight = np.concatenate([linear.weight.numpy() for linear in tiny_model.sites[site]])
+        expected = maxima[site] ** alpha / np.abs(weight).max(axis=0) ** (1 - alpha)
+        np.testing.assert_allclose(factor, expected, rtol=1e-5)
+
+
+def test_a_dead_channel_keeps_a_finite_factor(tiny_model: LoadedModel) -> None:
+    maxima = {site: np.ones(linears[0].in_features, np.float32) for site, linears in tiny_model.sites.items()}
+    maxima[Site("layers.0.attn.qkv")][3] = 0
+    factor = choose_factors(tiny_model, maxima, 0.5).factors[Site("layers.0.attn.qkv")]
+    assert np.isfinite(factor).all()
+    assert (factor > 0).all()
+
+
+def test_with_alpha_one_all_channels_are_equally_large(tiny_model: LoadedModel) -> None:
+    ids, none = text(2), Prefix.empty(tiny_model.spec)
+    maxima = channel_maxima(tiny_model, none, ids, np.ones_like(ids))
+    folded = fold(tiny_model, choose_factors(tiny_model, maxima, 1.0))
+    after = channel_maxima(folded, none, ids, np.ones_like(ids))
+    for site in choose_factors(tiny_model, maxima, 1.0).factors:
+        weight = np.concatenate([linear.weight.numpy() for linear in tiny_model.sites[site]])
+        assert weight.shape[1] == len(after[site])
+        np.testing.assert_allclose(after[site], 1.0, rtol=1e-3, err_msg=site)
+
+
+def test_factors_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(UntrustedArtifact, match=r"layers\.0\.mlp\.down"):
+        Smoothing({Site("layers.0.mlp.down"): np.array([1, np.nan], np.float32)}, 0.5, "m")

@@ -1,0 +1,102 @@
+"""A folded model is the same function with other weights, and export reads the very weights that torch runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from cushion_deploy.folding import FoldedWeights, absorbers
+from cushion_deploy.modeling.fold import fold
+from cushion_deploy.modeling.forward import compute_prefix, logits
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.observe import observed
+from cushion_deploy.types import Prefix, Site, Smoothing
+
+IDS = np.arange(3, 43, dtype=np.int64)[None]
+
+
+@pytest.fixture(scope="module")
+def smoothing(tiny_model: LoadedModel) -> Smoothing:
+    """Return factors between 1/8 and 8 for every Site that can be smoothed."""
+    rng = np.random.default_rng(5)
+    factors = {
+        site: np.exp2(rng.uniform(-3, 3, tiny_model.sites[site][0].in_features)).astype(np.float32)
+        for site in absorbers(tiny_model.family, tiny_model.spec)
+    }
+    return Smoothing(factors, 0.5, tiny_model.spec.weights_digest)
+
+
+def site_inputs(model: LoadedModel) -> dict[Site, np.ndarray]:
+    """Return what enters every Site, ``[length, features]``."""
+    found: dict[Site, np.ndarray] = {}
+    with observed(model.sites, lambda site, x: found.__setitem__(site, x[0].numpy())):
+        logits(model, IDS, Prefix.empty(model.spec))
+    return found
+
+
+def test_everything_but_the_attention_output_and_the_head_can_be_smoothed(tiny_model: LoadedModel) -> None:
+    assert {site.split(".", 2)[-1] for site in absorbers(tiny_model.family, tiny_model.spec)} == {
+        "attn.qkv",
+        "mlp.gate_up",
+        "mlp.down",
+    }
+
+
+def test_the_output_stays_and_the_inputs_of_sites_are_divided(tiny_model: LoadedModel, smoothing: Smoothing) -> None:
+    folded, none = fold(tiny_model, smoothing), Prefix.empty(tiny_model.spec)
+    before, after = logits(tiny_model, IDS, none), logits(folded, IDS, none)
+    np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
+    divided = site_inputs(folded)
+    for site, x in site_inputs(tiny_model).items():
+        expected = x / smoothing.factors[site] if site in smoothing.factors else x
+        np.testing.assert_allclose(divided[site], expected, atol=2e-5 * np.abs(expected).max(), err_msg=site)
+
+
+def test_the_original_is_untouched_and_shares_what_no_factor_touches(
+    tiny_model: LoadedModel, smoothing: Smoothing
+) -> None:
+    before = {name: p.clone() for name, p in tiny_model.module.named_parameters()}
+    folded = fold(tiny_model, smoothing)
+    parameters = dict(folded.module.named_parameters())
+    for name, p in tiny_model.module.named_parameters():
+        assert torch.equal(p, before[name]), name
+        touched = (
+            any(part in name for part in ("norm.weight", "q_proj", "k_proj", "v_proj", "mlp")) and "layers" in name
+        )
+        assert (parameters[name] is p) is not touched, name
+
+
+def test_export_reads_the_weights_that_torch_runs(tiny_model: LoadedModel, smoothing: Smoothing) -> None:
+    folded = fold(tiny_model, smoothing)
+    weights = FoldedWeights(tiny_model.weights, tiny_model.family, tiny_model.spec, smoothing)
+    assert weights.names() == tiny_model.weights.names()
+    for name, p in folded.module.named_parameters():
+        if name in weights.names():
+            np.testing.assert_array_equal(weights.get(name), p.numpy(), err_msg=name)
+
+
+def test_a_prefix_of_the_model_is_a_prefix_of_the_folded_model(
+    planted_model: LoadedModel, smoothing_of: Callable[[LoadedModel], Smoothing]
+) -> None:
+    folded = fold(planted_model, smoothing_of(planted_model))
+    ours, theirs = compute_prefix(planted_model, (97, 5)), compute_prefix(folded, (97, 5))
+    assert theirs.model_digest == ours.model_digest
+    np.testing.assert_allclose(theirs.keys, ours.keys, atol=1e-5 * np.abs(ours.keys).max())
+    np.testing.assert_allclose(theirs.values, ours.values, atol=1e-5 * np.abs(ours.values).max())
+
+
+@pytest.fixture(scope="module")
+def smoothing_of() -> Callable[[LoadedModel], Smoothing]:
+    """Return a maker of factors of 2 for the inputs of every attention."""
+
+    def make(model: LoadedModel) -> Smoothing:
+        factors = {
+            site: np.full(model.sites[site][0].in_features, 2.0, dtype=np.float32)
+            for site in absorbers(model.family, model.spec)
+        }
+        return Smoothing(factors, 0.5, model.spec.weights_digest)
+
+    return make

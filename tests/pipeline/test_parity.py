@@ -1,0 +1,136 @@
+"""The ladder as a stage: which rungs there are, what decides a kept result, and the graph behind a bundle's engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, write_prefix, write_scales
+from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.pipeline.parity import check_bundle, check_parity, half_graph
+from cushion_deploy.pipeline.stages import calibrate, export, search_prefix
+from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.store import StageStore
+from cushion_deploy.types import ActivationScales, EngineArtifact, ExportedGraph, ParityReport, Prefix
+
+RUNGS = [
+    "scales in the graph against scales.json",
+    "weights in the graph against fake-quant",
+    "float graph against transformers",
+    "float graph: decode against prefill",
+    "canonical ONNX against fake-quant",
+    "onnxruntime kernels against fake-quant",
+    "onnxruntime kernels: decode against prefill",
+    "onnxruntime engine against fake-quant",
+]
+HALF_RUNGS = [
+    "scales in the float16 graph against scales.json",
+    "weights in the float16 graph against fake-quant",
+    "float16 graph against the float32 graph",
+]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the stages before the ladder made, and how to make a workspace on the same store."""
+
+    workspace: Callable[[], Workspace]
+    prefix: Prefix
+    scales: ActivationScales
+    graph: ExportedGraph
+    half: ExportedGraph
+
+
+@pytest.fixture(scope="module")
+def built(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Return the tiny model with scales and both graphs, without a prefix."""
+    folder = tmp_path_factory.mktemp("parity")
+    (folder / "calib.txt").write_text("The quick brown fox jumps over the lazy dog; the dog sleeps. " * 12)
+    (folder / "eval.txt").write_text("When nothing else is worth attending to, a head attends to the first. " * 6)
+    recipe = Recipe().merged(
+        {
+            "model": str(tiny_folder),
+            "search.enabled": False,
+            "calibration.data": str(folder / "calib.txt"),
+            "calibration.windows": 4,
+            "calibration.window": 64,
+            "evaluation.data": str(folder / "eval.txt"),
+            "evaluation.window": 64,
+            "evaluation.max_tokens": 64,
+            "parity.tokens": 32,
+            "parity.decode_tokens": 2,
+        }
+    )
+
+    def workspace() -> Workspace:
+        return Workspace(recipe, StageStore(folder / "work"))
+
+    ws = workspace()
+    prefix, _ = search_prefix(ws)
+    scales = calibrate(ws, prefix).scales
+    graph = export(ws, prefix, scales, dtype="float32")
+    half = half_graph(ws, prefix, scales, ENGINES.values())
+    assert half is not None
+    return Built(workspace, prefix, scales, graph, half)
+
+
+def rungs(report: ParityReport) -> list[str]:
+    return list(dict.fromkeys(check.rung for check in report.checks))
+
+
+def climb(built: Built, half: ExportedGraph | None, **options: Any) -> ParityReport:
+    return check_parity(built.workspace(), built.prefix, built.scales, built.graph, half, **options).report
+
+
+def test_only_an_engine_of_float16_has_a_float16_graph(built: Built) -> None:
+    ws = built.workspace()
+    assert half_graph(ws, built.prefix, built.scales, [ENGINES["onnxruntime"]]) is None
+    assert half_graph(ws, built.prefix, built.scales, []) is None
+    assert built.half.contract.dtype == "float16"
+    assert built.half == export(ws, built.prefix, built.scales, dtype="float16", name="float16")
+
+
+def test_the_float16_graph_has_rungs_of_its_own_and_is_part_of_the_key(built: Built) -> None:
+    without, both = climb(built, None), climb(built, built.half)
+    assert (rungs(without), without.passed) == (RUNGS, True)
+    assert (sorted(rungs(both)), both.passed) == (sorted(RUNGS + HALF_RUNGS), True)
+    assert rungs(both)[0] == RUNGS[0]
+
+
+def test_a_fault_of_the_float16_graph_alone_fails_its_rungs_alone(built: Built, tmp_path: Path) -> None:
+    model = onnx.load(built.half.path)
+    for tensor in model.graph.initializer:
+        if tensor.name == "layers.1.attn.out.scale":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.5), tensor.name))
+    path = tmp_path / "float16.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="float16.onnx.data", size_threshold=256)
+    report = climb(built, dataclasses.replace(built.half, path=path), reuse=False)
+    named = {check.rung: check.site for check in report.checks if not check.passed}
+    # The last check of a rung counts here, that of the logits: the float head reads what every layer left.
+    assert named == {HALF_RUNGS[0]: "layers.1.attn.out", HALF_RUNGS[2]: "layers.1.mlp.gate_up"}
+
+
+@pytest.mark.parametrize(("compiled_from", "expected"), [("half", RUNGS + HALF_RUNGS), ("another", RUNGS)])
+def test_a_bundle_is_checked_with_the_graph_that_its_engine_was_compiled_from(
+    compiled_from: str, expected: list[str], built: Built, tmp_path: Path
+) -> None:
+    write_scales(built.scales, tmp_path / SCALES_FILE)
+    write_prefix(built.prefix, tmp_path / PREFIX_FILE)
+    digest = built.half.digest if compiled_from == "half" else "0" * 64
+    parents = {"graph": digest}
+    artifact = EngineArtifact("tensorrt-rtx", ("sm86",), "key", ("engine.json",), 22, 22, 0, False, {}, parents)
+    engine = tmp_path / "engines" / "tensorrt-rtx" / "engine.json"
+    engine.parent.mkdir(parents=True)
+    engine.write_text(json.dumps(artifact.to_json()))
+    report = check_bundle(built.workspace(), tmp_path, built.graph, reuse=True)
+    assert sorted(rungs(report)) == sorted(expected)
