@@ -9,13 +9,15 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 from common import arguments, workspace
 
-from cushion_deploy.pipeline.stages import calibrate, export, search_prefix
+from cushion_deploy.pipeline.prepare import prepare
+from cushion_deploy.pipeline.stages import export, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.session import OnnxRuntimeSession
 from cushion_deploy.types import ExportedGraph, Prefix
@@ -26,13 +28,13 @@ PROMPT, DECODED, CHUNK = 512, 8, 128
 def graphs(ws: Workspace, head_ws: Workspace) -> dict[str, ExportedGraph]:
     """Return the graphs to compare, by name."""
     prefix, _ = search_prefix(ws)
-    empty = Prefix.empty(ws.model.spec)
-    scales, bare = calibrate(ws, prefix).scales, calibrate(ws, empty).scales
+    deployed, bare = prepare(ws, prefix), prepare(ws, Prefix.empty(ws.model.spec))
+    with_head = replace(deployed, scheme=head_ws.scheme), replace(bare, scheme=head_ws.scheme)
     return {
-        "float": export(ws, prefix, None, dtype="float32", name="float"),
-        "int8": export(head_ws, prefix, scales, dtype="float32"),
-        "int8-float-head": export(ws, prefix, scales, dtype="float32"),
-        "int8-no-prefix": export(head_ws, empty, bare, dtype="float32"),
+        "float": export(ws, deployed, dtype="float32", name="float", quantized=False),
+        "int8": export(ws, with_head[0], dtype="float32"),
+        "int8-float-head": export(ws, deployed, dtype="float32"),
+        "int8-no-prefix": export(ws, with_head[1], dtype="float32"),
     }
 
 

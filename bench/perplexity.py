@@ -6,7 +6,8 @@ import json
 
 from common import arguments, workspace
 
-from cushion_deploy.pipeline.stages import calibrate, evaluate, search_prefix
+from cushion_deploy.pipeline.prepare import prepare
+from cushion_deploy.pipeline.stages import evaluate, search_prefix
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
                     },
                 )
                 prefix, _ = search_prefix(ws)
-                row = evaluate(ws, prefix, calibrate(ws, prefix))["perplexity"]
+                row = evaluate(ws, prepare(ws, prefix))["perplexity"]
                 cost = row["quantized_prefix"] / row["fp_prefix"] - 1
                 bare = row["quantized"] / row["fp"] - 1
                 extra = {"with_prefix": f"{100 * cost:+.1f} %", "without": f"{100 * bare:+.1f} %"}

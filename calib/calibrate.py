@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, threshold
+from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, signed_range, threshold
 from cushion_deploy.errors import UsageError
-from cushion_deploy.fakequant import symmetric_scale
+from cushion_deploy.fakequant import asymmetric_range, symmetric_scale
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
@@ -20,7 +20,7 @@ from cushion_deploy.types import ActivationScales, Estimator, IntArray, Prefix, 
 
 @dataclass
 class SiteObserver:
-    """Histograms of the magnitudes that enter each Site, text tokens only."""
+    """Histograms of the magnitudes that enter each Site, and their signed range, text tokens only."""
 
     mask: Tensor
     batch: int = 0
@@ -32,8 +32,9 @@ class SiteObserver:
         Raises:
             UsageError: NaN, infinity, or nothing but zeros or subnormal numbers, naming Site and batch.
         """
-        values = x[self.mask].abs().flatten()
-        amax = float(values.max())
+        signed = x[self.mask].flatten()
+        low, high = (float(value) for value in signed.aminmax())
+        amax = max(-low, high)
         if not np.isfinite(amax):
             raise UsageError(
                 f"Site {site}, calibration batch {self.batch}: NaN or infinity enters the linear",
@@ -46,7 +47,8 @@ class SiteObserver:
             )
         histogram = self.histograms.setdefault(site, MagnitudeHistogram())
         histogram.cover(amax)
-        counts = torch.histc(values, bins=BINS, min=0.0, max=histogram.limit)
+        histogram.widen(low, high)
+        counts = torch.histc(signed.abs(), bins=BINS, min=0.0, max=histogram.limit)
         histogram.add(counts.numpy().astype(np.int64))
 
 
@@ -90,12 +92,28 @@ def choose_scales(
     prefix: Prefix,
     corpus_digest: str,
     tokens: int,
+    bits: int = 8,
+    symmetric: bool = True,
 ) -> ActivationScales:
-    """Return the scales that an estimator reads off the histograms, with their parents."""
-    scales = {
-        site: symmetric_scale(threshold(histogram, estimator, percentile=percentile))
-        for site, histogram in histograms.items()
-    }
+    """Return the scales that an estimator reads off the histograms, with their parents.
+
+    Args:
+        histograms: of :func:`observe_sites`.
+        estimator, percentile: how a range is found.
+        model, prefix, corpus_digest, tokens: parents.
+        bits: of the codes.
+        symmetric: False adds zero points, and takes the range from the least to the largest value.
+
+    Raises:
+        UsageError: an estimator without asymmetric form.
+    """
+    scales: dict[Site, float] = {}
+    zero_points: dict[Site, int] = {}
+    for site, histogram in histograms.items():
+        if symmetric:
+            scales[site] = symmetric_scale(threshold(histogram, estimator, percentile=percentile, bits=bits), bits)
+        else:
+            scales[site], zero_points[site] = asymmetric_range(*signed_range(histogram, estimator), bits)
     return ActivationScales(
         scales,
         estimator,
@@ -104,4 +122,6 @@ def choose_scales(
         corpus_digest,
         tokens,
         model.smoothing.digest if model.smoothing else "",
+        zero_points,
+        bits,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from cushion_deploy.errors import UsageError
 from cushion_deploy.fakequant import qmax
 from cushion_deploy.types import Estimator
 
@@ -24,11 +25,14 @@ class MagnitudeHistogram:
         limit: upper edge, a power of two; 0 before the first batch.
         counts: int64 ``[BINS]``.
         amax: largest magnitude seen, exact.
+        low, high: least and largest value seen, exact; zero always counts as seen.
     """
 
     limit: float = 0.0
     amax: float = 0.0
     counts: Counts = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
+    low: float = 0.0
+    high: float = 0.0
 
     def cover(self, amax: float) -> None:
         """Grow until ``amax`` (finite, positive) fits; to be called before :meth:`add`."""
@@ -40,6 +44,10 @@ class MagnitudeHistogram:
             self.counts = np.concatenate([merged, np.zeros(BINS // 2, dtype=np.int64)])
             self.limit *= 2
         self.amax = max(self.amax, amax)
+
+    def widen(self, low: float, high: float) -> None:
+        """Take the least and the largest value of one batch into the signed range."""
+        self.low, self.high = min(self.low, low), max(self.high, high)
 
     def add(self, counts: Counts) -> None:
         """Add the counts of one batch, int64 ``[BINS]`` over [0, limit]."""
@@ -67,6 +75,20 @@ def threshold(
         index = int(np.searchsorted(cumulative, cumulative[-1] * (percentile / 100)))
         return min(histogram.amax, (index + 1) * histogram.limit / BINS)
     return _least_squares(histogram, bits)
+
+
+def signed_range(histogram: MagnitudeHistogram, estimator: Estimator) -> tuple[float, float]:
+    """Return least and largest value that asymmetric codes shall stand for; zero lies between them.
+
+    Raises:
+        UsageError: any estimator but ``max``, because the histogram does not tell one sign from the other.
+    """
+    if estimator != "max":
+        raise UsageError(
+            f"estimator {estimator} has no asymmetric form: magnitudes are counted, not signed values",
+            hint="choose the estimator max, or symmetric activations",
+        )
+    return histogram.low, histogram.high
 
 
 def _least_squares(histogram: MagnitudeHistogram, bits: int) -> float:

@@ -1,4 +1,4 @@
-"""Prefix and scales as files that any other tool can read: safetensors and JSON, never pickle."""
+"""Prefix, smoothing and scales as files that any other tool can read: safetensors and JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from safetensors.numpy import save
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.store import replace_file
-from cushion_deploy.types import ActivationScales, Prefix
+from cushion_deploy.types import ActivationScales, Prefix, Site, Smoothing
 
 PREFIX_FILE = "prefix.safetensors"
 SCALES_FILE = "scales.json"
+SMOOTHING_FILE = "smoothing.safetensors"
 _METADATA = "cushion"
 _PREFIX_FORMAT = "cushion-prefix-1"
+_SMOOTHING_FORMAT = "cushion-smoothing-1"
 
 
 def write_prefix(prefix: Prefix, path: Path) -> None:
@@ -51,6 +53,34 @@ def read_prefix(path: Path) -> Prefix:
             ids = tuple(int(i) for i in f.get_tensor("token_ids"))
             return Prefix(ids, f.get_tensor("keys"), f.get_tensor("values"), metadata["model_digest"])
     except (SafetensorError, AttributeError, KeyError, ValueError) as e:
+        raise UntrustedArtifact(f"{path} is damaged: {e}", hint=hint) from e
+
+
+def write_smoothing(smoothing: Smoothing, path: Path) -> None:
+    """Write the factors, one float32 tensor a Site; alpha and the model's digest as metadata."""
+    tensors = {str(site): np.ascontiguousarray(factor) for site, factor in smoothing.factors.items()}
+    facts = {"format": _SMOOTHING_FORMAT, "alpha": smoothing.alpha, "model_digest": smoothing.model_digest}
+    replace_file(path, save(tensors, metadata={_METADATA: json.dumps(facts)}))
+
+
+def read_smoothing(path: Path) -> Smoothing:
+    """Read what :func:`write_smoothing` wrote.
+
+    Raises:
+        UsageError: no such file.
+        UntrustedArtifact: not a smoothing file, or damaged.
+    """
+    hint = "give a smoothing.safetensors that `cushion-deploy calibrate` wrote"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", hint=hint)
+    try:
+        with safe_open(path, framework="np") as f:
+            metadata = json.loads((f.metadata() or {}).get(_METADATA, "{}"))
+            if metadata.get("format") != _SMOOTHING_FORMAT:
+                raise UntrustedArtifact(f"{path} is not a smoothing file", hint=hint)
+            factors = {Site(name): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+            return Smoothing(factors, float(metadata["alpha"]), str(metadata["model_digest"]))
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UntrustedArtifact(f"{path} is damaged: {e}", hint=hint) from e
 
 

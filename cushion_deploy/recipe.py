@@ -49,15 +49,26 @@ class Search(Section):
         default="screen", description="Score screened candidates exactly, or every token of the vocabulary."
     )
     random_candidates: int = Field(
-        default=192, ge=0, description="Random tokens among the candidates of a screened search."
+        default=128, ge=0, description="Random tokens among the candidates of a screened search."
     )
     screen_candidates: int = Field(
         default=64, ge=0, description="Candidates of a screened search with the largest self-sink activation."
+    )
+    gradient_candidates: int = Field(
+        default=64, ge=0, description="Candidates of a screened search that the gradient favours; 0 takes no gradient."
     )
     audit_tokens: int = Field(
         default=16, ge=0, description="Fresh random tokens that each found token is ranked against, exactly scored."
     )
     batch_positions: int = Field(default=2048, ge=1, description="Token positions in one forward pass; bounds memory.")
+
+
+class SmoothQuant(Section):
+    """How much of the size of activation channels is folded into the weights."""
+
+    alpha: float | None = Field(
+        default=0.5, ge=0, le=1, description="Share of it that moves into the weights (SmoothQuant); null for none."
+    )
 
 
 class Tuning(Section):
@@ -96,7 +107,7 @@ class Calibration(Section):
     )
     estimator: Estimator = Field(default="percentile", description="Range estimator: max, percentile or mse.")
     percentile: float = Field(
-        default=99.995, gt=50, le=100, description="Percentile that the percentile estimator keeps."
+        default=99.9995, gt=50, le=100, description="Percentile that the percentile estimator keeps."
     )
     windows: int = Field(default=16, ge=1, description="Windows of text to observe.")
     window: int = Field(default=512, ge=2, description="Tokens in one window.")
@@ -106,6 +117,10 @@ class Export(Section):
     """What the ONNX graph looks like."""
 
     quantize_head: bool = Field(default=False, description="Run the output head in INT8 too.")
+    keep_float: Names = Field(
+        default=(),
+        description="Sites to keep in floating point, by name, or auto:N for the N that cost the most.",
+    )
     opset: int | None = Field(default=None, ge=13, description="ONNX opset; null is the lowest that serves.")
     prefix: PrefixMode = Field(
         default="baked", description="Put the prefix into the graph (baked), or leave it out (none)."
@@ -161,9 +176,13 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, description="Seed of everything random.")
     engines: Names | None = Field(default=None, description="Engines to compile; null is every one available here.")
     search: Search = Field(default_factory=Search, description="How the prefix is found.")
+    smoothing: SmoothQuant = Field(
+        default_factory=SmoothQuant, description="How much of the size of activation channels is folded into weights."
+    )
     calibration: Calibration = Field(
         default_factory=Calibration, description="How static activation scales are measured."
     )
+    tuning: Tuning = Field(default_factory=Tuning, description="How the prefix is tuned.")
     export: Export = Field(default_factory=Export, description="What the ONNX graph looks like.")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="What perplexity is measured on.")
     parity: Parity = Field(default_factory=Parity, description="How the parity ladder compares the rungs.")

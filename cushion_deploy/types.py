@@ -12,12 +12,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NewType, Protocol
+from typing import Any, Literal, NewType, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.errors import UntrustedArtifact, UsageError, unknown_choice
 
 Site = NewType("Site", str)
 """Canonical name of a quantized input: ``layers.<i>.<kind>`` or ``head``."""
@@ -27,9 +27,14 @@ IntArray = npt.NDArray[np.int64]
 Dtype = Literal["float32", "float16"]
 Estimator = Literal["max", "percentile", "mse"]
 PrefixMode = Literal["baked", "none"]
+Granularity = Literal["static", "dynamic", "per-token"]
+"""Of activation scales: per-tensor static, per-tensor dynamic, per-token dynamic."""
 
 ESTIMATORS: tuple[Estimator, ...] = ("max", "percentile", "mse")
+GRANULARITIES: tuple[Granularity, ...] = ("static", "dynamic", "per-token")
+BITS = (8, 6, 4)
 HEAD_SITE = Site("head")
+_T = TypeVar("_T")
 
 
 def layer_site(layer: int, kind: str) -> Site:
@@ -121,21 +126,87 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """Static symmetric quantization of linears: per-tensor activations, per-output-channel weights.
+    """How the inputs and weights of linears are quantized, and which of them.
 
-    This is the deployable subset that TensorRT runs in INT8 (zero point 0 on both operands).
+    The default is the deployable one: what TensorRT runs in INT8 (zero point 0 on both operands). Everything
+    else exists as fake-quantization alone; :mod:`cushion_deploy.schemes` names and parses it.
+
+    Attributes:
+        name: of the numeric format in the grammar of :func:`cushion_deploy.schemes.parse_scheme`.
+        weight_bits, activation_bits: 8, 6 or 4; weights are symmetric always.
+        quantize_head: whether the output head is quantized.
+        activations: one constant scale a Site (static), one a window and forward pass (dynamic), one a token.
+        symmetric: activations with zero point 0; else a range from minimum to maximum, zero always in it.
+        weight_group: input features that share a weight scale, within one output channel (the last group may
+            be shorter); 0 for one scale an output channel.
+        smoothing: meant for a model that SmoothQuant is folded into.
+        float_sites: Sites whose input and weights stay in floating point.
     """
 
     name: str = "w8a8"
     weight_bits: int = 8
     activation_bits: int = 8
     quantize_head: bool = True
+    activations: Granularity = "static"
+    symmetric: bool = True
+    weight_group: int = 0
+    smoothing: bool = False
+    float_sites: tuple[Site, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
+            if bits not in BITS:
+                raise unknown_choice(f"number of {what} bits", str(bits), [str(b) for b in BITS])
+        if self.activations not in GRANULARITIES:
+            raise unknown_choice("granularity of activation scales", self.activations, list(GRANULARITIES))
+        if self.weight_group < 0:
+            raise UsageError(
+                f"weight group of {self.weight_group} input features",
+                hint="give a positive size, or 0 for one scale per output channel",
+            )
+
+    @property
+    def why_not_deployable(self) -> str:
+        """What the engines' INT8 kernels lack for this scheme, in words; empty for a deployable one."""
+        reasons = []
+        if (self.weight_bits, self.activation_bits) != (8, 8):
+            reasons.append(f"{self.weight_bits}-bit weights and {self.activation_bits}-bit activations are not INT8")
+        if self.activations != "static":
+            reasons.append(f"{GRANULARITY_WORDS[self.activations]} activation scales are not constants of a graph")
+        if not self.symmetric:
+            reasons.append("asymmetric activations have a zero point other than 0")
+        if self.weight_group:
+            reasons.append(f"weights have one scale per group of {self.weight_group}, not one per output channel")
+        return "; ".join(reasons)
+
+    @property
+    def deployable(self) -> bool:
+        """Whether it can be exported; what cannot is for evaluation alone."""
+        return not self.why_not_deployable
+
+    def of(self, sites: Mapping[Site, _T]) -> dict[Site, _T]:
+        """Return those of a model's Sites (the head among them) that are quantized.
+
+        Raises:
+            UsageError: one of ``float_sites`` is no Site of the model.
+        """
+        unknown = [site for site in self.float_sites if site not in sites]
+        if unknown:
+            raise unknown_choice("Site to keep in floating point", unknown[0], list(sites))
+        left_out = {*self.float_sites, *(() if self.quantize_head else (HEAD_SITE,))}
+        return {site: value for site, value in sites.items() if site not in left_out}
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the scheme."""
-        return digest_json(asdict(self))
+        """SHA-256 of the scheme; the order of ``float_sites`` does not count."""
+        return digest_json({**asdict(self), "float_sites": sorted(self.float_sites)})
 
+
+GRANULARITY_WORDS: dict[Granularity, str] = {
+    "static": "per-tensor static",
+    "dynamic": "per-tensor dynamic",
+    "per-token": "per-token dynamic",
+}
 
 PRECISIONS: dict[str, QuantScheme] = {"w8a8": QuantScheme()}
 """Deployable precisions by name, as ``--precision`` takes them."""
@@ -225,7 +296,7 @@ class Smoothing:
 
 @dataclass(frozen=True)
 class ActivationScales:
-    """Static per-tensor symmetric activation scales, and what they were calibrated under.
+    """Static per-tensor activation scales, and what they were calibrated under.
 
     Attributes:
         scales: Site to scale; a float32 value kept as a Python float.
@@ -233,6 +304,8 @@ class ActivationScales:
         model_digest, prefix_digest, corpus_digest: parents.
         tokens: text tokens observed.
         smoothing_digest: of the smoothing that was folded into the model; empty for none.
+        zero_points: Site to the code of 0.0, between 0 and 2^bits - 1, for asymmetric codes; empty for symmetric.
+        bits: of the codes that the scales are for.
     """
 
     scales: Mapping[Site, float]
@@ -242,6 +315,8 @@ class ActivationScales:
     corpus_digest: str
     tokens: int
     smoothing_digest: str = ""
+    zero_points: Mapping[Site, int] = field(default_factory=dict)
+    bits: int = 8
 
     def __post_init__(self) -> None:
         for site, scale in self.scales.items():
@@ -249,6 +324,19 @@ class ActivationScales:
                 raise UsageError(
                     f"Site {site}: scale {scale!r} is not a positive normal number",
                     hint="look at the calibration text and the model's weights: this input is constant or not finite",
+                )
+        if self.bits not in BITS:
+            raise unknown_choice("number of bits of activation scales", str(self.bits), [str(b) for b in BITS])
+        if self.zero_points and set(self.zero_points) != set(self.scales):
+            odd = min(set(self.zero_points) ^ set(self.scales))
+            raise UsageError(
+                f"Site {odd} has only one of scale and zero point", hint="run `cushion-deploy calibrate` again"
+            )
+        for site, zero in self.zero_points.items():
+            if not 0 <= zero < 2**self.bits:
+                raise UsageError(
+                    f"Site {site}: zero point {zero} is no code of {self.bits} bits",
+                    hint="run `cushion-deploy calibrate` again",
                 )
 
     def of(self, sites: Iterable[Site]) -> dict[Site, float]:
@@ -272,14 +360,21 @@ class ActivationScales:
         return digest_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict."""
-        return {**asdict(self), "scales": dict(sorted(self.scales.items()))}
+        """Return a JSON-ready dict; zero points and bits stand in it only where they are not the deployable ones."""
+        data = {**asdict(self), "scales": dict(sorted(self.scales.items()))}
+        data["zero_points"] = dict(sorted(self.zero_points.items()))
+        if not self.zero_points:
+            del data["zero_points"]
+        if self.bits == 8:
+            del data["bits"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ActivationScales:
         """Rebuild from :meth:`to_json`."""
         d = dict(data)
         d["scales"] = {Site(k): float(v) for k, v in d["scales"].items()}
+        d["zero_points"] = {Site(k): int(v) for k, v in d.get("zero_points", {}).items()}
         return cls(**d)
 
 
@@ -311,7 +406,7 @@ class ExportedGraph:
         path: the ``.onnx`` file; its weights lie beside it as ``<name>.onnx.data``.
         contract: what goes in and out.
         quantized: whether Q/DQ nodes stand at Sites (False for the float twin).
-        sites: every Site that could be quantized, with the number of linears packed into its MatMul.
+        sites: every Site that is quantized (in a float twin: would be), with the linears packed into its MatMul.
         rules: names of the rules that were checked on it; empty for a float twin.
         opset: ONNX opset of the default domain.
         digest: SHA-256 over the two files.
@@ -331,6 +426,16 @@ class ExportedGraph:
     def linears(self) -> int:
         """Linears of the model that stand behind a Site, counted before packing."""
         return sum(self.sites.values())
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The graph and its weights."""
+        return self.path, self.path.with_name(self.path.name + ".data")
+
+    @property
+    def size(self) -> int:
+        """Bytes of both files."""
+        return sum(file.stat().st_size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict; the path is reduced to its file name."""

@@ -62,7 +62,7 @@ class DecoderGraph:
         g.scope("inputs")
         self.cos, self.sin = self._rotary(positions)
         self.bias = self._attention_bias(ids, self.prefix.extend_mask(g, mask))
-        self.prefix_shape = self.prefix.batch_shape(g, mask) if self.prefix.length else None
+        self.prefix_shape = self.prefix.batch_shape(g, mask)
         g.scope("embedding")
         x = g.op("Gather", self._embedding(), ids, axis=0)  # [B, S, hidden]
         for i, (past_key, past_value) in enumerate(past):

@@ -12,6 +12,7 @@ from cushion_deploy.export.decoder import DecoderGraph
 from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rules import check_graph
 from cushion_deploy.families import get_family
+from cushion_deploy.folding import FoldedWeights
 from cushion_deploy.store import hash_file
 from cushion_deploy.types import (
     ActivationScales,
@@ -22,6 +23,7 @@ from cushion_deploy.types import (
     Prefix,
     QuantScheme,
     Site,
+    Smoothing,
     WeightSource,
     digest_json,
 )
@@ -39,6 +41,7 @@ def export_graph(
     scheme: QuantScheme,
     folder: Path,
     *,
+    smoothing: Smoothing | None = None,
     name: str = "model",
     dtype: Dtype = "float32",
     opset: int = MIN_OPSET,
@@ -51,17 +54,22 @@ def export_graph(
         scales: static activation scales; None writes the float twin.
         scheme: what to quantize.
         folder: existing folder.
+        smoothing: folded into the weights on the way; the scales must have been calibrated under it.
         name: file stem.
         dtype: type of activations, caches and floating-point weights.
         opset: default-domain opset.
 
     Raises:
-        UsageError: parents that do not belong together, a Site without scale, an opset out of range.
+        UsageError: a scheme that is not deployable, parents that do not belong together, a Site without scale,
+            an opset out of range.
         CheckFailed: the finished graph breaks a rule that TensorRT needs.
     """
-    _check_parents(spec, prefix, scales, opset)
+    _check_deployable(scheme, scales)
+    _check_parents(spec, prefix, scales, smoothing, opset)
     family = get_family(spec.family)
-    sites = family.linears(spec, head=scheme.quantize_head)
+    if smoothing:
+        weights = FoldedWeights(weights, family, spec, smoothing)
+    sites = scheme.of(family.linears(spec, head=True))
     chosen: dict[Site, float] = {}
     if scales is not None:
         chosen = scales.of(sites)
@@ -92,11 +100,25 @@ def export_graph(
             "prefix": prefix.digest,
             "scales": scales.digest if scales else "",
             "scheme": scheme.digest,
+            "smoothing": smoothing.digest if smoothing else "",
         },
     )
 
 
-def _check_parents(spec: ModelSpec, prefix: Prefix, scales: ActivationScales | None, opset: int) -> None:
+def _check_deployable(scheme: QuantScheme, scales: ActivationScales | None) -> None:
+    reason = scheme.why_not_deployable
+    if not reason and scales is not None and (scales.zero_points or scales.bits != 8):
+        reason = f"the scales are for {scales.bits} bits" + (" with zero points" if scales.zero_points else "")
+    if reason:
+        raise UsageError(
+            f"scheme {scheme.name} cannot be exported: {reason}",
+            hint="export w8a8 with symmetric 8-bit scales; everything else is for evaluation alone",
+        )
+
+
+def _check_parents(
+    spec: ModelSpec, prefix: Prefix, scales: ActivationScales | None, smoothing: Smoothing | None, opset: int
+) -> None:
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise UsageError(f"opset {opset} is not supported", hint=f"choose {MIN_OPSET} to {MAX_OPSET}")
     if prefix.model_digest != spec.weights_digest:
@@ -105,6 +127,11 @@ def _check_parents(spec: ModelSpec, prefix: Prefix, scales: ActivationScales | N
         return
     if scales.model_digest != spec.weights_digest:
         raise UsageError("the scales were made for another model", hint="run `cushion-deploy calibrate` for this model")
+    if scales.smoothing_digest != (smoothing.digest if smoothing else ""):
+        raise UsageError(
+            "the scales were calibrated under another smoothing",
+            hint="run `cushion-deploy calibrate` again, and give both of its files",
+        )
     if scales.prefix_digest != prefix.digest:
         raise UsageError(
             "the scales were calibrated under another prefix", hint="run `cushion-deploy calibrate` with this prefix"

@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cushion_deploy.artifacts import read_prefix, read_scales, write_prefix, write_scales
+from cushion_deploy.artifacts import (
+    read_prefix,
+    read_scales,
+    read_smoothing,
+    write_prefix,
+    write_scales,
+    write_smoothing,
+)
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.types import ActivationScales, Prefix, Site
+from cushion_deploy.types import ActivationScales, Prefix, Site, Smoothing
 
 
 @pytest.fixture
@@ -110,3 +117,33 @@ def test_a_scales_file_with_an_unknown_key_is_refused(scales: ActivationScales, 
     (tmp_path / "s.json").write_text(json.dumps({**scales.to_json(), "zero_point": 3}))
     with pytest.raises(UntrustedArtifact, match="zero_point"):
         read_scales(tmp_path / "s.json")
+
+
+def test_a_smoothing_comes_back_and_any_reader_finds_its_factors(tmp_path: Path) -> None:
+    factors = {Site("layers.1.mlp.down"): np.array([2, 0.5], np.float32), Site("layers.0.attn.qkv"): np.ones(3, "f4")}
+    smoothing = Smoothing(factors, 0.5, "m")
+    for name in "ab":
+        write_smoothing(smoothing, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert load_file(tmp_path / "a")["layers.1.mlp.down"].tolist() == [2, 0.5]
+    again = read_smoothing(tmp_path / "a")
+    assert (again.digest, again.alpha, again.model_digest) == (smoothing.digest, 0.5, "m")
+    whole = (tmp_path / "a").read_bytes()
+    for length in (0, 8, len(whole) - 1):
+        (tmp_path / "a").write_bytes(whole[:length])
+        with pytest.raises(UntrustedArtifact):
+            read_smoothing(tmp_path / "a")
+    with pytest.raises(UsageError, match="does not exist"):
+        read_smoothing(tmp_path / "none")
+
+
+def test_a_smoothing_has_another_digest_where_a_factor_site_or_model_is_another() -> None:
+    site = Site("layers.0.attn.qkv")
+    base = Smoothing({site: np.ones(3, np.float32)}, 0.5, "m")
+    others = [
+        Smoothing({site: np.array([1, 1, 2], np.float32)}, 0.5, "m"),
+        Smoothing({Site("layers.1.attn.qkv"): np.ones(3, np.float32)}, 0.5, "m"),
+        Smoothing({site: np.ones(3, np.float32)}, 0.5, "n"),
+    ]
+    assert len({base.digest, *(other.digest for other in others)}) == 4
+    assert Smoothing({}, 0.5, "m").digest == ""

@@ -106,6 +106,76 @@ def test_a_scheme_digest_follows_its_fields() -> None:
     assert QuantScheme().digest != QuantScheme(quantize_head=False).digest
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", "other"),
+        ("weight_bits", 4),
+        ("activation_bits", 6),
+        ("quantize_head", False),
+        ("activations", "dynamic"),
+        ("symmetric", False),
+        ("weight_group", 128),
+        ("smoothing", True),
+        ("float_sites", (Site("head"),)),
+    ],
+)
+def test_every_field_of_a_scheme_changes_its_digest(field: str, value: Any) -> None:
+    assert {f.name for f in dataclasses.fields(QuantScheme)} >= {field}
+    assert dataclasses.replace(QuantScheme(), **{field: value}).digest != QuantScheme().digest
+
+
+def test_the_order_of_float_sites_does_not_change_the_digest() -> None:
+    one, other = (QuantScheme(float_sites=tuple(map(Site, names))) for names in (("a", "b"), ("b", "a")))
+    assert one.digest == other.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"quantize_head": False, "smoothing": True, "float_sites": (Site("layers.0.mlp.down"),)}, None),
+        ({"weight_bits": 4}, "4-bit weights"),
+        ({"activation_bits": 6}, "6-bit activations"),
+        ({"activations": "dynamic"}, "per-tensor dynamic"),
+        ({"activations": "per-token"}, "per-token dynamic"),
+        ({"symmetric": False}, "zero point"),
+        ({"weight_group": 64}, "group of 64"),
+    ],
+)
+def test_only_int8_with_constant_scales_and_no_zero_points_is_deployable(changes: Any, words: str | None) -> None:
+    scheme = QuantScheme(**changes)
+    assert scheme.deployable is (words is None)
+    assert (words or "") in scheme.why_not_deployable
+    assert bool(scheme.why_not_deployable) is (words is not None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found", "hint"),
+    [
+        ({"weight_bits": 3}, "weight bits '3'", "8, 6, 4"),
+        ({"activation_bits": 16}, "activation bits '16'", "8, 6, 4"),
+        ({"activations": "per-channel"}, "'per-channel'", "static, dynamic, per-token"),
+        ({"weight_group": -1}, "-1", "0 for one scale"),
+    ],
+)
+def test_a_scheme_that_nothing_computes_is_refused(changes: Any, found: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=found) as e:
+        QuantScheme(**changes)
+    assert hint in e.value.hint
+
+
+def test_a_scheme_leaves_out_the_head_and_the_sites_to_keep_in_floating_point() -> None:
+    sites = {Site(name): i for i, name in enumerate(("layers.0.attn.out", "layers.0.mlp.down", "head"))}
+    assert QuantScheme().of(sites) == sites
+    kept = (Site("layers.0.mlp.down"),)
+    assert list(QuantScheme(float_sites=kept).of(sites)) == ["layers.0.attn.out", "head"]
+    assert QuantScheme(quantize_head=False, float_sites=kept).of(sites) == {"layers.0.attn.out": 0}
+    with pytest.raises(UsageError, match=r"layers\.9\.mlp\.down") as e:
+        QuantScheme(float_sites=(Site("layers.9.mlp.down"),)).of(sites)
+    assert "layers.0.mlp.down" in e.value.hint
+
+
 def test_an_empty_prefix_has_length_zero_and_the_shape_of_the_model() -> None:
     empty = Prefix.empty(SPEC)
     assert (empty.length, empty.keys.shape, empty.token_ids) == (0, (2, 2, 0, 2), ())
@@ -158,6 +228,35 @@ def test_scales_survive_json_bit_by_bit_and_digest_every_parent() -> None:
     parents = ("model_digest", "prefix_digest", "corpus_digest")
     changed = {dataclasses.replace(scales, **{name: "other"}).digest for name in parents}
     assert len(changed | {scales.digest}) == 4
+
+
+def make_asymmetric(**changes: Any) -> ActivationScales:
+    zeros = {Site("layers.0.attn.out"): 255, Site("head"): 0}
+    return dataclasses.replace(make_scales(0.25), **{"zero_points": zeros, **changes})
+
+
+def test_asymmetric_scales_survive_json_and_symmetric_ones_say_nothing_of_zero_points() -> None:
+    plain = make_scales(0.25)
+    assert not {"zero_points", "bits"} & set(plain.to_json())
+    for scales in (make_asymmetric(), make_asymmetric(zero_points={}, bits=6), make_asymmetric(bits=8)):
+        again = ActivationScales.from_json(through_json(scales.to_json()))
+        assert again == scales
+        assert again.digest == scales.digest != plain.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"zero_points": {Site("head"): 3}}, "layers.0.attn.out has only one of scale and zero point"),
+        ({"zero_points": {Site("head"): 3, Site("layers.0.attn.out"): 256}}, "zero point 256 is no code of 8 bits"),
+        ({"zero_points": {Site("head"): -1, Site("layers.0.attn.out"): 0}}, "zero point -1"),
+        ({"bits": 4}, "zero point 255 is no code of 4 bits"),
+        ({"bits": 5}, "'5'"),
+    ],
+)
+def test_zero_points_that_are_no_codes_are_refused_by_site(changes: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        make_asymmetric(**changes)
 
 
 def test_the_order_of_scales_does_not_change_their_digest() -> None:

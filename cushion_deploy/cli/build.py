@@ -51,7 +51,7 @@ def command(
     with progress(values["quiet"]) as report_progress:
         ws = make_workspace(recipe, values["work_dir"], report_progress)
         if dry_run:
-            found = plan(ws, output, targets=targets, allow_float_linears=allow_float_linears)
+            found = plan(ws, output)
             click.echo(json.dumps(found) if values["as_json"] else "\n".join(plan_lines(found)))
             return ExitCode.OK
         report = build(ws, output, targets=targets, allow_float_linears=allow_float_linears)

@@ -1,4 +1,4 @@
-"""`calibrate`: choose static activation scales behind a prefix."""
+"""`calibrate`: choose smoothing and static activation scales behind a prefix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.artifacts import SCALES_FILE, read_prefix, write_scales
+from cushion_deploy.artifacts import SCALES_FILE, SMOOTHING_FILE, read_prefix, write_scales, write_smoothing
 from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
@@ -28,17 +28,23 @@ from cushion_deploy.cli.progress import progress
     help="File to write.",
 )
 def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
-    """Observe every Site on text behind the prefix and write the scales as JSON."""
+    """Observe every Site on text behind the prefix; write the scales as JSON, and the smoothing beside them."""
     recipe = make_recipe(values)
     require_parent(output)
-    from cushion_deploy.pipeline.stages import calibrate, search_prefix
+    from cushion_deploy.pipeline.prepare import prepare
+    from cushion_deploy.pipeline.stages import search_prefix
 
     with progress(values["quiet"]) as report_progress:
         ws = make_workspace(recipe, values["work_dir"], report_progress)
         with ws.store.lock():
             prefix = read_prefix(prefix_file) if prefix_file else search_prefix(ws)[0]
-            scales = calibrate(ws, prefix).scales
+            deployed = prepare(ws, prefix, tuned=False)
+    scales, smoothing = deployed.scales, deployed.smoothing
     write_scales(scales, output)
+    written = [output]
+    if smoothing:
+        written.append(output.with_name(SMOOTHING_FILE))
+        write_smoothing(smoothing, written[-1])
     if values["as_json"]:
         click.echo(json.dumps(scales.to_json()))
         return
@@ -46,4 +52,4 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     click.echo(f"{len(scales.scales)} Sites, estimator {scales.estimator}, {scales.tokens} tokens of text")
     for site, scale in largest:
         click.echo(f"  {site:<28} scale {scale:.6g}")
-    click.echo(f"written: {output}")
+    click.echo(f"written: {', '.join(map(str, written))}")

@@ -8,16 +8,23 @@ from typing import Any
 
 import click
 
-from cushion_deploy.artifacts import read_prefix, read_scales
+from cushion_deploy.artifacts import read_prefix, read_scales, read_smoothing
 from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
+from cushion_deploy.errors import UsageError
 
 
 @click.command("export")
 @recipe_options
 @click.option("--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search.")
 @click.option("--scales", "scales_file", type=click.Path(path_type=Path), help="scales.json; default: calibrate.")
+@click.option(
+    "--smoothing",
+    "smoothing_file",
+    type=click.Path(path_type=Path),
+    help="smoothing.safetensors that the scales were calibrated under; only with --scales.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),
@@ -30,6 +37,7 @@ from cushion_deploy.cli.progress import progress
 def command(
     prefix_file: Path | None,
     scales_file: Path | None,
+    smoothing_file: Path | None,
     dtype: Any,
     float_twin: bool,
     output: Path,
@@ -38,23 +46,30 @@ def command(
     """Write model.onnx with Q/DQ nodes at Sites, INT8 weights, and the prefix as initializers."""
     recipe = make_recipe(values)
     require_new_folder(output)
-    from cushion_deploy.pipeline.stages import calibrate, export, search_prefix
+    if smoothing_file and not scales_file:
+        raise UsageError("--smoothing without --scales", hint="give both files of one calibration, or neither")
+    from cushion_deploy.pipeline.prepare import Deployed, prepare
+    from cushion_deploy.pipeline.stages import export, search_prefix
     from cushion_deploy.store import place
 
     with progress(values["quiet"]) as report_progress:
         ws = make_workspace(recipe, values["work_dir"], report_progress)
         with ws.store.lock():
             prefix = read_prefix(prefix_file) if prefix_file else search_prefix(ws)[0]
-            scales = None
-            if not float_twin:
-                scales = read_scales(scales_file) if scales_file else calibrate(ws, prefix).scales
-            graph = export(ws, prefix, scales, dtype=dtype, name="model")
+            if scales_file:
+                smoothing = read_smoothing(smoothing_file) if smoothing_file else None
+                deployed = Deployed(prefix, smoothing, ws.scheme, read_scales(scales_file), {})
+            else:
+                deployed = prepare(ws, prefix)
+            graph = export(ws, deployed, dtype=dtype, name="model", quantized=not float_twin)
     with new_folder(output) as staged:
-        for file in (graph.path, graph.path.with_name(graph.path.name + ".data"), graph.path.with_name("export.json")):
+        for file in (*graph.files, graph.path.with_name("export.json")):
             place(file, staged / file.name, link=False)
     if values["as_json"]:
         click.echo(json.dumps(graph.to_json()))
         return
     kind = f"{graph.linears} linears behind {len(graph.sites)} Sites" if graph.quantized else "floating-point twin"
-    click.echo(f"opset {graph.opset}, {kind}, prefix of {prefix.length} positions; rules checked: {len(graph.rules)}")
+    click.echo(
+        f"opset {graph.opset}, {kind}, prefix of {deployed.prefix.length} positions; rules checked: {len(graph.rules)}"
+    )
     click.echo(f"written: {output / graph.path.name}")

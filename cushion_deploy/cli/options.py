@@ -28,6 +28,9 @@ FLAGS: dict[str, str] = {
     "estimator": "calibration.estimator",
     "eval_data": "evaluation.data",
     "quantize_head": "export.quantize_head",
+    "tune": "tuning.enabled",
+    "smooth_alpha": "smoothing.alpha",
+    "keep_float": "export.keep_float",
     "max_length": "search.max_length",
     "seed_tokens": "search.seed_tokens",
     "objective": "search.objective",
@@ -56,6 +59,14 @@ def recipe_options(function: F) -> F:
         click.option("--eval-data", metavar="DATA", help="Text to measure perplexity on; not the calibration's."),
         click.option("--estimator", metavar="NAME", help=f"Range estimator: {', '.join(ESTIMATORS)}."),
         click.option("--quantize-head/--no-quantize-head", default=None, help="Run the output head in INT8 too."),
+        click.option("--tune/--no-tune", default=None, help="Tune the prefix, and the scales with it."),
+        click.option("--smooth-alpha", type=float, help="SmoothQuant alpha, 0 to 1."),
+        click.option(
+            "--keep-float",
+            multiple=True,
+            metavar="SITE|auto:N",
+            help="Site to keep in floating point, or auto:N for the N that cost the most; repeatable.",
+        ),
         click.option("--max-length", type=int, help="Most tokens of the prefix."),
         click.option(
             "--seed-token", "seed_tokens", multiple=True, help="Token that the prefix begins with; repeatable."

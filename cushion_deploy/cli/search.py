@@ -44,6 +44,7 @@ def command(output: Path, **values: Any) -> None:
         click.echo(f"prefix: {list(trace.tokens)} (ids {list(trace.token_ids)}), {prefix.length} positions")
         for step in trace.steps:
             verdict = "accepted" if step.accepted else "rejected"
-            click.echo(f"  {step.best.token!r}: leaves {100 * step.ratio:.1f} % of the {trace.objective}; {verdict}")
+            found = f"{step.best.token!r} (found by {step.best.source})"
+            click.echo(f"  {found}: leaves {100 * step.ratio:.1f} % of the {trace.objective}; {verdict}")
         click.echo(f"stopped because {trace.stopped}")
     click.echo(f"written: {output}")

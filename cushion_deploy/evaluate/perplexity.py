@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +14,40 @@ from cushion_deploy.types import FloatArray, IntArray
 
 TokenNll = Callable[[IntArray], FloatArray]
 """Takes token ids int64 ``[1, n]``, returns the negative log likelihoods (nats) of tokens 1..n-1, ``[1, n-1]``."""
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """The loss of every scored token of a text.
+
+    Attributes:
+        losses: negative log likelihoods in nats, float32 ``[windows, window - 1]``.
+    """
+
+    losses: FloatArray
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were scored."""
+        return int(self.losses.size)
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss; infinity where that is beyond a float, or no number."""
+        mean = float(self.losses.mean(dtype=np.float64))
+        return math.exp(mean) if mean < 700 else math.inf
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the perplexity, tokens taken as independent (delta method); NaN for a single token."""
+        return self.perplexity * standard_error(self.losses)
+
+
+def standard_error(values: FloatArray) -> float:
+    """Return the standard error of the mean, with Bessel's correction; NaN for one value or infinite ones."""
+    if values.size < 2 or not np.isfinite(values).all():
+        return math.nan
+    return float(values.std(dtype=np.float64, ddof=1)) / math.sqrt(values.size)
 
 
 def cut_windows(ids: IntArray, window: int, max_tokens: int, name: str) -> IntArray:
@@ -30,14 +65,18 @@ def cut_windows(ids: IntArray, window: int, max_tokens: int, name: str) -> IntAr
     return ids[: count * window].reshape(count, window)
 
 
+def score_text(nll: TokenNll, windows: IntArray, progress: Progress = silent, task: str = "perplexity") -> TextScore:
+    """Return the losses of all windows ``[count, window]``; the first token of each is context only."""
+    rows = []
+    for done, window in enumerate(windows, 1):
+        rows.append(nll(window[None]).astype(np.float32, copy=False))
+        progress(task, done, len(windows))
+    return TextScore(np.concatenate(rows))
+
+
 def perplexity(nll: TokenNll, windows: IntArray, progress: Progress = silent, task: str = "perplexity") -> float:
     """Return exp of the mean negative log likelihood over all windows; the first token of each is context only."""
-    total = 0.0
-    for done, window in enumerate(windows, 1):
-        total += float(nll(window[None]).sum(dtype=np.float64))
-        progress(task, done, len(windows))
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
-    return math.exp(mean) if mean < 700 else math.inf
+    return score_text(nll, windows, progress, task).perplexity
 
 
 def nll_of_logits(logits: FloatArray, ids: IntArray) -> FloatArray:

@@ -30,16 +30,18 @@ def torch_reference(
     ids: IntArray,
     windows: IntArray,
     progress: Progress = silent,
+    original: LoadedModel | None = None,
 ) -> TorchReference:
     """Run both torch models.
 
     Args:
-        model, prefix, scales, scheme: what is deployed.
+        model, prefix, scales, scheme: what is deployed; smoothing is folded into ``model``.
         ids: int64 ``[1, n]`` for logits and codes.
         windows: int64 ``[count, window]`` for perplexity.
         progress: where to report windows done.
+        original: the model before folding; floating point is compared with it, so that folding is proven too.
     """
-    plain = logits(model, ids, prefix)
+    plain = logits(original or model, ids, prefix)
     codes: SiteCodes = {}
     with simulated(model, scheme, scales, lambda site, c: codes.__setitem__(site, c.numpy())):
         quantized = logits(model, ids, prefix)

@@ -7,21 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, write_prefix, write_scales
+from cushion_deploy.artifacts import (
+    PREFIX_FILE,
+    SCALES_FILE,
+    SMOOTHING_FILE,
+    write_prefix,
+    write_scales,
+    write_smoothing,
+)
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
 from cushion_deploy.pipeline.compiling import compile_engine
 from cushion_deploy.pipeline.limits import longest_prefix, require_positions
-from cushion_deploy.pipeline.lookahead import kept_stages, most_parameters, space_needed
 from cushion_deploy.pipeline.parity import check_parity, half_graph
+from cushion_deploy.pipeline.prepare import prepare
 from cushion_deploy.pipeline.reporting import assemble_report
-from cushion_deploy.pipeline.stages import calibrate, evaluate, export, model_files, model_spec, search_prefix
+from cushion_deploy.pipeline.stages import evaluate, export, model_files, model_spec, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.report import Report, write_report
 from cushion_deploy.runtime.bundle import TEXT_NAME
-from cushion_deploy.store import place, publish, recover, require_publishable, require_space, staging_area
-from cushion_deploy.store.files import human_bytes
+from cushion_deploy.store import place, publish, recover, require_publishable, staging_area
 
 LINKED_BYTES = 64 << 20
 """An engine's file of this size or more shares its bytes with the work folder; smaller ones may be edited: copied."""
@@ -47,36 +53,35 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
     engines = choose_engines(ws.recipe.engines)
     _require_other_text(ws)
     with ws.store.lock():
-        require_space(ws.store.root, space_needed(kept_stages(ws, engines, options), most_parameters(ws)))
         spec = model_spec(ws)
         require_positions(ws.recipe, spec, longest_prefix(ws.recipe))
-        prefix, trace = search_prefix(ws)
-        calibrated = calibrate(ws, prefix)
-        graph = export(ws, prefix, calibrated.scales, dtype="float32")
-        compiled = []
-        for engine in engines:
-            wanted = graph
-            if engine.graph_dtype != graph.contract.dtype:
-                wanted = export(ws, prefix, calibrated.scales, dtype=engine.graph_dtype, name=engine.graph_dtype)
-            compiled.append(compile_engine(ws, engine, wanted, options))
-        evaluation = evaluate(ws, prefix, calibrated)
-        half = half_graph(ws, prefix, calibrated.scales, engines)
-        parity = check_parity(ws, prefix, calibrated.scales, graph, half)
-        corpus = ws.corpus(ws.recipe.calibration.data, "calibration").name
-        artifacts = [artifact for artifact, _ in compiled]
-        report = assemble_report(ws, spec, trace, calibrated, evaluation, graph, artifacts, parity, corpus)
+        found, trace = search_prefix(ws)
+        deployed = prepare(ws, found)
+        graph = export(ws, deployed, dtype="float32")
+        half = half_graph(ws, deployed, engines)
+        compiled = [
+            compile_engine(ws, engine, half if half and engine.graph_dtype == "float16" else graph, options)
+            for engine in engines
+        ]
+        evaluation = evaluate(ws, deployed)
+        parity = check_parity(ws, deployed, graph, half)
+        report = assemble_report(
+            ws, spec, trace, deployed, evaluation, graph, [artifact for artifact, _ in compiled], parity
+        )
         with staging_area(output) as staged:
             for file in model_files(ws).iterdir():
                 if file.name not in ("stage.json", "spec.json"):
                     place(file, staged / file.name, link=False)
             # Copied: onnx tools take a second hard link of external data for an attack, and refuse to read it.
-            for file in (graph.path, graph.path.with_name(graph.path.name + ".data")):
+            for file in graph.files:
                 place(file, staged / file.name, link=False)
             (staged / "export.json").write_text(json.dumps(graph.to_json(), indent=1) + "\n")
             # Search, calibration and scoring put text right behind the prefix: it has taken the place of <bos>.
-            (staged / TEXT_NAME).write_text(json.dumps({"keep_bos": prefix.length == 0}) + "\n")
-            write_prefix(prefix, staged / PREFIX_FILE)
-            write_scales(calibrated.scales, staged / SCALES_FILE)
+            (staged / TEXT_NAME).write_text(json.dumps({"keep_bos": deployed.prefix.length == 0}) + "\n")
+            write_prefix(deployed.prefix, staged / PREFIX_FILE)
+            write_scales(deployed.scales, staged / SCALES_FILE)
+            if deployed.smoothing:
+                write_smoothing(deployed.smoothing, staged / SMOOTHING_FILE)
             for artifact, folder in compiled:
                 target = staged / "engines" / artifact.engine
                 target.mkdir(parents=True)
@@ -107,23 +112,30 @@ def compile_options(ws: Workspace, targets: Sequence[str], allow_float_linears: 
     return CompileOptions(tuple(targets), limits.max_batch, limits.max_context, allow_float_linears=allow_float_linears)
 
 
-def plan(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_float_linears: int = 0) -> dict[str, Any]:
-    """Check the input of a build and return, JSON-ready, what it would do; runs nothing.
-
-    ``stages`` tells for each stage whether an earlier run's result will serve: true, false, or null where that hangs
-    on the result of a stage before it.
-    """
+def plan(ws: Workspace, output: Path) -> dict[str, Any]:
+    """Check the input of a build and return, JSON-ready, what it would do; runs nothing."""
     require_publishable(output)
     engines = choose_engines(ws.recipe.engines)
     sampled = ws.recipe.calibration.data == "self"
     corpus = None if sampled else ws.corpus(ws.recipe.calibration.data, "calibration").name
-    kept = kept_stages(ws, engines, compile_options(ws, targets, allow_float_linears))
+    recipe = ws.recipe
+    stages = {
+        "model": ws.source.kind == "gguf",
+        "search": bool(longest_prefix(recipe)),
+        "smooth": recipe.smoothing.alpha is not None,
+        "calibrate": True,
+        "sensitivity": any(wish.startswith("auto:") for wish in recipe.export.keep_float),
+        "tune": recipe.tuning.enabled and bool(longest_prefix(recipe)),
+        "export": True,
+        **{f"engine-{engine.name}": True for engine in engines},
+        "evaluate": True,
+        "parity": True,
+    }
     return {
         "model": {"label": ws.source.label, "kind": ws.source.kind, "sha256": ws.source.digest},
         "calibration": corpus or "sampled from the model",
         "engines": [engine.name for engine in engines],
-        "stages": [{"stage": stage, "kept": there} for stage, there in kept.items()],
-        "space": space_needed(kept, most_parameters(ws)),
+        "stages": [stage for stage, wanted in stages.items() if wanted],
         "work_dir": str(ws.store.root),
         "output": str(output),
     }
@@ -131,13 +143,11 @@ def plan(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_floa
 
 def plan_lines(found: dict[str, Any]) -> list[str]:
     """Return :func:`plan` as lines for a person."""
-    words = {True: "kept from an earlier run", False: "will run", None: "not known beforehand"}
     model = found["model"]
     return [
         f"model: {model['label']} ({model['kind']}, sha256 {model['sha256'][:12]})",
         f"calibration text: {found['calibration']}",
-        *(f"stage {row['stage']}: {words[row['kept']]}" for row in found["stages"]),
-        f"space: about {human_bytes(found['space'])} to write",
-        f"work folder: {found['work_dir']}",
+        f"stages: {', '.join(found['stages'])}",
+        f"work folder: {found['work_dir']} (stages that an earlier run finished there are reused)",
         f"output: {found['output']}",
     ]

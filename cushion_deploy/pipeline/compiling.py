@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.pipeline.workspace import Workspace
@@ -12,25 +11,21 @@ from cushion_deploy.progress import elapsed
 from cushion_deploy.types import EngineArtifact, ExportedGraph
 
 
-def engine_stage(engine: Engine) -> str:
-    """Return the name of an engine's stage."""
-    return f"engine-{engine.name}"
-
-
-def engine_parents(engine: Engine, graph: str, options: CompileOptions) -> dict[str, Any]:
-    """Return what decides a compiled engine, from the digest of its graph."""
-    return {"graph": graph, "engine": engine.name, "version": engine.version(), "options": options.key()}
-
-
 def compile_engine(
     ws: Workspace, engine: Engine, graph: ExportedGraph, options: CompileOptions
 ) -> tuple[EngineArtifact, Path]:
     """Return the compiled engine and its stage folder."""
-    parents = engine_parents(engine, graph.digest, options)
+    parents = {
+        "graph": graph.digest,
+        "engine": engine.name,
+        "version": engine.version(),
+        "options": options.key(),
+    }
 
     def make(out: Path) -> None:
         with elapsed(ws.progress, f"compiling for {engine.name}"):
             engine.compile(graph, out, options)
 
-    folder = ws.stage(engine_stage(engine), parents, make)
+    # A plan may hold every weight twice.
+    folder = ws.stage(f"engine-{engine.name}", parents, make, lambda: 2 * graph.size)
     return EngineArtifact.from_json(json.loads((folder / "engine.json").read_text())), folder

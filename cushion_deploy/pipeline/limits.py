@@ -8,7 +8,7 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.types import ModelSpec
 
-SECTIONS = ("search", "calibration", "evaluation", "parity")
+SECTIONS = ("search", "tuning", "calibration", "evaluation", "parity")
 
 
 def longest_prefix(recipe: Recipe) -> int:
@@ -24,6 +24,7 @@ def require_positions(recipe: Recipe, spec: ModelSpec, prefix: int, sections: Co
     """
     needed = {
         "search.text_tokens": recipe.search.text_tokens if longest_prefix(recipe) else 0,
+        "tuning.window": recipe.tuning.window if recipe.tuning.enabled else 0,
         "calibration.window": recipe.calibration.window,
         "evaluation.window": recipe.evaluation.window,
         "parity.tokens + parity.decode_tokens": recipe.parity.tokens + recipe.parity.decode_tokens,

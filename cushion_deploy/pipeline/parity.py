@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, read_prefix, read_scales
+from cushion_deploy.artifacts import (
+    PREFIX_FILE,
+    SCALES_FILE,
+    SMOOTHING_FILE,
+    read_prefix,
+    read_scales,
+    read_smoothing,
+)
 from cushion_deploy.engines.base import Engine
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
-from cushion_deploy.pipeline.stages import evaluation_windows, export
+from cushion_deploy.pipeline.prepare import Deployed
+from cushion_deploy.pipeline.stages import evaluation_windows, export, export_deployed
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.types import (
-    ActivationScales,
-    EngineArtifact,
-    ExportedGraph,
-    ParityCheck,
-    ParityReport,
-    Prefix,
-    Site,
-)
+from cushion_deploy.store import require_space
+from cushion_deploy.types import HEAD_SITE, EngineArtifact, ExportedGraph, ParityCheck, ParityReport, Site
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class ParityResult:
 
 def check_parity(
     ws: Workspace,
-    prefix: Prefix,
-    scales: ActivationScales,
+    deployed: Deployed,
     graph: ExportedGraph,
     half: ExportedGraph | None = None,
     *,
@@ -48,7 +48,7 @@ def check_parity(
     """Return the whole ladder for a graph whose model is at hand.
 
     Args:
-        ws, prefix, scales, graph: what was built.
+        ws, deployed, graph: what was built.
         half: the float16 graph that an engine was compiled from; None where there is none, and no rung for it then.
         reuse: take a kept result of an earlier run, and keep this one.
     """
@@ -57,7 +57,7 @@ def check_parity(
     parents = {
         "graph": graph.digest,
         "model": ws.source.digest,
-        "scales": scales.digest,
+        "scales": deployed.scales.digest,
         "onnxruntime": ENGINES["onnxruntime"].version(),
         "corpus": corpus.digest,
         "perplexity corpus": ws.corpus(evaluation.data, "evaluation").digest,
@@ -68,27 +68,25 @@ def check_parity(
 
     def make(out: Path) -> None:
         with TemporaryDirectory(dir=out) as twin:
-            result = _climb(ws, prefix, scales, graph, half, corpus.name, Path(twin))
+            result = _climb(ws, deployed, graph, half, corpus.name, Path(twin))
         (out / "parity.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
     if reuse:
         data = json.loads((ws.stage("parity", parents, make) / "parity.json").read_text())
     else:
         with TemporaryDirectory(prefix="cushion-parity-") as twin:
-            data = _climb(ws, prefix, scales, graph, half, corpus.name, Path(twin))
+            data = _climb(ws, deployed, graph, half, corpus.name, Path(twin))
     return ParityResult(read_parity(data["parity"]), data["engine_perplexity"], data["float_bytes"])
 
 
 def _climb(
     ws: Workspace,
-    prefix: Prefix,
-    scales: ActivationScales,
+    deployed: Deployed,
     graph: ExportedGraph,
     half: ExportedGraph | None,
     corpus: str,
     folder: Path,
 ) -> dict[str, Any]:
-    from cushion_deploy.export.folder import export_graph
     from cushion_deploy.parity.ladder import (
         decode_rung,
         engine_rung,
@@ -102,20 +100,21 @@ def _climb(
     from cushion_deploy.parity.written import scale_rung, weight_rung
     from cushion_deploy.runtime.session import OnnxRuntimeSession
 
-    config, model = ws.recipe.parity, ws.model
+    config, model = ws.recipe.parity, ws.folded(deployed.smoothing)
+    prefix, scales, scheme = deployed.prefix, deployed.scales, deployed.scheme
     windows, _ = evaluation_windows(ws)
     text = model.encode(ws.corpus(config.data or ws.recipe.evaluation.data, "evaluation").text)
     ids = text[None, : config.tokens]
     tokens = min(config.decode_tokens, ids.shape[1] // 2)
-    reference = torch_reference(model, prefix, scales, ws.scheme, ids, windows, ws.progress)
+    reference = torch_reference(model, prefix, scales, scheme, ids, windows, ws.progress, ws.model)
     checks: list[ParityCheck] = []
     for name, written in (("graph", graph), ("float16 graph", half)):
         if written:
             checks += scale_rung(f"scales in the {name} against scales.json", written, scales)
-            weights = quantized_weights(model, ws.scheme)
+            weights = quantized_weights(model, scheme)
             checks += weight_rung(f"weights in the {name} against fake-quant", written, weights)
-    twin = export_graph(model.spec, model.weights, prefix, None, ws.scheme, folder, name="float")
-    float_bytes = sum(f.stat().st_size for f in folder.iterdir())
+    require_space(folder, 4 * model.spec.parameters)
+    twin = export_deployed(ws, deployed, folder, dtype="float32", name="float", quantized=False, opset=graph.opset)
     checks += float_rung(reference, twin, lambda: float_inputs(model, prefix, ids))
     checks += decode_rung(
         "float graph: decode against prefill", ids, OnnxRuntimeSession(twin.path, twin.contract), tokens
@@ -141,20 +140,18 @@ def _climb(
     return {
         "parity": report.to_json(),
         "engine_perplexity": engine_perplexity if math.isfinite(engine_perplexity) else None,
-        "float_bytes": float_bytes,
+        "float_bytes": twin.size,
     }
 
 
-def half_graph(
-    ws: Workspace, prefix: Prefix, scales: ActivationScales, engines: Iterable[Engine]
-) -> ExportedGraph | None:
+def half_graph(ws: Workspace, deployed: Deployed, engines: Iterable[Engine]) -> ExportedGraph | None:
     """Return the float16 graph that one of the engines is compiled from, or None where none takes float16."""
     if all(engine.graph_dtype == "float32" for engine in engines):
         return None
-    return export(ws, prefix, scales, dtype="float16", name="float16")
+    return export(ws, deployed, dtype="float16", name="float16")
 
 
-def _half_behind(ws: Workspace, prefix: Prefix, scales: ActivationScales, bundle: Path) -> ExportedGraph | None:
+def _half_behind(ws: Workspace, deployed: Deployed, bundle: Path) -> ExportedGraph | None:
     """Export the float16 graph behind an engine of a bundle again; None where there is none.
 
     A bundle carries the compiled engine alone. None too where the exporter writes another graph than the engine was
@@ -162,7 +159,7 @@ def _half_behind(ws: Workspace, prefix: Prefix, scales: ActivationScales, bundle
     """
     files = {name: bundle / "engines" / name / "engine.json" for name in ENGINES}
     made = {name: EngineArtifact.from_json(json.loads(f.read_text())) for name, f in files.items() if f.is_file()}
-    half = half_graph(ws, prefix, scales, [ENGINES[name] for name in made])
+    half = half_graph(ws, deployed, [ENGINES[name] for name in made])
     return half if half and any(a.parents["graph"] == half.digest for a in made.values()) else None
 
 
@@ -189,12 +186,21 @@ def check_bundle(ws: Workspace, bundle: Path, graph: ExportedGraph, *, reuse: bo
     Raises:
         UsageError: the model of the bundle is not at hand, or the given one is another model.
     """
-    scales, prefix = read_scales(bundle / SCALES_FILE), read_prefix(bundle / PREFIX_FILE)
-    if ws.source.digest != scales.model_digest:
+    deployed = read_deployed(ws, bundle, graph)
+    if ws.source.digest != deployed.scales.model_digest:
         raise UsageError(
             f"{ws.source.label} is not the model that the bundle was built from",
             hint="give the original with --model",
         )
     with ws.store.lock():
-        half = _half_behind(ws, prefix, scales, bundle)
-        return check_parity(ws, prefix, scales, graph, half, reuse=reuse).report
+        half = _half_behind(ws, deployed, bundle)
+        return check_parity(ws, deployed, graph, half, reuse=reuse).report
+
+
+def read_deployed(ws: Workspace, bundle: Path, graph: ExportedGraph) -> Deployed:
+    """Return what a bundle deploys, from its files; a Site that has a scale but no Q node was kept in float."""
+    scales = read_scales(bundle / SCALES_FILE)
+    smoothing = read_smoothing(bundle / SMOOTHING_FILE) if scales.smoothing_digest else None
+    kept = [s for s in scales.scales if s not in graph.sites and (s != HEAD_SITE or ws.scheme.quantize_head)]
+    scheme = replace(ws.scheme, float_sites=tuple(kept))
+    return Deployed(read_prefix(bundle / PREFIX_FILE), smoothing, scheme, scales, {})

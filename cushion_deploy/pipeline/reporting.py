@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+from cushion_deploy.families import get_family
 from cushion_deploy.pipeline.parity import ParityResult
-from cushion_deploy.pipeline.stages import Calibrated
+from cushion_deploy.pipeline.prepare import Deployed
 from cushion_deploy.pipeline.workspace import StageTime, Workspace
-from cushion_deploy.prefix.trace import SearchTrace
+from cushion_deploy.prefix.trace import SearchTrace, TuningTrace
 from cushion_deploy.report import Report
 from cushion_deploy.store.manifest import tool_version
 from cushion_deploy.types import EngineArtifact, ExportedGraph, ModelSpec
@@ -26,14 +26,15 @@ def assemble_report(
     ws: Workspace,
     spec: ModelSpec,
     trace: SearchTrace | None,
-    calibrated: Calibrated,
+    deployed: Deployed,
     evaluation: dict[str, Any],
     graph: ExportedGraph,
     engines: Sequence[EngineArtifact],
     parity: ParityResult,
-    corpus: str,
 ) -> Report:
     """Return the report of a build."""
+    scales = deployed.scales
+    linears = get_family(spec.family).linears(spec, head=True)
     data = {
         "schema": 1,
         "tool": {"version": tool_version()},
@@ -53,14 +54,14 @@ def assemble_report(
         "precision": ws.recipe.precision,
         "perplexity": {**evaluation["perplexity"], "engine": parity.engine_perplexity},
         "search": _search(trace) if trace else None,
+        "tuning": _tuning(deployed.tuning) if deployed.tuning else None,
         "magnitudes": evaluation["magnitudes"],
         "calibration": {
-            "estimator": calibrated.scales.estimator,
-            "corpus": corpus,
-            "tokens": calibrated.scales.tokens,
+            "estimator": scales.estimator,
+            "corpus": ws.corpus(ws.recipe.calibration.data, "calibration").name,
+            "tokens": scales.tokens,
             "sites": tuple(
-                {"site": site, "scale": scale, "amax": calibrated.amax[site]}
-                for site, scale in calibrated.scales.scales.items()
+                {"site": site, "scale": scale, "amax": deployed.amax[site]} for site, scale in scales.scales.items()
             ),
         },
         "export": {
@@ -68,9 +69,11 @@ def assemble_report(
             "linears": graph.linears,
             "packed_linears": len(graph.sites),
             "quantize_head": ws.recipe.export.quantize_head,
-            "bytes": _size(graph.path),
+            "bytes": graph.size,
             "float_bytes": parity.float_bytes,
             "rules_checked": graph.rules,
+            "float_sites": deployed.scheme.float_sites,
+            "float_linears": sum(len(linears[site]) for site in deployed.scheme.float_sites),
         },
         "parity": [c.to_json() for c in parity.report.checks],
         "engines": [_engine(e) for e in engines],
@@ -84,6 +87,17 @@ def assemble_report(
         },
     }
     return Report.model_validate(data)
+
+
+def _tuning(trace: TuningTrace) -> dict[str, Any]:
+    return {
+        "loss": trace.loss,
+        "scales_tuned": trace.scales_tuned,
+        "steps": trace.steps,
+        "seconds": trace.seconds,
+        "kept_step": trace.best.step,
+        "states": [vars(state) for state in trace.states],
+    }
 
 
 def merge_times(times: Sequence[StageTime]) -> list[dict[str, Any]]:
@@ -120,6 +134,8 @@ def _search(trace: SearchTrace) -> dict[str, Any]:
                 "ratio": step.ratio,
                 "accepted": step.accepted,
                 "top": [vars(t) for t in step.top],
+                "proposed": step.proposed,
+                "finalists": step.finalists,
             }
             for step in trace.steps
         ],
@@ -134,13 +150,9 @@ def _engine(artifact: EngineArtifact) -> dict[str, Any]:
         "int8_linears": artifact.int8_linears,
         "fused_attention": artifact.fused_attention,
         "ran": artifact.ran,
-        "note": str(artifact.details.get("not_run", "")),
+        "note": str(artifact.details.get("not_run", "")).removeprefix("not run: "),
         "details": artifact.details,
     }
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size + path.with_name(path.name + ".data").stat().st_size
 
 
 def _versions() -> dict[str, str]:

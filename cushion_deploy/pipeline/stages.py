@@ -1,77 +1,22 @@
-"""The stages between a model and its graph: search, calibrate, evaluate, export. Each is kept and reused."""
+"""The stages around what is deployed: search the prefix, evaluate, export. Each is kept and reused."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, read_prefix, read_scales, write_prefix, write_scales
-from cushion_deploy.errors import UsageError
+from cushion_deploy.artifacts import PREFIX_FILE, read_prefix, write_prefix
+from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
+from cushion_deploy.pipeline.prepare import Deployed, prepare
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import SearchTrace
 from cushion_deploy.progress import elapsed
-from cushion_deploy.types import (
-    ActivationScales,
-    Dtype,
-    ExportedGraph,
-    IntArray,
-    ModelSpec,
-    Prefix,
-)
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Scales and the largest magnitude seen at each Site."""
-
-    scales: ActivationScales
-    amax: dict[str, float]
-
-
-def search_parents(ws: Workspace) -> dict[str, Any]:
-    """Return what decides the result of the search."""
-    return {
-        "model": ws.source.digest,
-        "corpus": ws.corpus(ws.recipe.calibration.data, "calibration").digest,
-        "seed": ws.recipe.seed,
-        "search": ws.recipe.search.model_dump(mode="json"),
-    }
-
-
-def calibrate_parents(ws: Workspace, prefix: str) -> dict[str, Any]:
-    """Return what decides the scales behind the prefix of that digest."""
-    return {
-        "model": ws.source.digest,
-        "prefix": prefix,
-        "corpus": ws.corpus(ws.recipe.calibration.data, "calibration").digest,
-        "calibration": ws.recipe.calibration.model_dump(mode="json", exclude={"data"}),
-    }
-
-
-def export_parents(ws: Workspace, prefix: str, scales: str | None, dtype: Dtype, name: str) -> dict[str, Any]:
-    """Return what decides a graph, from the digests of prefix and scales."""
-    from cushion_deploy.export.folder import MIN_OPSET
-
-    return {
-        "model": ws.source.digest,
-        "prefix": prefix,
-        "scales": scales,
-        "scheme": ws.scheme.digest,
-        "dtype": dtype,
-        "opset": ws.recipe.export.opset or MIN_OPSET,
-        "name": name,
-    }
-
-
-def export_stage(name: str) -> str:
-    """Return the name of the stage that makes the graph ``name``."""
-    return {"model": "export", "float": "export-float-twin"}.get(name, f"export-{name}")
+from cushion_deploy.types import Dtype, ExportedGraph, IntArray, ModelSpec, Prefix
 
 
 def search_prefix(ws: Workspace) -> tuple[Prefix, SearchTrace | None]:
@@ -80,7 +25,12 @@ def search_prefix(ws: Workspace) -> tuple[Prefix, SearchTrace | None]:
     if not config.enabled or ws.recipe.export.prefix == "none":
         return Prefix.empty(ws.model.spec), None
     corpus = ws.corpus(ws.recipe.calibration.data, "calibration")
-    parents = search_parents(ws)
+    parents = {
+        "model": ws.source.digest,
+        "corpus": corpus.digest,
+        "seed": ws.recipe.seed,
+        "search": config.model_dump(mode="json"),
+    }
 
     def make(out: Path) -> None:
         from cushion_deploy.prefix.search import PrefixSearch
@@ -90,46 +40,10 @@ def search_prefix(ws: Workspace) -> tuple[Prefix, SearchTrace | None]:
         text = ws.model.encode(corpus.text)
         prefix, trace = PrefixSearch(ws.model, text, config, ws.recipe.seed, scratch, ws.progress).run()
         write_prefix(prefix, out / PREFIX_FILE)
-        _write_json(out / "trace.json", trace.to_json())
+        write_json(out / "trace.json", trace.to_json())
 
     folder = ws.stage("search", parents, make)
-    return read_prefix(folder / PREFIX_FILE), SearchTrace.from_json(_read_json(folder / "trace.json"))
-
-
-def calibrate(ws: Workspace, prefix: Prefix) -> Calibrated:
-    """Return static activation scales behind a prefix.
-
-    Raises:
-        UsageError: the prefix belongs to another model.
-    """
-    if prefix.model_digest != ws.source.digest:
-        raise UsageError("the prefix was made for another model", hint="run `cushion-deploy search` for this model")
-    config = ws.recipe.calibration
-    corpus = ws.corpus(config.data, "calibration")
-    parents = calibrate_parents(ws, prefix.digest)
-
-    def make(out: Path) -> None:
-        from cushion_deploy.calib.calibrate import choose_scales, observe_sites
-        from cushion_deploy.calib.corpora import pack_windows
-
-        require_positions(ws.recipe, ws.model.spec, prefix.length, ("calibration",))
-        documents = [ws.model.encode(text) for text in corpus.documents]
-        ids, mask = pack_windows(documents, config.window, config.windows, corpus.name)
-        histograms = observe_sites(ws.model, prefix, ids, mask, progress=ws.progress)
-        scales = choose_scales(
-            histograms,
-            config.estimator,
-            percentile=config.percentile,
-            model=ws.model,
-            prefix=prefix,
-            corpus_digest=corpus.digest,
-            tokens=int(mask.sum()),
-        )
-        write_scales(scales, out / SCALES_FILE)
-        _write_json(out / "amax.json", {site: h.amax for site, h in histograms.items()})
-
-    folder = ws.stage("calibrate" if prefix.length else "calibrate-without-prefix", parents, make)
-    return Calibrated(read_scales(folder / SCALES_FILE), _read_json(folder / "amax.json"))
+    return read_prefix(folder / PREFIX_FILE), SearchTrace.from_json(read_json(folder / "trace.json"))
 
 
 def evaluation_windows(ws: Workspace) -> tuple[IntArray, str]:
@@ -141,81 +55,105 @@ def evaluation_windows(ws: Workspace) -> tuple[IntArray, str]:
     return cut_windows(ws.model.encode(corpus.text), config.window, config.max_tokens, corpus.name), corpus.name
 
 
-def evaluate(ws: Workspace, prefix: Prefix, calibrated: Calibrated) -> dict[str, Any]:
-    """Return the four columns of perplexity and the activation magnitudes per layer, without and with the prefix."""
-    config = ws.recipe.evaluation
+def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
+    """Return perplexity and divergence in four columns, and magnitudes per layer, without and with the prefix.
+
+    The column 'quantized' is the same recipe without a prefix: its own smoothing and scales, nothing tuned.
+    """
+    config, prefix = ws.recipe.evaluation, deployed.prefix
     corpus = ws.corpus(config.data, "evaluation")
-    bare = calibrate(ws, _no_prefix(prefix)) if prefix.length else calibrated
+    empty = no_prefix(prefix)
+    bare = prepare(ws, empty) if prefix.length else deployed
     parents = {
-        "scales": calibrated.scales.digest,
+        "scales": deployed.scales.digest,
         "bare": bare.scales.digest,
         "prefix": prefix.digest,
-        "scheme": ws.scheme.digest,
+        "scheme": [deployed.scheme.digest, bare.scheme.digest],
         "corpus": corpus.digest,
         "evaluation": config.model_dump(mode="json", exclude={"data"}),
     }
 
     def make(out: Path) -> None:
-        from cushion_deploy.evaluate.perplexity import perplexity
-        from cushion_deploy.modeling.forward import token_nll
         from cushion_deploy.modeling.magnitudes import layer_magnitudes
         from cushion_deploy.modeling.simulate import simulated
+        from cushion_deploy.modeling.teacher import Fidelity, Teacher
 
         require_positions(ws.recipe, ws.model.spec, prefix.length, ("evaluation",))
         windows, _ = evaluation_windows(ws)
-        empty = _no_prefix(prefix)
+        teacher = Teacher(ws.model)
+        teacher.remember(windows, ws.progress)
 
-        def measure(p: Prefix, task: str) -> float:
-            return perplexity(lambda ids: token_nll(ws.model, ids, p), windows, ws.progress, f"perplexity: {task}")
+        def measure(d: Deployed, name: str, *, quantized: bool) -> Fidelity:
+            model = ws.folded(d.smoothing) if quantized else ws.model
+            with simulated(model, d.scheme, d.scales) if quantized else nullcontext():
+                return teacher.compare(model, d.prefix, windows, ws.progress, f"perplexity: {name}")
 
-        columns = {"fp": measure(empty, "FP")}
-        columns["fp_prefix"] = measure(prefix, "FP + prefix") if prefix.length else columns["fp"]
-        with simulated(ws.model, ws.scheme, bare.scales):
-            columns["quantized"] = measure(empty, "W8A8")
-        if prefix.length:
-            with simulated(ws.model, ws.scheme, calibrated.scales):
-                columns["quantized_prefix"] = measure(prefix, "W8A8 + prefix")
-        else:
-            columns["quantized_prefix"] = columns["quantized"]
+        columns = {"fp": measure(bare, "FP", quantized=False)}
+        columns["fp_prefix"] = measure(deployed, "FP + prefix", quantized=False) if prefix.length else columns["fp"]
+        columns["quantized"] = measure(bare, "W8A8", quantized=True)
+        columns["quantized_prefix"] = (
+            measure(deployed, "W8A8 + prefix", quantized=True) if prefix.length else columns["quantized"]
+        )
         magnitudes = {
             "without": layer_magnitudes(ws.model, empty, windows[:1]),
             "with": layer_magnitudes(ws.model, prefix, windows[:1]),
         }
         scored = int(windows.shape[0] * (windows.shape[1] - 1))
-        finite = {name: value if np.isfinite(value) else None for name, value in columns.items()}
-        result = {"corpus": corpus.name, "window": config.window, "tokens": scored, **finite}
-        _write_json(out / "evaluation.json", {"perplexity": result, "magnitudes": magnitudes})
+        finite = {n: f.perplexity if np.isfinite(f.perplexity) else None for n, f in columns.items()}
+        apart = {n: f.divergence if np.isfinite(f.divergence) else None for n, f in columns.items()}
+        result = {"corpus": corpus.name, "window": config.window, "tokens": scored, **finite, "divergence": apart}
+        write_json(out / "evaluation.json", {"perplexity": result, "magnitudes": magnitudes})
 
-    result: dict[str, Any] = _read_json(ws.stage("evaluate", parents, make) / "evaluation.json")
+    result: dict[str, Any] = read_json(ws.stage("evaluate", parents, make) / "evaluation.json")
     return result
 
 
 def export(
-    ws: Workspace, prefix: Prefix, scales: ActivationScales | None, *, dtype: Dtype, name: str = "model"
+    ws: Workspace, deployed: Deployed, *, dtype: Dtype, name: str = "model", quantized: bool = True
 ) -> ExportedGraph:
-    """Return the exported graph (``scales`` None: its float twin) in its stage folder."""
-    parents = export_parents(ws, prefix.digest, scales.digest if scales else None, dtype, name)
+    """Return the exported graph, or its float twin, in its stage folder."""
+    from cushion_deploy.export.folder import MIN_OPSET
+
+    opset = ws.recipe.export.opset or MIN_OPSET
+    parents = {
+        "model": ws.source.digest,
+        "prefix": deployed.prefix.digest,
+        "smoothing": deployed.smoothing.digest if deployed.smoothing else "",
+        "scales": deployed.scales.digest if quantized else None,
+        "scheme": deployed.scheme.digest,
+        "dtype": dtype,
+        "opset": opset,
+        "name": name,
+    }
 
     def make(out: Path) -> None:
-        from cushion_deploy.export.folder import export_graph
-
-        model = ws.model
         with elapsed(ws.progress, f"exporting the {dtype} graph"):
-            graph = export_graph(
-                model.spec,
-                model.weights,
-                prefix,
-                scales,
-                ws.scheme,
-                out,
-                name=name,
-                dtype=dtype,
-                opset=parents["opset"],
-            )
-        _write_json(out / "export.json", graph.to_json())
+            graph = export_deployed(ws, deployed, out, dtype=dtype, name=name, quantized=quantized, opset=opset)
+        write_json(out / "export.json", graph.to_json())
 
-    folder = ws.stage(export_stage(name), parents, make)
-    return ExportedGraph.from_json(_read_json(folder / "export.json"), folder)
+    stage = {"model": "export", "float": "export-float-twin"}.get(name, f"export-{name}")
+    folder = ws.stage(stage, parents, make, lambda: ws.model.spec.parameters * (2 if quantized else 4))
+    return ExportedGraph.from_json(read_json(folder / "export.json"), folder)
+
+
+def export_deployed(
+    ws: Workspace, deployed: Deployed, folder: Path, *, dtype: Dtype, name: str, quantized: bool, opset: int
+) -> ExportedGraph:
+    """Write a graph into a folder and return it."""
+    from cushion_deploy.export.folder import export_graph
+
+    return export_graph(
+        ws.model.spec,
+        ws.model.weights,
+        deployed.prefix,
+        deployed.scales if quantized else None,
+        deployed.scheme,
+        folder,
+        smoothing=deployed.smoothing,
+        name=name,
+        dtype=dtype,
+        opset=opset,
+    )
 
 
 def model_files(ws: Workspace) -> Path:
@@ -226,30 +164,16 @@ def model_files(ws: Workspace) -> Path:
         model.module.config.save_pretrained(out)
         model.module.generation_config.save_pretrained(out)
         model.tokenizer.save_pretrained(out)
-        _write_json(out / "spec.json", asdict(model.spec))
+        write_json(out / "spec.json", asdict(model.spec))
 
     return ws.stage("tokenizer", {"model": ws.source.digest}, make)
 
 
 def model_spec(ws: Workspace) -> ModelSpec:
     """Return the description of the model, without loading it where an earlier run wrote it down."""
-    return ModelSpec.from_json(_read_json(model_files(ws) / "spec.json"))
+    return ModelSpec.from_json(read_json(model_files(ws) / "spec.json"))
 
 
-def _no_prefix(prefix: Prefix) -> Prefix:
+def no_prefix(prefix: Prefix) -> Prefix:
     """Return the empty prefix of the same model."""
     return Prefix((), prefix.keys[:, :, :0], prefix.values[:, :, :0], prefix.model_digest)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False, default=_plain) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Iterable):
-        return list(value)
-    raise TypeError(f"{type(value).__name__} is not JSON")

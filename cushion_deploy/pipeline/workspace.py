@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +19,8 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.source import ModelSource, resolve_source
 from cushion_deploy.progress import Progress, silent
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.store import StageStore, hash_file
-from cushion_deploy.types import PRECISIONS, QuantScheme, digest_json
+from cushion_deploy.store import StageStore, hash_file, require_space
+from cushion_deploy.types import PRECISIONS, QuantScheme, Smoothing, digest_json
 
 if TYPE_CHECKING:
     from cushion_deploy.calib.corpora import Corpus, Part
@@ -82,6 +82,7 @@ class Workspace:
     store: StageStore
     progress: Progress = silent
     times: list[StageTime] = field(default_factory=list)
+    _folded: tuple[str, LoadedModel] | None = field(default=None, repr=False)
     _corpora: dict[tuple[str | None, str], Corpus] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -98,7 +99,11 @@ class Workspace:
 
         folder = self.source.path
         if self.source.kind == "gguf":
-            folder = self.stage("model", {"model": self.source.digest}, self._convert)
+            folder = self.stage("model", {"model": self.source.digest}, self._convert, self._converted_size)
+        import torch
+
+        # A probability below 1e-38 means nothing, and makes most processors a hundred times slower.
+        torch.set_flush_denormal(True)
         with self.clock("load"):
             return load_folder(folder, self.source, self.progress)
 
@@ -107,11 +112,21 @@ class Workspace:
 
         convert_gguf(self.source, out, self.progress)
 
+    def folded(self, smoothing: Smoothing | None) -> LoadedModel:
+        """Return the model with a smoothing folded in; the last one asked for is kept."""
+        if smoothing is None or not smoothing.factors:
+            return self.model
+        if self._folded is None or self._folded[0] != smoothing.digest:
+            from cushion_deploy.modeling.fold import fold
+
+            self._folded = None
+            self._folded = (smoothing.digest, fold(self.model, smoothing))
+        return self._folded[1]
+
     @property
     def scheme(self) -> QuantScheme:
         """What is quantized."""
-        base = PRECISIONS[self.recipe.precision]
-        return QuantScheme(base.name, base.weight_bits, base.activation_bits, self.recipe.export.quantize_head)
+        return replace(PRECISIONS[self.recipe.precision], quantize_head=self.recipe.export.quantize_head)
 
     def corpus(self, data: str | None, part: Part) -> Corpus:
         """Return a corpus; text sampled from the model is drawn once and kept in the store."""
@@ -122,13 +137,23 @@ class Workspace:
             known = self._corpora[data, part] = load_corpus(data, part, self._sampled_text)
         return known
 
-    def stage(self, name: str, parents: dict[str, Any], make: Callable[[Path], None]) -> Path:
+    def stage(
+        self,
+        name: str,
+        parents: dict[str, Any],
+        make: Callable[[Path], None],
+        space: Callable[[], int] | None = None,
+    ) -> Path:
         """Return the folder of a finished stage, made now or earlier.
 
         Args:
             name: of the stage.
             parents: everything that decides its result; becomes the key, with the version of the program.
             make: writes the result into an empty folder.
+            space: returns about how many bytes it writes, where that is much; asked only if it has to run.
+
+        Raises:
+            UsageError: the disk has no room for them.
         """
         key = self.key(name, parents)
         start, inner = time.monotonic(), self._timed()
@@ -136,6 +161,8 @@ class Workspace:
         reused = folder is not None
         if folder is None:
             logger.info("%s: running", name)
+            if space:
+                require_space(self.store.root, space())
             with self.store.write(name, key) as staged:
                 make(staged)
             folder = self.store.find(name, key)
@@ -159,12 +186,12 @@ class Workspace:
     def _timed(self) -> float:
         return sum(t.seconds for t in self.times)
 
-    def sampled_text_kept(self) -> bool:
-        """Return whether text sampled from the model is kept from an earlier run."""
-        return self.store.holds("sample", self.key("sample", self._sample_parents())) is not None
-
     def _sample_parents(self) -> dict[str, Any]:
         return {"model": self.source.digest, "seed": self.recipe.seed}
+
+    def _converted_size(self) -> int:
+        # A GGUF file may spend half a byte on a parameter; converted it takes four.
+        return 8 * self.source.path.stat().st_size
 
     def _sampled_text(self) -> str:
         from cushion_deploy.modeling.sample import sample_text

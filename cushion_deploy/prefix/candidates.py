@@ -1,7 +1,9 @@
-"""Where candidates come from: the screen's top, obvious tokens, and a random sample."""
+"""Where candidates come from: obvious tokens, the top of either screen, and a random sample."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -9,28 +11,46 @@ import numpy as np
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.types import FloatArray
 
-Source = Literal["obvious", "screen", "random", "scan"]
+Source = Literal["obvious", "self-sink", "gradient", "random", "scan"]
+Candidates = dict[int, tuple[Source, ...]]
+"""Token id to every source that named it."""
 OBVIOUS = ("\n", "\n\n", " ", "  ", ".", ",", ":", ";", "-", "\t", "the", " the", " and", *"0123456789")
 
 
 def gather_candidates(
-    model: LoadedModel, sizes: FloatArray, screen: int, random: int, rng: np.random.Generator
-) -> dict[int, Source]:
-    """Return token ids with the source that named them first.
+    model: LoadedModel, screen: Iterable[int], gradient: Iterable[int], random: int, rng: np.random.Generator
+) -> Candidates:
+    """Return token ids, each once, with all sources that named it.
 
     Args:
         model: whose vocabulary and tokenizer are meant.
-        sizes: the screen's result, float32 ``[vocab]``.
-        screen: how many of the largest to take.
+        screen: tokens that the self-sink screen names.
+        gradient: tokens that the gradient names.
         random: how many uniformly random tokens to take.
         rng: source of randomness.
     """
-    found: dict[int, Source] = dict.fromkeys(obvious_tokens(model), "obvious")
-    for token in np.argsort(-sizes, kind="stable")[:screen]:
-        found.setdefault(int(token), "screen")
-    for token in rng.choice(len(sizes), size=min(random, len(sizes)), replace=False):
-        found.setdefault(int(token), "random")
+    vocabulary = model.spec.vocab_size
+    named: dict[Source, Iterable[int]] = {
+        "obvious": obvious_tokens(model),
+        "self-sink": screen,
+        "gradient": gradient,
+        "random": (int(t) for t in rng.choice(vocabulary, size=min(random, vocabulary), replace=False)),
+    }
+    found: Candidates = {}
+    for source, tokens in named.items():
+        for token in tokens:
+            found[token] = (*found.get(token, ()), source)
     return found
+
+
+def largest(values: FloatArray, count: int) -> list[int]:
+    """Return the ids of the ``count`` largest values of float32 ``[vocab]``, largest first."""
+    return [int(token) for token in np.argsort(-values, kind="stable")[:count]]
+
+
+def count_sources(candidates: Mapping[int, tuple[Source, ...]], tokens: Collection[int]) -> dict[str, int]:
+    """Return how many of ``tokens`` each source named; a token that several named counts for each of them."""
+    return dict(Counter(source for token in tokens for source in candidates[token]))
 
 
 def obvious_tokens(model: LoadedModel) -> list[int]:

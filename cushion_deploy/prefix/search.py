@@ -14,7 +14,8 @@ import numpy as np
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import KeysValues, compute_prefix, prefix_tensors
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.prefix.candidates import Source, gather_candidates
+from cushion_deploy.prefix.candidates import Candidates, count_sources, gather_candidates, largest
+from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, positions_run
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth
 from cushion_deploy.prefix.trace import ScoredToken, SearchStep, SearchTrace
@@ -86,38 +87,51 @@ class PrefixSearch:
         before = score_prefix(self.model, past, text, self.config.objective)
         self._count(1, len(text))
         self.trace.positions_full_scan += self.model.spec.vocab_size * (len(text) + 1)
-        layers = 0
         if self.config.mode == "exhaustive":
-            scored, entered = self._scan(past, text, number), self.model.spec.vocab_size
+            layers, entered, scored = 0, self.model.spec.vocab_size, self._scan(past, text, number)
+            proposed = finalists = {"scan": entered}
         else:
-            layers = self._depth
-            sizes = self_sink_sizes(
-                self.model, past, layers, batch_positions=self.config.batch_positions, progress=self.progress
-            )
-            self._count(len(sizes), 1)
-            sources = gather_candidates(
-                self.model, sizes, self.config.screen_candidates, self.config.random_candidates, rng
-            )
-            scored, entered = self._halve(past, text, sources), len(sources)
+            candidates = self._candidates(past, text, rng)
+            layers, entered, scored = self._depth, len(candidates), self._halve(past, text, candidates)
+            proposed = count_sources(candidates, candidates)
+            finalists = count_sources(candidates, [s.token_id for s in scored])
         best = scored[0]
         accepted = best.objective <= self.config.tau * before
         rank, size = self._audit(past, text, best, rng) if accepted else (0, 0)
-        return SearchStep(best, before, accepted, tuple(scored[:20]), entered, len(scored), layers, rank, size)
+        return SearchStep(
+            best, before, accepted, tuple(scored[:20]), entered, len(scored), layers, rank, size, proposed, finalists
+        )
+
+    def _candidates(self, past: KeysValues, text: IntArray, rng: np.random.Generator) -> Candidates:
+        """Return what both screens, the obvious tokens and chance propose."""
+        config = self.config
+        sizes = self_sink_sizes(
+            self.model, past, self._depth, batch_positions=config.batch_positions, progress=self.progress
+        )
+        self._count(len(sizes), 1)
+        gradient: list[int] = []
+        if config.gradient_candidates:
+            start = mean_embedding(self.model)
+            changes = gradient_changes(self.model, past, text, start, config.objective, progress=self.progress)
+            self._count(1, positions_run(text))
+            gradient = largest(-changes, config.gradient_candidates)
+        screen = largest(sizes, config.screen_candidates)
+        return gather_candidates(self.model, screen, gradient, config.random_candidates, rng)
 
     @cached_property
     def _depth(self) -> int:
         return sink_depth(self.model, np.random.default_rng([self.seed, 2]))
 
-    def _halve(self, past: KeysValues, text: IntArray, sources: dict[int, Source]) -> list[ScoredToken]:
+    def _halve(self, past: KeysValues, text: IntArray, candidates: Candidates) -> list[ScoredToken]:
         """Return the finalists, exactly scored on the whole text, best first."""
-        tokens = list(sources)
+        tokens = list(candidates)
         for length, keep in zip(RUNGS, KEEP, strict=True):
             wanted = max(FINALISTS, int(len(tokens) * keep))
             if length < len(text) and wanted < len(tokens):
                 scores = self._score(past, text[:length], tokens)
                 order = np.argsort(scores, kind="stable")[:wanted]
                 tokens = [tokens[i] for i in order]
-        return self._ranked(tokens, self._score(past, text, tokens), [sources[t] for t in tokens])
+        return self._ranked(tokens, self._score(past, text, tokens), [" + ".join(candidates[t]) for t in tokens])
 
     def _scan(self, past: KeysValues, text: IntArray, number: int) -> list[ScoredToken]:
         """Score the whole vocabulary, with a checkpoint after every chunk; a killed scan goes on from there."""

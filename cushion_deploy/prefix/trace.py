@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token with its exact objective."""
+    """A token with its exact objective, and all sources that named it, such as ``self-sink + gradient``."""
 
     token_id: int
     token: str
@@ -31,6 +31,8 @@ class SearchStep:
         screen_layers: layers that the screen ran; 0 for an exhaustive scan.
         audit_rank, audit_size: tokens of a fresh random sample that score better, plus 1, and the sample's
             size; 0 of 0 where the step was not accepted.
+        proposed: how many candidates each source named; a token that several named counts for each.
+        finalists: how many of those were scored exactly.
     """
 
     best: ScoredToken
@@ -42,6 +44,8 @@ class SearchStep:
     screen_layers: int
     audit_rank: int = 0
     audit_size: int = 0
+    proposed: dict[str, int] = field(default_factory=dict)
+    finalists: dict[str, int] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:

@@ -29,10 +29,10 @@ from transformers import DynamicCache
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.fakequant import qmax
-from cushion_deploy.modeling.forward import run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import replaced
 from cushion_deploy.modeling.simulate import quantized_sites, quantized_weights
+from cushion_deploy.modeling.teacher import Teacher, divergence
 from cushion_deploy.prefix.trace import TuningState, TuningTrace
 from cushion_deploy.progress import Progress, silent
 from cushion_deploy.recipe import Tuning
@@ -90,6 +90,12 @@ class PrefixTuning:
     def __post_init__(self) -> None:
         if not self.prefix.length:
             raise UsageError("there is no prefix to tune", hint="search one first, or leave tuning out")
+        if not self.scheme.deployable:
+            raise UsageError(
+                f"tuning runs through a deployable scheme, and {self.scheme.name} is none: "
+                f"{self.scheme.why_not_deployable}",
+                hint="tune for w8a8; other schemes can be evaluated behind the tuned prefix",
+            )
         self.sites = quantized_sites(self.model, self.scheme)
         known = self.scales.of(self.sites)
         self.parameters = {
@@ -103,7 +109,7 @@ class PrefixTuning:
         self.steps = math.ceil(len(self.train) / self.config.batch) * self.config.epochs
         self._error_unit = 1.0
         self._errors: list[Tensor] = []
-        self._hidden: dict[bytes, Tensor] = {}
+        self.teacher = Teacher(self.model)
         self.base_rates = [self.config.learning_rate, self.config.scale_learning_rate]
         groups = [
             {"params": [self.parameters["keys"], self.parameters["values"]], "lr": self.base_rates[0]},
@@ -177,14 +183,13 @@ class PrefixTuning:
         scores = torch.log_softmax(logits[:, :-1].float(), -1)
         if self.config.loss == "ce":
             return nn.functional.nll_loss(scores.flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten()), error
-        target = torch.log_softmax(self._teacher(ids)[:, :-1], -1)
-        return nn.functional.kl_div(scores, target, reduction="none", log_target=True).sum(-1).mean(), error
+        return divergence(scores, self.teacher.log_probabilities(ids)).mean(), error
 
     @contextmanager
     def quantized(self) -> Iterator[None]:
         """Quantize weights and Site inputs, and run layers again for their gradient if the recipe says so."""
         if self.config.loss == "distill":
-            self._remember_teacher()
+            self.teacher.remember(np.concatenate([self.train, self.held_out]), self.progress)
 
         def transform(site: Site, x: Tensor) -> Tensor:
             scale = self.parameters["log_scales"][self.index[site]].exp()
@@ -200,22 +205,6 @@ class PrefixTuning:
                     layer.forward = _rerun(layer.forward)
                     stack.callback(delattr, layer, "forward")
             yield
-
-    @torch.no_grad()
-    def _remember_teacher(self) -> None:
-        """Keep the last hidden states of the original model, without prefix, on every window; they are small."""
-        self._head = self.model.module.get_submodule(self.model.family.head).weight
-        windows = [*self.train, *self.held_out]
-        for done, row in enumerate(windows, 1):
-            hidden = run(self.model, torch.from_numpy(row[None]), [], head=False).last_hidden_state[0]
-            self._hidden[row.tobytes()] = hidden
-            self.progress("asking the original model", done, len(windows))
-
-    @torch.no_grad()
-    def _teacher(self, ids: IntArray) -> Tensor:
-        """Return the logits of the original model, ``[batch, length, vocab]``."""
-        hidden = torch.stack([self._hidden[row.tobytes()] for row in ids])
-        return nn.functional.linear(hidden, self._head).float()
 
     @torch.no_grad()
     def _judge(self) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -25,7 +25,20 @@ REPORT_JSON = "report.json"
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-CandidateSource = Literal["screen", "obvious", "random", "seed", "scan"]
+# "screen" is what reports said for "self-sink" while it was the only screen.
+CandidateSource = Literal["self-sink", "gradient", "obvious", "random", "seed", "scan", "screen"]
+
+
+def _refuse_unknown_sources(value: str) -> str:
+    known = get_args(CandidateSource)
+    for source in value.split(" + "):
+        if source not in known:
+            raise ValueError(f"unknown source of a candidate: {source!r}; known: {', '.join(known)}")
+    return value
+
+
+CandidateSources = Annotated[str, AfterValidator(_refuse_unknown_sources)]
+"""All sources that named a token, such as ``self-sink + gradient``."""
 
 
 def _refuse_non_finite(value: JsonValue) -> JsonValue:
@@ -75,6 +88,15 @@ class Model(Section):
     weights_digest: str
 
 
+class Divergence(Section):
+    """Mean KL divergence from the original model in nats a token, per column; ``null`` where it was not finite."""
+
+    fp: Seconds | None
+    fp_prefix: Seconds | None
+    quantized: Seconds | None
+    quantized_prefix: Seconds | None
+
+
 class Perplexity(Section):
     """Perplexity on text not used for calibration; ``null`` where it was not measured or not finite.
 
@@ -83,6 +105,7 @@ class Perplexity(Section):
         tokens: tokens scored in all.
         fp, fp_prefix, quantized, quantized_prefix: the four columns; quantization simulated.
         engine: the compiled engine, prefix included.
+        divergence: how far each column is from the original model, on the same text.
     """
 
     corpus: str
@@ -93,6 +116,7 @@ class Perplexity(Section):
     quantized: PositiveFloat | None
     quantized_prefix: PositiveFloat | None
     engine: PositiveFloat | None = None
+    divergence: Divergence | None = None
 
 
 class Candidate(Section):
@@ -100,21 +124,28 @@ class Candidate(Section):
 
     token_id: Count
     token: str
-    source: CandidateSource
+    source: CandidateSources
     objective: float
 
 
 class SearchStep(Section):
-    """One step of the greedy search: the best token, and whether its gain was worth a prefix position."""
+    """One step of the greedy search: the best token, and whether its gain was worth a prefix position.
+
+    Attributes:
+        proposed, finalists: how many tokens each source named, and how many of them were scored exactly; a token
+            that several named counts for each. Empty in reports that did not record it.
+    """
 
     token_id: Count
     token: str
-    source: CandidateSource
+    source: CandidateSources
     objective_before: float
     objective_after: float
     ratio: float
     accepted: bool
     top: tuple[Candidate, ...] = ()
+    proposed: dict[CandidateSource, Count] = {}
+    finalists: dict[CandidateSource, Count] = {}
 
 
 class Rank(Section):
@@ -147,6 +178,26 @@ class Search(Section):
         return self
 
 
+class TuningState(Section):
+    """The quantized model after some steps of tuning: its loss on held-out text, and both loss parts of the step."""
+
+    step: Count
+    held_out: float
+    prediction: float | None = None
+    error: float | None = None
+
+
+class Tuning(Section):
+    """The tuning of the prefix; the state with the lowest held-out loss was kept, step 0 being the untuned prefix."""
+
+    loss: str
+    scales_tuned: bool
+    steps: Count
+    seconds: Seconds
+    kept_step: Count
+    states: tuple[TuningState, ...]
+
+
 class LayerMagnitude(Section):
     """The three largest and the median activation magnitude of one layer's output."""
 
@@ -173,16 +224,20 @@ class SiteScale(Section):
 
 
 class Calibration(Section):
-    """How the activation scales were found, and what they are."""
+    """How the activation scales were found, and what they are; the alpha of SmoothQuant, null where it was not used."""
 
     estimator: str
     corpus: str
     tokens: Count
     sites: tuple[SiteScale, ...]
+    smoothing_alpha: float | None = None
 
 
 class Export(Section):
-    """The exported graph; ``float_bytes`` is the size of its floating-point twin."""
+    """The exported graph; ``float_bytes`` is the size of its floating-point twin.
+
+    ``float_sites`` and their ``float_linears`` stay in floating point because the recipe says so.
+    """
 
     opset: Count
     linears: Count
@@ -191,6 +246,8 @@ class Export(Section):
     bytes: Count
     float_bytes: Count
     rules_checked: tuple[str, ...] = ()
+    float_sites: tuple[str, ...] = ()
+    float_linears: Count = 0
 
 
 class ParityRow(Section):
@@ -263,6 +320,7 @@ class Report(Section):
     precision: str
     perplexity: Perplexity | None = None
     search: Search | None = None
+    tuning: Tuning | None = None
     magnitudes: Magnitudes | None = None
     calibration: Calibration | None = None
     export: Export | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cushion_deploy.report.document import Engine, ParityRow, Perplexity, Report
+from cushion_deploy.report.document import Engine, ParityRow, Perplexity, Report, Tuning
 from cushion_deploy.report.wording import listing, model_name, one_line, percent, perplexity, plural, value_and_limit
 
 Status = Literal["passed", "incomplete", "failed"]
@@ -78,11 +78,16 @@ def perplexity_rows(measured: Perplexity) -> list[tuple[str, list[str]]]:
             for index, value in enumerate(columns)
         ]
 
-    return [
+    rows = [
         ("perplexity", [perplexity(value) for value in columns]),
         ("against FP", against(0)),
         ("against FP + prefix", against(1)),
     ]
+    if measured.divergence is not None:
+        d = measured.divergence
+        apart = (d.fp, d.fp_prefix, d.quantized, d.quantized_prefix)
+        rows.append(("KL from FP, nats a token", ["" if value is None else f"{value:.4f}" for value in apart]))
+    return rows
 
 
 def has_prefix(report: Report) -> bool:
@@ -104,6 +109,21 @@ def prefix_sentence(report: Report) -> str:
         f"The prefix is {plural(length, 'token')} long. "
         f"{'Its key and value stand' if length == 1 else 'Their keys and values stand'} in the graph as constants "
         "ahead of every text and take the part of the attention sink, so that no token of the text has to."
+    )
+
+
+def tuning_sentence(tuning: Tuning) -> str:
+    """Say what tuning brought on the held-out text."""
+    first = tuning.states[0].held_out
+    kept = next(state.held_out for state in tuning.states if state.step == tuning.kept_step)
+    what = "keys, values and activation scales" if tuning.scales_tuned else "keys and values"
+    measure = "divergence from the original model" if tuning.loss == "distill" else "cross-entropy"
+    begin = f"{plural(tuning.steps, 'step')} of tuning {what}"
+    if tuning.kept_step == 0:
+        return f"{begin} did not lower the {measure} on held-out text, so the prefix stayed as it was found."
+    return (
+        f"{begin} took the {measure} of the quantized model on held-out text from {first:.4f} to {kept:.4f} nats a "
+        f"token; the state after step {tuning.kept_step} was kept."
     )
 
 

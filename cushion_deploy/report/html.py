@@ -67,6 +67,7 @@ def _context(report: Report, figures: Mapping[str, Drawing]) -> dict[str, Any]:
         "perplexity_rows": findings.perplexity_rows(report.perplexity) if report.perplexity else [],
         "engine_sentence": _engine_perplexity(report.perplexity),
         "prefix_sentence": findings.prefix_sentence(report),
+        "tuning_sentence": findings.tuning_sentence,
         "has_prefix": findings.has_prefix(report),
         "magnitude_sentence": _magnitudes(report),
         "parity_sentence": findings.parity_sentence(report),

@@ -83,6 +83,26 @@ def test_counts_are_numpys(tiny_model: LoadedModel) -> None:
     assert histogram.counts.sum() == 8 * 7
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_signed_range_is_that_of_text_tokens_over_all_batches(sign: int) -> None:
+    x = torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    x[0, 1, 4, 0], x[2, 0, 1, 3] = 30.0 * sign, -20.0 * sign
+    x[:, 0, 3:] = 100.0 * sign
+    observer = SiteObserver(mask)
+    for batch in x:
+        observer(SITE, batch)
+    histogram = observer.histograms[SITE]
+    assert (histogram.low, histogram.high) == ((-20.0, 30.0) if sign > 0 else (-30.0, 20.0))
+    assert histogram.amax == 30.0
+
+
+def test_zero_counts_as_seen_where_all_values_have_one_sign() -> None:
+    observer = SiteObserver(torch.ones(1, 2, dtype=torch.bool))
+    observer(SITE, torch.tensor([[[2.0], [3.0]]]))
+    assert (observer.histograms[SITE].low, observer.histograms[SITE].high) == (0.0, 3.0)
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [

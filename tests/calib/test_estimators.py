@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, threshold
+from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, signed_range, threshold
+from cushion_deploy.errors import UsageError
 
 MAGNITUDES = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(2.0**-20, 2.0**20, width=32))
 
@@ -29,6 +30,7 @@ def squared_error(x: np.ndarray, t: float, bits: int = 8) -> float:
     return float(((x - np.minimum(np.rint(x / step), limit) * step) ** 2).sum())
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(MAGNITUDES, min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_the_order_of_batches_does_not_matter(batches: list[np.ndarray], random: object) -> None:
     shuffled = list(batches)
@@ -38,6 +40,7 @@ def test_the_order_of_batches_does_not_matter(batches: list[np.ndarray], random:
     np.testing.assert_array_equal(one.counts, other.counts)
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(MAGNITUDES, min_size=1, max_size=5))
 def test_growing_batch_by_batch_equals_counting_everything_at_once(batches: list[np.ndarray]) -> None:
     grown, whole = fill(batches), fill([np.concatenate(batches)])
@@ -48,11 +51,13 @@ def test_growing_batch_by_batch_equals_counting_everything_at_once(batches: list
     assert grown.counts.sum() == sum(len(b) for b in batches)
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(MAGNITUDES, min_size=1, max_size=5))
 def test_max_is_the_exact_maximum(batches: list[np.ndarray]) -> None:
     assert threshold(fill(batches), "max") == max(float(b.max()) for b in batches)
 
 
+@settings(deadline=None, derandomize=True)
 @given(MAGNITUDES, st.floats(50.5, 100))
 def test_percentile_is_numpys_within_one_bin(x: np.ndarray, percentile: float) -> None:
     histogram = fill([x])
@@ -103,3 +108,20 @@ def test_centers_lie_in_the_middle_of_numpys_bins() -> None:
     histogram = fill([np.array([3.0], dtype=np.float32)])
     edges = np.histogram_bin_edges([], bins=BINS, range=(0.0, 4.0))
     np.testing.assert_allclose(histogram.centers, (edges[1:] + edges[:-1]) / 2)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.tuples(*[st.floats(-1e6, 1e6)] * 2).map(sorted), min_size=1, max_size=5))
+def test_the_signed_range_is_that_of_all_batches_and_zero(ranges: list[list[float]]) -> None:
+    histogram = MagnitudeHistogram()
+    for low, high in ranges:
+        histogram.widen(low, high)
+    ends = [0.0, *(end for pair in ranges for end in pair)]
+    assert signed_range(histogram, "max") == (min(ends), max(ends))
+
+
+@pytest.mark.parametrize("estimator", ["percentile", "mse"])
+def test_only_max_has_an_asymmetric_form(estimator: str) -> None:
+    with pytest.raises(UsageError, match=f"estimator {estimator} has no asymmetric form") as e:
+        signed_range(MagnitudeHistogram(), estimator)  # type: ignore[arg-type]
+    assert "max" in e.value.hint

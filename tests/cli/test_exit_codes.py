@@ -38,6 +38,7 @@ FILES = (
     "report/scales.png",
     "report/stages.png",
     "scales.json",
+    "smoothing.safetensors",
     "text.json",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -23,11 +23,17 @@ sys.exit(code)
 """
 
 
+def prompt_ids(bundle: Any, prompt: str) -> list[int]:
+    """Return the prompt as the bundle was calibrated: behind a prefix without the tokenizer's own ``<s>``."""
+    opened = open_bundle(bundle)
+    return list(opened.tokenizer.encode(prompt, add_special_tokens=opened.contract.prefix_length == 0).ids)
+
+
 def greedy(bundle: Any, prompt: str, count: int) -> list[int]:
     """Decode by hand: the whole text is run again for every token, so that no cache takes part."""
     opened = open_bundle(bundle)
     session = OnnxRuntimeSession(opened.model_path, opened.contract)
-    ids = list(opened.tokenizer.encode(prompt).ids)
+    ids = prompt_ids(bundle, prompt)
     new: list[int] = []
     for _ in range(count):
         session.reset()
@@ -44,7 +50,7 @@ def test_greedy_is_the_argmax_of_the_graph(cli: Any, request: pytest.FixtureRequ
     done = cli("generate", bundle, PROMPT, "--max-new-tokens", 8, "--json")
     assert (done.code, done.err) == (0, "")
     assert done.json["token_ids"] == greedy(bundle, PROMPT, 8)
-    assert done.json["usage"]["prompt_tokens"] == len(open_bundle(bundle).tokenizer.encode(PROMPT).ids)
+    assert done.json["usage"]["prompt_tokens"] == len(prompt_ids(bundle, PROMPT))
 
 
 def test_it_equals_the_runtime(cli: Any, planted_bundle: Any) -> None:

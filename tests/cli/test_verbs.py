@@ -59,7 +59,8 @@ def test_each_verb_works_on_the_output_of_the_one_before(cli: Any, planted_bundl
     done = cli("calibrate", *options, "--prefix", prefix, "--output", scales, "--json")
     assert (done.code, done.json) == (0, json.loads(scales.read_text()))
     assert scales.read_bytes() == (bundle / "scales.json").read_bytes()
-    done = cli("export", *options, "--prefix", prefix, "--scales", scales, "--output", graph, "--json")
+    files = ["--prefix", prefix, "--scales", scales, "--smoothing", tmp_path / "smoothing.safetensors"]
+    done = cli("export", *options, *files, "--output", graph, "--json")
     assert done.code == 0, done.err
     assert {p.name for p in graph.iterdir()} == {"model.onnx", "model.onnx.data", "export.json"}
     assert (graph / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
@@ -104,8 +105,9 @@ def test_what_belongs_to_another_model_is_refused(
 
 
 def test_scales_behind_another_prefix_are_refused(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
-    scales = planted_bundle.bundle / "scales.json"
-    done = cli("export", *planted_bundle.options, "--no-prefix", "--scales", scales, "--output", tmp_path / "g")
+    files = ["--scales", planted_bundle.bundle / "scales.json"]
+    files += ["--smoothing", planted_bundle.bundle / "smoothing.safetensors"]
+    done = cli("export", *planted_bundle.options, "--no-prefix", *files, "--output", tmp_path / "g")
     assert done.code == 2, (done.out, done.err)
     assert "another prefix" in done.err
 

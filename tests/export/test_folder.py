@@ -18,7 +18,8 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.export.rules import RULES
 from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.types import ExportedGraph, QuantScheme
+from cushion_deploy.schemes import parse_scheme
+from cushion_deploy.types import ExportedGraph, QuantScheme, Site
 
 TOKENS = (7, 1, 100)
 KINDS = {
@@ -221,6 +222,56 @@ def test_parents_that_do_not_belong_together_are_refused(make_model, make_scales
     assert "calibrated under another prefix" in error.message
     nudged = dataclasses.replace(prefix, values=prefix.values + np.float32(1e-3))
     assert "calibrated under another prefix" in call(model, nudged, scales, tmp_path).message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("w8a8-per-token", "per-token dynamic"),
+        ("w8a8-dynamic", "per-tensor dynamic"),
+        ("w8a8-asym", "zero point"),
+        ("w8a8-g32", "group of 32"),
+        ("w4a8", "4-bit weights"),
+    ],
+)
+@pytest.mark.parametrize("twin", [False, True])
+def test_a_scheme_that_no_engine_runs_in_int8_is_refused_with_the_reason(
+    name: str, words: str, twin: bool, make_model, make_scales, tmp_path: Path
+) -> None:
+    model = make_model()
+    prefix = compute_prefix(model, TOKENS)
+    scales = None if twin else make_scales(model, prefix)
+    scheme = parse_scheme(name)
+    with pytest.raises(UsageError) as caught:
+        export_graph(model.spec, model.weights, prefix, scales, scheme, tmp_path)
+    assert scheme.name in caught.value.message
+    assert words in caught.value.message
+    assert "w8a8" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_scales_of_another_kind_are_refused(make_model, make_scales, tmp_path: Path) -> None:
+    model = make_model()
+    prefix = compute_prefix(model, TOKENS)
+    scales = make_scales(model, prefix)
+    zeros = dict.fromkeys(scales.scales, 0)
+    assert "zero points" in call(model, prefix, dataclasses.replace(scales, zero_points=zeros), tmp_path).message
+    assert "6 bits" in call(model, prefix, dataclasses.replace(scales, bits=6), tmp_path).message
+
+
+def test_sites_to_keep_in_floating_point_stay_in_it(export, make_model, make_scales, tmp_path: Path) -> None:
+    kept = ("layers.1.mlp.down", "layers.0.attn.qkv")
+    graph = export(QuantScheme(float_sites=tuple(map(Site, kept))))
+    tensors = stored(graph)
+    assert not set(kept) & set(graph.sites)
+    assert {name for name in tensors if name.endswith("weight_codes")} == {f"{s}.weight_codes" for s in graph.sites}
+    weight = checkpoint(make_model())["model.layers.1.mlp.down_proj.weight"]
+    np.testing.assert_array_equal(tensors["layers.1.mlp.down.weight"], weight.T)
+    model = make_model()
+    prefix = compute_prefix(model, TOKENS)
+    scheme = QuantScheme(float_sites=(Site("layers.9.mlp.down"),))
+    with pytest.raises(UsageError, match=r"layers\.9\.mlp\.down"):
+        export_graph(model.spec, model.weights, prefix, make_scales(model, prefix), scheme, tmp_path)
 
 
 def test_a_site_without_scale_is_named(make_model, make_scales, tmp_path: Path) -> None:

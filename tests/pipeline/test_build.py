@@ -13,8 +13,9 @@ import pytest
 
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.pipeline.build import build, plan
+from cushion_deploy.pipeline.prepare import prepare
 from cushion_deploy.pipeline.reporting import merge_times
-from cushion_deploy.pipeline.stages import calibrate, evaluate, export, search_prefix
+from cushion_deploy.pipeline.stages import evaluate, export, search_prefix
 from cushion_deploy.pipeline.workspace import StageTime, Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore, verify_bundle
@@ -66,16 +67,18 @@ def test_a_change_runs_again_what_it_decides_and_nothing_else(workspace: MakeWor
     def run(**changes: object) -> dict[str, bool]:
         ws = workspace(**changes)
         prefix, _ = search_prefix(ws)
-        scales = calibrate(ws, prefix).scales
-        export(ws, prefix, scales, dtype="float32")
+        export(ws, prepare(ws, prefix), dtype="float32")
         return {name: value for name, value in reused(ws).items() if name != "load"}
 
+    everything = {"search": True, "smooth": True, "calibrate": True, "export": True}
     assert set(run().values()) <= {True, False}
-    assert run() == {"search": True, "calibrate": True, "export": True}
-    assert run(calibration__estimator="max") == {"search": True, "calibrate": False, "export": False}
+    assert run() == everything
+    assert run(calibration__estimator="max") == {**everything, "smooth": False, "calibrate": False, "export": False}
+    assert run(smoothing__alpha=0.7) == {**everything, "smooth": False, "calibrate": False, "export": False}
+    assert run(smoothing__alpha=None) == {"search": True, "calibrate": False, "export": False}
     assert run(search__tau=0.6)["search"] is False
     assert run(export__quantize_head=True, calibration__estimator="max")["calibrate"] is True
-    assert run(evaluation__max_tokens=128, parity__tokens=16) == {"search": True, "calibrate": True, "export": True}
+    assert run(evaluation__max_tokens=128, parity__tokens=16) == everything
 
 
 def test_the_seed_decides_the_search(workspace: MakeWorkspace, tmp_path: Path) -> None:
@@ -94,7 +97,7 @@ def test_calibration_before_and_after_the_prefix_are_two_stages(workspace: MakeW
     ws = workspace()
     prefix, _ = search_prefix(ws)
     assert prefix.length > 0
-    result = evaluate(ws, prefix, calibrate(ws, prefix))
+    result = evaluate(ws, prepare(ws, prefix))
     assert {"calibrate", "calibrate-without-prefix"} <= set(reused(ws))
     columns = result["perplexity"]
     assert {"fp", "fp_prefix", "quantized", "quantized_prefix"} <= set(columns)
@@ -131,8 +134,8 @@ def test_a_failure_leaves_no_bundle_and_keeps_what_was_finished(
     assert [p.name for p in tmp_path.iterdir()] == ["work"]
     again = workspace(tmp_path / "work")
     prefix, _ = search_prefix(again)
-    export(again, prefix, calibrate(again, prefix).scales, dtype="float32")
-    assert reused(again) == {"search": True, "calibrate": True, "export": True}
+    export(again, prepare(again, prefix), dtype="float32")
+    assert reused(again) == {"search": True, "smooth": True, "calibrate": True, "export": True}
 
 
 def test_two_builds_do_not_share_a_work_folder(workspace: MakeWorkspace, tmp_path: Path) -> None:
@@ -161,42 +164,21 @@ def test_text_behind_a_prefix_comes_without_bos_as_it_was_calibrated(
     assert usage.prompt_tokens == plain + (prefix is None), "the tokenizer puts <s> before a text"
 
 
-def kept_by(ws: Workspace, output: Path) -> dict[str, bool | None]:
-    """Return what a plan says of each stage."""
-    return {row["stage"]: row["kept"] for row in plan(ws, output)["stages"]}
-
-
-def test_a_plan_says_which_of_its_own_stages_are_kept(workspace: MakeWorkspace, tmp_path: Path) -> None:
-    ws = workspace()
-    prefix, _ = search_prefix(ws)
-    scales = calibrate(ws, prefix).scales
-    export(ws, prefix, scales, dtype="float32")
-    found = kept_by(workspace(), tmp_path / "out")
-    assert found["search"] is found["calibrate"] is found["export"] is True
-    # What other settings left in the same folder is not this build's.
-    other = kept_by(workspace(calibration__estimator="mse"), tmp_path / "out")
-    assert (other["search"], other["calibrate"], other["export"]) == (True, False, None)
-    other = kept_by(workspace(seed=99), tmp_path / "out")
-    assert (other["search"], other["calibrate"]) == (False, None)
-    new = kept_by(workspace(tmp_path / "new"), tmp_path / "out")
-    assert not any(new.values())
-    assert not (tmp_path / "new").exists()
-
-
-def test_the_space_asked_for_shrinks_with_what_is_kept(
+def test_a_stage_without_room_on_the_disk_is_refused_before_it_runs(
     workspace: MakeWorkspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cushion_deploy.pipeline.build as module
+    import cushion_deploy.store.files as files
 
-    asked: list[int] = []
-    monkeypatch.setattr(module, "require_space", lambda folder, needed: asked.append(needed))
     build(workspace(tmp_path / "work"), tmp_path / "out")
-    planned = plan(workspace(tmp_path / "work"), tmp_path / "out")["space"]
-    build(workspace(tmp_path / "work"), tmp_path / "out")
-    first, second = asked
-    assert second == planned
-    assert second < first / 2
-    assert second >= (tmp_path / "out" / "model.onnx.data").stat().st_size
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 1)
+    with pytest.raises(UsageError, match="not enough disk space"):
+        build(workspace(tmp_path / "other"), tmp_path / "another")
+    assert not list((tmp_path / "other" / "stages").glob("export/*"))
+    # What is kept needs no room.
+    ws = workspace(tmp_path / "work")
+    prefix, _ = search_prefix(ws)
+    export(ws, prepare(ws, prefix), dtype="float32")
+    assert all(value for name, value in reused(ws).items() if name != "load")
 
 
 def test_an_edit_of_a_bundle_file_does_not_reach_the_store(workspace: MakeWorkspace, tmp_path: Path) -> None:
@@ -229,7 +211,7 @@ def test_a_verb_alone_refuses_a_window_that_does_not_fit(workspace: MakeWorkspac
     ws = workspace(tmp_path / "work", calibration__window=257)
     prefix, _ = search_prefix(ws)
     with pytest.raises(UsageError, match=r"calibration\.window is 257"):
-        calibrate(ws, prefix)
+        prepare(ws, prefix)
 
 
 def test_a_stage_asked_for_twice_is_one_row_and_not_reused() -> None:

@@ -14,14 +14,22 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, write_prefix, write_scales
+from cushion_deploy.artifacts import (
+    PREFIX_FILE,
+    SCALES_FILE,
+    SMOOTHING_FILE,
+    write_prefix,
+    write_scales,
+    write_smoothing,
+)
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.pipeline.parity import check_bundle, check_parity, half_graph
-from cushion_deploy.pipeline.stages import calibrate, export, search_prefix
+from cushion_deploy.pipeline.prepare import Deployed, prepare
+from cushion_deploy.pipeline.stages import export, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
-from cushion_deploy.types import ActivationScales, EngineArtifact, ExportedGraph, ParityReport, Prefix
+from cushion_deploy.types import EngineArtifact, ExportedGraph, ParityReport
 
 RUNGS = [
     "scales in the graph against scales.json",
@@ -45,8 +53,7 @@ class Built:
     """What the stages before the ladder made, and how to make a workspace on the same store."""
 
     workspace: Callable[[], Workspace]
-    prefix: Prefix
-    scales: ActivationScales
+    deployed: Deployed
     graph: ExportedGraph
     half: ExportedGraph
 
@@ -77,11 +84,11 @@ def built(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 
     ws = workspace()
     prefix, _ = search_prefix(ws)
-    scales = calibrate(ws, prefix).scales
-    graph = export(ws, prefix, scales, dtype="float32")
-    half = half_graph(ws, prefix, scales, ENGINES.values())
+    deployed = prepare(ws, prefix)
+    graph = export(ws, deployed, dtype="float32")
+    half = half_graph(ws, deployed, ENGINES.values())
     assert half is not None
-    return Built(workspace, prefix, scales, graph, half)
+    return Built(workspace, deployed, graph, half)
 
 
 def rungs(report: ParityReport) -> list[str]:
@@ -89,15 +96,15 @@ def rungs(report: ParityReport) -> list[str]:
 
 
 def climb(built: Built, half: ExportedGraph | None, **options: Any) -> ParityReport:
-    return check_parity(built.workspace(), built.prefix, built.scales, built.graph, half, **options).report
+    return check_parity(built.workspace(), built.deployed, built.graph, half, **options).report
 
 
 def test_only_an_engine_of_float16_has_a_float16_graph(built: Built) -> None:
     ws = built.workspace()
-    assert half_graph(ws, built.prefix, built.scales, [ENGINES["onnxruntime"]]) is None
-    assert half_graph(ws, built.prefix, built.scales, []) is None
+    assert half_graph(ws, built.deployed, [ENGINES["onnxruntime"]]) is None
+    assert half_graph(ws, built.deployed, []) is None
     assert built.half.contract.dtype == "float16"
-    assert built.half == export(ws, built.prefix, built.scales, dtype="float16", name="float16")
+    assert built.half == export(ws, built.deployed, dtype="float16", name="float16")
 
 
 def test_the_float16_graph_has_rungs_of_its_own_and_is_part_of_the_key(built: Built) -> None:
@@ -124,8 +131,10 @@ def test_a_fault_of_the_float16_graph_alone_fails_its_rungs_alone(built: Built, 
 def test_a_bundle_is_checked_with_the_graph_that_its_engine_was_compiled_from(
     compiled_from: str, expected: list[str], built: Built, tmp_path: Path
 ) -> None:
-    write_scales(built.scales, tmp_path / SCALES_FILE)
-    write_prefix(built.prefix, tmp_path / PREFIX_FILE)
+    assert built.deployed.smoothing is not None
+    write_scales(built.deployed.scales, tmp_path / SCALES_FILE)
+    write_prefix(built.deployed.prefix, tmp_path / PREFIX_FILE)
+    write_smoothing(built.deployed.smoothing, tmp_path / SMOOTHING_FILE)
     digest = built.half.digest if compiled_from == "half" else "0" * 64
     parents = {"graph": digest}
     artifact = EngineArtifact("tensorrt-rtx", ("sm86",), "key", ("engine.json",), 22, 22, 0, False, {}, parents)

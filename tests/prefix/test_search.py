@@ -238,3 +238,49 @@ def test_every_step_is_screened_as_deep_as_sinks_form_with_nothing_before_them(
     # Once the sink is taken no token becomes one, so a sample taken then would ask for every layer.
     _, trace = PrefixSearch(planted_model, plain_ids, config(max_length=2)).run()
     assert [step.screen_layers for step in trace.steps] == [2, 2]
+
+
+def test_without_gradient_candidates_no_gradient_is_taken(
+    planted_model: LoadedModel, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    take = search.gradient_changes
+
+    def counting(*args: Any, **options: Any) -> Any:
+        calls.append("gradient")
+        return take(*args, **options)
+
+    monkeypatch.setattr(search, "gradient_changes", counting)
+    _, without = PrefixSearch(planted_model, plain_ids, config(max_length=1, gradient_candidates=0)).run()
+    assert calls == []
+    assert set(without.steps[0].proposed) == {"obvious", "self-sink", "random"}
+    _, with_it = PrefixSearch(planted_model, plain_ids, config(max_length=1, gradient_candidates=10)).run()
+    assert calls == ["gradient"]
+    (step,), (before,) = with_it.steps, without.steps
+    assert step.proposed == {**before.proposed, "gradient": 10}, "the other sources propose what they did"
+    # Forward and backward over the slot and the text, and an exact score of what the gradient alone proposed.
+    added = step.candidates - before.candidates
+    assert added > 0
+    assert with_it.positions_scored == without.positions_scored + 2 * 49 + added * 49
+
+
+def test_a_candidate_tells_every_source_that_named_it(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+    settings = config(max_length=1, screen_candidates=320, gradient_candidates=320, random_candidates=0)
+    (step,) = PrefixSearch(planted_model, plain_ids, settings).run()[1].steps
+    assert {t.source for t in step.top} <= {"self-sink + gradient", "obvious + self-sink + gradient"}
+    assert step.best.source.endswith("self-sink + gradient")
+    assert step.proposed["self-sink"] == step.proposed["gradient"] == step.candidates == 320
+    assert step.finalists["self-sink"] == step.finalists["gradient"] == step.exact
+
+
+def test_a_scan_is_its_own_source(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+    (step,) = PrefixSearch(planted_model, plain_ids, config(mode="exhaustive", max_length=1)).run()[1].steps
+    assert (step.best.source, step.proposed, step.finalists) == ("scan", {"scan": 320}, {"scan": 320})
+
+
+def test_a_trace_from_before_sources_were_counted_is_read(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+    _, trace = PrefixSearch(planted_model, plain_ids, config(max_length=1)).run()
+    data = json.loads(json.dumps(trace.to_json()))
+    del data["steps"][0]["proposed"], data["steps"][0]["finalists"]
+    (step,) = SearchTrace.from_json(data).steps
+    assert (step.proposed, step.best) == ({}, trace.steps[0].best)

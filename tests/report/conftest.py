@@ -91,6 +91,7 @@ _DATA: dict[str, Any] = {
         "quantized": 63.23,
         "quantized_prefix": 31.6,
         "engine": 31.62,
+        "divergence": {"fp": 0.0, "fp_prefix": 0.031, "quantized": 0.92, "quantized_prefix": 0.068},
     },
     "search": {
         "mode": "screen",
@@ -114,6 +115,8 @@ _DATA: dict[str, Any] = {
                 "ratio": after / before,
                 "accepted": ok,
                 "top": _candidates(after),
+                "proposed": {"obvious": 24, "self-sink": 64, "gradient": 64, "random": 128},
+                "finalists": {"obvious": 3, "self-sink": 5, "gradient": 6, "random": 1},
             }
             for t, s, before, after, ok in (
                 (198, "\n", 81234567.0, 7311111.0, True),
@@ -122,8 +125,26 @@ _DATA: dict[str, Any] = {
             )
         ],
     },
+    "tuning": {
+        "loss": "distill",
+        "scales_tuned": True,
+        "steps": 80,
+        "seconds": 584.0,
+        "kept_step": 80,
+        "states": [
+            {"step": 0, "held_out": 0.0905, "prediction": None, "error": None},
+            {"step": 40, "held_out": 0.0765, "prediction": 0.0644, "error": 0.896},
+            {"step": 80, "held_out": 0.0752, "prediction": 0.0787, "error": 1.073},
+        ],
+    },
     "magnitudes": {"without": _magnitudes(24782.0), "with": _magnitudes(110.0)},
-    "calibration": {"estimator": "mse", "corpus": "python topics", "tokens": 32768, "sites": _sites()},
+    "calibration": {
+        "estimator": "mse",
+        "corpus": "python topics",
+        "tokens": 32768,
+        "sites": _sites(),
+        "smoothing_alpha": 0.5,
+    },
     "export": {
         "opset": 21,
         "linears": 210,
@@ -132,6 +153,8 @@ _DATA: dict[str, Any] = {
         "bytes": 207_000_000,
         "float_bytes": 538_000_000,
         "rules_checked": ["symmetric zero points", "one consumer per Q", "weights stored as INT8"],
+        "float_sites": ["layers.3.mlp.down"],
+        "float_linears": 1,
     },
     "parity": _parity(),
     "engines": [

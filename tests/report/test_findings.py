@@ -89,6 +89,7 @@ def test_the_four_columns_carry_both_deltas(report: Report) -> None:
         ("perplexity", ["29.60", "28.90", "63.23", "31.60"]),
         ("against FP", ["", "−2.4 %", "+114 %", "+6.8 %"]),
         ("against FP + prefix", ["+2.4 %", "", "+119 %", "+9.3 %"]),
+        ("KL from FP, nats a token", ["0.0000", "0.0310", "0.9200", "0.0680"]),
     ]
 
 

@@ -1,0 +1,47 @@
+"""What each Site costs: the divergence from the original model when that Site alone is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from cushion_deploy.modeling.forward import prefix_tensors, run
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.simulate import quantized_sites, simulated
+from cushion_deploy.modeling.teacher import divergence
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.types import ActivationScales, IntArray, Prefix, QuantScheme, Site
+
+
+@torch.inference_mode()
+def site_costs(
+    model: LoadedModel,
+    prefix: Prefix,
+    scheme: QuantScheme,
+    scales: ActivationScales,
+    windows: IntArray,
+    progress: Progress = silent,
+) -> dict[Site, float]:
+    """Return each quantized Site with its cost, in the order of the computation.
+
+    The cost is the mean KL divergence (nats a token) from the float model behind the same prefix, with that Site's
+    input and weights quantized and everything else in floating point: costs of single Sites nearly add up.
+
+    Args:
+        model: the model as it is deployed (smoothing folded in).
+        prefix, scheme, scales: what is deployed.
+        windows: int64 ``[count, length]`` of text.
+        progress: where to report Sites done.
+    """
+    sites = list(quantized_sites(model, scheme))
+    past, ids = prefix_tensors(prefix), torch.from_numpy(windows)
+    teacher = torch.log_softmax(run(model, ids, past).logits[:, :-1].float(), -1)
+    found: dict[Site, float] = {}
+    for done, site in enumerate(sites, 1):
+        others = tuple(other for other in sites if other != site)
+        with simulated(model, replace(scheme, float_sites=others), scales):
+            student = torch.log_softmax(run(model, ids, past).logits[:, :-1].float(), -1)
+        found[site] = float(divergence(student, teacher).mean())
+        progress("measuring what each Site costs", done, len(sites))
+    return found

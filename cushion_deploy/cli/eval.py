@@ -1,0 +1,169 @@
+"""`eval`: perplexity and zero-shot tasks, on the torch model, on fake-quant, and on the artifact's engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cushion_deploy.cli.options import WORK_DIR, make_workspace
+from cushion_deploy.cli.progress import progress
+from cushion_deploy.errors import ExitCode, UsageError
+from cushion_deploy.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cushion_deploy.pipeline.evaluating import Evaluation
+    from cushion_deploy.runtime.bundle import Bundle
+
+
+@click.command("eval")
+@click.argument("target", metavar="OUT_OR_MODEL")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="DATA",
+    help="Text to score: file, wikitext, c4, org/name; repeatable. Default, without --tasks: the recipe's.",
+)
+@click.option("--window", type=click.IntRange(2), help="Tokens in one window of text. Default: the recipe's.")
+@click.option("--max-tokens", type=click.IntRange(2), help="Most tokens of a text to score. Default: the recipe's.")
+@click.option(
+    "--tasks",
+    multiple=True,
+    metavar="TASKS",
+    help="Names of lm-eval (lambada, hellaswag, piqa, winogrande, openbookqa, rte, copa, or all), task files, or "
+    "folders of task files; commas between them. Task files may run Python of their own.",
+)
+@click.option(
+    "--task-data",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with the data that task files name.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Rows of each task. Default: all.")
+@click.option("--columns", metavar="NAMES", help="fp,fp-prefix,quantized,quantized-prefix,engine. Default: all.")
+@click.option("--model", metavar="MODEL", help="The original model of a bundle; default: the one its recipe names.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings; for a model alone.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the engine; default: one per core.")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    default=WORK_DIR,
+    show_default=True,
+    help="Folder of finished stages, which later runs reuse.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def command(
+    target: str,
+    data: tuple[str, ...],
+    window: int | None,
+    max_tokens: int | None,
+    tasks: tuple[str, ...],
+    task_data: Path | None,
+    limit: int | None,
+    columns: str | None,
+    model: str | None,
+    recipe: Path | None,
+    threads: int | None,
+    work_dir: Path,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Score a bundle or a model on texts and tasks.
+
+    TARGET is a bundle or a model. A bundle is run in torch (FP and fake-quant, each with and without its prefix) and
+    on its engine; a model in FP.
+    Exit code 1 when the engine differs from fake-quant by more than the noise of the measurement.
+    """
+    from cushion_deploy.evaluate.zeroshot import TaskSuite
+    from cushion_deploy.pipeline.evaluating import choose_columns, evaluate_columns
+
+    bundle = _open(target, model, recipe)
+    if bundle is None:
+        settings = (Recipe.load(recipe) if recipe else Recipe()).merged({"model": target})
+    else:
+        settings = Recipe.from_bundle(bundle.manifest.recipe).merged({"model": model} if model else {})
+    settings = settings.merged(_evaluation(settings, window, max_tokens))
+    chosen = choose_columns(_names([columns] if columns else []), bundle)
+    names = _names(tasks)
+    if (limit is not None or task_data is not None) and not names:
+        raise UsageError("--limit and --task-data say how tasks run, but no task was given", hint="add --tasks")
+    suite = TaskSuite(names, task_data) if names else None
+    texts: Sequence[str | None] = data or ([] if names else [settings.evaluation.data])
+    with progress(quiet) as report_progress:
+        ws = make_workspace(settings, work_dir, report_progress)
+        found = evaluate_columns(ws, bundle, chosen, texts=texts, suite=suite, limit=limit, threads=threads)
+    if as_json:
+        click.echo(json.dumps({"target": target, "window": settings.evaluation.window, **found.to_json()}))
+    else:
+        for line in table(found):
+            click.echo(line)
+    return ExitCode.OK if found.passed else ExitCode.CHECK_FAILED
+
+
+def table(found: Evaluation) -> list[str]:
+    """Return the scores as lines: a row a text or task, a column a way to run it, then the agreement."""
+    from cushion_deploy.pipeline.evaluating import COLUMNS
+
+    rows = [["", *(COLUMNS[c] for c in found.columns)]]
+    for name, texts in found.texts.items():
+        rows.append([f"{name} (perplexity)", *(_cell(texts[c].perplexity, texts[c].stderr) for c in found.columns)])
+    for name, tasks in found.tasks.items():
+        first = tasks[found.columns[0]]
+        cells = [_cell(tasks[c].value, tasks[c].stderr) for c in found.columns]
+        rows.append([f"{name} ({first.metric}, n={first.n})", *cells])
+    if found.tasks:
+        rows.append(["mean of the tasks", *(_cell(m.value, m.stderr) for m in found.means.values())])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
+    for check in found.agreements:
+        mark = "ok  " if check.passed else "FAIL"
+        lines.append(
+            f"{mark} engine against fake-quant, {check.name}: {check.metric} differs by {check.difference:.4g} "
+            f"(at most {check.limit:.4g})"
+        )
+    return [line.rstrip() for line in lines]
+
+
+def _open(target: str, model: str | None, recipe: Path | None) -> Bundle | None:
+    """Return the verified bundle at ``target``; None where it names a model."""
+    from cushion_deploy.pipeline.evaluating import is_bundle
+    from cushion_deploy.runtime.bundle import open_bundle
+
+    if is_bundle(target):
+        if recipe:
+            raise UsageError("--recipe was given with a bundle, which has its own", hint="leave --recipe out")
+        return open_bundle(Path(target))
+    if model:
+        raise UsageError(
+            f"--model was given, but {target} is no bundle", hint="give the bundle, or the model as the only argument"
+        )
+    return None
+
+
+def _evaluation(recipe: Recipe, window: int | None, max_tokens: int | None) -> dict[str, object]:
+    """Return the settings that the flags override; one window at least is scored where only its length is given."""
+    given: dict[str, object] = {}
+    if window is not None:
+        given["evaluation.window"] = window
+        given["evaluation.max_tokens"] = max(window, recipe.evaluation.max_tokens)
+    if max_tokens is not None:
+        given["evaluation.max_tokens"] = max_tokens
+    return given
+
+
+def _names(values: Sequence[str]) -> list[str]:
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
+def _cell(value: float, stderr: float | None) -> str:
+    if value != value or value in (float("inf"), float("-inf")):
+        return "not finite"
+    digits = 4 if abs(value) < 1 else 2
+    noise = "" if stderr is None or stderr != stderr else f" ± {stderr:.{digits}f}"
+    return f"{value:.{digits}f}{noise}"

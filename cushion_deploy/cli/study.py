@@ -1,0 +1,130 @@
+"""`study`: the paper's tables and figures for a model, cell by cell, as JSON, Markdown, figures and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.output import new_folder, require_new_folder
+from cushion_deploy.cli.progress import progress
+from cushion_deploy.errors import UsageError, require_modules
+from cushion_deploy.recipe import Recipe
+
+
+@click.command("study")
+@click.argument("model", metavar="MODEL")
+@recipe_options
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the study.")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="PARTS",
+    help="table1 to table6, remedies, figure2, figure3; commas between them. Default: all.",
+)
+@click.option("--window", type=click.IntRange(2), help="Tokens in one window of text. Default: the recipe's.")
+@click.option("--max-tokens", type=click.IntRange(2), help="Most tokens of a text to score. Default: the recipe's.")
+@click.option(
+    "--tasks",
+    multiple=True,
+    metavar="TASKS",
+    help="Zero-shot tasks of Table 2, as `eval` takes them: names of lm-eval, task files, or folders of them.",
+)
+@click.option(
+    "--task-data",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with the data that task files name.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Rows of each task. Default: all.")
+def command(
+    output: Path,
+    only: tuple[str, ...],
+    window: int | None,
+    max_tokens: int | None,
+    tasks: tuple[str, ...],
+    task_data: Path | None,
+    limit: int | None,
+    **values: Any,
+) -> None:
+    """Measure the paper's tables and figures for MODEL, beside the paper's own numbers.
+
+    Every cell is kept in the work folder as it is made: a study that was stopped goes on where it was, and one with
+    more parts measures only what is missing. The prefix is the recipe's, tuned with --tune.
+    """
+    from cushion_deploy.study.document import PARTS
+
+    texts = values.pop("eval_data")
+    recipe = make_recipe({**values, "eval_data": texts[0] if texts else None})
+    recipe = recipe.merged(_evaluation(recipe, window, max_tokens))
+    require_new_folder(output)
+    chosen = _names(only)
+    unknown = [name for name in chosen if name not in PARTS]
+    if unknown:
+        raise UsageError(f"unknown part '{unknown[0]}'", hint=f"choose from: {', '.join(PARTS)}")
+    if (limit is not None or task_data is not None) and not tasks:
+        raise UsageError("--limit and --task-data say how tasks run, but no task was given", hint="add --tasks")
+    if len(set(texts)) < len(texts):
+        raise UsageError("the same text was given twice", hint="give every --eval-data once")
+    require_modules("torch", "transformers", "jinja2", "matplotlib")
+    from cushion_deploy.study.cells import Cells
+    from cushion_deploy.study.run import choose_parts, run_study
+    from cushion_deploy.study.write import write_study
+    from cushion_deploy.study.zeroshot import find_tasks
+
+    parts = choose_parts(chosen)
+    found = find_tasks(_names(tasks), task_data, limit) if "table2" in parts else ""
+    with progress(values["quiet"]) as report_progress:
+        ws = make_workspace(recipe, values["work_dir"], report_progress)
+        with ws.store.lock():
+            study = run_study(Cells(ws, texts or (recipe.evaluation.data,)), parts, found)
+    with new_folder(output) as staged:
+        write_study(study, staged)
+    if values["as_json"]:
+        click.echo(study.model_dump_json())
+        return
+    for line in _summary(study):
+        click.echo(line)
+    click.echo(f"written: {output}")
+
+
+def _summary(study: Any) -> list[str]:
+    from cushion_deploy.report.wording import one_line
+    from cushion_deploy.study.document import PARTS
+    from cushion_deploy.study.prose import headline, sentences
+
+    lines = [one_line(headline(study))]
+    for part, title in PARTS.items():
+        if getattr(study, part) is not None or part in study.left_out:
+            lines += ["", title, *(f"  {one_line(sentence)}" for sentence in sentences(study, part))]
+    return lines
+
+
+def _evaluation(recipe: Recipe, window: int | None, max_tokens: int | None) -> dict[str, object]:
+    """Return the settings that the flags override; one window at least is scored where only its length is given."""
+    given: dict[str, object] = {}
+    if window is not None:
+        given["evaluation.window"] = window
+        given["evaluation.max_tokens"] = max(window, recipe.evaluation.max_tokens)
+    if max_tokens is not None:
+        given["evaluation.max_tokens"] = max_tokens
+    return given
+
+
+def _names(values: Sequence[str]) -> list[str]:
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
+def _study_options(params: list[click.Parameter]) -> list[click.Parameter]:
+    """Return the options of a build as a study takes them: the model is its argument, and texts may be several."""
+    texts = click.Option(
+        ["--eval-data"], multiple=True, metavar="DATA", help="Text to measure perplexity on; repeatable."
+    )
+    kept = [p for p in params if not (isinstance(p, click.Option) and p.name in ("model", "eval_data"))]
+    at = next(i for i, p in enumerate(kept) if p.name == "calib_data") + 1
+    return [*kept[:at], texts, *kept[at:]]
+
+
+command.params = _study_options(command.params)

@@ -1,0 +1,61 @@
+"""`tune`: train the keys and values of a prefix, and the activation scales behind it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cushion_deploy.artifacts import (
+    PREFIX_FILE,
+    SCALES_FILE,
+    SMOOTHING_FILE,
+    read_prefix,
+    write_prefix,
+    write_scales,
+    write_smoothing,
+)
+from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.output import new_folder, require_new_folder
+from cushion_deploy.cli.progress import progress
+from cushion_deploy.errors import UsageError
+
+
+@click.command("tune")
+@recipe_options
+@click.option(
+    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search it."
+)
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the three files.")
+def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
+    """Tune a prefix, resumably; write prefix.safetensors, scales.json and smoothing.safetensors for `export`.
+
+    The state that does best on held-out text is kept, and the untuned prefix is one of them.
+    """
+    recipe = make_recipe({**values, "tune": True})
+    require_new_folder(output)
+    from cushion_deploy.pipeline.prepare import prepare
+    from cushion_deploy.pipeline.stages import search_prefix
+
+    with progress(values["quiet"]) as report_progress:
+        ws = make_workspace(recipe, values["work_dir"], report_progress)
+        with ws.store.lock():
+            prefix = read_prefix(prefix_file) if prefix_file else search_prefix(ws)[0]
+            deployed = prepare(ws, prefix)
+    trace = deployed.tuning
+    if trace is None:
+        raise UsageError("there is no prefix to tune: the search found no sink worth one", hint="build without --tune")
+    with new_folder(output) as staged:
+        write_prefix(deployed.prefix, staged / PREFIX_FILE)
+        write_scales(deployed.scales, staged / SCALES_FILE)
+        if deployed.smoothing:
+            write_smoothing(deployed.smoothing, staged / SMOOTHING_FILE)
+    if values["as_json"]:
+        click.echo(json.dumps(trace.to_json()))
+        return
+    for state in trace.states:
+        kept = " (kept)" if state.step == trace.best.step else ""
+        click.echo(f"step {state.step:>4}: {trace.loss} on held-out text {state.held_out:.4f} nats a token{kept}")
+    click.echo(f"written: {output}")

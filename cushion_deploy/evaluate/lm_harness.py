@@ -1,0 +1,209 @@
+"""The lm-eval model ``cushion``: a bundle, or anything else that a Scorer runs on, under lm-eval's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cushion_deploy.errors import UsageError
+from cushion_deploy.evaluate.encoding import Encoding
+from cushion_deploy.evaluate.scorer import Scorer
+from cushion_deploy.evaluate.zeroshot import missing_lm_eval
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.runtime.generate import generate
+from cushion_deploy.runtime.sampling import SamplingParams
+from cushion_deploy.runtime.text import load
+
+try:
+    # Before anything of ours is registered: lm-eval registers its own models only into an empty registry.
+    import lm_eval.models  # noqa: F401
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as e:
+    if e.name is None or e.name.partition(".")[0] != "lm_eval":
+        raise
+    raise missing_lm_eval() from e
+
+NEW_TOKENS = 256
+"""Most tokens of a generation where the task does not say, as in lm-eval's own models."""
+Request = tuple[tuple[str, str], list[int], list[int]]
+"""Context and continuation as text, then both as ids."""
+
+
+class ScorerLM(TemplateLM):  # type: ignore[misc]
+    """An lm-eval model over a :class:`Scorer`; rows run one by one, and shared contexts once.
+
+    Args:
+        scorer: what is scored.
+        encoding: how text becomes ids.
+        progress: where to report.
+        name: of the task that is reported.
+    """
+
+    def __init__(
+        self, scorer: Scorer, encoding: Encoding, progress: Progress = silent, name: str = "zero-shot tasks"
+    ) -> None:
+        """Take over the scorer's session."""
+        super().__init__()
+        self.scorer, self.encoding = scorer, encoding
+        self.progress, self.name = progress, name
+
+    @property
+    def eot_token_id(self) -> int:
+        """Token that ends a text."""
+        return self.encoding.eos_token_ids[0] if self.encoding.eos_token_ids else self.encoding.first_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Token that stands for an empty context."""
+        return self.encoding.first_token_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit into the context, the prefix left out."""
+        return self.scorer.limit
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Most tokens of a generation where the task does not say."""
+        return NEW_TOKENS
+
+    @property
+    def batch_size(self) -> int:
+        """Rows that run at once."""
+        return 1
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name that request caches are kept under."""
+        return f"cushion-{self.encoding.keep_bos}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the source of the model's chat template, None where it is not asked for or there is none."""
+        found = self.encoding.chat_template
+        return found.source if found and chat_template else None
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as a prompt; raises UsageError where the model has no chat template."""
+        if self.encoding.chat_template is None:
+            raise UsageError("the model has no chat template", hint="leave --apply_chat_template out")
+        return self.encoding.chat_template.render(chat_history, add_generation_prompt=add_generation_prompt)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the ids of a text; ``add_special_tokens`` False adds none, anything else as the model is fed."""
+        if add_special_tokens is False:
+            return [int(i) for i in self.encoding.plain(string)]
+        return self.encoding.prompt(string)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Return log probability and greediness of each continuation; see lm-eval."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = True, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        # In the order of their tokens those that share a beginning are neighbours, and it runs once.
+        order = sorted(range(len(requests)), key=lambda i: (requests[i][1], requests[i][2]))
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for done, i in enumerate(order, 1):
+            text, context, continuation = requests[i]
+            found[i] = self.scorer.loglikelihood(context or [self.prefix_token_id], continuation)
+            self.cache_hook.add_partial("loglikelihood", text, found[i])
+            self.progress(self.name, done, len(requests))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Return the log probability of each whole text, cut into windows as lm-eval cuts it."""
+        totals = []
+        for done, (text,) in enumerate((request.args for request in requests), 1):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            totals.append(sum(self.scorer.loglikelihood(*make_disjoint_window(window))[0] for window in windows))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+            self.progress(self.name, done, len(requests))
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Return the continuation of each context up to a stop string, greedy unless the task samples."""
+        found = []
+        for done, (context, settings) in enumerate((request.args for request in requests), 1):
+            found.append(self._generate(context, settings))
+            self.cache_hook.add_partial("generate_until", (context, settings), found[-1])
+            self.progress(self.name, done, len(requests))
+        return found
+
+    def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
+        until = settings.get("until") or []
+        stop = [until] if isinstance(until, str) else list(until)
+        count = int(settings.get("max_gen_toks", NEW_TOKENS))
+        if count >= self.max_length:
+            raise UsageError(
+                f"{count} tokens are to be generated, the model takes {self.max_length} in all",
+                hint="give a smaller max_gen_toks",
+            )
+        ids = self.tok_encode(context)[-(self.max_length - count) :] or [self.prefix_token_id]
+        params = SamplingParams()
+        if settings.get("do_sample"):
+            params = SamplingParams(
+                temperature=float(settings.get("temperature", 1.0)),
+                top_k=int(settings.get("top_k", 0)),
+                top_p=float(settings.get("top_p", 1.0)),
+                seed=0,
+            )
+        events = generate(
+            self.scorer.session,
+            self.encoding.tokenizer,
+            ids,
+            params,
+            count,
+            stop_ids=self.encoding.eos_token_ids,
+            stop_strings=[s for s in stop if s],
+        )
+        text = "".join(event.text for event in events)
+        self.scorer.reset()
+        return text
+
+
+@register_model("cushion")
+class CushionLM(ScorerLM):
+    """A bundle on its engine: ``--model cushion --model_args bundle=OUT``.
+
+    Args:
+        bundle: folder of the bundle; every byte is verified first.
+        engine: engine to run on.
+        threads: of the engine; None for one per core.
+        batch_size, max_batch_size, device: lm-eval gives them to every model; rows run one by one, on the CPU.
+
+    Raises:
+        UsageError: no such folder.
+        UntrustedArtifact: the bundle is damaged.
+    """
+
+    def __init__(
+        self,
+        bundle: str | None = None,
+        engine: str = "onnxruntime",
+        threads: int | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        """Verify the bundle and load it."""
+        if bundle is None:
+            raise UsageError("no bundle was given", hint="add --model_args bundle=OUT")
+        generator = load(Path(bundle), engine, threads)
+        super().__init__(Scorer(generator.session), Encoding.of_bundle(generator.bundle))
+
+
+def main() -> None:
+    """Run lm-eval's own command line with the model ``cushion`` known to it."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

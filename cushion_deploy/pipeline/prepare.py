@@ -1,0 +1,258 @@
+"""The stages between a prefix and what is deployed: smooth, calibrate, keep Sites in float, tune. Each is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cushion_deploy.artifacts import (
+    PREFIX_FILE,
+    SCALES_FILE,
+    SMOOTHING_FILE,
+    read_prefix,
+    read_scales,
+    read_smoothing,
+    write_prefix,
+    write_scales,
+    write_smoothing,
+)
+from cushion_deploy.errors import UsageError
+from cushion_deploy.pipeline.files import read_json, write_json
+from cushion_deploy.pipeline.limits import require_positions
+from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.prefix.trace import TuningTrace
+from cushion_deploy.types import ActivationScales, IntArray, Prefix, QuantScheme, Site, Smoothing
+
+SENSITIVITY_WINDOWS = (2, 256)
+"""Windows of text, and tokens in each, that Sites are compared on."""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """All that turns a model into the one that is deployed.
+
+    Attributes:
+        prefix: tuned, or as it was found.
+        smoothing: folded into the weights; None for none.
+        scheme: what is quantized, Sites kept in floating point named.
+        scales: static activation scales behind the prefix.
+        amax: Site to the largest magnitude seen in calibration.
+        tuning: how the prefix was tuned; None where it was not.
+    """
+
+    prefix: Prefix
+    smoothing: Smoothing | None
+    scheme: QuantScheme
+    scales: ActivationScales
+    amax: Mapping[str, float]
+    tuning: TuningTrace | None = None
+
+
+def prepare(ws: Workspace, prefix: Prefix, *, tuned: bool = True) -> Deployed:
+    """Return what is deployed behind a prefix: the recipe's smoothing, scales, float Sites and tuning.
+
+    Args:
+        ws: the run.
+        prefix: as the search found it.
+        tuned: False leaves the tuning out whatever the recipe says.
+
+    Raises:
+        UsageError: the prefix belongs to another model.
+    """
+    if prefix.model_digest != ws.source.digest:
+        raise UsageError("the prefix was made for another model", hint="run `cushion-deploy search` for this model")
+    smoothing = smooth(ws, prefix)
+    scales, amax = calibrate(ws, prefix, smoothing)
+    scheme = keep_float(ws, Deployed(prefix, smoothing, ws.scheme, scales, amax))
+    deployed = Deployed(prefix, smoothing, scheme, scales, amax)
+    if not (tuned and ws.recipe.tuning.enabled and prefix.length):
+        return deployed
+    deployed = tune(ws, deployed)
+    if not ws.recipe.tuning.scales:
+        scales, amax = calibrate(ws, deployed.prefix, smoothing)
+        deployed = replace(deployed, scales=scales, amax=amax)
+    return deployed
+
+
+def smooth(ws: Workspace, prefix: Prefix) -> Smoothing | None:
+    """Return the smoothing measured on the calibration text behind a prefix; None where the recipe wants none."""
+    alpha = ws.recipe.smoothing.alpha
+    if alpha is None:
+        return None
+    parents = {**calibration_parents(ws, prefix), "alpha": alpha}
+
+    def make(out: Path) -> None:
+        from cushion_deploy.calib.smooth import channel_maxima, choose_factors
+
+        ids, mask = calibration_windows(ws, prefix)
+        maxima = channel_maxima(ws.model, prefix, ids, mask, progress=ws.progress)
+        write_smoothing(choose_factors(ws.model, maxima, alpha), out / SMOOTHING_FILE)
+
+    return read_smoothing(ws.stage(_stage("smooth", prefix), parents, make) / SMOOTHING_FILE)
+
+
+def calibrate(ws: Workspace, prefix: Prefix, smoothing: Smoothing | None) -> tuple[ActivationScales, dict[str, float]]:
+    """Return static activation scales behind a prefix, and the largest magnitude at each Site."""
+    config = ws.recipe.calibration
+    parents = {**calibration_parents(ws, prefix), "smoothing": smoothing.digest if smoothing else ""}
+
+    def make(out: Path) -> None:
+        from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+
+        ids, mask = calibration_windows(ws, prefix)
+        model = ws.folded(smoothing)
+        histograms = observe_sites(model, prefix, ids, mask, progress=ws.progress)
+        scales = choose_scales(
+            histograms,
+            config.estimator,
+            percentile=config.percentile,
+            model=model,
+            prefix=prefix,
+            corpus_digest=ws.corpus(config.data, "calibration").digest,
+            tokens=int(mask.sum()),
+        )
+        write_scales(scales, out / SCALES_FILE)
+        write_json(out / "amax.json", {site: h.amax for site, h in histograms.items()})
+
+    folder = ws.stage(_stage("calibrate", prefix), parents, make)
+    return read_scales(folder / SCALES_FILE), read_json(folder / "amax.json")
+
+
+def keep_float(ws: Workspace, deployed: Deployed) -> QuantScheme:
+    """Return the scheme with the Sites that the recipe keeps in floating point, named or found by their cost."""
+    from cushion_deploy.families import get_family
+
+    scheme, wishes = deployed.scheme, ws.recipe.export.keep_float
+    if not wishes:
+        return scheme
+    known = list(get_family(ws.model.spec.family).linears(ws.model.spec, head=scheme.quantize_head))
+    named = [Site(wish) for wish in wishes if not wish.startswith("auto:")]
+    unknown = [site for site in named if site not in known]
+    if unknown:
+        raise UsageError(
+            f"export.keep_float names '{unknown[0]}', which is no quantized Site of this model",
+            hint=f"Sites are called {known[0]} to {known[-1]}; or give auto:N",
+        )
+    count = sum(_automatic(wish) for wish in wishes if wish.startswith("auto:"))
+    if count:
+        costs = site_costs(ws, deployed)
+        left = [site for site in sorted(costs, key=lambda s: -costs[s]) if site not in named]
+        named += left[:count]
+    chosen = set(named)
+    return replace(scheme, float_sites=tuple(site for site in known if site in chosen))
+
+
+def site_costs(ws: Workspace, deployed: Deployed) -> dict[Site, float]:
+    """Return what each quantized Site costs alone, in nats a token on calibration text."""
+    scales = deployed.scales
+    parents = {"scales": scales.digest, "prefix": deployed.prefix.digest, "scheme": deployed.scheme.digest}
+
+    def make(out: Path) -> None:
+        from cushion_deploy.calib.sensitivity import site_costs as measure
+
+        count, window = SENSITIVITY_WINDOWS
+        windows = text_windows(ws, count, window)
+        model = ws.folded(deployed.smoothing)
+        found = measure(model, deployed.prefix, deployed.scheme, scales, windows, ws.progress)
+        write_json(out / "costs.json", found)
+
+    found: dict[Site, float] = read_json(ws.stage("sensitivity", parents, make) / "costs.json")
+    return found
+
+
+def tune(ws: Workspace, deployed: Deployed) -> Deployed:
+    """Return what is deployed with a tuned prefix, and scales if the recipe trains them too."""
+    config = ws.recipe.tuning
+    parents = {
+        "scales": deployed.scales.digest,
+        "prefix": deployed.prefix.digest,
+        "scheme": deployed.scheme.digest,
+        "corpus": ws.corpus(ws.recipe.calibration.data, "calibration").digest,
+        "seed": ws.recipe.seed,
+        "tuning": config.model_dump(mode="json"),
+    }
+
+    def make(out: Path) -> None:
+        from cushion_deploy.prefix.tune import PrefixTuning
+
+        require_positions(ws.recipe, ws.model.spec, deployed.prefix.length, ("tuning",))
+        windows = text_windows(ws, config.windows + config.held_out, config.window)
+        # Spread over the text like the others, so that the judge hears of all of it.
+        judged = np.zeros(len(windows), dtype=bool)
+        judged[np.linspace(0, len(windows) - 1, min(config.held_out, len(windows) // 2)).astype(int)] = True
+        if judged.sum() == 0:
+            raise UsageError(
+                f"the calibration text has one window of {config.window} tokens, and tuning needs two at least",
+                hint="give more text, or a smaller window (tuning.window)",
+            )
+        tuning = PrefixTuning(
+            ws.folded(deployed.smoothing),
+            deployed.scheme,
+            deployed.scales,
+            deployed.prefix,
+            windows[~judged],
+            windows[judged],
+            config,
+            ws.recipe.seed,
+            ws.store.scratch("tune", ws.key("tune", parents)),
+            ws.progress,
+        )
+        prefix, scales, trace = tuning.run()
+        write_prefix(prefix, out / PREFIX_FILE)
+        write_scales(scales, out / SCALES_FILE)
+        write_json(out / "trace.json", trace.to_json())
+
+    folder = ws.stage("tune", parents, make)
+    return replace(
+        deployed,
+        prefix=read_prefix(folder / PREFIX_FILE),
+        scales=read_scales(folder / SCALES_FILE),
+        tuning=TuningTrace.from_json(read_json(folder / "trace.json")),
+    )
+
+
+def calibration_parents(ws: Workspace, prefix: Prefix) -> dict[str, Any]:
+    """Return what decides anything that is measured on the calibration text behind a prefix."""
+    return {
+        "model": ws.source.digest,
+        "prefix": prefix.digest,
+        "corpus": ws.corpus(ws.recipe.calibration.data, "calibration").digest,
+        "calibration": ws.recipe.calibration.model_dump(mode="json", exclude={"data"}),
+    }
+
+
+def calibration_windows(ws: Workspace, prefix: Prefix) -> tuple[IntArray, IntArray]:
+    """Return ids and mask of the calibration text, int64 ``[windows, window]``; documents stay apart."""
+    from cushion_deploy.calib.corpora import pack_windows
+
+    config = ws.recipe.calibration
+    require_positions(ws.recipe, ws.model.spec, prefix.length, ("calibration",))
+    corpus = ws.corpus(config.data, "calibration")
+    documents = [ws.model.encode(text) for text in corpus.documents]
+    return pack_windows(documents, config.window, config.windows, corpus.name)
+
+
+def text_windows(ws: Workspace, count: int, window: int) -> IntArray:
+    """Return up to ``count`` full windows int64 ``[count, window]``, spread evenly over the calibration text."""
+    from cushion_deploy.evaluate.perplexity import cut_windows
+
+    corpus = ws.corpus(ws.recipe.calibration.data, "calibration")
+    ids = ws.model.encode(corpus.text)
+    windows = cut_windows(ids, window, len(ids), corpus.name)
+    chosen: IntArray = windows[np.unique(np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int))]
+    return chosen
+
+
+def _automatic(wish: str) -> int:
+    number = wish.partition(":")[2]
+    if not number.isdecimal() or int(number) == 0:
+        raise UsageError(f"export.keep_float holds '{wish}'", hint="write auto:N with N of 1 or more, such as auto:4")
+    return int(number)
+
+
+def _stage(name: str, prefix: Prefix) -> str:
+    return name if prefix.length else f"{name}-without-prefix"

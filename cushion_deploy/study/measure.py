@@ -1,0 +1,91 @@
+"""What a study looks at inside a model: the input of the last block, and where attention goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cushion_deploy.modeling.forward import cache_of, prefix_tensors, run
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.types import IntArray, Prefix
+
+
+@torch.inference_mode()
+def block_input(model: LoadedModel, prefix: Prefix, windows: IntArray, progress: Progress = silent) -> dict[str, float]:
+    """Return largest, 90th percentile and median magnitude of the input of the last block, text tokens only.
+
+    Args:
+        model: the model.
+        prefix: stands before every window and is not looked at.
+        windows: int64 ``[count, length]``; each gives its own three numbers, and their means are returned.
+    """
+    found: list[list[float]] = []
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = (args[0] if args else kwargs["hidden_states"]).abs().flatten().numpy()
+        found.append([float(values.max()), *(float(q) for q in np.quantile(values, (0.9, 0.5)))])
+
+    last = model.module.get_submodule(model.family.layers)[-1]
+    handle = last.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        past = prefix_tensors(prefix)
+        for done, row in enumerate(windows, 1):
+            run(model, torch.from_numpy(row[None]), past, head=False)
+            progress("looking at the last block", done, len(windows))
+    finally:
+        handle.remove()
+    top1, top10, median = np.mean(found, axis=0).tolist()
+    return {"top1": top1, "top10": top10, "median": median}
+
+
+@torch.inference_mode()
+def attention_shares(model: LoadedModel, prefix: Prefix, ids: IntArray) -> list[dict[str, float]]:
+    """Return per layer what share of attention falls on the prefix, on the first text token, and on the rest.
+
+    The mean over heads and over the text tokens that ask. The first of them is left out as one that asks: without a
+    prefix it has nothing but itself to attend to.
+
+    Args:
+        model: the model; attention is computed openly for this one pass.
+        prefix: stands before the text.
+        ids: text int64 ``[1, n]``, two tokens at least.
+    """
+    past, length = prefix_tensors(prefix), prefix.length
+    positions = torch.arange(length, length + ids.shape[1])[None]
+    with _open_attention(model.module):
+        out = model.module.base_model(
+            input_ids=torch.from_numpy(ids),
+            past_key_values=cache_of(past, 1),
+            position_ids=positions,
+            output_attentions=True,
+        )
+    return [_shares(layer, weights[0, :, 1:], length) for layer, weights in enumerate(out.attentions)]
+
+
+def _shares(layer: int, weights: Tensor, prefix: int) -> dict[str, float]:
+    """Return the shares of weights ``[heads, queries, prefix + n]``."""
+    mean = weights.double().mean(dim=(0, 1))
+    first = float(mean[prefix])
+    return {
+        "layer": layer,
+        "prefix": float(mean[:prefix].sum()),
+        "first": first,
+        "rest": float(mean[prefix + 1 :].sum()),
+    }
+
+
+@contextmanager
+def _open_attention(module: Any) -> Iterator[None]:
+    """Let the model compute attention in the way that leaves its weights to be seen; put back on exit."""
+    before = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(before)

@@ -1,0 +1,299 @@
+"""What the numbers of a study say, in sentences made from the numbers; nothing here is written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from cushion_deploy.report.wording import count, duration, listing, model_name, number, percent, plural, visible
+from cushion_deploy.study.document import PARTS, LayerAttention, Pair, Score, Step, Study
+from cushion_deploy.study.paper import paper_tables
+from cushion_deploy.study.tables import change, divergence, mean_of, on, perplexity, points
+
+
+def headline(study: Study) -> str:
+    """Return the one sentence that opens the page: what the deployable recipe costs, without and with the prefix."""
+    name = model_name(study.model.source)
+    deployed = next((pair for pair in study.table1 or () if pair.deployable), None)
+    if deployed is None or not study.texts:
+        return f"{name}: {_parts_run(study)} of {len(PARTS)} tables and figures measured."
+    text = study.texts[0].name
+    without = _over(on(deployed.without, text), on(study.fp, text))
+    if not deployed.with_prefix:
+        return f"{name} in static W8A8 is {without} FP perplexity on {text}; it needs no prefix or was given none."
+    behind = _over(on(deployed.with_prefix, text), on(study.fp, text))
+    return f"{name} in static W8A8 is {behind} FP perplexity on {text} with the prefix, and {without} FP without it."
+
+
+def introduction(study: Study) -> list[str]:
+    """Say what was studied and how."""
+    m = study.model
+    said = [
+        f"{model_name(m.source)} has {count(m.parameters)} parameters in {plural(m.layers, 'layer')} of width "
+        f"{m.hidden_size:,}. Ranges and smoothing come from {study.calibration}."
+    ]
+    if study.prefix.token_ids:
+        tokens = listing([f"`{_code(token)}`" for token in study.prefix.tokens])
+        how = "tuned after the search" if study.prefix.tuned else "as the search found it, not tuned"
+        said.append(f"The prefix is {plural(len(study.prefix.tokens), 'token')} long, {tokens}, {how}.")
+    else:
+        said.append("There is no prefix: the search found no sink worth one, or the recipe wants none.")
+    if study.texts:
+        texts = listing([f"{t.tokens:,} tokens of {t.name} in windows of {t.window:,}" for t in study.texts])
+        said.append(
+            f"Perplexity is measured on {texts}: windows do not overlap, and no token of the prefix is scored. "
+            "KL is the mean divergence from the original model, which has neither prefix nor quantization. "
+            "A prefix alone moves perplexity, so FP with the same prefix stands beside FP."
+        )
+    return said
+
+
+def sentences(study: Study, part: str) -> list[str]:
+    """Return what a part says; why it is missing where it was wanted and left out."""
+    if part in study.left_out:
+        return [f"Left out: {study.left_out[part]}."]
+    makers = {
+        "table1": _table1,
+        "table2": _table2,
+        "table3": _table3,
+        "remedies": _remedies,
+        "table4": _table4,
+        "table5": _table5,
+        "table6": _table6,
+        "figure2": _figure2,
+        "figure3": _figure3,
+    }
+    return makers[part](study)
+
+
+def _table1(study: Study) -> list[str]:
+    said = [
+        "Schemes are the paper's: asymmetric activations, ranges from minimum to maximum, weights in groups, "
+        "SmoothQuant with its own alpha. The last row is what `cushion-deploy build` deploys."
+    ]
+    pairs = study.table1 or ()
+    for text in study.texts:
+        said += _worst_and_gains(study, pairs, text.name)
+    printed = paper_tables()["table1"]
+    static, fp = printed.row("per-tensor static").with_prefix, printed.row("FP16").without
+    over = [value / base - 1 for value, base in zip(static, fp, strict=True)]
+    said.append(
+        f"In the paper per-tensor static W8A8 with the cache stays {percent(min(over))} to {percent(max(over))} over "
+        f"FP16 on {len(over)} models."
+    )
+    return said
+
+
+def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: str) -> list[str]:
+    """Say which scheme suffers most without the prefix, and how many of them gain by it."""
+    known = [(s.perplexity, p) for p in pairs if (s := on(p.without, text)) and s.perplexity is not None]
+    if not known:
+        return []
+    worst = max(known, key=lambda row: row[0])[1]
+    before, after = on(worst.without, text), on(worst.with_prefix, text)
+    sentence = (
+        f"On {text} {worst.label} suffers most: {perplexity(before)} without the prefix, "
+        f"{_over(before, on(study.fp, text))} FP"
+    )
+    if after is None:
+        return [sentence + "."]
+    sentence += f"; {perplexity(after)} with it, {_over(after, on(study.fp_prefix, text))} FP with the same prefix."
+    both = [(on(p.without, text), on(p.with_prefix, text)) for p in pairs]
+    gains = sum(_less(b, a) for a, b in both)
+    closer = sum(_nearer(b, a) for a, b in both)
+    return [
+        f"{sentence} The prefix lowers perplexity in {gains} of {plural(len(pairs), 'scheme')} and brings "
+        f"{closer} of them nearer to the original model."
+    ]
+
+
+def _table2(study: Study) -> list[str]:
+    pairs = study.table2 or ()
+    if not pairs or not pairs[0].without:
+        return []
+    fp = 100 * mean_of([r.value for r in pairs[0].without])
+    rows = f"the first {plural(study.task_limit, 'row')} of each task" if study.task_limit else "every row"
+    said = [f"FP reaches {fp:.2f} % on average, over {rows}."]
+    last = pairs[-1]
+    without = 100 * mean_of([r.value for r in last.without])
+    sentence = f"The deployed recipe reaches {without:.2f} % without the prefix ({points(without - fp)} points)"
+    if last.with_prefix:
+        behind = 100 * mean_of([r.value for r in last.with_prefix])
+        sentence += f" and {behind:.2f} % with it ({points(behind - fp)})"
+    return [*said, sentence + "."]
+
+
+def _table3(study: Study) -> list[str]:
+    steps = study.table3 or ()
+    said = [
+        "Every row is a recipe in the deployable scheme, static per tensor and symmetric, with the recipe's smoothing "
+        "and ranges; where the paper shows accuracy under per-tensor dynamic quantization, this shows perplexity."
+    ]
+    for text in study.texts:
+        scores = [on(step.scores, text.name) for step in steps]
+        values = [s.perplexity for s in scores if s is not None and s.perplexity is not None]
+        if 2 < len(values) == len(steps):
+            said.append(f"On {text.name} {_share_of_the_search(values[0], values[1], values[-1])}.")
+    rows = [row.without[0] for row in paper_tables()["table3"].rows[1:]]
+    said.append(
+        f"In the paper it brings {100 * (rows[1] - rows[0]) / (rows[-1] - rows[0]):.0f} % of the gain in accuracy."
+    )
+    return said
+
+
+def _share_of_the_search(first: float, greedy: float, last: float) -> str:
+    """Say what share of the fall of perplexity the search alone brings, tuning coming after it."""
+    course = f"the searched prefix takes perplexity from {first:,.2f} to {greedy:,.2f} and tuning to {last:,.2f}: "
+    if min(greedy, last) >= first:
+        return course + "the method brings no gain"
+    if last >= greedy:
+        return course + "the search alone brings all of the gain"
+    if greedy >= first:
+        return course + "tuning alone brings all of the gain"
+    return course + f"the search alone brings {100 * (first - greedy) / (first - last):.0f} % of the gain"
+
+
+def _remedies(study: Study) -> list[str]:
+    steps = study.remedies or ()
+    said = ["Rows that begin with + add to the row above; the three ways to choose ranges stand beside each other."]
+    for text in study.texts:
+        known = [
+            (s.divergence, step) for step in steps if (s := on(step.scores, text.name)) and s.divergence is not None
+        ]
+        if not known:
+            continue
+        best = min(known, key=lambda row: row[0])[1]
+        score, same = on(best.scores, text.name), on(best.fp, text.name)
+        said.append(
+            f"On {text.name} '{best.label}' is nearest to the original model: {divergence(score)} nats a token at "
+            f"perplexity {perplexity(score)}, {_over(score, on(study.fp, text.name))} FP and {_over(score, same)} "
+            f"FP with the same prefix.{_largest_step(known)}"
+        )
+    return said
+
+
+def _largest_step(known: Sequence[tuple[float, Step]]) -> str:
+    drops = [
+        (before - after, step.label) for (before, _), (after, step) in pairwise(known) if step.label.startswith("+")
+    ]
+    if not drops or max(drops)[0] <= 0:
+        return " No remedy added to the ranges lowers the divergence."
+    drop, label = max(drops)
+    return f" The largest single step is '{label}', which takes {drop:.4f} nats off."
+
+
+def _table4(study: Study) -> list[str]:
+    said = ["Fewer bits, one scale a token, and not deployable: simulated, as in the paper."]
+    pairs = study.table4 or ()
+    for text in study.texts:
+        both = [(on(p.without, text.name), on(p.with_prefix, text.name)) for p in pairs]
+        known = [(a, b) for a, b in both if a and b]
+        if known:
+            gains = sum(_less(b, a) for a, b in known)
+            said.append(f"On {text.name} the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
+    return said
+
+
+def _table5(study: Study) -> list[str]:
+    found = study.table5
+    if found is None:
+        return []
+    sentence = f"Without a prefix the largest value that enters the last block is {found.without.top1:,.2f}, "
+    sentence += f"{_times(found.without.top1, found.without.median)} the median"
+    if found.with_prefix is None:
+        return [sentence + "."]
+    after = found.with_prefix
+    return [
+        f"{sentence}; with it {after.top1:,.2f}, {_times(after.top1, after.median)} the median. "
+        f"The median itself goes from {found.without.median:,.2f} to {after.median:,.2f}."
+    ]
+
+
+def _table6(study: Study) -> list[str]:
+    found = study.table6
+    if found is None:
+        return []
+    said = []
+    if found.search_seconds is not None:
+        sentence = (
+            f"The search ({found.search_mode}) took {duration(found.search_seconds)} and scored "
+            f"{plural(found.candidates_scored, 'candidate')} exactly"
+        )
+        if 0 < found.positions_scored < found.positions_full_scan:
+            ratio = found.positions_full_scan / found.positions_scored
+            sentence += f"; a scan of the whole vocabulary would take {ratio:,.0f} times the positions"
+        said.append(sentence + ".")
+    else:
+        said.append("No search was run.")
+    if found.tuning_seconds is not None:
+        said.append(
+            f"Tuning ({found.tuning_loss}) took {duration(found.tuning_seconds)} for "
+            f"{plural(found.tuning_steps, 'step')}."
+        )
+    return said
+
+
+def _figure2(study: Study) -> list[str]:
+    found = study.figure2
+    if found is None or not found.without:
+        return []
+    before = max(found.without, key=lambda entry: entry.top1)
+    sentence = f"Without a prefix the largest activation is {before.top1:,.0f}, in layer {before.layer}"
+    if not found.with_prefix:
+        return [sentence + "."]
+    after = max(found.with_prefix, key=lambda entry: entry.top1)
+    return [f"{sentence}; with the prefix it is {after.top1:,.0f}, in layer {after.layer}."]
+
+
+def _figure3(study: Study) -> list[str]:
+    found = study.figure3
+    if found is None or not found.without:
+        return []
+    first = _mean(found.without, "first")
+    said = [
+        f"Shares of attention over {plural(found.tokens, 'token')}, mean over heads and over every text token but the "
+        f"first. Without a prefix {first:.0%} of it falls on the first token, averaged over layers."
+    ]
+    if found.with_prefix:
+        said.append(
+            f"With it the prefix draws {_mean(found.with_prefix, 'prefix'):.0%}, the first token of the text "
+            f"{_mean(found.with_prefix, 'first'):.0%} and all others {_mean(found.with_prefix, 'rest'):.0%}."
+        )
+    return [text.replace("%", " %") for text in said]
+
+
+def _mean(layers: Sequence[LayerAttention], name: str) -> float:
+    return mean_of([getattr(layer, name) for layer in layers])
+
+
+def _code(token: str) -> str:
+    """Return a token that may stand between backticks."""
+    return visible(token).replace("`", "‹U+0060›")
+
+
+def _times(value: float, base: float) -> str:
+    return f"{number(value / base, 3)} times" if base else "with zero as"
+
+
+def _over(value: Score | None, base: Score | None) -> str:
+    """Return ``+4.2 % over``, or ``−1.0 % against``, to be followed by the name of the base."""
+    text = change(value, base)
+    if text == "—":
+        return "not comparable with"
+    return f"{text} {'against' if text.startswith('−') else 'over'}"
+
+
+def _less(a: Score | None, b: Score | None) -> bool:
+    if a is None or b is None or a.perplexity is None:
+        return False
+    return b.perplexity is None or a.perplexity < b.perplexity
+
+
+def _nearer(a: Score | None, b: Score | None) -> bool:
+    if a is None or b is None or a.divergence is None:
+        return False
+    return b.divergence is None or a.divergence < b.divergence
+
+
+def _parts_run(study: Study) -> int:
+    return sum(getattr(study, part) is not None for part in PARTS)

@@ -1,0 +1,304 @@
+"""A whole study: which cells each table and figure is made of, gathered into a Study."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Collection
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from cushion_deploy.errors import unknown_choice
+from cushion_deploy.pipeline.prepare import Deployed
+from cushion_deploy.pipeline.stages import model_spec
+from cushion_deploy.pipeline.workspace import LIBRARIES
+from cushion_deploy.store.manifest import tool_version
+from cushion_deploy.study.cells import Cells, Variant
+from cushion_deploy.study.document import PARTS, Pair, Score, Step, Study, TaskPair
+from cushion_deploy.study.zeroshot import Tasks
+from cushion_deploy.types import ESTIMATORS, PRECISIONS, Prefix, QuantScheme
+
+W8A8 = {
+    "naive-o3": "per-tensor static",
+    "smoothquant-o3": "SmoothQuant-O3 (per-tensor static)",
+    "naive-o2": "per-tensor dynamic",
+    "smoothquant-o2": "SmoothQuant-O2 (per-tensor dynamic)",
+    "naive-o1": "per-token dynamic",
+    "smoothquant-o1": "SmoothQuant-O1 (per-token dynamic)",
+}
+"""Schemes of Tables 1 and 2 with the paper's words for them."""
+LOW_BITS = {
+    "naive-w6a6": "W6A6 per-token",
+    "smoothquant-w6a6": "SmoothQuant W6A6 per-token",
+    "naive-w4a4": "W4A4 per-token",
+    "smoothquant-w4a4": "SmoothQuant W4A4 per-token",
+}
+DEPLOYED = "deployed: static W8A8 of the recipe"
+FALLBACK_ALPHA = 0.5
+"""Alpha of the smoothing remedy where the recipe itself has none."""
+KEPT_FLOAT = "auto:4"
+NO_PREFIX = "the model runs without a prefix: the search found no sink worth one, or the recipe wants none"
+PLAIN: dict[str, Any] = {"tuning.enabled": False, "export.keep_float": []}
+
+Parts = dict[str, Any]
+
+
+def choose_parts(wanted: Collection[str]) -> tuple[str, ...]:
+    """Return parts in their order; all of them where none is named. Raises UsageError for an unknown one."""
+    for name in wanted:
+        if name not in PARTS:
+            raise unknown_choice("part of a study", name, list(PARTS))
+    return tuple(name for name in PARTS if not wanted or name in wanted)
+
+
+def run_study(cells: Cells, parts: Collection[str], tasks: Tasks | str) -> Study:
+    """Measure what is missing of every part and return the study.
+
+    Args:
+        cells: where the cells are kept.
+        parts: of :func:`choose_parts`.
+        tasks: for Table 2, or in words why there are none.
+
+    Raises:
+        UsageError: a text is too short or too long for the model.
+    """
+    left_out: dict[str, str] = {}
+    found: Parts = {}
+    if set(parts) & {"table1", "table3", "remedies", "table4"}:
+        found["fp"] = cells.scores("FP", Variant(cells.empty))
+        if cells.prefix.length:
+            found["fp_prefix"] = cells.scores("FP, with the prefix", Variant(cells.prefix))
+        config = cells.ws.recipe.evaluation
+        found["texts"] = [
+            {"name": score.text, "window": config.window, "tokens": cells.tokens(text)}
+            for score, text in zip(found["fp"], cells.texts, strict=True)
+        ]
+    for name in parts:
+        if name == "table2" and isinstance(tasks, str):
+            left_out[name] = tasks
+        elif name == "table2" and not isinstance(tasks, str):
+            found |= {name: _table2(cells, tasks), "task_limit": tasks.limit}
+        elif name in ("table3", "remedies") and not cells.searched.length:
+            left_out[name] = NO_PREFIX
+        else:
+            found[name] = _MAKERS[name](cells)
+    return _document(cells, found, left_out)
+
+
+def _table1(cells: Cells) -> list[Pair]:
+    return [*(_pair(cells, label, name) for name, label in W8A8.items()), _deployed_pair(cells)]
+
+
+def _table4(cells: Cells) -> list[Pair]:
+    return [_pair(cells, label, name) for name, label in LOW_BITS.items()]
+
+
+def _pair(cells: Cells, label: str, name: str) -> Pair:
+    bare = cells.in_scheme(name, cells.empty)
+    without = cells.scores(label, bare)
+    behind: tuple[Score, ...] = ()
+    if cells.prefix.length:
+        behind = cells.scores(f"{label}, with the prefix", cells.in_scheme(name, cells.prefix))
+    return Pair(
+        label=label,
+        scheme=_scheme(bare).name,
+        smoothing_alpha=bare.smoothing.alpha if bare.smoothing else None,
+        without=without,
+        with_prefix=behind,
+    )
+
+
+def _deployed_pair(cells: Cells) -> Pair:
+    bare = cells.built(cells.empty)
+    without = cells.scores(DEPLOYED, _variant(bare))
+    behind: tuple[Score, ...] = ()
+    if cells.searched.length:
+        behind = cells.scores(f"{DEPLOYED}, with the prefix", _variant(cells.built(cells.searched)))
+    return Pair(
+        label=DEPLOYED,
+        scheme=bare.scheme.name,
+        deployable=True,
+        smoothing_alpha=bare.smoothing.alpha if bare.smoothing else None,
+        without=without,
+        with_prefix=behind,
+    )
+
+
+def _table2(cells: Cells, tasks: Tasks) -> list[TaskPair]:
+    def pair(label: str, bare: Variant, behind: Variant | None) -> TaskPair:
+        return TaskPair(
+            label=label,
+            scheme=bare.scheme.name if bare.scheme else None,
+            without=tasks.scores(cells, label, bare),
+            with_prefix=tasks.scores(cells, f"{label}, with the prefix", behind) if behind else (),
+        )
+
+    def behind(variant: Variant) -> Variant | None:
+        return variant if variant.prefix.length else None
+
+    rows = [pair("FP", Variant(cells.empty), behind(Variant(cells.prefix)))]
+    for name, label in W8A8.items():
+        rows.append(pair(label, cells.in_scheme(name, cells.empty), behind(cells.in_scheme(name, cells.prefix))))
+    rows.append(pair(DEPLOYED, _variant(cells.built(cells.empty)), behind(_variant(cells.built(cells.searched)))))
+    return rows
+
+
+def _table3(cells: Cells) -> list[Step]:
+    weight = cells.ws.recipe.tuning.error_weight
+    tuned = {**PLAIN, "tuning.enabled": True, "tuning.scales": False}
+    rows = [
+        _step(cells, "no prefix", PLAIN, cells.empty),
+        _step(cells, "+ greedy search", PLAIN),
+        _step(cells, "+ prefix tuning", {**tuned, "tuning.error_weight": 0.0}),
+    ]
+    if weight:
+        rows.append(_step(cells, "+ quantization-aware loss", {**tuned, "tuning.error_weight": weight}))
+    return rows
+
+
+def _remedies(cells: Cells) -> list[Step]:
+    recipe = cells.ws.recipe
+    bare = {**PLAIN, "smoothing.alpha": None}
+    smoothed = {
+        **PLAIN,
+        "smoothing.alpha": FALLBACK_ALPHA if recipe.smoothing.alpha is None else recipe.smoothing.alpha,
+    }
+    tuned = {**smoothed, "tuning.enabled": True, "tuning.scales": False}
+    with_scales = {**tuned, "tuning.scales": True}
+    return [
+        *(_step(cells, f"ranges: {name}", {**bare, "calibration.estimator": name}) for name in ESTIMATORS),
+        _step(cells, f"+ smoothing (ranges: {recipe.calibration.estimator})", smoothed),
+        _step(cells, "+ tuned prefix", tuned),
+        _step(cells, "+ tuned scales", with_scales),
+        _step(cells, f"+ float Sites ({KEPT_FLOAT})", {**with_scales, "export.keep_float": [KEPT_FLOAT]}),
+    ]
+
+
+def _step(cells: Cells, label: str, settings: dict[str, Any], prefix: Prefix | None = None) -> Step:
+    """Measure what a recipe deploys behind the searched prefix (or another), and the float model with its prefix."""
+    built = cells.built(cells.searched if prefix is None else prefix, settings)
+    kind: Literal["none", "searched", "tuned"] = "none"
+    if built.prefix.length:
+        kind = "tuned" if built.tuning else "searched"
+    return Step(
+        label=label,
+        settings=settings,
+        prefix=kind,
+        scores=cells.scores(f"static W8A8: {label}", _variant(built)),
+        fp=cells.scores(f"FP with the prefix of: {label}", Variant(built.prefix)),
+    )
+
+
+def _table5(cells: Cells) -> Parts:
+    without = cells.last_block(cells.empty)
+    found = {"windows": without["windows"], "length": without["length"], "without": without["input"]}
+    return {**found, "with": cells.last_block(cells.prefix)["input"] if cells.prefix.length else None}
+
+
+def _table6(cells: Cells) -> Parts:
+    found: Parts = {}
+    if cells.trace:
+        found |= {
+            "search_seconds": cells.trace.seconds,
+            "search_mode": cells.trace.mode,
+            "positions_scored": cells.trace.positions_scored,
+            "positions_full_scan": cells.trace.positions_full_scan,
+            "candidates_scored": sum(step.exact for step in cells.trace.steps),
+        }
+    if cells.searched.length:
+        tuning = cells.built(cells.searched, {"tuning.enabled": True}).tuning
+        if tuning:
+            found |= {"tuning_seconds": tuning.seconds, "tuning_steps": tuning.steps, "tuning_loss": tuning.loss}
+    return found
+
+
+def _figure2(cells: Cells) -> Parts:
+    return {
+        "without": cells.magnitudes(cells.empty),
+        "with": cells.magnitudes(cells.prefix) if cells.prefix.length else [],
+    }
+
+
+def _figure3(cells: Cells) -> Parts:
+    without = cells.attention(cells.empty)
+    behind = cells.attention(cells.prefix)["layers"] if cells.prefix.length else []
+    return {"tokens": without["tokens"], "without": without["layers"], "with": behind}
+
+
+_MAKERS: dict[str, Callable[[Cells], Any]] = {
+    "table1": _table1,
+    "table3": _table3,
+    "remedies": _remedies,
+    "table4": _table4,
+    "table5": _table5,
+    "table6": _table6,
+    "figure2": _figure2,
+    "figure3": _figure3,
+}
+
+
+def _variant(built: Deployed) -> Variant:
+    return Variant(built.prefix, built.scheme, built.smoothing, built.scales)
+
+
+def _scheme(variant: Variant) -> QuantScheme:
+    return variant.scheme or PRECISIONS["w8a8"]
+
+
+def _document(cells: Cells, found: Parts, left_out: dict[str, str]) -> Study:
+    ws, spec = cells.ws, model_spec(cells.ws)
+    trace, prefix = cells.trace, cells.prefix
+    return Study.model_validate(
+        {
+            "schema": 1,
+            "tool": {"version": tool_version()},
+            "created": datetime.now(timezone.utc),
+            "model": {
+                "family": spec.family,
+                "parameters": spec.parameters,
+                "source": _without_folders(spec.source),
+                "layers": spec.num_layers,
+                "hidden_size": spec.hidden_size,
+                "heads": spec.num_heads,
+                "kv_heads": spec.num_kv_heads,
+                "vocab_size": spec.vocab_size,
+                "weights_digest": spec.weights_digest,
+            },
+            "recipe": _without_folders(ws.recipe.model_dump(mode="json")),
+            "calibration": ws.corpus(ws.recipe.calibration.data, "calibration").name,
+            "prefix": {
+                "token_ids": prefix.token_ids,
+                "tokens": trace.tokens if trace else (),
+                "tuned": ws.recipe.tuning.enabled and prefix.length > 0,
+            },
+            **found,
+            "left_out": left_out,
+            "cells": tuple(cells.done.values()),
+            "environment": {
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "cpu": platform.processor() or platform.machine(),
+                "versions": _versions(),
+            },
+        }
+    )
+
+
+def _without_folders(value: Any) -> Any:
+    """Return a recipe in which paths on this machine are file names alone: a study is made to be passed on."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return Path(value).resolve().name if isinstance(value, str) and value and Path(value).exists() else value
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,189 @@
+"""The rows of every table of a study as text: ours from study.json, the paper's beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cushion_deploy.report.wording import duration, percent, plural
+from cushion_deploy.study.document import BlockInput, Effort, LastBlock, Pair, Score, Step, Study, TaskPair
+from cushion_deploy.study.paper import PaperTable, paper_tables
+
+NOT_FINITE = "not finite"
+NONE = "—"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text.
+
+    Attributes:
+        caption: what it shows.
+        head: headings; the first column names the rows, the others hold numbers.
+        rows: as many cells each as there are headings.
+        strong: indices of rows that can be deployed, or are the point of the table.
+    """
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    strong: frozenset[int] = frozenset()
+
+
+def tables(study: Study, part: str) -> list[Table]:
+    """Return our tables of a part; empty where it was not run or is a figure."""
+    if part in ("table1", "table4"):
+        pairs: Sequence[Pair] | None = study.table1 if part == "table1" else study.table4
+        return [_pairs(study, pairs, text.name) for text in study.texts] if pairs is not None else []
+    if part in ("table3", "remedies"):
+        steps: Sequence[Step] | None = study.table3 if part == "table3" else study.remedies
+        return [_steps(study, steps, text.name) for text in study.texts] if steps is not None else []
+    if part == "table2" and study.table2 is not None:
+        return [_accuracy(study.table2), _tasks(study.table2)]
+    if part == "table5" and study.table5 is not None:
+        return [_last_block(study.table5)]
+    if part == "table6" and study.table6 is not None:
+        return [_effort(study.table6)]
+    return []
+
+
+def paper_table(part: str) -> Table | None:
+    """Return the paper's own table of that number; None where it has none."""
+    found = paper_tables().get(part)
+    return _printed(found, part) if found else None
+
+
+def on(scores: Iterable[Score], text: str) -> Score | None:
+    """Return the score on a text; None where there is none."""
+    return next((score for score in scores if score.text == text), None)
+
+
+def change(value: Score | None, base: Score | None) -> str:
+    """Return by how much a perplexity lies over another one, in percent."""
+    if value is None or base is None or value.perplexity is None or base.perplexity is None:
+        return NONE
+    return percent(value.perplexity / base.perplexity - 1)
+
+
+def perplexity(score: Score | None) -> str:
+    """Return a perplexity with two decimals."""
+    if score is None:
+        return NONE
+    return NOT_FINITE if score.perplexity is None else f"{score.perplexity:,.2f}"
+
+
+def divergence(score: Score | None) -> str:
+    """Return a divergence with four decimals."""
+    if score is None:
+        return NONE
+    return NOT_FINITE if score.divergence is None else f"{score.divergence:,.4f}"
+
+
+def mean_of(results: Sequence[float]) -> float:
+    """Return the plain mean."""
+    return sum(results) / len(results)
+
+
+def _pairs(study: Study, pairs: Sequence[Pair], text: str) -> Table:
+    fp, fp_prefix = on(study.fp, text), on(study.fp_prefix, text)
+    rows = [_pair_row("FP", fp, fp_prefix, None, None)]
+    rows += [_pair_row(p.label, on(p.without, text), on(p.with_prefix, text), fp, fp_prefix) for p in pairs]
+    head = ("scheme", "without", "over FP", "KL", "with prefix", "over FP + prefix", "over FP", "KL")
+    strong = frozenset(i for i, pair in enumerate(pairs, 1) if pair.deployable)
+    return Table(f"Perplexity on {text}, and KL from the original model in nats a token", head, tuple(rows), strong)
+
+
+def _pair_row(
+    label: str, without: Score | None, behind: Score | None, fp: Score | None, fp_prefix: Score | None
+) -> tuple[str, ...]:
+    if fp is None:  # the row of the float model itself
+        return (label, perplexity(without), "", divergence(without), perplexity(behind), "", change(behind, without),
+                divergence(behind))  # fmt: skip
+    return (label, perplexity(without), change(without, fp), divergence(without), perplexity(behind),
+            change(behind, fp_prefix), change(behind, fp), divergence(behind))  # fmt: skip
+
+
+def _steps(study: Study, steps: Sequence[Step], text: str) -> Table:
+    fp = on(study.fp, text)
+    rows = [("FP, no prefix", perplexity(fp), "", "", divergence(fp))]
+    for step in steps:
+        score, same = on(step.scores, text), on(step.fp, text)
+        rows.append((step.label, perplexity(score), change(score, fp), change(score, same), divergence(score)))
+    best = _best(steps, text)
+    head = ("static W8A8", "perplexity", "over FP", "over FP with the same prefix", "KL")
+    strong = frozenset() if best is None else frozenset({best + 1})
+    return Table(f"On {text}; KL from the original model in nats a token", head, tuple(rows), strong)
+
+
+def _best(steps: Sequence[Step], text: str) -> int | None:
+    found = [(score.perplexity, i) for i, step in enumerate(steps) if (score := on(step.scores, text))]
+    finite = [(value, i) for value, i in found if value is not None]
+    return min(finite)[1] if finite else None
+
+
+def _accuracy(pairs: Sequence[TaskPair]) -> Table:
+    rows = []
+    for pair in pairs:
+        without = 100 * mean_of([r.value for r in pair.without])
+        row = [pair.label, f"{without:.2f}", NONE, NONE]
+        if pair.with_prefix:
+            behind = 100 * mean_of([r.value for r in pair.with_prefix])
+            row[2:] = [f"{behind:.2f}", points(behind - without)]
+        rows.append(tuple(row))
+    tasks = plural(len(pairs[0].without), "task") if pairs else "no task"
+    head = ("scheme", "without", "with prefix", "change, points")
+    return Table(f"Average over {tasks}, %", head, tuple(rows), frozenset({len(rows) - 1}))
+
+
+def _tasks(pairs: Sequence[TaskPair]) -> Table:
+    first = pairs[0].without if pairs else ()
+    head = ("scheme", *(f"{r.task} ({r.metric}, n={r.n:,})" for r in first))
+    rows: list[tuple[str, ...]] = []
+    for pair in pairs:
+        rows.append((pair.label, *(f"{100 * r.value:.1f}" for r in pair.without)))
+        if pair.with_prefix:
+            rows.append((f"{pair.label}, with prefix", *(f"{100 * r.value:.1f}" for r in pair.with_prefix)))
+    return Table("Every task, %", head, tuple(rows))
+
+
+def points(difference: float) -> str:
+    """Return a difference of percentages with its sign."""
+    text = f"{abs(difference):.2f}"
+    sign = "" if float(text) == 0 else "−" if difference < 0 else "+"
+    return sign + text
+
+
+def _last_block(found: LastBlock) -> Table:
+    rows = [_block_row("without prefix", found.without)]
+    if found.with_prefix is not None:
+        rows.append(_block_row("with prefix", found.with_prefix))
+    caption = f"Mean over {plural(found.windows, 'window')} of {found.length} tokens"
+    return Table(caption, ("input of the last block", "top-1", "top 10 %", "median"), tuple(rows), frozenset({1}))
+
+
+def _block_row(label: str, found: BlockInput) -> tuple[str, ...]:
+    return label, f"{found.top1:,.2f}", f"{found.top10:,.2f}", f"{found.median:,.2f}"
+
+
+def _effort(found: Effort) -> Table:
+    rows: list[tuple[str, ...]] = []
+    if found.search_seconds is not None:
+        scored = f"{found.positions_scored:,} positions of {found.positions_full_scan:,} in a full scan"
+        rows.append(("greedy search", duration(found.search_seconds), scored))
+    if found.tuning_seconds is not None:
+        rows.append(("prefix tuning", duration(found.tuning_seconds), plural(found.tuning_steps, "optimizer step")))
+    both = (found.search_seconds or 0) + (found.tuning_seconds or 0)
+    if len(rows) == 2:
+        rows.append(("both", duration(both), ""))
+    return Table("Wall time on this machine", ("step", "time", "work"), tuple(rows))
+
+
+def _printed(table: PaperTable, part: str) -> Table:
+    rows: list[tuple[str, ...]] = []
+    for row in table.rows:
+        rows.append((row.name, *(f"{value:,.2f}" for value in row.without)))
+        if row.with_prefix:
+            label = "+ CushionCache" if part != "table5" else f"{row.name} + CushionCache"
+            rows.append((label, *(f"{value:,.2f}" for value in row.with_prefix)))
+    strong = frozenset(i for i, row in enumerate(rows) if "CushionCache" in row[0])
+    return Table(f"The paper's: {table.measure}", ("", *table.columns), tuple(rows), strong)

@@ -1,0 +1,66 @@
+"""`tune` writes three files that `export` takes, and says what it cannot tune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cushion_deploy.artifacts import read_prefix
+
+TUNING = [
+    "--set",
+    "tuning.windows=4",
+    "--set",
+    "tuning.held_out=2",
+    "--set",
+    "tuning.window=24",
+    "--set",
+    "tuning.judge_every=1",
+]
+
+
+def test_the_files_of_a_tuning_make_a_graph(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    done = cli("tune", *planted_bundle.options, *TUNING, "--output", tmp_path / "tuned", "--json")
+    assert done.code == 0, done.err
+    states = done.json["states"]
+    assert states[0]["step"] == 0
+    assert len(states) == 1 + done.json["steps"]
+    names = sorted(file.name for file in (tmp_path / "tuned").iterdir())
+    assert names == ["prefix.safetensors", "scales.json", "smoothing.safetensors"]
+    tuned = read_prefix(tmp_path / "tuned" / "prefix.safetensors")
+    plain = read_prefix(planted_bundle.bundle / "prefix.safetensors")
+    best = min(states, key=lambda s: s["held_out"])
+    assert np.array_equal(tuned.keys, plain.keys) is (best["step"] == 0)
+    files = ["--prefix", tmp_path / "tuned" / names[0], "--scales", tmp_path / "tuned" / names[1]]
+    wrong = cli("export", *planted_bundle.options, *files, "--output", tmp_path / "graph")
+    assert (wrong.code, "another smoothing" in wrong.err) == (2, True)
+    files += ["--smoothing", tmp_path / "tuned" / names[2]]
+    assert cli("export", *planted_bundle.options, *files, "--output", tmp_path / "graph").code == 0
+    assert (tmp_path / "graph" / "model.onnx").is_file()
+
+
+def test_a_model_without_sink_has_nothing_to_tune(
+    cli: Any, tiny_folder: Path, small: list[str], tmp_path: Path
+) -> None:
+    options = ["--model", tiny_folder, *small, *TUNING, "--work-dir", tmp_path / "w"]
+    done = cli("tune", *options, "--output", tmp_path / "tuned")
+    assert done.code == 2
+    assert "no prefix to tune" in done.err
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_smoothing_without_its_scales_is_refused(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    smoothing = planted_bundle.bundle / "smoothing.safetensors"
+    done = cli("export", *planted_bundle.options, "--smoothing", smoothing, "--output", tmp_path / "graph")
+    assert done.code == 2
+    assert "--smoothing without --scales" in done.err
+
+
+@pytest.mark.parametrize("flags", [["--smooth-alpha", "2"], ["--set", "tuning.epochs=0"]])
+def test_settings_out_of_range_are_refused(cli: Any, flags: list[str]) -> None:
+    done = cli("build", *flags, "--print-config")
+    assert done.code == 2
+    assert "expected a value" in done.err
