@@ -134,7 +134,7 @@ class Evaluation(Section):
         default=None, description="Text file or data set, not the calibration's; null is the default."
     )
     window: int = Field(default=512, ge=2, description="Tokens in one window.")
-    max_tokens: int = Field(default=8192, ge=2, description="Most tokens to score.")
+    max_tokens: int = Field(default=4096, ge=2, description="Most tokens to score.")
 
     @model_validator(mode="after")
     def _one_window(self) -> Evaluation:

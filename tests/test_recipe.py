@@ -56,7 +56,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "calibration": {"data": None, "estimator": "percentile", "percentile": 99.9995, "windows": 16, "window": 512},
     "export": {"quantize_head": False, "keep_float": [], "opset": None, "prefix": "baked"},
-    "evaluation": {"data": None, "window": 512, "max_tokens": 8192},
+    "evaluation": {"data": None, "window": 512, "max_tokens": 4096},
     "parity": {"data": None, "tokens": 256, "decode_tokens": 16},
     "tensorrt": {"max_batch": 1, "max_context": 2048},
 }
