@@ -11,7 +11,8 @@ from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.modeling.teacher import divergence
 from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import ActivationScales, IntArray, Prefix, QuantScheme, Site
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import ActivationScales, IntArray, Prefix, Site
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ product into the linears after it: the folded model computes the same function w
 
 from __future__ import annotations
 
+from cushion_deploy.errors import UsageError
 from cushion_deploy.families import Family
 from cushion_deploy.types import FloatArray, ModelSpec, Site, Smoothing, WeightSource, layer_site
 
@@ -24,12 +25,21 @@ class FoldedWeights:
     """The tensors of a model with the factors of a smoothing folded in, one at a time (a ``WeightSource``)."""
 
     def __init__(self, weights: WeightSource, family: Family, spec: ModelSpec, smoothing: Smoothing) -> None:
-        """Work out which tensor is divided along its first axis and which is multiplied along its last."""
+        """Work out which tensor is divided along its first axis and which is multiplied along its last.
+
+        Raises:
+            UsageError: the smoothing was measured on another model, or lacks a Site.
+        """
         self._weights = weights
         self._divide: dict[str, FloatArray] = {}
         self._multiply: dict[str, FloatArray] = {}
+        wanted = absorbers(family, spec)
+        if smoothing.model_digest != spec.weights_digest or set(smoothing.factors) != set(wanted):
+            raise UsageError(
+                "the smoothing was measured on another model", hint="run `cushion-deploy calibrate` for this model"
+            )
         names, linears = weights.names(), family.linears(spec, head=False)
-        for site, absorber in absorbers(family, spec).items():
+        for site, absorber in wanted.items():
             factor = smoothing.factors[site]
             self._divide |= {f"{absorber}.{t}": factor for t in ("weight", "bias") if f"{absorber}.{t}" in names}
             self._multiply |= {f"{path}.weight": factor for path in linears[site]}

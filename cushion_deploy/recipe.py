@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cushion_deploy.errors import UsageError, unknown_choice
-from cushion_deploy.types import PRECISIONS, Estimator, PrefixMode
+from cushion_deploy.schemes import PRECISIONS
+from cushion_deploy.types import Estimator, PrefixMode
 
 _LIMIT = 1 << 20
 _PRINT_CONFIG = "`cushion-deploy build --print-config` prints every setting with its meaning"

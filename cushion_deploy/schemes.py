@@ -1,4 +1,4 @@
-"""Names of quantization schemes: a grammar that composes them, and the settings of the paper's tables.
+"""Quantization schemes and their names: a grammar that composes them, and the settings of the paper's tables.
 
 A name is ``w<bits>a<bits>`` and words joined by hyphens: how activation scales are made (``static``, ``dynamic`` or
 ``per-token``), ``asym`` for asymmetric activations, ``g<size>`` for group-wise weights, ``smooth`` for SmoothQuant.
@@ -11,11 +11,105 @@ A name says how numbers are quantized. Where, is said beside it: the head, and S
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from cushion_deploy.errors import UsageError, unknown_choice
-from cushion_deploy.types import BITS, GRANULARITIES, GRANULARITY_WORDS, QuantScheme
+from cushion_deploy.types import BITS, HEAD_SITE, Site, digest_json
+
+Granularity = Literal["static", "dynamic", "per-token"]
+"""Of activation scales: per-tensor static, per-tensor dynamic, per-token dynamic."""
+GRANULARITIES: tuple[Granularity, ...] = ("static", "dynamic", "per-token")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How the inputs and weights of linears are quantized, and which of them.
+
+    The default is the deployable one: what TensorRT runs in INT8 (zero point 0 on both operands). Everything
+    else exists as fake-quantization alone.
+
+    Attributes:
+        name: of the numeric format in the grammar of :func:`parse_scheme`.
+        weight_bits, activation_bits: 8, 6 or 4; weights are symmetric always.
+        quantize_head: whether the output head is quantized.
+        activations: one constant scale a Site (static), one a window and forward pass (dynamic), one a token.
+        symmetric: activations with zero point 0; else a range from minimum to maximum, zero always in it.
+        weight_group: input features that share a weight scale, within one output channel (the last group may
+            be shorter); 0 for one scale an output channel.
+        smoothing: meant for a model that SmoothQuant is folded into.
+        float_sites: Sites whose input and weights stay in floating point.
+    """
+
+    name: str = "w8a8"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    quantize_head: bool = True
+    activations: Granularity = "static"
+    symmetric: bool = True
+    weight_group: int = 0
+    smoothing: bool = False
+    float_sites: tuple[Site, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
+            if bits not in BITS:
+                raise unknown_choice(f"number of {what} bits", str(bits), [str(b) for b in BITS])
+        if self.activations not in GRANULARITIES:
+            raise unknown_choice("granularity of activation scales", self.activations, list(GRANULARITIES))
+        if self.weight_group < 0:
+            raise UsageError(
+                f"weight group of {self.weight_group} input features",
+                hint="give a positive size, or 0 for one scale per output channel",
+            )
+
+    @property
+    def why_not_deployable(self) -> str:
+        """What the engines' INT8 kernels lack for this scheme, in words; empty for a deployable one."""
+        reasons = []
+        if (self.weight_bits, self.activation_bits) != (8, 8):
+            reasons.append(f"{self.weight_bits}-bit weights and {self.activation_bits}-bit activations are not INT8")
+        if self.activations != "static":
+            reasons.append(f"{GRANULARITY_WORDS[self.activations]} activation scales are not constants of a graph")
+        if not self.symmetric:
+            reasons.append("asymmetric activations have a zero point other than 0")
+        if self.weight_group:
+            reasons.append(f"weights have one scale per group of {self.weight_group}, not one per output channel")
+        return "; ".join(reasons)
+
+    @property
+    def deployable(self) -> bool:
+        """Whether it can be exported; what cannot is for evaluation alone."""
+        return not self.why_not_deployable
+
+    def of(self, sites: Mapping[Site, _T]) -> dict[Site, _T]:
+        """Return those of a model's Sites (the head among them) that are quantized.
+
+        Raises:
+            UsageError: one of ``float_sites`` is no Site of the model.
+        """
+        unknown = [site for site in self.float_sites if site not in sites]
+        if unknown:
+            raise unknown_choice("Site to keep in floating point", unknown[0], list(sites))
+        left_out = {*self.float_sites, *(() if self.quantize_head else (HEAD_SITE,))}
+        return {site: value for site, value in sites.items() if site not in left_out}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the scheme; the order of ``float_sites`` does not count."""
+        return digest_json({**asdict(self), "float_sites": sorted(self.float_sites)})
+
+
+GRANULARITY_WORDS: dict[Granularity, str] = {
+    "static": "per-tensor static",
+    "dynamic": "per-tensor dynamic",
+    "per-token": "per-token dynamic",
+}
+
+PRECISIONS: dict[str, QuantScheme] = {"w8a8": QuantScheme()}
+"""Deployable precisions by name, as ``--precision`` takes them."""
 
 PAPER_GROUP = 128
 """The paper says group-wise and no size; 128 is the field's usual one."""

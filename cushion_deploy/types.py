@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NewType, Protocol, TypeVar
+from typing import Any, Literal, NewType, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +27,11 @@ IntArray = npt.NDArray[np.int64]
 Dtype = Literal["float32", "float16"]
 Estimator = Literal["max", "percentile", "mse"]
 PrefixMode = Literal["baked", "none"]
-Granularity = Literal["static", "dynamic", "per-token"]
-"""Of activation scales: per-tensor static, per-tensor dynamic, per-token dynamic."""
 
 ESTIMATORS: tuple[Estimator, ...] = ("max", "percentile", "mse")
-GRANULARITIES: tuple[Granularity, ...] = ("static", "dynamic", "per-token")
 BITS = (8, 6, 4)
+"""Widths of codes."""
 HEAD_SITE = Site("head")
-_T = TypeVar("_T")
 
 
 def layer_site(layer: int, kind: str) -> Site:
@@ -122,94 +119,6 @@ class ModelSpec:
         d["rotary"] = RotaryScaling(**d["rotary"])
         d["eos_token_ids"] = tuple(d["eos_token_ids"])
         return cls(**d)
-
-
-@dataclass(frozen=True)
-class QuantScheme:
-    """How the inputs and weights of linears are quantized, and which of them.
-
-    The default is the deployable one: what TensorRT runs in INT8 (zero point 0 on both operands). Everything
-    else exists as fake-quantization alone; :mod:`cushion_deploy.schemes` names and parses it.
-
-    Attributes:
-        name: of the numeric format in the grammar of :func:`cushion_deploy.schemes.parse_scheme`.
-        weight_bits, activation_bits: 8, 6 or 4; weights are symmetric always.
-        quantize_head: whether the output head is quantized.
-        activations: one constant scale a Site (static), one a window and forward pass (dynamic), one a token.
-        symmetric: activations with zero point 0; else a range from minimum to maximum, zero always in it.
-        weight_group: input features that share a weight scale, within one output channel (the last group may
-            be shorter); 0 for one scale an output channel.
-        smoothing: meant for a model that SmoothQuant is folded into.
-        float_sites: Sites whose input and weights stay in floating point.
-    """
-
-    name: str = "w8a8"
-    weight_bits: int = 8
-    activation_bits: int = 8
-    quantize_head: bool = True
-    activations: Granularity = "static"
-    symmetric: bool = True
-    weight_group: int = 0
-    smoothing: bool = False
-    float_sites: tuple[Site, ...] = ()
-
-    def __post_init__(self) -> None:
-        for what, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
-            if bits not in BITS:
-                raise unknown_choice(f"number of {what} bits", str(bits), [str(b) for b in BITS])
-        if self.activations not in GRANULARITIES:
-            raise unknown_choice("granularity of activation scales", self.activations, list(GRANULARITIES))
-        if self.weight_group < 0:
-            raise UsageError(
-                f"weight group of {self.weight_group} input features",
-                hint="give a positive size, or 0 for one scale per output channel",
-            )
-
-    @property
-    def why_not_deployable(self) -> str:
-        """What the engines' INT8 kernels lack for this scheme, in words; empty for a deployable one."""
-        reasons = []
-        if (self.weight_bits, self.activation_bits) != (8, 8):
-            reasons.append(f"{self.weight_bits}-bit weights and {self.activation_bits}-bit activations are not INT8")
-        if self.activations != "static":
-            reasons.append(f"{GRANULARITY_WORDS[self.activations]} activation scales are not constants of a graph")
-        if not self.symmetric:
-            reasons.append("asymmetric activations have a zero point other than 0")
-        if self.weight_group:
-            reasons.append(f"weights have one scale per group of {self.weight_group}, not one per output channel")
-        return "; ".join(reasons)
-
-    @property
-    def deployable(self) -> bool:
-        """Whether it can be exported; what cannot is for evaluation alone."""
-        return not self.why_not_deployable
-
-    def of(self, sites: Mapping[Site, _T]) -> dict[Site, _T]:
-        """Return those of a model's Sites (the head among them) that are quantized.
-
-        Raises:
-            UsageError: one of ``float_sites`` is no Site of the model.
-        """
-        unknown = [site for site in self.float_sites if site not in sites]
-        if unknown:
-            raise unknown_choice("Site to keep in floating point", unknown[0], list(sites))
-        left_out = {*self.float_sites, *(() if self.quantize_head else (HEAD_SITE,))}
-        return {site: value for site, value in sites.items() if site not in left_out}
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the scheme; the order of ``float_sites`` does not count."""
-        return digest_json({**asdict(self), "float_sites": sorted(self.float_sites)})
-
-
-GRANULARITY_WORDS: dict[Granularity, str] = {
-    "static": "per-tensor static",
-    "dynamic": "per-tensor dynamic",
-    "per-token": "per-token dynamic",
-}
-
-PRECISIONS: dict[str, QuantScheme] = {"w8a8": QuantScheme()}
-"""Deployable precisions by name, as ``--precision`` takes them."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rules import check_graph
 from cushion_deploy.families import get_family
 from cushion_deploy.folding import FoldedWeights
+from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import hash_file
 from cushion_deploy.types import (
     ActivationScales,
@@ -21,7 +22,6 @@ from cushion_deploy.types import (
     GraphContract,
     ModelSpec,
     Prefix,
-    QuantScheme,
     Site,
     Smoothing,
     WeightSource,

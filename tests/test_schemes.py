@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.schemes import PRESETS, canonical_name, describe, parse_scheme
-from cushion_deploy.types import PRECISIONS, QuantScheme, Site
+from cushion_deploy.schemes import PRECISIONS, PRESETS, QuantScheme, canonical_name, describe, parse_scheme
+from cushion_deploy.types import Site
 
 FIELDS = st.fixed_dictionaries(
     {

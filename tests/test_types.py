@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.types import (
     ActivationScales,
     EngineArtifact,
@@ -22,7 +23,6 @@ from cushion_deploy.types import (
     ParityCheck,
     ParityReport,
     Prefix,
-    QuantScheme,
     RotaryScaling,
     Site,
     digest_arrays,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import WORK_DIR, make_workspace
+from cushion_deploy.cli.options import WORK_DIR, make_workspace, names, scored_text
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.recipe import Recipe
@@ -85,13 +85,13 @@ def command(
         settings = (Recipe.load(recipe) if recipe else Recipe()).merged({"model": target})
     else:
         settings = Recipe.from_bundle(bundle.manifest.recipe).merged({"model": model} if model else {})
-    settings = settings.merged(_evaluation(settings, window, max_tokens))
-    chosen = choose_columns(_names([columns] if columns else []), bundle)
-    names = _names(tasks)
-    if (limit is not None or task_data is not None) and not names:
+    settings = settings.merged(scored_text(settings, window, max_tokens))
+    chosen = choose_columns(names([columns] if columns else []), bundle)
+    wanted = names(tasks)
+    if (limit is not None or task_data is not None) and not wanted:
         raise UsageError("--limit and --task-data say how tasks run, but no task was given", hint="add --tasks")
-    suite = TaskSuite(names, task_data) if names else None
-    texts: Sequence[str | None] = data or ([] if names else [settings.evaluation.data])
+    suite = TaskSuite(wanted, task_data) if wanted else None
+    texts: Sequence[str | None] = data or ([] if wanted else [settings.evaluation.data])
     with progress(quiet) as report_progress:
         ws = make_workspace(settings, work_dir, report_progress)
         found = evaluate_columns(ws, bundle, chosen, texts=texts, suite=suite, limit=limit, threads=threads)
@@ -144,21 +144,6 @@ def _open(target: str, model: str | None, recipe: Path | None) -> Bundle | None:
             f"--model was given, but {target} is no bundle", hint="give the bundle, or the model as the only argument"
         )
     return None
-
-
-def _evaluation(recipe: Recipe, window: int | None, max_tokens: int | None) -> dict[str, object]:
-    """Return the settings that the flags override; one window at least is scored where only its length is given."""
-    given: dict[str, object] = {}
-    if window is not None:
-        given["evaluation.window"] = window
-        given["evaluation.max_tokens"] = max(window, recipe.evaluation.max_tokens)
-    if max_tokens is not None:
-        given["evaluation.max_tokens"] = max_tokens
-    return given
-
-
-def _names(values: Sequence[str]) -> list[str]:
-    return [name.strip() for value in values for name in value.split(",") if name.strip()]
 
 
 def _cell(value: float, stderr: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +13,9 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.progress import Progress
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.schemes import PRECISIONS
 from cushion_deploy.store import StageStore
-from cushion_deploy.types import ESTIMATORS, PRECISIONS
+from cushion_deploy.types import ESTIMATORS
 
 F = TypeVar("F", bound=Callable[..., Any])
 WORK_DIR = Path(".cushion-work")
@@ -127,3 +128,19 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
 def make_workspace(recipe: Recipe, work_dir: Path, progress: Progress) -> Workspace:
     """Return the workspace of one run."""
     return Workspace(recipe, StageStore(work_dir), progress)
+
+
+def scored_text(recipe: Recipe, window: int | None, max_tokens: int | None) -> dict[str, object]:
+    """Return the settings that --window and --max-tokens override; one window at least is scored."""
+    given: dict[str, object] = {}
+    if window is not None:
+        given["evaluation.window"] = window
+        given["evaluation.max_tokens"] = max(window, recipe.evaluation.max_tokens)
+    if max_tokens is not None:
+        given["evaluation.max_tokens"] = max_tokens
+    return given
+
+
+def names(values: Sequence[str]) -> list[str]:
+    """Return the names in repeated options that may hold several, commas between them."""
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]

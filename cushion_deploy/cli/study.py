@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.options import make_recipe, make_workspace, names, recipe_options, scored_text
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import UsageError, require_modules
-from cushion_deploy.recipe import Recipe
 
 
 @click.command("study")
@@ -58,9 +56,9 @@ def command(
 
     texts = values.pop("eval_data")
     recipe = make_recipe({**values, "eval_data": texts[0] if texts else None})
-    recipe = recipe.merged(_evaluation(recipe, window, max_tokens))
+    recipe = recipe.merged(scored_text(recipe, window, max_tokens))
     require_new_folder(output)
-    chosen = _names(only)
+    chosen = names(only)
     unknown = [name for name in chosen if name not in PARTS]
     if unknown:
         raise UsageError(f"unknown part '{unknown[0]}'", hint=f"choose from: {', '.join(PARTS)}")
@@ -75,7 +73,7 @@ def command(
     from cushion_deploy.study.zeroshot import find_tasks
 
     parts = choose_parts(chosen)
-    found = find_tasks(_names(tasks), task_data, limit) if "table2" in parts else ""
+    found = find_tasks(names(tasks), task_data, limit) if "table2" in parts else ""
     with progress(values["quiet"]) as report_progress:
         ws = make_workspace(recipe, values["work_dir"], report_progress)
         with ws.store.lock():
@@ -100,21 +98,6 @@ def _summary(study: Any) -> list[str]:
         if getattr(study, part) is not None or part in study.left_out:
             lines += ["", title, *(f"  {one_line(sentence)}" for sentence in sentences(study, part))]
     return lines
-
-
-def _evaluation(recipe: Recipe, window: int | None, max_tokens: int | None) -> dict[str, object]:
-    """Return the settings that the flags override; one window at least is scored where only its length is given."""
-    given: dict[str, object] = {}
-    if window is not None:
-        given["evaluation.window"] = window
-        given["evaluation.max_tokens"] = max(window, recipe.evaluation.max_tokens)
-    if max_tokens is not None:
-        given["evaluation.max_tokens"] = max_tokens
-    return given
-
-
-def _names(values: Sequence[str]) -> list[str]:
-    return [name.strip() for value in values for name in value.split(",") if name.strip()]
 
 
 def _study_options(params: list[click.Parameter]) -> list[click.Parameter]:

@@ -57,5 +57,5 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
         return
     for state in trace.states:
         kept = " (kept)" if state.step == trace.best.step else ""
-        click.echo(f"step {state.step:>4}: {trace.loss} on held-out text {state.held_out:.4f} nats a token{kept}")
+        click.echo(f"step {state.step:>4}: {trace.loss} on held-out text {state.words} nats a token{kept}")
     click.echo(f"written: {output}")

@@ -74,11 +74,6 @@ def score_text(nll: TokenNll, windows: IntArray, progress: Progress = silent, ta
     return TextScore(np.concatenate(rows))
 
 
-def perplexity(nll: TokenNll, windows: IntArray, progress: Progress = silent, task: str = "perplexity") -> float:
-    """Return exp of the mean negative log likelihood over all windows; the first token of each is context only."""
-    return score_text(nll, windows, progress, task).perplexity
-
-
 def nll_of_logits(logits: FloatArray, ids: IntArray) -> FloatArray:
     """Return the token losses ``[batch, n-1]`` of logits ``[batch, n, vocab]`` over ids ``[batch, n]``."""
     scores = logits[:, :-1].astype(np.float64)

@@ -13,7 +13,8 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.fakequant import dequantize, levels, qmax, quantize_weight, spread
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import replaced
-from cushion_deploy.types import ActivationScales, QuantScheme, Site
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import ActivationScales, Site
 
 Grid = tuple[Tensor, Tensor | None]
 """Scale and, for asymmetric codes, zero point (a whole number); both float32, both broadcast against the input."""

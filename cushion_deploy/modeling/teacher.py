@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import IntArray, Prefix
+from cushion_deploy.types import FloatArray, IntArray, Prefix
 
-FloatArray64 = npt.NDArray[np.float64]
+PIECE = 32
+"""Tokens whose probabilities are worked on at once: few enough to stay in the processor's cache."""
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Teacher:
     def log_probabilities(self, ids: IntArray) -> Tensor:
         """Return log probabilities ``[batch, length - 1, vocab]`` of tokens 1.. of remembered windows ``ids``."""
         hidden = torch.stack([self.hidden[row.tobytes()] for row in ids])[:, :-1]
-        return torch.log_softmax(nn.functional.linear(hidden, self.head).float(), -1)
+        return self._of_hidden(hidden)
 
     @torch.inference_mode()
     def compare(
@@ -61,31 +60,32 @@ class Teacher:
         past = prefix_tensors(prefix)
         losses, apart = [], []
         for done, row in enumerate(windows, 1):
-            ids = torch.from_numpy(row[None])
-            student = torch.log_softmax(run(model, ids, past).logits[:, :-1].float(), -1)
-            losses.append(-student.gather(-1, ids[:, 1:, None])[0, :, 0].double())
-            apart.append(divergence(student, self.log_probabilities(row[None]))[0].double())
+            logits = run(model, torch.from_numpy(row[None]), past).logits[0, :-1].float()
+            hidden, targets = self.hidden[row.tobytes()][:-1], torch.from_numpy(row[1:, None])
+            # In pieces, because passes over all logits of a window would take longer than the model.
+            for piece in range(0, len(targets), PIECE):
+                part = slice(piece, piece + PIECE)
+                student = torch.log_softmax(logits[part], -1)
+                losses.append(-student.gather(-1, targets[part])[:, 0])
+                apart.append(divergence(student, self._of_hidden(hidden[part])))
             progress(task, done, len(windows))
         return Fidelity(torch.cat(losses).numpy(), torch.cat(apart).numpy())
+
+    def _of_hidden(self, hidden: Tensor) -> Tensor:
+        return torch.log_softmax(nn.functional.linear(hidden, self.head).float(), -1)
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How a model does on text: token losses (nats), and divergence from the original model, float64 ``[tokens]``."""
+    """Token losses, and KL divergences from the original model, of a model on text: float32 ``[tokens]``, in nats."""
 
-    losses: FloatArray64
-    divergences: FloatArray64
-
-    @property
-    def perplexity(self) -> float:
-        """Return exp of the mean loss."""
-        mean = float(self.losses.mean())
-        return math.exp(mean) if mean < 700 else math.inf
+    losses: FloatArray
+    divergences: FloatArray
 
     @property
     def divergence(self) -> float:
-        """Return the mean KL divergence from the original model, nats a token."""
-        return float(self.divergences.mean())
+        """Return the mean divergence."""
+        return float(self.divergences.mean(dtype=np.float64))
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:

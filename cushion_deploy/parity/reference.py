@@ -17,7 +17,8 @@ from cushion_deploy.parity.ladder import GREEDY_TOKENS, TorchReference
 from cushion_deploy.parity.segments import SiteCodes
 from cushion_deploy.parity.written import LinearWeights
 from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import ActivationScales, FloatArray, IntArray, Prefix, QuantScheme, Site
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import ActivationScales, FloatArray, IntArray, Prefix, Site
 
 PROMPT_TOKENS = 32
 
@@ -69,7 +70,7 @@ def float_inputs(model: LoadedModel, prefix: Prefix, ids: IntArray) -> SiteInput
     return {site: found[site] for site in model.sites}
 
 
-def quantized_weights(model: LoadedModel, scheme: QuantScheme) -> Iterator[LinearWeights]:
+def linear_codes(model: LoadedModel, scheme: QuantScheme) -> Iterator[LinearWeights]:
     """Yield Site, codes and scales of every linear as fake-quant computes with them, one linear at a time."""
     for site, linears in quantized_sites(model, scheme).items():
         for i, linear in enumerate(linears):

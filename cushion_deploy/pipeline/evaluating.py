@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, SMOOTHING_FILE, read_prefix, read_scales, read_smoothing
+from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, read_prefix, read_scales
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.evaluate.agreement import Agreement, tasks_agree, texts_agree
 from cushion_deploy.evaluate.encoding import Encoding
@@ -23,9 +23,6 @@ from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.session import OnnxRuntimeSession
 from cushion_deploy.types import Prefix
-
-if TYPE_CHECKING:
-    from cushion_deploy.pipeline.prepare import Deployed
 
 COLUMNS = {
     "fp": "FP",
@@ -180,24 +177,6 @@ def require_model_of(ws: Workspace, bundle: Bundle) -> None:
         )
 
 
-def deployed_of(ws: Workspace, bundle: Bundle) -> Deployed:
-    """Return what was deployed, as the files of a bundle say."""
-    from cushion_deploy.pipeline.prepare import Deployed
-
-    scales, file = read_scales(bundle.path / SCALES_FILE), bundle.path / SMOOTHING_FILE
-    smoothing = read_smoothing(file) if file.is_file() else None
-    if scales.smoothing_digest != (smoothing.digest if smoothing else ""):
-        raise UsageError(
-            f"the scales of {bundle.path} were calibrated under a smoothing that the bundle does not hold",
-            hint="build the bundle again with this version of cushion-deploy",
-        )
-    # The graph lists the Sites that it quantizes; the rest was kept in floating point.
-    quantized = ws.scheme.of(ws.model.sites)
-    floating = tuple(site for site in quantized if site not in bundle.graph.sites)
-    scheme = replace(ws.scheme, float_sites=floating)
-    return Deployed(read_prefix(bundle.path / PREFIX_FILE), smoothing, scheme, scales, {})
-
-
 @contextmanager
 def _column(
     ws: Workspace, bundle: Bundle | None, column: str, threads: int | None
@@ -208,7 +187,7 @@ def _column(
         yield Scorer(session), Encoding.of_bundle(bundle)
         return
     from cushion_deploy.modeling.simulate import simulated
-    from cushion_deploy.pipeline.prepare import prepare
+    from cushion_deploy.pipeline.prepare import prepare, read_deployed
     from cushion_deploy.pipeline.torch_session import TorchSession
 
     empty = Prefix.empty(ws.model.spec)
@@ -219,7 +198,7 @@ def _column(
         return
     if bundle is None:
         raise UsageError(f"a model that is not built yet has no column '{column}'", hint="build it first")
-    built = deployed_of(ws, bundle)
+    built = read_deployed(ws, bundle.path, bundle.graph)
     # 'quantized' is the same recipe without a prefix: smoothed and calibrated for that.
     used = built if column == "quantized-prefix" or not built.prefix.length else prepare(ws, empty)
     model = ws.folded(used.smoothing)

@@ -5,27 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cushion_deploy.artifacts import (
-    PREFIX_FILE,
-    SCALES_FILE,
-    SMOOTHING_FILE,
-    read_prefix,
-    read_scales,
-    read_smoothing,
-)
 from cushion_deploy.engines.base import Engine
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
-from cushion_deploy.pipeline.prepare import Deployed
+from cushion_deploy.pipeline.prepare import Deployed, read_deployed
 from cushion_deploy.pipeline.stages import evaluation_windows, export, export_deployed
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.store import require_space
-from cushion_deploy.types import HEAD_SITE, EngineArtifact, ExportedGraph, ParityCheck, ParityReport, Site
+from cushion_deploy.types import EngineArtifact, ExportedGraph, ParityCheck, ParityReport, Site
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,7 @@ def _climb(
         segment_decode_rung,
         segment_rung,
     )
-    from cushion_deploy.parity.reference import float_inputs, quantized_weights, torch_reference
+    from cushion_deploy.parity.reference import float_inputs, linear_codes, torch_reference
     from cushion_deploy.parity.segments import SegmentRun
     from cushion_deploy.parity.written import scale_rung, weight_rung
     from cushion_deploy.runtime.session import OnnxRuntimeSession
@@ -111,7 +103,7 @@ def _climb(
     for name, written in (("graph", graph), ("float16 graph", half)):
         if written:
             checks += scale_rung(f"scales in the {name} against scales.json", written, scales)
-            weights = quantized_weights(model, scheme)
+            weights = linear_codes(model, scheme)
             checks += weight_rung(f"weights in the {name} against fake-quant", written, weights)
     require_space(folder, 4 * model.spec.parameters)
     twin = export_deployed(ws, deployed, folder, dtype="float32", name="float", quantized=False, opset=graph.opset)
@@ -195,12 +187,3 @@ def check_bundle(ws: Workspace, bundle: Path, graph: ExportedGraph, *, reuse: bo
     with ws.store.lock():
         half = _half_behind(ws, deployed, bundle)
         return check_parity(ws, deployed, graph, half, reuse=reuse).report
-
-
-def read_deployed(ws: Workspace, bundle: Path, graph: ExportedGraph) -> Deployed:
-    """Return what a bundle deploys, from its files; a Site that has a scale but no Q node was kept in float."""
-    scales = read_scales(bundle / SCALES_FILE)
-    smoothing = read_smoothing(bundle / SMOOTHING_FILE) if scales.smoothing_digest else None
-    kept = [s for s in scales.scales if s not in graph.sites and (s != HEAD_SITE or ws.scheme.quantize_head)]
-    scheme = replace(ws.scheme, float_sites=tuple(kept))
-    return Deployed(read_prefix(bundle / PREFIX_FILE), smoothing, scheme, scales, {})

@@ -20,12 +20,13 @@ from cushion_deploy.artifacts import (
     write_scales,
     write_smoothing,
 )
-from cushion_deploy.errors import UsageError
+from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import TuningTrace
-from cushion_deploy.types import ActivationScales, IntArray, Prefix, QuantScheme, Site, Smoothing
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import HEAD_SITE, ActivationScales, ExportedGraph, IntArray, Prefix, Site, Smoothing
 
 SENSITIVITY_WINDOWS = (2, 256)
 """Windows of text, and tokens in each, that Sites are compared on."""
@@ -76,6 +77,25 @@ def prepare(ws: Workspace, prefix: Prefix, *, tuned: bool = True) -> Deployed:
         scales, amax = calibrate(ws, deployed.prefix, smoothing)
         deployed = replace(deployed, scales=scales, amax=amax)
     return deployed
+
+
+def read_deployed(ws: Workspace, bundle: Path, graph: ExportedGraph) -> Deployed:
+    """Return what a bundle deploys, from its files; a Site that has a scale but no Q node was kept in float.
+
+    Raises:
+        UsageError: a file is missing.
+        UntrustedArtifact: a file is damaged, or the smoothing is another than the scales were calibrated under.
+    """
+    scales = read_scales(bundle / SCALES_FILE)
+    smoothing = read_smoothing(bundle / SMOOTHING_FILE) if scales.smoothing_digest else None
+    if smoothing and smoothing.digest != scales.smoothing_digest:
+        raise UntrustedArtifact(
+            f"the scales in {bundle} were calibrated under another smoothing than lies beside them",
+            hint="build the bundle again",
+        )
+    kept = [s for s in scales.scales if s not in graph.sites and (s != HEAD_SITE or ws.scheme.quantize_head)]
+    scheme = replace(ws.scheme, float_sites=tuple(kept))
+    return Deployed(read_prefix(bundle / PREFIX_FILE), smoothing, scheme, scales, {})
 
 
 def smooth(ws: Workspace, prefix: Prefix) -> Smoothing | None:
@@ -155,7 +175,7 @@ def site_costs(ws: Workspace, deployed: Deployed) -> dict[Site, float]:
         from cushion_deploy.calib.sensitivity import site_costs as measure
 
         count, window = SENSITIVITY_WINDOWS
-        windows = text_windows(ws, count, window)
+        windows = text_windows(ws, count, min(window, ws.model.spec.max_positions - deployed.prefix.length))
         model = ws.folded(deployed.smoothing)
         found = measure(model, deployed.prefix, deployed.scheme, scales, windows, ws.progress)
         write_json(out / "costs.json", found)

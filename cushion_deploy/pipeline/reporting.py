@@ -7,13 +7,12 @@ import platform
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from typing import Any
 
 from cushion_deploy.families import get_family
 from cushion_deploy.pipeline.parity import ParityResult
 from cushion_deploy.pipeline.prepare import Deployed
-from cushion_deploy.pipeline.workspace import StageTime, Workspace
+from cushion_deploy.pipeline.workspace import StageTime, Workspace, installed_versions
 from cushion_deploy.prefix.trace import SearchTrace, TuningTrace
 from cushion_deploy.report import Report
 from cushion_deploy.store.manifest import tool_version
@@ -82,7 +81,7 @@ def assemble_report(
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cpu": _cpu(),
-            "versions": _versions(),
+            "versions": installed_versions(PACKAGES),
             "peak_rss_bytes": _peak_rss(),
         },
     }
@@ -96,6 +95,7 @@ def _tuning(trace: TuningTrace) -> dict[str, Any]:
         "steps": trace.steps,
         "seconds": trace.seconds,
         "kept_step": trace.best.step,
+        "skipped": trace.skipped,
         "states": [vars(state) for state in trace.states],
     }
 
@@ -153,16 +153,6 @@ def _engine(artifact: EngineArtifact) -> dict[str, Any]:
         "note": str(artifact.details.get("not_run", "")).removeprefix("not run: "),
         "details": artifact.details,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _cpu() -> str:

@@ -74,6 +74,7 @@ def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
     }
 
     def make(out: Path) -> None:
+        from cushion_deploy.evaluate.perplexity import TextScore
         from cushion_deploy.modeling.magnitudes import layer_magnitudes
         from cushion_deploy.modeling.simulate import simulated
         from cushion_deploy.modeling.teacher import Fidelity, Teacher
@@ -99,8 +100,8 @@ def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
             "with": layer_magnitudes(ws.model, prefix, windows[:1]),
         }
         scored = int(windows.shape[0] * (windows.shape[1] - 1))
-        finite = {n: f.perplexity if np.isfinite(f.perplexity) else None for n, f in columns.items()}
-        apart = {n: f.divergence if np.isfinite(f.divergence) else None for n, f in columns.items()}
+        finite = {name: _finite(TextScore(f.losses).perplexity) for name, f in columns.items()}
+        apart = {name: _finite(f.divergence) for name, f in columns.items()}
         result = {"corpus": corpus.name, "window": config.window, "tokens": scored, **finite, "divergence": apart}
         write_json(out / "evaluation.json", {"perplexity": result, "magnitudes": magnitudes})
 
@@ -177,3 +178,7 @@ def model_spec(ws: Workspace) -> ModelSpec:
 def no_prefix(prefix: Prefix) -> Prefix:
     """Return the empty prefix of the same model."""
     return Prefix((), prefix.keys[:, :, :0], prefix.values[:, :, :0], prefix.model_digest)
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -19,8 +19,9 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.source import ModelSource, resolve_source
 from cushion_deploy.progress import Progress, silent
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.schemes import PRECISIONS, QuantScheme
 from cushion_deploy.store import StageStore, hash_file, require_space
-from cushion_deploy.types import PRECISIONS, QuantScheme, Smoothing, digest_json
+from cushion_deploy.types import Smoothing, digest_json
 
 if TYPE_CHECKING:
     from cushion_deploy.calib.corpora import Corpus, Part
@@ -39,8 +40,14 @@ def computed_by() -> dict[str, str]:
     sources = (Path(top) / name for top, _, names in os.walk(PACKAGE, followlinks=True) for name in names)
     for file in sorted(path for path in sources if path.suffix == ".py"):
         h.update(f"{file.relative_to(PACKAGE)}:{hash_file(file)};".encode())
-    found = {"source": h.hexdigest(), "machine": platform.machine(), "cpu": cpu_flags()}
-    for name in LIBRARIES:
+    machine = {"source": h.hexdigest(), "machine": platform.machine(), "cpu": cpu_flags()}
+    return {**machine, **installed_versions(LIBRARIES)}
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those distributions that are installed."""
+    found = {}
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -123,6 +130,11 @@ class Workspace:
             self._folded = (smoothing.digest, fold(self.model, smoothing))
         return self._folded[1]
 
+    def altered(self, settings: Mapping[str, Any]) -> Workspace:
+        """Return a run with some settings of the recipe replaced that shares all else with this one."""
+        recipe = self.recipe.merged(settings)
+        return _Altered(recipe, self.store, self.progress, self.times, None, self._corpora, origin=self)
+
     @property
     def scheme(self) -> QuantScheme:
         """What is quantized."""
@@ -201,3 +213,21 @@ class Workspace:
 
         folder = self.stage("sample", self._sample_parents(), make)
         return (folder / "text.txt").read_text(encoding="utf-8")
+
+
+@dataclass
+class _Altered(Workspace):
+    """A run whose model, folded model and texts are those of the run it comes from."""
+
+    origin: Workspace = field(kw_only=True)
+
+    @cached_property
+    def source(self) -> ModelSource:
+        return self.origin.source
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        return self.origin.model
+
+    def folded(self, smoothing: Smoothing | None) -> LoadedModel:
+        return self.origin.folded(smoothing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -91,30 +92,52 @@ class TuningState:
 
     Attributes:
         step: optimizer steps done; 0 is the untuned prefix.
-        held_out: L_pred (nats a token) of the quantized model on held-out text.
-        prediction, error: both parts of the loss in that step, ``error`` over its untuned value; None at the start.
+        held_out: L_pred (nats a token) of the quantized model on held-out text; None where it was not finite.
+        prediction, error: both parts of the loss in that step, ``error`` over its untuned value; None at the start,
+            and where they were not finite.
     """
 
     step: int
-    held_out: float
+    held_out: float | None
     prediction: float | None
     error: float | None
+
+    @classmethod
+    def after(cls, step: int, held_out: float, prediction: float, error: float) -> TuningState:
+        """Return the state after ``step`` steps; what is not finite becomes None."""
+        found = (value if math.isfinite(value) else None for value in (held_out, prediction, error))
+        return cls(step, *found)
+
+    @property
+    def words(self) -> str:
+        """The held-out loss as words."""
+        return "not finite" if self.held_out is None else f"{self.held_out:.4f}"
 
 
 @dataclass
 class TuningTrace:
-    """The whole tuning: its loss, whether scales were trained too, optimizer steps, wall time, states in order."""
+    """The whole tuning.
+
+    Attributes:
+        loss: ``distill`` or ``ce``.
+        scales_tuned: whether scales were trained too.
+        steps: optimizer steps.
+        states: looks at the held-out text, in order.
+        seconds: wall time.
+        skipped: steps that changed nothing because a gradient was not finite.
+    """
 
     loss: str
     scales_tuned: bool
     steps: int
     states: list[TuningState] = field(default_factory=list)
     seconds: float = 0.0
+    skipped: int = 0
 
     @property
     def best(self) -> TuningState:
         """The first state with the lowest held-out loss; it is what was kept."""
-        return min(self.states, key=lambda s: s.held_out)
+        return min(self.states, key=lambda s: math.inf if s.held_out is None else s.held_out)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""

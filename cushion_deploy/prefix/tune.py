@@ -36,8 +36,9 @@ from cushion_deploy.modeling.teacher import Teacher, divergence
 from cushion_deploy.prefix.trace import TuningState, TuningTrace
 from cushion_deploy.progress import Progress, silent
 from cushion_deploy.recipe import Tuning
+from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import replace_file
-from cushion_deploy.types import ActivationScales, IntArray, Prefix, QuantScheme, Site
+from cushion_deploy.types import ActivationScales, IntArray, Prefix, Site
 
 CHECKPOINT_SECONDS = 60
 """Wall time between two checkpoints of a tuning that a kill may interrupt."""
@@ -125,33 +126,34 @@ class PrefixTuning:
             resumed = self._resume(trace)
             if resumed is None:
                 held_out, self._error_unit = self._judge()
-                trace.states.append(TuningState(0, held_out, None, None))
+                trace.states.append(TuningState.after(0, held_out, math.nan, math.nan))
             else:
                 best, first = resumed
             saved = begin = time.monotonic()
             earlier = trace.seconds
             for step in range(first, self.steps):
-                prediction, error = self._step(step)
+                prediction, error, stepped = self._step(step)
+                trace.skipped += not stepped
                 done = step + 1
                 if done % self.config.judge_every == 0 or done == self.steps:
                     held_out, _ = self._judge()
-                    if math.isfinite(held_out) and held_out < trace.best.held_out:
+                    trace.states.append(TuningState.after(done, held_out, prediction, error))
+                    if trace.best is trace.states[-1]:
                         best = self._snapshot()
-                    trace.states.append(TuningState(done, held_out, prediction, error))
                 trace.seconds = earlier + time.monotonic() - begin
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save(trace, best, done)
                     saved = time.monotonic()
                 self.progress(
                     f"tuning the prefix: {self.config.loss} {prediction:.4f}, error {error:.3f}, "
-                    f"held-out {trace.states[-1].held_out:.4f} (untuned {trace.states[0].held_out:.4f})",
+                    f"held-out {trace.states[-1].words} (untuned {trace.states[0].words})",
                     done,
                     self.steps,
                 )
         return *self._result(best), trace
 
-    def _step(self, step: int) -> tuple[float, float]:
-        """Take one optimizer step; return both parts of the loss, averaged over its tokens."""
+    def _step(self, step: int) -> tuple[float, float, bool]:
+        """Take one optimizer step; return both parts of the loss over its tokens, and whether anything changed."""
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * self._schedule(step)
         rows = self._rows(step)
@@ -166,10 +168,10 @@ class PrefixTuning:
             prediction += share * float(loss.detach())
             error += share * float(quantization.detach()) / self._error_unit
         trained = [p for p in self.parameters.values() if p.requires_grad]
-        norm = nn.utils.clip_grad_norm_(trained, self.config.clip)
-        if torch.isfinite(norm):
+        finite = bool(torch.isfinite(nn.utils.clip_grad_norm_(trained, self.config.clip)))
+        if finite:
             self.optimizer.step()
-        return prediction, error
+        return prediction, error, finite
 
     def losses(self, ids: IntArray) -> tuple[Tensor, Tensor]:
         """Return L_pred (nats a token) and L_q (Eq. 6, mean over text tokens) of ids ``[batch, length]``.
@@ -276,7 +278,7 @@ class PrefixTuning:
                 if moments:
                     self.optimizer.state[parameter] = moments
         restored = TuningTrace.from_json(facts["trace"])
-        trace.states, trace.seconds = restored.states, restored.seconds
+        trace.states, trace.seconds, trace.skipped = restored.states, restored.seconds, restored.skipped
         self._error_unit = float(facts["unit"])
         return {name: tensors[f"best.{name}"] for name in self.parameters}, int(facts["step"])
 

@@ -182,19 +182,23 @@ class TuningState(Section):
     """The quantized model after some steps of tuning: its loss on held-out text, and both loss parts of the step."""
 
     step: Count
-    held_out: float
+    held_out: float | None
     prediction: float | None = None
     error: float | None = None
 
 
 class Tuning(Section):
-    """The tuning of the prefix; the state with the lowest held-out loss was kept, step 0 being the untuned prefix."""
+    """The tuning of the prefix; the state with the lowest held-out loss was kept, step 0 being the untuned prefix.
+
+    ``skipped`` counts steps that changed nothing because a gradient was not finite.
+    """
 
     loss: str
     scales_tuned: bool
     steps: Count
     seconds: Seconds
     kept_step: Count
+    skipped: Count = 0
     states: tuple[TuningState, ...]
 
 

@@ -195,10 +195,11 @@ def draw_figures(report: Report) -> dict[str, Drawing]:
         painters["scales"] = lambda canvas: scales_figure(calibration, canvas)
     if report.stages:
         painters["stages"] = lambda canvas: stages_figure(report.stages, canvas)
-    return {name: _drawing(painter) for name, painter in painters.items()}
+    return {name: draw(painter) for name, painter in painters.items()}
 
 
-def _drawing(painter: Callable[[Canvas], Figure]) -> Drawing:
+def draw(painter: Callable[[Canvas], Figure]) -> Drawing:
+    """Paint one figure on every canvas."""
     wide = painter(WIDE_LIGHT)
     return Drawing(
         png=save(wide, "png", facecolor=LIGHT.background, dpi=200),

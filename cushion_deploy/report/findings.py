@@ -114,16 +114,19 @@ def prefix_sentence(report: Report) -> str:
 
 def tuning_sentence(tuning: Tuning) -> str:
     """Say what tuning brought on the held-out text."""
-    first = tuning.states[0].held_out
-    kept = next(state.held_out for state in tuning.states if state.step == tuning.kept_step)
+    losses = {
+        state.step: "not finite" if state.held_out is None else f"{state.held_out:.4f}" for state in tuning.states
+    }
     what = "keys, values and activation scales" if tuning.scales_tuned else "keys and values"
     measure = "divergence from the original model" if tuning.loss == "distill" else "cross-entropy"
     begin = f"{plural(tuning.steps, 'step')} of tuning {what}"
+    if tuning.skipped:
+        begin += f" ({tuning.skipped} without effect, because a gradient was not finite)"
     if tuning.kept_step == 0:
         return f"{begin} did not lower the {measure} on held-out text, so the prefix stayed as it was found."
     return (
-        f"{begin} took the {measure} of the quantized model on held-out text from {first:.4f} to {kept:.4f} nats a "
-        f"token; the state after step {tuning.kept_step} was kept."
+        f"{begin} took the {measure} of the quantized model on held-out text from {losses[0]} to "
+        f"{losses[tuning.kept_step]} nats a token; the state after step {tuning.kept_step} was kept."
     )
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Mapping
-from importlib.resources import files
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
 
 from cushion_deploy.report import findings, wording
 from cushion_deploy.report.document import Perplexity, Report
-from cushion_deploy.report.extras import require
 from cushion_deploy.report.figures import Drawing
-
-_TEMPLATE = "template.html.j2"
+from cushion_deploy.report.page import render
 
 
 def render_html(report: Report, figures: Mapping[str, Drawing]) -> str:
@@ -23,34 +19,14 @@ def render_html(report: Report, figures: Mapping[str, Drawing]) -> str:
     Raises:
         MissingDependency: jinja2 is not installed.
     """
-    jinja2 = require("jinja2")
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Every string that the page shows passes here, whatever section it comes from. Markup is a macro's output.
-        finalize=lambda value: wording.legible(value) if type(value) is str else value,
-    )
-    environment.filters.update(
-        {
-            "bytes_size": wording.size,
-            "duration": wording.duration,
-            "figure_uri": _svg_uri,
-            "number": wording.number,
-            "one_line": wording.one_line,
-            "plural": wording.plural,
-            "token_pieces": wording.token_pieces,
-            "unbroken": lambda text: text.replace(" %", "\u00a0%"),
-        }
-    )
-    source = files("cushion_deploy.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    page: str = environment.from_string(source).render(_context(report, figures))
-    return page
-
-
-def _svg_uri(drawing: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(drawing).decode("ascii")
+    filters: dict[str, Callable[..., Any]] = {
+        "bytes_size": wording.size,
+        "number": wording.number,
+        "one_line": wording.one_line,
+        "plural": wording.plural,
+        "token_pieces": wording.token_pieces,
+    }
+    return render("cushion_deploy.report", filters, _context(report, figures))
 
 
 def _context(report: Report, figures: Mapping[str, Drawing]) -> dict[str, Any]:

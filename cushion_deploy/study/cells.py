@@ -11,23 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cushion_deploy.artifacts import SCALES_FILE, read_scales, write_scales
-from cushion_deploy.evaluate.perplexity import cut_windows, standard_error
+from cushion_deploy.evaluate.perplexity import TextScore, cut_windows
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
 from cushion_deploy.pipeline.prepare import Deployed, calibration_parents, calibration_windows, prepare, smooth
 from cushion_deploy.pipeline.stages import no_prefix, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import SearchTrace
-from cushion_deploy.schemes import PAPER_ALPHA, parse_scheme
+from cushion_deploy.schemes import PAPER_ALPHA, QuantScheme, parse_scheme
 from cushion_deploy.study.document import Cell, Score
-from cushion_deploy.types import ActivationScales, IntArray, Prefix, QuantScheme, Smoothing
+from cushion_deploy.types import ActivationScales, IntArray, Prefix, Smoothing
 
 if TYPE_CHECKING:
-    from cushion_deploy.modeling.load import LoadedModel
-    from cushion_deploy.modeling.source import ModelSource
     from cushion_deploy.modeling.teacher import Teacher
 
 BLOCK_WINDOWS = 10
@@ -61,24 +57,6 @@ class Variant:
             "smoothing": self.smoothing.digest if self.smoothing else "",
             "scales": self.scales.digest if self.scales else None,
         }
-
-
-@dataclass
-class _Altered(Workspace):
-    """A run with other settings that shares model, smoothed model and texts with the run it comes from."""
-
-    origin: Workspace = field(kw_only=True)
-
-    @cached_property
-    def source(self) -> ModelSource:
-        return self.origin.source
-
-    @cached_property
-    def model(self) -> LoadedModel:
-        return self.origin.model
-
-    def folded(self, smoothing: Smoothing | None) -> LoadedModel:
-        return self.origin.folded(smoothing)
 
 
 @dataclass
@@ -124,8 +102,7 @@ class Cells:
 
     def altered(self, settings: dict[str, Any]) -> Workspace:
         """Return the run with some settings of the recipe replaced."""
-        ws = self.ws
-        return _Altered(ws.recipe.merged(settings), ws.store, ws.progress, ws.times, None, ws._corpora, origin=ws)
+        return self.ws.altered(settings)
 
     def built(self, prefix: Prefix, settings: dict[str, Any] | None = None) -> Deployed:
         """Return what the recipe, with some settings replaced, would deploy behind a prefix."""
@@ -194,11 +171,11 @@ class Cells:
             model = ws.folded(variant.smoothing)
             with simulated(model, scheme, variant.scales) if scheme else nullcontext():
                 found = teacher.compare(model, variant.prefix, windows, ws.progress, name)
-            noise = found.perplexity * standard_error(found.losses.astype(np.float32))
+            score = TextScore(found.losses)
             return {
-                "tokens": len(found.losses),
-                "perplexity": _finite(found.perplexity),
-                "stderr": _finite(noise),
+                "tokens": score.tokens,
+                "perplexity": _finite(score.perplexity),
+                "stderr": _finite(score.stderr),
                 # Rounding may take a divergence of nothing below zero.
                 "divergence": _finite(max(found.divergence, 0.0)),
             }

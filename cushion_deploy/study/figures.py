@@ -6,12 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cushion_deploy.report.figures import Drawing, magnitudes_figure
+from cushion_deploy.report.figures import Drawing, draw, magnitudes_figure
 from cushion_deploy.report.style import (
-    LIGHT,
-    NARROW_DARK,
-    NARROW_LIGHT,
-    WIDE_DARK,
     WIDE_LIGHT,
     Canvas,
     category_axis,
@@ -20,7 +16,6 @@ from cushion_deploy.report.style import (
     log_ticks,
     new_figure,
     plain_axes,
-    save,
     settings,
 )
 from cushion_deploy.report.wording import one_line
@@ -120,7 +115,7 @@ def draw_figures(study: Study) -> dict[str, Drawing]:
         painters["figure2"] = lambda canvas: magnitudes_figure(figure2, canvas)
     if figure3 is not None and figure3.without:
         painters["figure3"] = lambda canvas: attention_figure(figure3, canvas)
-    return {name: _drawing(painter) for name, painter in painters.items()}
+    return {name: draw(painter) for name, painter in painters.items()}
 
 
 def _pairs_painter(pairs: Sequence[Pair], study: Study, text: str) -> Callable[[Canvas], Figure]:
@@ -141,14 +136,3 @@ def _known(scores: Sequence[tuple[str, Score | None]]) -> list[tuple[str, float]
 
 def _value(score: Score | None) -> float | None:
     return None if score is None or score.perplexity is None or math.isinf(score.perplexity) else score.perplexity
-
-
-def _drawing(painter: Callable[[Canvas], Figure]) -> Drawing:
-    wide = painter(WIDE_LIGHT)
-    return Drawing(
-        png=save(wide, "png", facecolor=LIGHT.background, dpi=200),
-        wide_light=save(wide, "svg", transparent=True),
-        wide_dark=save(painter(WIDE_DARK), "svg", transparent=True),
-        narrow_light=save(painter(NARROW_LIGHT), "svg", transparent=True),
-        narrow_dark=save(painter(NARROW_DARK), "svg", transparent=True),
-    )

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any
 
 from cushion_deploy.report import wording
-from cushion_deploy.report.extras import require
 from cushion_deploy.report.figures import Drawing
+from cushion_deploy.report.page import render
 from cushion_deploy.study.document import PARTS, Study
 from cushion_deploy.study.paper import paper_source
 from cushion_deploy.study.prose import headline, introduction, sentences
 from cushion_deploy.study.tables import change, on, paper_table, tables
-
-_STYLE = re.compile(r"<style>\n(.*?)</style>", re.DOTALL)
 
 
 def render_html(study: Study, figures: Mapping[str, Drawing]) -> str:
@@ -26,39 +22,8 @@ def render_html(study: Study, figures: Mapping[str, Drawing]) -> str:
     Raises:
         MissingDependency: jinja2 is not installed.
     """
-    jinja2 = require("jinja2")
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Every string of a model or a file passes here; Markup is a macro's output.
-        finalize=lambda value: wording.legible(value) if type(value) is str else value,
-    )
-    environment.filters.update(
-        {
-            "duration": wording.duration,
-            "figure_uri": lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii"),
-            "pieces": lambda text: [part for part in re.split(r"(`[^`]*`)", text) if part],
-            "unbroken": lambda text: text.replace(" %", "\u00a0%"),
-        }
-    )
-    source = files("cushion_deploy.study").joinpath("template.html.j2").read_text(encoding="utf-8")
-    page: str = environment.from_string(source).render(_context(study, figures))
-    return page
-
-
-def report_style() -> str:
-    """Return the style sheet of the build report, so that both pages look alike.
-
-    Raises:
-        ValueError: the report's template holds none any more.
-    """
-    template = files("cushion_deploy.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    found = _STYLE.search(template)
-    if found is None:
-        raise ValueError("the template of the report holds no style sheet")
-    return found[1]
+    filters = {"pieces": lambda text: [part for part in re.split(r"(`[^`]*`)", text) if part]}
+    return render("cushion_deploy.study", filters, _context(study, figures))
 
 
 def _context(study: Study, figures: Mapping[str, Drawing]) -> dict[str, Any]:
@@ -66,8 +31,6 @@ def _context(study: Study, figures: Mapping[str, Drawing]) -> dict[str, Any]:
     return {
         "study": study,
         "figures": figures,
-        # The program's own file, not data: it must not be escaped.
-        "style": require("markupsafe").Markup(report_style()),
         "headline": headline(study),
         "introduction": introduction(study),
         "created": study.created.strftime("%Y-%m-%d %H:%M %Z").strip(),

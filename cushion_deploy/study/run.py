@@ -5,19 +5,19 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Collection
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from cushion_deploy.errors import unknown_choice
 from cushion_deploy.pipeline.prepare import Deployed
 from cushion_deploy.pipeline.stages import model_spec
-from cushion_deploy.pipeline.workspace import LIBRARIES
+from cushion_deploy.pipeline.workspace import LIBRARIES, installed_versions
+from cushion_deploy.schemes import PRECISIONS, QuantScheme
 from cushion_deploy.store.manifest import tool_version
 from cushion_deploy.study.cells import Cells, Variant
 from cushion_deploy.study.document import PARTS, Pair, Score, Step, Study, TaskPair
 from cushion_deploy.study.zeroshot import Tasks
-from cushion_deploy.types import ESTIMATORS, PRECISIONS, Prefix, QuantScheme
+from cushion_deploy.types import ESTIMATORS, Prefix
 
 W8A8 = {
     "naive-o3": "per-tensor static",
@@ -279,7 +279,7 @@ def _document(cells: Cells, found: Parts, left_out: dict[str, str]) -> Study:
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "cpu": platform.processor() or platform.machine(),
-                "versions": _versions(),
+                "versions": installed_versions(LIBRARIES),
             },
         }
     )
@@ -292,13 +292,3 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_folders(inner) for inner in value]
     return Path(value).resolve().name if isinstance(value, str) and value and Path(value).exists() else value
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

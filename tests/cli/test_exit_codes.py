@@ -19,7 +19,8 @@ from cushion_deploy import errors
 from cushion_deploy.calib.corpora import HUB_CORPORA
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.families import FAMILIES
-from cushion_deploy.types import ESTIMATORS, PRECISIONS
+from cushion_deploy.schemes import PRECISIONS
+from cushion_deploy.types import ESTIMATORS
 
 FILES = (
     "chat_template.jinja",

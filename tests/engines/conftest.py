@@ -13,7 +13,8 @@ import pytest
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import ActivationScales, ExportedGraph, QuantScheme
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import ActivationScales, ExportedGraph
 
 
 @pytest.fixture(scope="session")

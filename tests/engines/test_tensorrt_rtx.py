@@ -38,6 +38,7 @@ from cushion_deploy.engines.tensorrt_rtx_worker import run_worker
 from cushion_deploy.errors import CheckFailed, MissingDependency, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.families import get_family
+from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.types import (
     ActivationScales,
     EngineArtifact,
@@ -46,7 +47,6 @@ from cushion_deploy.types import (
     GraphContract,
     ModelSpec,
     Prefix,
-    QuantScheme,
     RotaryScaling,
     Site,
 )

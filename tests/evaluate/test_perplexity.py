@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.evaluate.perplexity import cut_windows, nll_of_logits, perplexity
+from cushion_deploy.evaluate.perplexity import TextScore, cut_windows, nll_of_logits, score_text
 from cushion_deploy.modeling.forward import compute_prefix, token_nll
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.types import IntArray
@@ -31,7 +31,7 @@ def test_perplexity_is_that_of_transformers_loss(
         with torch.inference_mode():
             losses.append(float(tiny_model.module(input_ids=ids, labels=labels).loss))
     prefix = compute_prefix(tiny_model, tokens)
-    found = perplexity(lambda ids: token_nll(tiny_model, ids, prefix), windows)
+    found = score_text(lambda ids: token_nll(tiny_model, ids, prefix), windows).perplexity
     assert found == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
 
@@ -42,7 +42,7 @@ def test_each_window_is_run_alone_and_reported() -> None:
         shapes.append(ids.tolist())
         return np.full((1, 3), math.log(5.0), dtype=np.float32)
 
-    found = perplexity(nll, windows, lambda *report: reports.append(report), "task")
+    found = score_text(nll, windows, lambda *report: reports.append(report), "task").perplexity
     assert found == pytest.approx(5.0)
     assert shapes == [[row] for row in windows.tolist()]
     assert reports == [("task", 1, 3), ("task", 2, 3), ("task", 3, 3)]
@@ -50,12 +50,11 @@ def test_each_window_is_run_alone_and_reported() -> None:
 
 @pytest.mark.parametrize("loss", [800.0, 1e30, math.inf])
 def test_a_loss_beyond_exp_is_infinite_perplexity(loss: float) -> None:
-    assert perplexity(lambda ids: np.full((1, 3), loss, dtype=np.float32), np.zeros((2, 4), dtype=np.int64)) == math.inf
+    assert TextScore(np.full((2, 3), loss, dtype=np.float32)).perplexity == math.inf
 
 
 def test_a_loss_that_is_not_a_number_is_never_a_finite_perplexity() -> None:
-    value = perplexity(lambda ids: np.full((1, 3), np.nan, dtype=np.float32), np.zeros((1, 4), dtype=np.int64))
-    assert not math.isfinite(value)
+    assert not math.isfinite(TextScore(np.full((1, 3), np.nan, dtype=np.float32)).perplexity)
 
 
 @given(st.integers(0, 200), st.integers(2, 40), st.integers(2, 120))

@@ -18,7 +18,8 @@ from cushion_deploy.families import get_family
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, SafetensorsWeights, bind_sites, describe
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.types import ActivationScales, ExportedGraph, FloatArray, IntArray, Prefix, QuantScheme
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import ActivationScales, ExportedGraph, FloatArray, IntArray, Prefix
 
 BASE: dict[str, Any] = {
     "vocab_size": 199,

@@ -18,8 +18,8 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.export.rules import RULES
 from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.schemes import parse_scheme
-from cushion_deploy.types import ExportedGraph, QuantScheme, Site
+from cushion_deploy.schemes import QuantScheme, parse_scheme
+from cushion_deploy.types import ExportedGraph, Site
 
 TOKENS = (7, 1, 100)
 KINDS = {

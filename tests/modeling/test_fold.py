@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.errors import UsageError
 from cushion_deploy.folding import FoldedWeights, absorbers
 from cushion_deploy.modeling.fold import fold
 from cushion_deploy.modeling.forward import compute_prefix, logits
@@ -100,3 +102,12 @@ def smoothing_of() -> Callable[[LoadedModel], Smoothing]:
         return Smoothing(factors, 0.5, model.spec.weights_digest)
 
     return make
+
+
+def test_a_smoothing_of_another_model_or_of_other_sites_is_refused(
+    tiny_model: LoadedModel, smoothing: Smoothing
+) -> None:
+    few = dict(list(smoothing.factors.items())[1:])
+    for wrong in (replace(smoothing, model_digest="another"), replace(smoothing, factors=few)):
+        with pytest.raises(UsageError, match="another model"):
+            fold(tiny_model, wrong)

@@ -25,8 +25,8 @@ from cushion_deploy.modeling.simulate import (
     quantized_weights,
     simulated,
 )
-from cushion_deploy.schemes import parse_scheme
-from cushion_deploy.types import HEAD_SITE, ActivationScales, IntArray, Prefix, QuantScheme, Site, Smoothing
+from cushion_deploy.schemes import QuantScheme, parse_scheme
+from cushion_deploy.types import HEAD_SITE, ActivationScales, IntArray, Prefix, Site, Smoothing
 
 F = np.float32
 TINY = np.finfo(F).tiny

@@ -19,7 +19,8 @@ from cushion_deploy.fakequant import quantize
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.simulate import quantize_codes, quantized_sites, simulated
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.types import HEAD_SITE, ActivationScales, IntArray, QuantScheme, Site, layer_site
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import HEAD_SITE, ActivationScales, IntArray, Site, layer_site
 
 SCHEME = QuantScheme()
 

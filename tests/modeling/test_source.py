@@ -272,7 +272,7 @@ def test_weights_of_another_shape_are_bad_usage(folder: Path) -> None:
 
 def test_weights_that_are_not_numbers_are_refused_when_quantized(folder: Path) -> None:
     from cushion_deploy.modeling.simulate import simulated
-    from cushion_deploy.types import QuantScheme
+    from cushion_deploy.schemes import QuantScheme
 
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan

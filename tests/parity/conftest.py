@@ -19,7 +19,8 @@ from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.parity.ladder import TorchReference
 from cushion_deploy.parity.reference import torch_reference
-from cushion_deploy.types import ActivationScales, ExportedGraph, Prefix, QuantScheme
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import ActivationScales, ExportedGraph, Prefix
 
 TOKENS = (7, 1, 100)
 Edit = Callable[[dict[str, np.ndarray]], None]

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from cushion_deploy.parity.ladder import segment_rung
-from cushion_deploy.parity.reference import quantized_weights
+from cushion_deploy.parity.reference import linear_codes
 from cushion_deploy.parity.segments import SegmentRun
 from cushion_deploy.parity.written import scale_rung, weight_rung
 from cushion_deploy.types import ParityCheck, Site
@@ -25,7 +25,7 @@ def one(checks: list[ParityCheck]) -> ParityCheck:
 
 
 def weights_of(d: Any) -> Any:
-    return quantized_weights(d.model, d.scheme)
+    return linear_codes(d.model, d.scheme)
 
 
 @pytest.mark.parametrize("kind", ["graph", "half"])

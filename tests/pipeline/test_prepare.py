@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cushion_deploy.errors import UsageError
+from cushion_deploy.artifacts import SMOOTHING_FILE, write_smoothing
+from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.modeling.forward import logits
+from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.pipeline.build import build
-from cushion_deploy.pipeline.prepare import prepare, site_costs
+from cushion_deploy.pipeline.prepare import prepare, read_deployed, site_costs
 from cushion_deploy.pipeline.reporting import merge_times
 from cushion_deploy.pipeline.stages import search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.runtime.bundle import open_bundle
+from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import StageStore
-from cushion_deploy.types import HEAD_SITE, QuantScheme
+from cushion_deploy.types import HEAD_SITE
 
 SETTINGS: dict[str, object] = {
     "engines": ["onnxruntime"],
@@ -136,3 +141,33 @@ def test_a_tuned_build_with_float_sites_holds_the_ladder(workspace: MakeWorkspac
     assert report.perplexity is not None
     assert report.perplexity.divergence is not None
     assert report.perplexity.divergence.fp == pytest.approx(0, abs=1e-5)
+
+
+def test_a_bundle_tells_what_it_deploys_and_foreign_smoothing_is_refused(
+    workspace: MakeWorkspace, tmp_path: Path
+) -> None:
+    ws = workspace(export__keep_float=["layers.1.mlp.down"])
+    prefix, _ = search_prefix(ws)
+    made = prepare(ws, prefix)
+    build(ws, tmp_path / "out")
+    graph = open_bundle(tmp_path / "out").graph
+    read = read_deployed(workspace(), tmp_path / "out", graph)
+    assert (read.prefix.digest, read.scales, read.scheme) == (made.prefix.digest, made.scales, made.scheme)
+    assert read.smoothing is not None
+    assert made.smoothing is not None
+    assert read.smoothing.digest == made.smoothing.digest
+    factors = {site: 2 * factor for site, factor in made.smoothing.factors.items()}
+    write_smoothing(replace(made.smoothing, factors=factors), tmp_path / "out" / SMOOTHING_FILE)
+    with pytest.raises(UntrustedArtifact, match="another smoothing"):
+        read_deployed(workspace(), tmp_path / "out", graph)
+
+
+def test_sites_are_compared_on_windows_that_fit_behind_the_prefix(workspace: MakeWorkspace) -> None:
+    ws = workspace(export__keep_float=["auto:1"])
+    assert ws.model.spec.max_positions == 256
+    prefix, _ = search_prefix(ws)
+    lengths: list[int] = []
+    deployed = prepare(workspace(), prefix)
+    with observed(ws.folded(deployed.smoothing).sites, lambda _, x: lengths.append(x.shape[1])):
+        site_costs(ws, deployed)
+    assert max(lengths) + prefix.length <= 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.prefix import tune
 from cushion_deploy.prefix.tune import PrefixTuning, fake_quantize
 from cushion_deploy.recipe import Tuning
-from cushion_deploy.types import ActivationScales, IntArray, Prefix, QuantScheme
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import ActivationScales, IntArray, Prefix
 
 SCHEME = QuantScheme(quantize_head=False)
 MakeTuning = Callable[..., PrefixTuning]
@@ -212,3 +214,30 @@ def test_the_model_is_as_it_was_afterwards(tuning: MakeTuning, planted_model: Lo
     tuning(epochs=1, checkpointing=True).run()
     assert torch.equal(planted_model.module(input_ids=ids).logits, before)
     assert all(p.grad is None and not p.requires_grad for p in planted_model.module.parameters())
+
+
+def test_a_tuning_that_runs_away_keeps_the_start_and_can_be_told(
+    tuning: MakeTuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = tuning(epochs=1)
+    real = t.losses
+
+    def losses(ids: IntArray) -> Any:
+        prediction, error = real(ids)
+        return (prediction * float("nan") if torch.is_grad_enabled() else prediction), error
+
+    monkeypatch.setattr(t, "losses", losses)
+    prefix, _, trace = t.run()
+    assert (trace.skipped, trace.best.step) == (trace.steps, 0)
+    assert trace.states[-1].prediction is None
+    np.testing.assert_array_equal(prefix.keys, t.prefix.keys)
+    assert json.loads(json.dumps(trace.to_json(), allow_nan=False))["skipped"] == trace.steps
+
+
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best(tuning: MakeTuning) -> None:
+    t = tuning(epochs=1)
+    looks = iter([0.5, float("nan"), float("inf"), 0.4])
+    t._judge = lambda: (next(looks, 0.6), 1.0)  # type: ignore[method-assign]
+    _, _, trace = t.run()
+    assert [s.held_out for s in trace.states] == [0.5, None, None]
+    assert trace.best.step == 0

@@ -131,6 +131,7 @@ _DATA: dict[str, Any] = {
         "steps": 80,
         "seconds": 584.0,
         "kept_step": 80,
+        "skipped": 1,
         "states": [
             {"step": 0, "held_out": 0.0905, "prediction": None, "error": None},
             {"step": 40, "held_out": 0.0765, "prediction": 0.0644, "error": 0.896},

@@ -18,8 +18,9 @@ from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.runtime import OnnxRuntimeSession
+from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import publish, staging_area
-from cushion_deploy.types import ExportedGraph, Prefix, QuantScheme
+from cushion_deploy.types import ExportedGraph, Prefix
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog; 14 wizards box 23 jugs of naïve cider.",

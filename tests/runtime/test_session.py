@@ -100,7 +100,7 @@ def test_reference_without_fusion_agrees(tiny: Any, session: Any, ids: Any) -> N
 
 def test_float16_cache_follows_the_contract(tiny: Any, tmp_path: Path, ids: Any) -> None:
     from cushion_deploy.export.folder import export_graph
-    from cushion_deploy.types import QuantScheme
+    from cushion_deploy.schemes import QuantScheme
 
     loaded = tiny.loaded
     half = export_graph(loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), tmp_path, dtype="float16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from cushion_deploy.errors import UntrustedArtifact
 from cushion_deploy.study.document import PARTS, Study, read_study
 from cushion_deploy.study.figures import draw_figures
-from cushion_deploy.study.html import render_html, report_style
+from cushion_deploy.study.html import render_html
 from cushion_deploy.study.markdown import render_markdown
 from cushion_deploy.study.tables import paper_table, tables
 from cushion_deploy.study.write import write_study
@@ -55,7 +56,7 @@ def test_the_page_runs_nothing_and_fetches_nothing(whole: Whole) -> None:
     text = render_html(whole.study, {})
     assert not {"script", "link", "iframe", "object"} & set(Page(text).tags)
     assert not re.search(r"(src|href|srcset)=\"(?!data:)", text)
-    assert report_style() in text
+    assert files("cushion_deploy.report").joinpath("page.css").read_text("utf-8") in text
 
 
 def test_names_from_a_model_or_a_file_are_text(by_hand: ByHand) -> None:
