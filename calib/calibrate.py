@@ -73,7 +73,7 @@ def observe_sites(
     """
     past = prefix_tensors(prefix)
     observer = SiteObserver(torch.zeros(0, dtype=torch.bool))
-    with observed(model.sites, observer):
+    with observed(model, observer):
         for start in range(0, len(ids), batch_size):
             rows = torch.from_numpy(mask[start : start + batch_size])
             observer.mask, observer.batch = rows.bool(), start // batch_size

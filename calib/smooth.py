@@ -46,7 +46,7 @@ def channel_maxima(
         found[site] = torch.maximum(found[site], largest) if site in found else largest
 
     past = prefix_tensors(prefix)
-    with observed(model.sites, keep):
+    with observed(model, keep):
         for start in range(0, len(ids), batch):
             part = rows[start : start + batch]
             chosen = part.bool()

@@ -6,18 +6,22 @@ product into the linears after it: the folded model computes the same function w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from cushion_deploy.errors import UsageError
-from cushion_deploy.families import Family
+from cushion_deploy.families import Absorber, Family
 from cushion_deploy.types import FloatArray, ModelSpec, Site, Smoothing, WeightSource, layer_site
 
 
-def absorbers(family: Family, spec: ModelSpec) -> dict[Site, str]:
-    """Return every Site that can be smoothed, with the path of the module that absorbs the division."""
+def absorbers(family: Family, spec: ModelSpec) -> dict[Site, Absorber]:
+    """Return every Site that can be smoothed, with what absorbs the division; paths from the root of the model."""
     return {
-        layer_site(i, rule.kind): f"{family.layer(i)}.{rule.absorber}"
+        layer_site(i, rule.kind): replace(rule.absorber, path=f"{family.layer(i)}.{rule.absorber.path}")
         for i in range(spec.num_layers)
         for rule in family.sites
-        if rule.absorber is not None
+        if rule.absorber is not None and (spec.norm_first or not rule.absorber.norm)
     }
 
 
@@ -31,8 +35,9 @@ class FoldedWeights:
             UsageError: the smoothing was measured on another model, or lacks a Site.
         """
         self._weights = weights
-        self._divide: dict[str, FloatArray] = {}
+        self._divide: dict[str, tuple[Absorber, FloatArray]] = {}
         self._multiply: dict[str, FloatArray] = {}
+        self._norm_offset = family.norm_offset
         wanted = absorbers(family, spec)
         if smoothing.model_digest != spec.weights_digest or set(smoothing.factors) != set(wanted):
             raise UsageError(
@@ -41,7 +46,9 @@ class FoldedWeights:
         names, linears = weights.names(), family.linears(spec, head=False)
         for site, absorber in wanted.items():
             factor = smoothing.factors[site]
-            self._divide |= {f"{absorber}.{t}": factor for t in ("weight", "bias") if f"{absorber}.{t}" in names}
+            for name in (f"{absorber.path}.weight", f"{absorber.path}.bias"):
+                if name in names:
+                    self._divide[name] = absorber, factor
             self._multiply |= {f"{path}.weight": factor for path in linears[site]}
 
     @property
@@ -59,6 +66,11 @@ class FoldedWeights:
         if name in self._multiply:
             tensor = tensor * self._multiply[name]
         if name in self._divide:
-            divisor = self._divide[name]
-            tensor = tensor / divisor.reshape(-1, *[1] * (tensor.ndim - 1))
+            absorber, factor = self._divide[name]
+            # What a norm multiplies by is its stored weight and the offset together.
+            offset = np.float32(self._norm_offset if absorber.norm and name.endswith(".weight") else 0)
+            part, parts = absorber.part
+            divisor = np.ones(len(tensor), dtype=np.float32)
+            divisor[part * len(tensor) // parts : (part + 1) * len(tensor) // parts] = factor
+            tensor = (tensor + offset) / divisor.reshape(-1, *[1] * (tensor.ndim - 1)) - offset
         return tensor

@@ -35,7 +35,7 @@ HEAD_SITE = Site("head")
 
 
 def layer_site(layer: int, kind: str) -> Site:
-    """Return the Site of ``kind`` (``attn.qkv``, ``attn.out``, ``mlp.gate_up``, ``mlp.down``) in a layer."""
+    """Return the Site of ``kind`` in a layer; kinds are those of the family's ``SiteRule``."""
     return Site(f"layers.{layer}.{kind}")
 
 
@@ -68,16 +68,37 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """Rotary position parameters: base and, per family, the scaling rule (Hugging Face ``rope_parameters``)."""
+    """Rotary position parameters: base and, per family, the scaling rule (Hugging Face ``rope_parameters``).
+
+    ``partial`` is the share of a head's channels that turns; the first ones do.
+    """
 
     theta: float
     rule: str = "default"
-    parameters: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
+    partial: float = 1.0
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RotaryScaling:
+        """Rebuild from a JSON dict."""
+        parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in data["parameters"].items()}
+        return cls(**{**data, "parameters": parameters})
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model is: family, dimensions, vocabulary, and the digest of its weights."""
+    """What a model is: family, dimensions, vocabulary, and the digest of its weights.
+
+    Attributes that are not plain:
+        activation: the function of the MLP, by the name that the graph builder knows.
+        rotary: None for a family without rotary positions.
+        local_rotary: of the layers with a window, where it differs.
+        windows: per layer, how many positions a token may look back, itself included; 0 for all. Empty: 0 everywhere.
+        norm_first: whether norms stand before a block; False puts them behind the residual sum.
+        attention_scale: what scores are multiplied by.
+        score_cap, logit_cap: c of c * tanh(x / c) on attention scores and on logits; 0 for none.
+        embedding_size: where it differs from the hidden size; 0 where not.
+    """
 
     family: str
     source: str
@@ -92,14 +113,19 @@ class ModelSpec:
     max_positions: int
     norm_eps: float
     activation: str
-    rotary: RotaryScaling
+    rotary: RotaryScaling | None
     tied_head: bool
-    attention_bias: bool
-    mlp_bias: bool
     parameters: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    attention_scale: float
     revision: str | None = None
+    local_rotary: RotaryScaling | None = None
+    windows: tuple[int, ...] = ()
+    norm_first: bool = True
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
+    embedding_size: int = 0
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -107,6 +133,10 @@ class ModelSpec:
                 f"{self.num_heads} attention heads are not a multiple of {self.num_kv_heads} key/value heads",
                 hint="the model's config.json is damaged; fetch it again",
             )
+
+    def window(self, layer: int) -> int:
+        """Return how far a layer looks back; 0 for everything."""
+        return self.windows[layer] if self.windows else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
@@ -116,8 +146,9 @@ class ModelSpec:
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
         """Rebuild from :meth:`to_json`."""
         d = dict(data)
-        d["rotary"] = RotaryScaling(**d["rotary"])
-        d["eos_token_ids"] = tuple(d["eos_token_ids"])
+        for key in ("rotary", "local_rotary"):
+            d[key] = RotaryScaling.from_json(d[key]) if d[key] else None
+        d["eos_token_ids"], d["windows"] = tuple(d["eos_token_ids"]), tuple(d["windows"])
         return cls(**d)
 
 

@@ -19,9 +19,9 @@ import onnx_ir as ir
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.linear import PackedLinear, add_linear
 from cushion_deploy.export.prefix_kv import PrefixKv
-from cushion_deploy.export.rotary import inverse_frequencies
+from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain, turning_channels
 from cushion_deploy.families import Family
-from cushion_deploy.types import HEAD_SITE, FloatArray, ModelSpec, Site, WeightSource, layer_site
+from cushion_deploy.types import HEAD_SITE, FloatArray, ModelSpec, RotaryScaling, Site, WeightSource, layer_site
 
 MASKED = {ir.DataType.FLOAT: -1e9, ir.DataType.FLOAT16: -3e4}
 """Additive mask: exp() of it is 0, and a score added to it stays finite in its type."""
@@ -60,11 +60,16 @@ class DecoderGraph:
             for i in range(spec.num_layers)
         ]
         g.scope("inputs")
-        self.cos, self.sin = self._rotary(positions)
-        self.bias = self._attention_bias(ids, self.prefix.extend_mask(g, mask))
+        if self.prefix.length:
+            positions = g.op("Add", positions, g.int_scalar(self.prefix.length))
+        self.rotations = {
+            name: self._rotation(positions, rotary, name)
+            for name, rotary in (("rotary", spec.rotary), ("local_rotary", spec.local_rotary))
+            if rotary is not None
+        }
+        self.biases = self._attention_biases(ids, self.prefix.extend_mask(g, mask))
         self.prefix_shape = self.prefix.batch_shape(g, mask)
-        g.scope("embedding")
-        x = g.op("Gather", self._embedding(), ids, axis=0)  # [B, S, hidden]
+        x = self._embed(ids, positions)  # [B, S, hidden]
         for i, (past_key, past_value) in enumerate(past):
             x = self._attention(i, x, past_key, past_value)
             x = self._mlp(i, x)
@@ -73,27 +78,59 @@ class DecoderGraph:
             # The float16 graph is for engines that take no optional inputs.
             start = g.optional_input("logits_start", np.zeros(1, dtype=np.int64))
             x = g.op("Slice", x, start, g.ints(np.iinfo(np.int64).max), g.ints(1))
-        logits = self._head(self._norm(x, self.family.final_norm))
+        if f"{self.family.final_norm}.weight" in self.weights.names():
+            x = self._norm(x, self.family.final_norm)
+        logits = self._head(self._project(self.family.embedding_out, x))
         g.output(logits, "logits", ir.DataType.FLOAT, ["batch", "sequence", spec.vocab_size])
         # Graph outputs in the order that runtimes expect: logits first, then present keys and values.
         g.outputs.insert(0, g.outputs.pop())
         return g.build(spec.family)
 
-    def _rotary(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return cos and signed sin ``[B, 1, S, D]``; sin is negated on the first half, see :meth:`_rotate`."""
-        g = self.g
-        frequencies = inverse_frequencies(self.spec.rotary, self.spec.head_dim)
-        shifted = g.op("Add", positions, g.int_scalar(self.prefix.length)) if self.prefix.length else positions
-        column = g.op("Unsqueeze", g.op("Cast", shifted, to=int(ir.DataType.FLOAT)), g.ints(1, 3))
-        angles = g.op("Mul", column, g.constant(frequencies, "rotary_frequencies"))  # [B, 1, S, D/2]
-        cos, sin = g.op("Cos", angles), g.op("Sin", angles)
-        pair = g.op("Concat", cos, cos, axis=-1), g.op("Concat", g.op("Neg", sin), sin, axis=-1)
-        if self.dtype == ir.DataType.FLOAT:
-            return pair
-        return g.op("Cast", pair[0], to=int(self.dtype)), g.op("Cast", pair[1], to=int(self.dtype))
+    def _embed(self, ids: ir.Value, positions: ir.Value) -> ir.Value:
+        """Return the first hidden states ``[B, S, hidden]``; ``positions`` count the prefix."""
+        g, family = self.g, self.family
+        g.scope("embedding")
+        x = g.op("Gather", self._embedding(), ids, axis=0)
+        if family.scaled_embedding:
+            x = g.op("Mul", x, self._scalar(math.sqrt(self.spec.hidden_size)))
+        x = self._project(family.embedding_in, x)
+        if family.position_embedding:
+            rows = positions
+            if family.position_offset:
+                rows = g.op("Add", positions, g.int_scalar(family.position_offset))
+            table = self._tensor(f"{family.position_embedding}.weight")
+            x = g.op("Add", x, g.op("Gather", table, rows, axis=0))
+        return self._norm(x, family.embedding_norm) if family.embedding_norm else x
 
-    def _attention_bias(self, ids: ir.Value, mask: ir.Value) -> ir.Value:
-        """Return the additive mask ``[B, 1, G * S, L]``: causal, and closed on padding; one row block per group."""
+    def _rotation(self, positions: ir.Value, rotary: RotaryScaling, name: str) -> tuple[ir.Value, ir.Value]:
+        """Return cos and signed sin ``[B, 1, S, R]`` of the R channels that turn.
+
+        sin is negated on the first half, see :meth:`_rotate`.
+        """
+        g, size = self.g, self.spec.head_dim
+        frequencies = g.constant(inverse_frequencies(rotary, size), f"{name}_frequencies")
+        if rotary.rule == "longrope":
+            trained = g.constant(np.array(rotary.parameters["original_max_position_embeddings"], dtype=np.int64))
+            beyond = g.op("GreaterOrEqual", g.op("ReduceMax", positions, keepdims=0), trained)
+            stretched = g.constant(inverse_frequencies(rotary, size, long=True), f"{name}_frequencies_long")
+            frequencies = g.op("Where", beyond, stretched, frequencies)
+        column = g.op("Unsqueeze", g.op("Cast", positions, to=int(ir.DataType.FLOAT)), g.ints(1, 3))
+        angles = g.op("Mul", column, frequencies)  # [B, 1, S, R / 2]
+        cos, sin = g.op("Cos", angles), g.op("Sin", angles)
+        gain = rotary_gain(rotary)
+        if gain != 1:
+            factor = g.constant(np.array(gain, dtype=np.float32))
+            cos, sin = g.op("Mul", cos, factor), g.op("Mul", sin, factor)
+        pair = g.op("Concat", cos, cos, axis=-1), g.op("Concat", g.op("Neg", sin), sin, axis=-1)
+        return self._narrow(pair[0]), self._narrow(pair[1])
+
+    def _attention_biases(self, ids: ir.Value, mask: ir.Value) -> dict[int, ir.Value]:
+        """Return the additive mask ``[B, 1 or H, G * S, L]`` for each window that a layer has; 0 looks at everything.
+
+        Causal, and closed on padding; one row block per group. A window counts tokens, those of the prefix too and
+        padding not, so that padding changes nothing. ALiBi adds its slopes to the distance of a key from the last one:
+        softmax sees differences alone, and small numbers keep their precision in half.
+        """
         g = self.g
         length = g.op("Shape", mask, start=1, end=2)  # [1], L
         sequence = g.op("Shape", ids, start=1, end=2)  # [1], S
@@ -103,66 +140,146 @@ class DecoderGraph:
         queries = g.op("Unsqueeze", g.op("Range", first, total, g.int_scalar(1)), g.ints(1))  # [S, 1]
         causal = g.op("LessOrEqual", keys, queries)  # [S, L]
         kept = g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.BOOL)), g.ints(1, 2))  # [B, 1, 1, L]
-        allowed = g.op("And", causal, kept)  # [B, 1, S, L]
-        numpy_type = self.dtype.numpy()
-        bias = g.op(
-            "Where",
-            allowed,
-            g.constant(np.array(0, dtype=numpy_type)),
-            g.constant(np.array(MASKED[self.dtype], dtype=numpy_type)),
-        )
+        slopes = self._alibi(mask) if self.family.positions == "alibi" else None
         group = self.spec.num_heads // self.spec.num_kv_heads
-        return bias if group == 1 else g.op("Concat", *[bias] * group, axis=2)
+        found: dict[int, ir.Value] = {}
+        for window in sorted({self.spec.window(i) for i in range(self.spec.num_layers)}):
+            allowed = g.op("And", causal, kept)  # [B, 1, S, L]
+            if window:
+                allowed = g.op("And", allowed, self._within(window, mask, first))
+            bias = g.op("Where", allowed, self._scalar(0.0) if slopes is None else slopes, self._scalar(self._masked))
+            found[window] = bias if group == 1 else g.op("Concat", *[bias] * group, axis=2)
+        return found
+
+    def _within(self, window: int, mask: ir.Value, first: ir.Value) -> ir.Value:
+        """Return which keys are fewer than ``window`` tokens before each query, bool ``[B, 1, S, L]``."""
+        g = self.g
+        places = g.op("CumSum", mask, g.int_scalar(1))  # [B, L]
+        begin, end = g.op("Unsqueeze", first, g.ints(0)), g.ints(np.iinfo(np.int64).max)
+        of_queries = g.op("Unsqueeze", g.op("Slice", places, begin, end, g.ints(1)), g.ints(1, 3))  # [B, 1, S, 1]
+        of_keys = g.op("Unsqueeze", places, g.ints(1, 2))  # [B, 1, 1, L]
+        return g.op("Greater", of_keys, g.op("Sub", of_queries, g.int_scalar(window)))
+
+    def _alibi(self, mask: ir.Value) -> ir.Value:
+        """Return what ALiBi adds to the scores of each head, ``[B, H, 1, L]``."""
+        g = self.g
+        after = g.op("CumSum", mask, g.int_scalar(1), exclusive=1, reverse=1)  # [B, L], tokens behind each key
+        distance = g.op("Unsqueeze", g.op("Cast", after, to=int(ir.DataType.FLOAT)), g.ints(1, 2))
+        slopes = -alibi_slopes(self.spec.num_heads)[None, :, None, None]
+        return self._narrow(g.op("Mul", distance, g.constant(slopes, "alibi_slopes")))
 
     def _attention(self, i: int, x: ir.Value, past_key: ir.Value, past_value: ir.Value) -> ir.Value:
-        g, spec = self.g, self.spec
+        g, spec, family = self.g, self.spec, self.family
         heads, kv, size = spec.num_heads, spec.num_kv_heads, spec.head_dim
         g.scope(f"layers.{i}.attn")
-        normed = self._norm(x, f"{self.family.layer(i)}.{self.family.attention_norm}")
-        packed = self._linear(layer_site(i, "attn.qkv"), normed)  # [B, S, (H + 2K) * D]
-        split = g.op("Transpose", g.op("Reshape", packed, g.ints(0, 0, heads + 2 * kv, size)), perm=[0, 2, 1, 3])
-        query_key, value = g.ops("Split", 2, split, g.ints(heads + kv, kv), axis=1)
-        query, key = g.ops("Split", 2, self._rotate(query_key), g.ints(heads, kv), axis=1)
-        scale = g.constant(np.array(1 / math.sqrt(size), dtype=self.dtype.numpy()))
+        layer = family.layer(i)
+        normed = self._norm(x, f"{layer}.{family.attention_norm}") if spec.norm_first else x
+        query_key, value = self._query_key_value(i, self._linear(layer_site(i, "attn.qkv"), normed))
+        if family.positions == "rotary":
+            query_key = self._rotate(query_key, i)
+        query, key = g.ops("Split", 2, query_key, g.ints(heads, kv), axis=1)
         # Group the query heads of one key head as rows: keys and values need no repetition.
-        query = g.op("Reshape", g.op("Mul", query, scale), g.ints(0, kv, -1, size))  # [B, K, G * S, D]
+        query = g.op("Mul", query, self._scalar(spec.attention_scale))
+        query = g.op("Reshape", query, g.ints(0, kv, -1, size))  # [B, K, G * S, D]
         present_key = g.op("Concat", past_key, key, axis=2)  # [B, K, T, D]
         present_value = g.op("Concat", past_value, value, axis=2)
         context = self.prefix.attend(
-            g, i, query, present_key, present_value, self.bias, self.prefix_shape
+            g, i, query, present_key, present_value, self.biases[spec.window(i)], self.prefix_shape, spec.score_cap
         )  # [B, K, G * S, D]
         rows = g.op("Transpose", g.op("Reshape", context, g.ints(0, heads, -1, size)), perm=[0, 2, 1, 3])
         joined = g.op("Reshape", rows, g.ints(0, 0, heads * size))
         for part, value_ in (("key", present_key), ("value", present_value)):
             g.output(value_, f"present.{i}.{part}", self.dtype, ["batch", kv, "total", size])
-        return g.op("Add", x, self._linear(layer_site(i, "attn.out"), joined), name="residual")
+        out = self._linear(layer_site(i, "attn.out"), joined)
+        return self._add_block(x, out, f"{layer}.{family.attention_norm}", family.attention_post_norm, layer)
+
+    def _query_key_value(self, i: int, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return queries and keys ``[B, H + K, S, D]``, normed where the family does, and values ``[B, K, S, D]``."""
+        g, spec, family = self.g, self.spec, self.family
+        heads, kv, size = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        if family.qkv == "interleaved":
+            parts = g.op("Reshape", packed, g.ints(0, 0, heads, 3, size))
+            ordered = g.op("Transpose", parts, perm=[0, 3, 2, 1, 4])  # [B, 3, H, S, D]
+            split = g.op("Reshape", ordered, g.ints(0, 3 * heads, -1, size))
+        else:
+            split = g.op("Transpose", g.op("Reshape", packed, g.ints(0, 0, heads + 2 * kv, size)), perm=[0, 2, 1, 3])
+        if not family.query_norm:
+            query_key, value = g.ops("Split", 2, split, g.ints(heads + kv, kv), axis=1)
+            return query_key, value
+        query, key, value = g.ops("Split", 3, split, g.ints(heads, kv, kv), axis=1)
+        normed = [
+            self._norm(part, f"{family.layer(i)}.{path}")
+            for part, path in ((query, family.query_norm), (key, family.key_norm))
+        ]
+        return g.op("Concat", *normed, axis=1), value
 
     def _mlp(self, i: int, x: ir.Value) -> ir.Value:
-        g = self.g
+        g, family = self.g, self.family
         g.scope(f"layers.{i}.mlp")
-        normed = self._norm(x, f"{self.family.layer(i)}.{self.family.mlp_norm}")
-        packed = self._linear(layer_site(i, "mlp.gate_up"), normed)
-        gate, up = g.ops("Split", 2, packed, g.ints(*[self.spec.intermediate_size] * 2), axis=-1)
-        hidden = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
-        return g.op("Add", x, self._linear(layer_site(i, "mlp.down"), hidden), name="residual")
+        layer = family.layer(i)
+        normed = self._norm(x, f"{layer}.{family.mlp_norm}") if self.spec.norm_first else x
+        if family.gated:
+            packed = self._linear(layer_site(i, "mlp.gate_up"), normed)
+            gate, up = g.ops("Split", 2, packed, g.ints(*[self.spec.intermediate_size] * 2), axis=-1)
+            hidden = g.op("Mul", self._activate(gate), up)
+        else:
+            hidden = self._activate(self._linear(layer_site(i, "mlp.up"), normed))
+        out = self._linear(layer_site(i, "mlp.down"), hidden)
+        return self._add_block(x, out, f"{layer}.{family.mlp_norm}", family.mlp_post_norm, layer)
 
-    def _rotate(self, x: ir.Value) -> ir.Value:
-        """Rotate pairs ``(j, j + D/2)``: x * cos + swapped halves of x * signed sin."""
-        g, half = self.g, self.spec.head_dim // 2
+    def _add_block(self, x: ir.Value, out: ir.Value, norm: str, post_norm: str | None, layer: str) -> ir.Value:
+        """Return the residual stream with a block's output added, and the norms that stand there."""
+        if post_norm:
+            out = self._norm(out, f"{layer}.{post_norm}")
+        total = self.g.op("Add", x, out, name="residual")
+        return total if self.spec.norm_first else self._norm(total, norm)
+
+    def _activate(self, x: ir.Value) -> ir.Value:
+        g = self.g
+        if self.spec.activation == "relu":
+            return g.op("Relu", x)
+        if self.spec.activation == "silu":
+            return g.op("Mul", x, g.op("Sigmoid", x))
+        if self.spec.activation == "gelu":
+            bent = g.op("Erf", g.op("Mul", x, self._scalar(math.sqrt(0.5))))
+        else:
+            cube = g.op("Mul", g.op("Mul", x, x), g.op("Mul", x, self._scalar(0.044715)))
+            bent = g.op("Tanh", g.op("Mul", g.op("Add", x, cube), self._scalar(math.sqrt(2 / math.pi))))
+        return g.op("Mul", g.op("Mul", x, self._scalar(0.5)), g.op("Add", bent, self._scalar(1.0)))
+
+    def _rotate(self, x: ir.Value, layer: int) -> ir.Value:
+        """Rotate pairs ``(j, j + R/2)`` of the first R channels: x * cos + swapped halves of x * signed sin."""
+        g, size = self.g, self.spec.head_dim
+        local = self.spec.local_rotary is not None and self.spec.window(layer) > 0
+        cos, sin = self.rotations["local_rotary" if local else "rotary"]
+        turning = turning_channels(self.spec.local_rotary if local else self.spec.rotary, size)
+        rest: list[ir.Value] = []
+        if turning < size:
+            x, still = g.ops("Split", 2, x, g.ints(turning, size - turning), axis=-1)
+            rest = [still]
+        half = turning // 2
         first, second = g.ops("Split", 2, x, g.ints(half, half), axis=-1)
         swapped = g.op("Concat", second, first, axis=-1)
-        return g.op("Add", g.op("Mul", x, self.cos), g.op("Mul", swapped, self.sin))
+        turned = g.op("Add", g.op("Mul", x, cos), g.op("Mul", swapped, sin))
+        return g.op("Concat", turned, *rest, axis=-1) if rest else turned
 
     def _norm(self, x: ir.Value, path: str) -> ir.Value:
-        """Root mean square norm; in float32 always, as transformers computes it."""
-        g = self.g
+        """Return the norm of the last axis; in float32 always, as transformers computes it."""
+        g, eps = self.g, self.spec.norm_eps
         wide = x if self.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=int(ir.DataType.FLOAT))
+        if self.family.norm == "layer":
+            parts = [self._tensor(f"{path}.{part}", ir.DataType.FLOAT) for part in ("weight", "bias")]
+            return self._narrow(g.op("LayerNormalization", wide, *parts, axis=-1, epsilon=eps))
         mean = g.reduce_mean_last(g.op("Pow", wide, g.constant(np.array(2, dtype=np.float32))))
-        root = g.op("Sqrt", g.op("Add", mean, g.constant(np.array(self.spec.norm_eps, dtype=np.float32))))
-        normed = g.op("Div", wide, root)
-        if self.dtype != ir.DataType.FLOAT:
-            normed = g.op("Cast", normed, to=int(self.dtype))
-        return g.op("Mul", normed, self._tensor(f"{path}.weight"))
+        root = g.op("Sqrt", g.op("Add", mean, g.constant(np.array(eps, dtype=np.float32))))
+        normed = self._narrow(g.op("Div", wide, root))
+        return g.op("Mul", normed, self._tensor(f"{path}.weight", offset=self.family.norm_offset))
+
+    def _project(self, path: str | None, x: ir.Value) -> ir.Value:
+        """Return ``x`` through a linear that stays in floating point; a model that lacks it leaves ``x`` as it is."""
+        if path is None or f"{path}.weight" not in self.weights.names():
+            return x
+        return add_linear(self.g, x, PackedLinear(Site(path), (path,), self.weights), self.dtype, None)
 
     def _linear(self, site: Site, x: ir.Value) -> ir.Value:
         linears = self.family.linears(self.spec, head=True)[site]
@@ -177,21 +294,51 @@ class DecoderGraph:
             linear = PackedLinear(HEAD_SITE, (path,), self.weights)
             logits = add_linear(g, x, linear, self.dtype, self.scales[HEAD_SITE])
         elif tied:
-            rows = g.op("Reshape", x, g.ints(-1, spec.hidden_size))
+            rows = g.op("Reshape", x, g.ints(-1, spec.embedding_size or spec.hidden_size))
             scores = g.op("Gemm", rows, self._embedding(), transB=1)
             shape = g.op("Concat", g.op("Shape", x, start=0, end=2), g.ints(spec.vocab_size), axis=0)
             # allowzero: logits_start may leave no row at all; engines of the float16 graph never see that.
             logits = g.op("Reshape", scores, shape, allowzero=int(self.dtype == ir.DataType.FLOAT))
         else:
             logits = add_linear(g, x, PackedLinear(HEAD_SITE, (path,), self.weights), self.dtype, None)
+        if spec.logit_cap:
+            cap = self._scalar(spec.logit_cap)
+            logits = g.op("Mul", g.op("Tanh", g.op("Div", logits, cap)), cap)
         # A node of its own, so that the output carries the name and type of the contract.
         return g.op("Cast", logits, to=int(ir.DataType.FLOAT)) if self.dtype != ir.DataType.FLOAT else logits
 
     def _embedding(self) -> ir.Value:
-        size = (self.spec.vocab_size, self.spec.hidden_size)
+        size = (self.spec.vocab_size, self.spec.embedding_size or self.spec.hidden_size)
         name = f"{self.family.embedding}.weight"
         return self.g.lazy(name, self.dtype, size, lambda: self.weights.get(name).astype(self.dtype.numpy()))
 
-    def _tensor(self, name: str) -> ir.Value:
+    def _tensor(self, name: str, dtype: ir.DataType | None = None, offset: float = 0.0) -> ir.Value:
+        """Return a stored tensor, ``offset`` added, as an initializer of the graph's type or another."""
+        element = dtype or self.dtype
         array: FloatArray = self.weights.get(name)
-        return self.g.lazy(name, self.dtype, array.shape, lambda: self.weights.get(name).astype(self.dtype.numpy()))
+        return self.g.lazy(
+            name, element, array.shape, lambda: (self.weights.get(name) + np.float32(offset)).astype(element.numpy())
+        )
+
+    def _scalar(self, value: float) -> ir.Value:
+        """Return a constant of the graph's type."""
+        return self.g.constant(np.array(value, dtype=self.dtype.numpy()))
+
+    def _narrow(self, x: ir.Value) -> ir.Value:
+        """Return a float32 value in the graph's type."""
+        return x if self.dtype == ir.DataType.FLOAT else self.g.op("Cast", x, to=int(self.dtype))
+
+    @property
+    def _masked(self) -> float:
+        return MASKED[self.dtype]
+
+
+def alibi_slopes(heads: int) -> FloatArray:
+    """Return the slope of each head, float32 ``[heads]``: powers of 2^(-8 / n) (Press et al., 2022).
+
+    n is the largest power of two within ``heads``; the heads beyond it take every other slope of 2 n heads.
+    """
+    whole = 2 ** int(math.log2(heads))
+    slopes = [2.0 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    slopes += [2.0 ** (-8 * (2 * i + 1) / (2 * whole)) for i in range(heads - whole)]
+    return np.array(slopes, dtype=np.float32)

@@ -47,6 +47,7 @@ class PrefixKv:
         value: ir.Value,
         bias: ir.Value,
         shape: ir.Value | None,
+        cap: float = 0.0,
     ) -> ir.Value:
         """Append scaled dot-product attention over prefix and context, in floating point.
 
@@ -55,23 +56,24 @@ class PrefixKv:
             layer: index of the layer.
             query: ``[B, K, G * S, D]``, already scaled.
             key, value: ``[B, K, T, D]``, the present without the prefix.
-            bias: additive mask ``[B, 1, G * S, P + T]``.
+            bias: additive mask ``[B, 1 or H, G * S, P + T]``.
             shape: of :meth:`batch_shape`.
+            cap: soft cap of the scores; 0 for none.
 
         Returns:
             ``[B, K, G * S, D]``.
         """
         if self.length and self.dtype == ir.DataType.FLOAT:
-            return self._attend_apart(g, layer, query, key, value, bias)
+            return self._attend_apart(g, layer, query, key, value, bias, cap)
         if shape is not None:
             key = g.op("Concat", g.op("Expand", self._constant(g, layer, "key"), shape), key, axis=2)
             value = g.op("Concat", g.op("Expand", self._constant(g, layer, "value"), shape), value, axis=2)
         scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]), name="scores")
-        weights = g.op("Softmax", g.op("Add", scores, bias), axis=-1)
+        weights = g.op("Softmax", g.op("Add", self._capped(g, scores, cap), bias), axis=-1)
         return g.op("MatMul", weights, value, name="context")
 
     def _attend_apart(
-        self, g: GraphBuilder, layer: int, query: ir.Value, key: ir.Value, value: ir.Value, bias: ir.Value
+        self, g: GraphBuilder, layer: int, query: ir.Value, key: ir.Value, value: ir.Value, bias: ir.Value, cap: float
     ) -> ir.Value:
         """Append the same attention, prefix and context multiplied apart and joined as scores.
 
@@ -82,7 +84,7 @@ class PrefixKv:
             g.op("MatMul", query, g.op("Transpose", k, perm=[0, 1, 3, 2]), name=name)
             for name, k in (("prefix_scores", self._constant(g, layer, "key")), ("scores", key))
         ]
-        scores = g.op("Concat", *parts, axis=-1)
+        scores = self._capped(g, g.op("Concat", *parts, axis=-1), cap)
         weights = g.op("Softmax", g.op("Add", scores, bias), axis=-1)
         start, end, last = g.ints(self.length), g.ints(np.iinfo(np.int64).max), g.ints(-1)
         on_prefix = g.op("Slice", weights, g.ints(0), start, last)
@@ -92,6 +94,12 @@ class PrefixKv:
             g.op("MatMul", on_prefix, self._constant(g, layer, "value"), name="prefix_context"),
             g.op("MatMul", on_text, value, name="context"),
         )
+
+    def _capped(self, g: GraphBuilder, scores: ir.Value, cap: float) -> ir.Value:
+        if not cap:
+            return scores
+        limit = g.constant(np.array(cap, dtype=self.dtype.numpy()))
+        return g.op("Mul", g.op("Tanh", g.op("Div", scores, limit)), limit)
 
     def _constant(self, g: GraphBuilder, layer: int, part: str) -> ir.Value:
         """Return the prefix of a layer as an initializer ``[1, K, P, D]``."""

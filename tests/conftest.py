@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cushion_deploy.modeling.gguf import convert_gguf
 from cushion_deploy.modeling.load import LoadedModel, load_folder
@@ -63,13 +63,16 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tiny(folder: Path, edit: Callable[[LlamaForCausalLM], None] | None = None, **config: Any) -> Path:
-    """Write a random Llama of three layers as a Hugging Face folder, and return the folder.
+def write_tiny(
+    folder: Path, edit: Callable[[Any], None] | None = None, model_type: str = "llama", **config: Any
+) -> Path:
+    """Write a random model of three layers as a Hugging Face folder, and return the folder.
 
     Args:
         folder: where to.
         edit: changes the module before it is saved.
-        config: overrides of LlamaConfig.
+        model_type: of its configuration.
+        config: overrides of the configuration.
     """
     tokenizer = tiny_tokenizer()
     settings: dict[str, Any] = {
@@ -87,7 +90,11 @@ def write_tiny(folder: Path, edit: Callable[[LlamaForCausalLM], None] | None = N
         "tie_word_embeddings": False,
     }
     torch.manual_seed(0)
-    module = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+    kind = CONFIG_MAPPING[model_type]
+    usual = kind()
+    known = {key: value for key, value in settings.items() if hasattr(usual, key)}
+    # pad_token_id, because the default of some configurations is outside of a vocabulary this small.
+    module = AutoModelForCausalLM.from_config(kind(**{**known, "pad_token_id": None, **config}))
     if edit:
         with torch.no_grad():
             edit(module)

@@ -46,11 +46,10 @@ SPEC = ModelSpec(
     activation="silu",
     rotary=RotaryScaling(10000.0, "linear", {"factor": 2.0}),
     tied_head=True,
-    attention_bias=False,
-    mlp_bias=False,
     parameters=123,
     bos_token_id=None,
     eos_token_ids=(2, 3),
+    attention_scale=0.25,
 )
 
 

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.families.base import Family, SiteRule
+from cushion_deploy.families.base import ACTIVATIONS, Absorber, Activation, Family, SiteRule
+from cushion_deploy.families.bloom import BLOOM
+from cushion_deploy.families.gemma2 import GEMMA2
+from cushion_deploy.families.gemma3 import GEMMA3
+from cushion_deploy.families.gpt2 import GPT2
 from cushion_deploy.families.llama import LLAMA
+from cushion_deploy.families.mistral import MISTRAL
+from cushion_deploy.families.opt import OPT
+from cushion_deploy.families.phi3 import PHI3
+from cushion_deploy.families.qwen2 import QWEN2
+from cushion_deploy.families.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT, BLOOM, GPT2)
+}
 
-__all__ = ["FAMILIES", "Family", "SiteRule", "family_for_model_type", "get_family"]
+__all__ = [
+    "ACTIVATIONS",
+    "FAMILIES",
+    "Absorber",
+    "Activation",
+    "Family",
+    "SiteRule",
+    "family_for_model_type",
+    "get_family",
+]
 
 
 def get_family(name: str) -> Family:

@@ -11,6 +11,9 @@ from cushion_deploy.modeling.bars import reported_bars
 from cushion_deploy.modeling.source import ModelSource
 from cushion_deploy.progress import Progress, silent
 
+MODEL_TYPES = {"gemma3": "gemma3_text"}
+"""GGUF architectures that transformers calls otherwise."""
+
 
 def convert_gguf(source: ModelSource, folder: Path, progress: Progress = silent) -> None:
     """Write config, tokenizer and dequantized float32 weights of a GGUF file into ``folder``.
@@ -24,7 +27,8 @@ def convert_gguf(source: ModelSource, folder: Path, progress: Progress = silent)
         UntrustedArtifact: the file is truncated or malformed.
         UsageError: its architecture is not supported.
     """
-    family_for_model_type(_architecture(source.path))
+    architecture = _architecture(source.path)
+    family_for_model_type(MODEL_TYPES.get(architecture, architecture))
     with reported_bars(progress):
         _convert(source, folder)
 

@@ -11,13 +11,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.families import Family, family_for_model_type
+from cushion_deploy.families import ACTIVATIONS, Family
 from cushion_deploy.modeling.bars import reported_bars
 from cushion_deploy.modeling.source import ModelSource, check_config, read_json, weight_files
 from cushion_deploy.progress import Progress, silent
 from cushion_deploy.types import FloatArray, IntArray, ModelSpec, RotaryScaling, Site, Smoothing
+
+UNLIMITED_POSITIONS = 131_072
+"""Stands for the context of a model that has no limit of its own (ALiBi); memory ends far below."""
+TORCH_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,18 @@ class LoadedModel:
     folder: Path
     smoothing: Smoothing | None = None
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The module that owns the layers; every forward pass goes through it."""
+        found: nn.Module = self.module.get_submodule(self.family.layers.rpartition(".")[0])
+        return found
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers in their order."""
+        found: nn.ModuleList = self.module.get_submodule(self.family.layers)
+        return found
+
     def encode(self, text: str) -> IntArray:
         """Return the token ids of plain text, int64 ``[n]``, without special tokens."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -54,26 +71,36 @@ class LoadedModel:
 
 
 class SafetensorsWeights:
-    """Tensors of a folder, read one at a time and widened to float32 (implements ``WeightSource``)."""
+    """Tensors of a folder by the names of the module, read one at a time and widened to float32 (``WeightSource``).
 
-    def __init__(self, folder: Path) -> None:
+    Linears that a family stores as ``[in, out]`` are given as ``[out, in]``, as torch has them.
+    """
+
+    def __init__(self, folder: Path, family: Family) -> None:
         """Index the safetensors files of ``folder``; raises UntrustedArtifact when one is damaged."""
-        self._files: dict[str, Path] = {}
+        # Older checkpoints leave out of their names what the module calls its decoder.
+        base = family.layers.partition(".")[0]
+        self._found: dict[str, tuple[Path, str]] = {}
+        self._transposed = tuple(f".{part}.weight" for part in family.transposed)
         for file in weight_files(folder):
             try:
                 with safe_open(file, framework="pt") as f:
-                    self._files.update(dict.fromkeys(f.keys(), file))
+                    for key in list(f.keys()):
+                        whole = key if key.startswith((f"{base}.", f"{family.head}.")) else f"{base}.{key}"
+                        self._found[whole] = (file, key)
             except SafetensorError as e:
                 raise UntrustedArtifact(f"{file.name} is damaged: {e}", hint="fetch the model again") from e
 
     def names(self) -> frozenset[str]:
         """Return every tensor name."""
-        return frozenset(self._files)
+        return frozenset(self._found)
 
     def get(self, name: str) -> FloatArray:
         """Return one tensor as float32; raises KeyError for an unknown name."""
-        with safe_open(self._files[name], framework="pt") as f:
-            array: FloatArray = f.get_tensor(name).to(torch.float32).numpy()
+        file, key = self._found[name]
+        with safe_open(file, framework="pt") as f:
+            tensor = f.get_tensor(key).to(torch.float32)
+        array: FloatArray = (tensor.T.contiguous() if name.endswith(self._transposed) else tensor).numpy()
         return array
 
 
@@ -92,8 +119,8 @@ def load_folder(folder: Path, source: ModelSource, progress: Progress = silent) 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = read_json(folder / "config.json", "give a Hugging Face folder")
-    check_config(config)
-    weights = SafetensorsWeights(folder)
+    family = check_config(config)
+    weights = SafetensorsWeights(folder, family)
     try:
         with reported_bars(progress):
             module, info = AutoModelForCausalLM.from_pretrained(
@@ -101,7 +128,7 @@ def load_folder(folder: Path, source: ModelSource, progress: Progress = silent) 
                 dtype=torch.float32,
                 trust_remote_code=False,
                 use_safetensors=True,
-                attn_implementation="sdpa",
+                attn_implementation=family.attention,
                 output_loading_info=True,
             )
     except (ValueError, KeyError, OSError, RuntimeError) as e:
@@ -117,47 +144,99 @@ def load_folder(folder: Path, source: ModelSource, progress: Progress = silent) 
             f"{source.label} has no usable tokenizer: {_first_line(e)}",
             hint="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from e
+    straighten(module)
     module.eval().requires_grad_(False)
-    family = family_for_model_type(module.config.model_type)
     spec = describe(module, family, source)
     return LoadedModel(spec, family, module, tokenizer, bind_sites(module, family, spec), weights, folder)
+
+
+def straighten(module: nn.Module) -> None:
+    """Replace every linear that transformers keeps as ``[in, out]`` (``Conv1D``) by an ``nn.Linear``, in place."""
+    for path, found in list(module.named_modules()):
+        if isinstance(found, Conv1D):
+            size_in, size_out = found.weight.shape
+            # On the meta device, because the weights that it would draw are thrown away.
+            linear = nn.Linear(size_in, size_out, device="meta")
+            linear.weight, linear.bias = nn.Parameter(found.weight.T.contiguous()), found.bias
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, linear)
 
 
 def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
     """Return the ModelSpec of a loaded module."""
     c = module.config
-    rope = dict(c.rope_parameters)
-    rule = str(rope.pop("rope_type", "default"))
-    theta = float(rope.pop("rope_theta"))
-    if rule not in family.rotary_rules:
-        raise UsageError(
-            f"rotary scaling rule '{rule}' is not supported for family {family.name}",
-            hint=f"supported: {', '.join(family.rotary_rules)}",
-        )
-    eos = c.eos_token_id
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    rotary, local = _rotary(c, family)
+    eos, activation = c.eos_token_id, _named(c, family.activation_key)
+    embedding = getattr(c, "word_embed_proj_dim", c.hidden_size)
+    scalar = getattr(c, "query_pre_attn_scalar", None) or head_dim
     return ModelSpec(
         family=family.name,
         source=Path(source.label).name if source.kind == "gguf" else source.label,
         weights_digest=source.digest,
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
+        intermediate_size=_named(c, family.intermediate_key) or 4 * c.hidden_size,
         num_layers=c.num_hidden_layers,
         num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
-        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
-        max_positions=c.max_position_embeddings,
-        norm_eps=c.rms_norm_eps,
-        activation=c.hidden_act,
-        rotary=RotaryScaling(theta, rule, {k: float(v) for k, v in sorted(rope.items()) if v is not None}),
+        num_kv_heads=getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
+        head_dim=head_dim,
+        max_positions=getattr(c, "max_position_embeddings", None) or UNLIMITED_POSITIONS,
+        norm_eps=_named(c, family.norm_eps_key) or TORCH_NORM_EPS,
+        activation=ACTIVATIONS[activation] if activation else family.activation,
+        rotary=rotary,
         tied_head=bool(c.tie_word_embeddings),
-        attention_bias=bool(getattr(c, "attention_bias", False)),
-        mlp_bias=bool(getattr(c, "mlp_bias", False)),
         parameters=sum(p.numel() for p in module.parameters()),
         bos_token_id=c.bos_token_id,
         eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        attention_scale=scalar**-0.5,
         revision=source.revision,
+        local_rotary=local,
+        windows=_windows(c),
+        norm_first=bool(getattr(c, "do_layer_norm_before", True)),
+        score_cap=getattr(c, "attn_logit_softcapping", None) or 0.0,
+        logit_cap=getattr(c, "final_logit_softcapping", None) or 0.0,
+        embedding_size=embedding if embedding != c.hidden_size else 0,
     )
+
+
+def _named(config: Any, key: str | None) -> Any:
+    return getattr(config, key) if key else None
+
+
+def _windows(config: Any) -> tuple[int, ...]:
+    """Return how far each layer looks back; empty where all look at everything."""
+    window = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return windows if any(windows) else ()
+
+
+def _rotary(config: Any, family: Family) -> tuple[RotaryScaling | None, RotaryScaling | None]:
+    """Return the rotary positions of the model, and of its local layers where they have their own."""
+    if family.positions != "rotary":
+        return None, None
+    rope = config.rope_parameters
+    if "full_attention" not in rope:
+        return _scaling(rope, config, family), None
+    # A model without local layers has no use for their parameters.
+    local = rope.get("sliding_attention") if "sliding_attention" in config.layer_types else None
+    return _scaling(rope["full_attention"], config, family), _scaling(local, config, family) if local else None
+
+
+def _scaling(given: dict[str, Any], config: Any, family: Family) -> RotaryScaling:
+    rope = {key: value for key, value in given.items() if value is not None}
+    rule = str(rope.pop("rope_type", "default"))
+    if rule not in family.rotary_rules:
+        raise UsageError(
+            f"rotary scaling rule '{rule}' is not supported for family {family.name}",
+            hint=f"supported: {', '.join(family.rotary_rules)}",
+        )
+    theta, partial = float(rope.pop("rope_theta")), float(rope.pop("partial_rotary_factor", 1.0))
+    if rule in ("yarn", "longrope"):
+        rope.setdefault("factor", config.max_position_embeddings / rope["original_max_position_embeddings"])
+    parameters = {k: tuple(map(float, v)) if isinstance(v, list) else float(v) for k, v in sorted(rope.items())}
+    return RotaryScaling(theta, rule, parameters, partial)
 
 
 def bind_sites(module: nn.Module, family: Family, spec: ModelSpec) -> dict[Site, tuple[nn.Linear, ...]]:

@@ -26,7 +26,7 @@ def layer_magnitudes(model: LoadedModel, prefix: Prefix, ids: IntArray) -> list[
         )
 
     with ExitStack() as stack:
-        for layer in model.module.get_submodule(model.family.layers):
+        for layer in model.layers:
             stack.callback(layer.register_forward_hook(hook).remove)
         run(model, torch.from_numpy(ids), prefix_tensors(prefix), head=False)
     return found

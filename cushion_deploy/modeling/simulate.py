@@ -141,7 +141,7 @@ def simulated(
                     on_codes(site, codes.to(kind))
                 return codes * scale if zero is None else (codes - zero) * scale
 
-            stack.enter_context(replaced(sites, transform))
+            stack.enter_context(replaced(model, transform, sites))
         stack.enter_context(quantized_weights(sites, scheme.weight_bits, scheme.weight_group))
         yield
 
@@ -189,7 +189,7 @@ def _dynamic_grids(model: LoadedModel, scheme: QuantScheme) -> Iterator[Callable
         text = None if padding[0] is None else padding[0][:, -x.shape[1] :].bool()
         return dynamic_grid(x, scheme, text)
 
-    handle = model.module.base_model.register_forward_pre_hook(remember, with_kwargs=True)
+    handle = model.decoder.register_forward_pre_hook(remember, with_kwargs=True)
     try:
         yield grid
     finally:

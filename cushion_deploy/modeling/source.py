@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
-from cushion_deploy.families import family_for_model_type
+from cushion_deploy.families import ACTIVATIONS, Family, family_for_model_type
 from cushion_deploy.store import hash_file
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
@@ -92,10 +92,11 @@ def _from_folder(path: Path, label: str, revision: str | None) -> ModelSource:
     return ModelSource("folder", path, label, revision, h.hexdigest())
 
 
-def check_config(config: dict[str, Any]) -> None:
-    """Refuse a config.json that is no supported decoder-only language model, or is already quantized."""
+def check_config(config: dict[str, Any]) -> Family:
+    """Return the family of a config.json; refuse one that is no supported decoder, or is already quantized."""
     architectures = config.get("architectures") or []
-    if config.get("is_encoder_decoder") or (architectures and not any("CausalLM" in a for a in architectures)):
+    decoders = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+    if config.get("is_encoder_decoder") or (architectures and not decoders):
         raise UsageError(
             f"{', '.join(architectures) or 'this model'} is not a decoder-only language model",
             hint="give a model whose architecture is a ...ForCausalLM, such as LlamaForCausalLM",
@@ -111,11 +112,18 @@ def check_config(config: dict[str, Any]) -> None:
             f"config.json sends the loader to other weights ({other})",
             hint="name that file model.safetensors and remove transformers_weights from config.json",
         )
-    if config.get("hidden_act") not in family.activations:
+    key = family.activation_key
+    if key and config.get(key) is not None and config[key] not in ACTIVATIONS:
         raise UsageError(
-            f"activation '{config.get('hidden_act')}' is not one that family {family.name} uses",
-            hint=f"supported: {', '.join(family.activations)}",
+            f"activation '{config[key]}' is not supported", hint=f"supported: {', '.join(sorted(ACTIVATIONS))}"
         )
+    for key, allowed in family.required.items():
+        if key in config and config[key] not in allowed:
+            raise UsageError(
+                f"config.json sets {key} to {config[key]!r}, which is not supported for family {family.name}",
+                hint=f"supported: {', '.join(repr(value) for value in allowed)}",
+            )
+    return family
 
 
 def weight_files(folder: Path) -> list[Path]:

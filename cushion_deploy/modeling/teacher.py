@@ -72,7 +72,8 @@ class Teacher:
         return Fidelity(torch.cat(losses).numpy(), torch.cat(apart).numpy())
 
     def _of_hidden(self, hidden: Tensor) -> Tensor:
-        return torch.log_softmax(nn.functional.linear(hidden, self.head).float(), -1)
+        logits, cap = nn.functional.linear(hidden, self.head).float(), self.model.spec.logit_cap
+        return torch.log_softmax(cap * torch.tanh(logits / cap) if cap else logits, -1)
 
 
 @dataclass(frozen=True)

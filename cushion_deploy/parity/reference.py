@@ -65,7 +65,7 @@ def float_inputs(model: LoadedModel, prefix: Prefix, ids: IntArray) -> SiteInput
         ids: int64 ``[1, n]``.
     """
     found: dict[Site, FloatArray] = {}
-    with observed(model.sites, lambda site, x: found.__setitem__(site, x.numpy())):
+    with observed(model, lambda site, x: found.__setitem__(site, x.numpy())):
         run(model, torch.from_numpy(ids), prefix_tensors(prefix))
     return {site: found[site] for site in model.sites}
 

@@ -85,7 +85,7 @@ def smooth_objective(
     measured = SmoothObjective(objective, skip=1)
     words = model.module.get_input_embeddings()(torch.from_numpy(text))
     begin = past[0][0].shape[2] if past else 0
-    with observed({site: linears for site, linears in model.sites.items() if site != HEAD_SITE}, measured):
+    with observed(model, measured, {site: linears for site, linears in model.sites.items() if site != HEAD_SITE}):
         model.module.base_model(
             inputs_embeds=torch.cat([slot[None], words])[None],
             past_key_values=cache_of(past, 1),

@@ -88,6 +88,6 @@ def score_prefix(model: LoadedModel, past: KeysValues, text: IntArray, objective
 def _row_scores(model: LoadedModel, past: KeysValues, ids: Tensor, objective: Objective, skip: int) -> list[float]:
     measured = RowObjective(objective, len(ids), skip)
     layers = {site: linears for site, linears in model.sites.items() if site != HEAD_SITE}
-    with observed(layers, measured):
+    with observed(model, measured, layers):
         run(model, ids, past, head=False)
     return [float(value) for value in measured.totals]

@@ -80,7 +80,7 @@ def _layer_maxima(model: LoadedModel, past: KeysValues, ids: Tensor, depth: int)
         if layer is not None:
             found[layer] = torch.maximum(found[layer], x.abs().amax(dim=(1, 2)))
 
-    with observed(sites, keep), _truncated(model, depth):
+    with observed(model, keep, sites), _truncated(model, depth):
         run(model, ids[:, None], past[:depth], head=False)
     return found
 
@@ -94,10 +94,9 @@ def _layer_of(site: Site, depth: int) -> int | None:
 @contextmanager
 def _truncated(model: LoadedModel, depth: int) -> Iterator[None]:
     """Let the model run its first ``depth`` layers only."""
-    config = model.module.config
-    full = config.num_hidden_layers
-    config.num_hidden_layers = depth
+    name, full = model.family.layers.rpartition(".")[2], model.layers
+    setattr(model.decoder, name, full[:depth])
     try:
         yield
     finally:
-        config.num_hidden_layers = full
+        setattr(model.decoder, name, full)

@@ -200,10 +200,10 @@ class PrefixTuning:
             return quantized
 
         with ExitStack() as stack:
-            stack.enter_context(replaced(self.sites, transform))
+            stack.enter_context(replaced(self.model, transform, self.sites))
             stack.enter_context(quantized_weights(self.sites))
             if self.config.checkpointing:
-                for layer in self.model.module.get_submodule(self.model.family.layers):
+                for layer in self.model.layers:
                     layer.forward = _rerun(layer.forward)
                     stack.callback(delattr, layer, "forward")
             yield

@@ -31,7 +31,7 @@ def block_input(model: LoadedModel, prefix: Prefix, windows: IntArray, progress:
         values = (args[0] if args else kwargs["hidden_states"]).abs().flatten().numpy()
         found.append([float(values.max()), *(float(q) for q in np.quantile(values, (0.9, 0.5)))])
 
-    last = model.module.get_submodule(model.family.layers)[-1]
+    last = model.layers[-1]
     handle = last.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         past = prefix_tensors(prefix)

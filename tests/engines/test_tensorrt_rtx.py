@@ -69,11 +69,10 @@ SPEC = ModelSpec(
     activation="silu",
     rotary=RotaryScaling(10000.0),
     tied_head=True,
-    attention_bias=False,
-    mlp_bias=False,
     parameters=0,
     bos_token_id=None,
     eos_token_ids=(),
+    attention_scale=0.25,
 )
 
 

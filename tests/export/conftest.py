@@ -57,7 +57,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             family = get_family("llama")
             spec = describe(module, family, source)
             sites = bind_sites(module, family, spec)
-            made[key] = LoadedModel(spec, family, module, None, sites, SafetensorsWeights(folder), folder)
+            made[key] = LoadedModel(spec, family, module, None, sites, SafetensorsWeights(folder, family), folder)
         return made[key]
 
     return make

@@ -34,7 +34,7 @@ def smoothing(tiny_model: LoadedModel) -> Smoothing:
 def site_inputs(model: LoadedModel) -> dict[Site, np.ndarray]:
     """Return what enters every Site, ``[length, features]``."""
     found: dict[Site, np.ndarray] = {}
-    with observed(model.sites, lambda site, x: found.__setitem__(site, x[0].numpy())):
+    with observed(model, lambda site, x: found.__setitem__(site, x[0].numpy())):
         logits(model, IDS, Prefix.empty(model.spec))
     return found
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.families import SiteRule
+from cushion_deploy.families import SiteRule, get_family
 from cushion_deploy.modeling.load import LoadedModel, SafetensorsWeights, bind_sites, load_folder
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.types import HEAD_SITE, layer_site
@@ -78,7 +78,7 @@ def test_half_precision_weights_are_widened_exactly(tiny_folder: Path, tmp_path:
     tensors = load_torch(tiny_folder / "model.safetensors")
     halved = {"a": tensors["lm_head.weight"].bfloat16(), "b": tensors["model.norm.weight"].half()}
     save_torch(halved, tmp_path / "model.safetensors")
-    weights = SafetensorsWeights(tmp_path)
+    weights = SafetensorsWeights(tmp_path, get_family("llama"))
     for name, tensor in halved.items():
         array = weights.get(name)
         assert array.dtype == np.float32

@@ -28,7 +28,7 @@ def test_each_site_is_seen_once_with_the_input_of_its_linears(tiny_model: Loaded
     outputs: dict[nn.Module, Tensor] = {}
     linears = [linear for group in tiny_model.sites.values() for linear in group]
     handles = [m.register_forward_hook(lambda m, _, out: outputs.__setitem__(m, out)) for m in linears]
-    with observed(tiny_model.sites, lambda site, x: seen.append((site, x))):
+    with observed(tiny_model, lambda site, x: seen.append((site, x))):
         tiny_model.module(input_ids=ids)
     for handle in handles:
         handle.remove()
@@ -50,7 +50,7 @@ def test_a_replaced_input_reaches_all_linears_of_its_site_and_is_computed_once(
         return x * 0.5
 
     handles = [m.register_forward_hook(lambda _, args, __: inputs.append(args[0])) for m in tiny_model.sites[site]]
-    with replaced({site: tiny_model.sites[site]}, halve):
+    with replaced(tiny_model, halve, {site: tiny_model.sites[site]}):
         tiny_model.module(input_ids=ids)
         changed = list(inputs)
         inputs.clear()
@@ -71,7 +71,7 @@ def test_a_second_pass_is_computed_anew(tiny_model: LoadedModel, ids: Tensor) ->
         calls.append(site)
         return x
 
-    with replaced(tiny_model.sites, same):
+    with replaced(tiny_model, same, tiny_model.sites):
         first = tiny_model.module(input_ids=ids).logits
         other = tiny_model.module(input_ids=ids.flip(0)).logits
     assert calls == 2 * list(tiny_model.sites)

@@ -168,6 +168,6 @@ def test_sites_are_compared_on_windows_that_fit_behind_the_prefix(workspace: Mak
     prefix, _ = search_prefix(ws)
     lengths: list[int] = []
     deployed = prepare(workspace(), prefix)
-    with observed(ws.folded(deployed.smoothing).sites, lambda _, x: lengths.append(x.shape[1])):
+    with observed(ws.folded(deployed.smoothing), lambda _, x: lengths.append(x.shape[1])):
         site_costs(ws, deployed)
     assert max(lengths) + prefix.length <= 256

@@ -1,0 +1,13 @@
+"""Gemma 3, text: a Gemma 2 with norms of query and key, two rotary bases, and five local layers to a global one."""
+
+from dataclasses import replace
+
+from cushion_deploy.families.gemma2 import GEMMA2
+
+GEMMA3 = replace(
+    GEMMA2,
+    name="gemma3",
+    model_types=("gemma3_text",),
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+)

@@ -1,0 +1,137 @@
+"""A tiny random model of every family, made from its real configuration class; each option that matters is on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from cushion_deploy.families import family_for_model_type
+from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.source import resolve_source
+
+WINDOW = 12
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.2, 1.4, 1.6, 1.8, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 6.0, 8.0, 9.0],
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.75,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "qwen2": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "num_key_value_heads": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": WINDOW, "rope_parameters": LONGROPE, "num_key_value_heads": 4}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2, "tie_word_embeddings": True}),
+    "opt-350m": (
+        "opt",
+        {
+            "ffn_dim": 96,
+            "word_embed_proj_dim": 32,
+            "do_layer_norm_before": False,
+            "init_std": 0.2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "bloom": ("bloom", {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True}),
+    "bloom-6-heads": ("bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 96, "tie_word_embeddings": True}),
+    "gpt2": (
+        "gpt2",
+        {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96, "n_positions": 256, "tie_word_embeddings": True},
+    ),
+}
+"""What a test calls it: model type and configuration."""
+
+LoadVariant = Callable[[str], LoadedModel]
+
+
+def randomize(module: nn.Module) -> None:
+    """Give norms and biases values that show where they are left out."""
+    for name, parameter in module.named_parameters():
+        if "norm" in name or "ln_" in name or name.endswith(".bias"):
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+
+
+@pytest.fixture(scope="session")
+def variant_folder(tmp_path_factory: pytest.TempPathFactory, tiny_writer: Any) -> Callable[[str], Path]:
+    """Return a function from the name of a variant to the folder of its random model; not to be changed."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            model_type, options = VARIANTS[name]
+            made[name] = tiny_writer(tmp_path_factory.mktemp(name), randomize, model_type, **options)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load_variant(variant_folder: Callable[[str], Path]) -> LoadVariant:
+    """Return a function from the name of a variant to its random model, loaded."""
+    made: dict[str, LoadedModel] = {}
+
+    def load(name: str) -> LoadedModel:
+        if name not in made:
+            folder = variant_folder(name)
+            made[name] = load_folder(folder, resolve_source(str(folder)))
+        return made[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def oracle(variant_folder: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Return a function from the name of a variant to transformers' own module, as it comes."""
+    made: dict[str, Any] = {}
+
+    def load(name: str) -> Any:
+        if name not in made:
+            attention = family_for_model_type(VARIANTS[name][0]).attention
+            made[name] = AutoModelForCausalLM.from_pretrained(
+                variant_folder(name), dtype=torch.float32, attn_implementation=attention
+            ).eval()
+        return made[name]
+
+    return load
+
+
+@pytest.fixture(params=VARIANTS, scope="session")
+def variant(request: pytest.FixtureRequest) -> str:
+    """Return the name of every variant in turn."""
+    return str(request.param)
