@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
+from cushion_deploy.families import family_for_model_type
 from cushion_deploy.modeling.gguf import convert_gguf
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
@@ -148,43 +150,120 @@ class Plant:
 
 
 PLANT = Plant(absorbers=(65, 97, 171), layer=1, massive=100.0)
-_CONSTANT, _CLASS, _ABSORBER, _MEAN, _SINK, _RESERVED = 0, 1, 5, 6, 10, 11
+_CONSTANT, _CLASS, _ABSORBER, _MEAN, _DRAWN, _SINK, _BALANCE, _RESERVED = 0, 1, 5, 6, 10, 11, 12, 13
+_UNIT = 3.0
 
 
-def plant_sink(module: LlamaForCausalLM) -> None:
-    """Write the circuit of :class:`Plant` into a random Llama of the tiny shape, on reserved channels."""
-    embedding, layers = module.model.embed_tokens.weight, module.model.layers
-    unit = 3.0
-    embedding[:, _RESERVED:] *= 8.0 / embedding[:, _RESERVED:].norm(dim=1, keepdim=True)
+class Circuits:
+    """The weights of a random model of the tiny shape, by their part in the computation; views to be written to."""
+
+    def __init__(self, module: Any) -> None:
+        """Look the parts up in the family's description."""
+        self.module, config = module, module.config
+        self.family = family_for_model_type(config.model_type)
+        self.heads = config.num_attention_heads
+        self.kv = getattr(config, "num_key_value_heads", None) or self.heads
+        self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.depth = config.num_hidden_layers
+        self.embedding = module.get_input_embeddings().weight
+
+    def linears(self, layer: int, site: int) -> list[torch.Tensor]:
+        """Return the weights ``[out, in]`` of the linears of a Site by its place in the layer, 0 to 3."""
+        path, rule = self.family.layer(layer), self.family.sites[site]
+        modules = [self.module.get_submodule(f"{path}.{linear}") for linear in rule.linears]
+        return [m.weight.T if isinstance(m, Conv1D) else m.weight for m in modules]
+
+    def head(self, layer: int, part: int, head: int) -> torch.Tensor:
+        """Return the rows of a head of query, key or value (part 0, 1, 2)."""
+        weights, dim = self.linears(layer, 0), self.dim
+        if self.family.qkv == "interleaved":
+            start = (3 * head + part) * dim
+            return weights[0][start : start + dim]
+        if len(weights) == 3:
+            return weights[part][head * dim : (head + 1) * dim]
+        start = ((0, self.heads, self.heads + self.kv)[part] + head) * dim
+        return weights[0][start : start + dim]
+
+    def up(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what goes through the activation, and what it is multiplied with where the MLP is gated."""
+        weights = self.linears(layer, 2)
+        if not self.family.gated:
+            return weights[0], None
+        gate, up = weights if len(weights) == 2 else weights[0].chunk(2)
+        return gate, up
+
+    def norm(self, path: str | None) -> torch.Tensor:
+        """Return the weight of a norm of the first layer."""
+        weight: torch.Tensor = self.module.get_submodule(f"{self.family.layer(0)}.{path}").weight
+        return weight
+
+
+def plant_sink(module: Any) -> None:
+    """Write the circuit of :class:`Plant` into a random model of the tiny shape, on reserved channels."""
+    parts = Circuits(module)
+    embedding, family = parts.embedding, parts.family
+    noise = embedding[:, _RESERVED:]
+    noise -= noise.mean(dim=1, keepdim=True)
+    noise *= 8.0 / noise.norm(dim=1, keepdim=True)
     embedding[:, :_RESERVED] = 0.0
-    embedding[:, _CONSTANT] = unit
+    embedding[:, _CONSTANT], embedding[:, _BALANCE] = _UNIT, -2 * _UNIT
     for token in range(len(embedding)):
         marked = _ABSORBER if token in PLANT.absorbers else _CLASS + PLANT.token_class(token)
-        embedding[token, marked] = unit
-    # Every row has the same norm now, hence the same divisor in the first RMS norm.
-    rms = float(embedding[0].square().mean().sqrt())
-    for layer in layers:
-        layer.self_attn.o_proj.weight[:_RESERVED] = 0.0
-        layer.mlp.down_proj.weight[:_RESERVED] = 0.0
-    # Query head 0 attends evenly, but 12 nats more to an absorber; the slowest rotary pair hardly turns.
-    attention, slow, dim = layers[0].self_attn, 7, 16
-    attention.q_proj.weight[: 2 * dim] = 0.0
-    attention.k_proj.weight[:dim] = 0.0
-    attention.v_proj.weight[:dim] = 0.0
-    attention.o_proj.weight[:, : 2 * dim] = 0.0
-    attention.q_proj.weight[slow, _CONSTANT] = attention.k_proj.weight[slow, _ABSORBER] = rms / unit * 48**0.5
+        embedding[token, marked] = _UNIT
+    # Every row has the same norm and no mean now, hence the same divisor in the first norm.
+    ratio = float(embedding[0].square().mean().sqrt()) / _UNIT
+    unit = 1 / ratio if family.embedding_norm else _UNIT
+    if family.scaled_embedding:
+        unit *= module.config.hidden_size**0.5
+    if family.position_embedding:
+        module.get_submodule(family.position_embedding).weight.zero_()
+    for layer in range(parts.depth):
+        for site in (1, 3):
+            parts.linears(layer, site)[0][:_RESERVED] = 0.0
+    # One query head attends evenly, but 12 nats more to an absorber. The slowest rotary pair hardly turns; with
+    # ALiBi it is the last head that hardly minds the distance.
+    alone = family.positions == "alibi"
+    head, group, slow = (parts.heads - 1 if alone else 0), (parts.heads - 1 if alone else 0), parts.dim // 2 - 1
+    query, key, value = (parts.head(0, part, index) for part, index in ((0, head), (1, group), (2, group)))
+    for weight in (query, key, value):
+        weight.zero_()
+    sharpness = (12 * parts.dim**0.5) ** 0.5
+    if family.query_norm:
+        # These norms make the one channel as large as the root of the head size, whatever stands there.
+        query[slow, _CONSTANT] = key[slow, _ABSORBER] = 1.0
+        for path in (family.query_norm, family.key_norm):
+            parts.norm(path)[slow] = sharpness / parts.dim**0.5 - family.norm_offset
+    else:
+        query[slow, _CONSTANT] = key[slow, _ABSORBER] = ratio * sharpness
+    out = parts.linears(0, 1)[0]
+    out[:, head * parts.dim : (head + 1) * parts.dim] = 0.0
+    for i in range(5):
+        value[i, _CLASS + i] = ratio
+        out[_MEAN + i, head * parts.dim + i] = unit
+    whole = unit
+    if family.attention_post_norm:
+        # It makes what attention adds as large as the root of the hidden size: nothing else may be in it.
+        out[_RESERVED:] = 0.0
+        whole = module.config.hidden_size**0.5
     for i in range(4):
-        attention.v_proj.weight[i, _CLASS + i] = rms
-        attention.o_proj.weight[_MEAN + i, i] = 1.0
         # Fires where the mean over what is attended to exceeds 0.8 of one class.
-        mlp = layers[PLANT.layer].mlp
-        mlp.gate_proj.weight[i] = 0.0
-        mlp.gate_proj.weight[i, _MEAN + i], mlp.gate_proj.weight[i, _CONSTANT] = 60.0, -48.0
-        mlp.up_proj.weight[i] = 0.0
-        mlp.up_proj.weight[i, _CONSTANT] = 60.0
-        mlp.down_proj.weight[:, i] = 0.0
-        mlp.down_proj.weight[_SINK, i] = 0.25
-    mlp.gate_proj.weight[0, _ABSORBER] = 90.0
+        bent, factor = parts.up(PLANT.layer)
+        down = parts.linears(PLANT.layer, 3)[0]
+        gain = 60.0 if family.gated else 2000.0
+        bent[i] = 0.0
+        bent[i, _MEAN + i], bent[i, _CONSTANT] = gain, -0.8 * gain * whole / unit
+        if factor is not None:
+            factor[i] = 0.0
+            factor[i, _CONSTANT] = 60.0
+        down[:, i] = 0.0
+        down[_SINK, i] = 0.25
+    bent[0, _ABSORBER] = 1.5 * gain * whole / unit
+
+
+@pytest.fixture(scope="session")
+def sink_planter() -> Callable[[Any], None]:
+    """Return :func:`plant_sink`, for models of other families."""
+    return plant_sink
 
 
 @pytest.fixture(scope="session")

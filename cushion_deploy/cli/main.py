@@ -16,6 +16,7 @@ from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, missing_module
 from cushion_deploy.store.manifest import tool_version
 
 VERBS = {
+    "doctor": "Look at a model before a build: sinks, costs, needs, engines.",
     "build": "Model in, verified INT8 bundle out.",
     "search": "Find the prefix (CushionCache) of a model.",
     "tune": "Train the keys and values of a prefix.",

@@ -112,17 +112,24 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         overrides["search.enabled"] = False
     if values.get("engines"):
         overrides["engines"] = list(values["engines"])
-    for text in values["settings"]:
+    overrides |= parse_settings(values["settings"])
+    return recipe.merged(overrides)
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, object]:
+    """Return what --set NAME=VALUE says; values are YAML. Raises UsageError where one is neither."""
+    found: dict[str, object] = {}
+    for text in texts:
         name, sign, value = text.partition("=")
         if not sign:
             raise UsageError(f"--set {text}: no '='", hint="write --set search.tau=0.4")
         try:
-            overrides[name] = yaml.safe_load(value)
+            found[name] = yaml.safe_load(value)
         except yaml.YAMLError as e:
             raise UsageError(
                 f"--set {text}: {value!r} is not valid YAML", hint="put quotes around text that has special characters"
             ) from e
-    return recipe.merged(overrides)
+    return found
 
 
 def make_workspace(recipe: Recipe, work_dir: Path, progress: Progress) -> Workspace:

@@ -2,49 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import FAMILIES, family_for_model_type, get_family
+from cushion_deploy.folding import absorbers
+from cushion_deploy.modeling.fold import fold
+from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import HEAD_SITE
+from cushion_deploy.types import HEAD_SITE, Prefix, Smoothing
+
+LoadVariant = Callable[[str], LoadedModel]
 
 
-def test_every_linear_of_the_model_belongs_to_exactly_one_site(tiny_model: LoadedModel) -> None:
-    claimed = [p for paths in tiny_model.family.linears(tiny_model.spec, head=True).values() for p in paths]
-    actual = [name for name, module in tiny_model.module.named_modules() if isinstance(module, nn.Linear)]
-    assert sorted(claimed) == sorted(actual)
+def test_every_linear_of_the_model_belongs_to_exactly_one_site(variant: str, load_variant: LoadVariant) -> None:
+    model = load_variant(variant)
+    claimed = [p for paths in model.family.linears(model.spec, head=True).values() for p in paths]
+    actual = {name for name, module in model.module.named_modules() if isinstance(module, nn.Linear)}
+    assert sorted(claimed) == sorted(actual - {model.family.embedding_in, model.family.embedding_out})
 
 
-def test_sites_come_in_the_order_of_the_computation(tiny_model: LoadedModel) -> None:
-    called: list[str] = []
+def test_sites_come_in_the_order_of_the_computation(variant: str, load_variant: LoadVariant) -> None:
+    model, called = load_variant(variant), []
     handles = [
         module.register_forward_pre_hook(lambda _, __, name=name: called.append(name))
-        for name, module in tiny_model.module.named_modules()
+        for name, module in model.module.named_modules()
         if isinstance(module, nn.Linear)
     ]
     try:
-        tiny_model.module(**{k: v for k, v in tiny_model.module.dummy_inputs.items() if k == "input_ids"})
+        model.module(input_ids=torch.tensor([[3, 4, 5]]))
     finally:
         for handle in handles:
             handle.remove()
-    first = [paths[0] for paths in tiny_model.family.linears(tiny_model.spec, head=True).values()]
+    first = [paths[0] for paths in model.family.linears(model.spec, head=True).values()]
     assert [name for name in called if name in first] == first
 
 
-def test_the_head_is_left_out_on_request(tiny_model: LoadedModel) -> None:
-    with_head = tiny_model.family.linears(tiny_model.spec, head=True)
-    without = tiny_model.family.linears(tiny_model.spec, head=False)
+def test_the_head_is_left_out_on_request(variant: str, load_variant: LoadVariant) -> None:
+    model = load_variant(variant)
+    with_head, without = (model.family.linears(model.spec, head=head) for head in (True, False))
     assert set(with_head) - set(without) == {HEAD_SITE}
 
 
-def test_the_other_paths_lead_to_modules_of_their_kind(tiny_model: LoadedModel) -> None:
-    family, module = tiny_model.family, tiny_model.module
+def test_the_other_paths_lead_to_modules_of_their_kind(variant: str, load_variant: LoadVariant) -> None:
+    model = load_variant(variant)
+    family, module = model.family, model.module
     assert isinstance(module.get_submodule(family.embedding), nn.Embedding)
-    assert len(module.get_submodule(family.layers)) == tiny_model.spec.num_layers
-    for path in (family.final_norm, *(f"{family.layer(1)}.{p}" for p in (family.attention_norm, family.mlp_norm))):
+    assert len(module.get_submodule(family.layers)) == model.spec.num_layers
+    inside = (family.attention_norm, family.mlp_norm, family.attention_post_norm, family.mlp_post_norm)
+    paths = [family.embedding_norm, *(f"{family.layer(1)}.{path}" for path in inside if path)]
+    for path in filter(None, paths):
         assert "Norm" in type(module.get_submodule(path)).__name__
+    norms = {name for name, found in module.named_modules() if "Norm" in type(found).__name__}
+    known = {family.final_norm, *filter(None, paths)}
+    known |= {f"{family.layer(1)}.{path}" for path in (family.query_norm, family.key_norm) if path}
+    assert {name for name in norms if f"{family.layers}." not in name or f"{family.layer(1)}." in name} <= known
+
+
+def test_folding_a_smoothing_changes_no_output(variant: str, load_variant: LoadVariant) -> None:
+    model = load_variant(variant)
+    rng = np.random.default_rng(0)
+    wanted = absorbers(model.family, model.spec)
+    widths = {site: model.sites[site][0].in_features for site in wanted}
+    factors = {site: np.exp(rng.normal(size=widths[site])).astype(np.float32) for site in wanted}
+    folded = fold(model, Smoothing(factors, 0.5, model.spec.weights_digest))
+    ids = rng.integers(3, 300, (1, 24))
+    expected = logits(model, ids, Prefix.empty(model.spec))
+    found = logits(folded, ids, Prefix.empty(model.spec))
+    assert len(wanted) >= model.spec.num_layers
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    for site in wanted:
+        assert not torch.equal(folded.sites[site][0].weight, model.sites[site][0].weight)
 
 
 def test_a_family_is_found_by_name_and_by_every_model_type() -> None:

@@ -1,0 +1,114 @@
+"""`doctor`: look at a model before an hour is spent on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cushion_deploy.cli.options import WORK_DIR, make_workspace, parse_settings
+from cushion_deploy.cli.progress import progress
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.report import wording
+
+SHOWN = 5
+"""Sinks and Sites to name."""
+
+if TYPE_CHECKING:
+    from cushion_deploy.pipeline.doctor import Diagnosis
+
+
+@click.command("doctor")
+@click.argument("model", metavar="MODEL")
+@click.option("--revision", help="Revision of a hub model.")
+@click.option("--recipe", "file", type=click.Path(path_type=Path), help="YAML file with settings of the build.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override any setting of the recipe.")
+@click.option("--calib-data", metavar="DATA", help="Text to look at the model with. Default: the recipe's.")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    default=WORK_DIR,
+    show_default=True,
+    help="Folder of finished stages, which later runs reuse.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def command(
+    model: str,
+    revision: str | None,
+    file: Path | None,
+    settings: tuple[str, ...],
+    calib_data: str | None,
+    work_dir: Path,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Say whether MODEL has sinks, what static INT8 costs it, what a build needs here, and what will not work."""
+    from cushion_deploy.pipeline.doctor import diagnose
+
+    recipe = Recipe.load(file) if file else Recipe()
+    given: dict[str, object] = {"model": model, "revision": revision, "calibration.data": calib_data}
+    overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(settings)
+    with progress(quiet) as report:
+        ws = make_workspace(recipe.merged(overrides), work_dir, report)
+        with ws.store.lock():
+            found = diagnose(ws)
+    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(_lines(found)))
+
+
+def _lines(found: Diagnosis) -> list[str]:
+    m = found.model
+    lines = [
+        f"{m['source']}: {m['family']}, {wording.count(m['parameters'])} parameters, {m['layers']} layers, "
+        f"{m['linears']} linears, {m['positions']:,} positions",
+        "",
+        _sink_sentence(found),
+    ]
+    for sink in found.sinks[:SHOWN]:
+        lines.append(
+            f"  position {sink.position} ({sink.token!r}, in {100 * sink.share:.0f} % of the texts): "
+            f"{sink.magnitude:,.0f} at {sink.site}, {sink.times_median:,.0f} times the median token"
+        )
+    if len(found.sinks) > SHOWN:
+        lines.append(f"  and at {len(found.sinks) - SHOWN} more positions")
+    if found.sites:
+        shown = ", ".join(f"{site} ({ratio:,.0f} x)" for site, ratio in found.sites[:SHOWN])
+        lines.append(
+            f"  Sites: {shown}" + (f" and {len(found.sites) - SHOWN} more" if len(found.sites) > SHOWN else "")
+        )
+    lines.append(_prefix_sentence(found))
+    cost = found.cost
+    lines += [
+        f"static W8A8 without a prefix or any other remedy: perplexity {wording.perplexity(cost.fp)} to "
+        f"{wording.perplexity(cost.quantized)}, {wording.percent(cost.change)} (rough: {cost.tokens:,} tokens)",
+        "",
+    ]
+    needs = found.needs
+    parts = ", ".join(f"{name} {wording.duration(seconds)}" for name, seconds in needs.seconds.items())
+    lines += [
+        f"a build takes about {wording.duration(needs.total_seconds)} here ({parts}; conversion and engines beside it)",
+        f"memory about {wording.size(needs.memory)} ({wording.size(needs.memory_free)} free), "
+        f"disk about {wording.size(needs.disk)} ({wording.size(needs.disk_free)} free)",
+        "",
+    ]
+    for engine in found.engines:
+        version = f" {engine.version}" if engine.version else ""
+        gpus = f"; GPUs: {', '.join(engine.gpus)}" if engine.gpus else ""
+        lines.append(f"{engine.name}{version}: {engine.note}{gpus}")
+    lines += [f"warning: {text}" for text in found.warnings]
+    return lines
+
+
+def _sink_sentence(found: Diagnosis) -> str:
+    if not found.sinks:
+        return "no attention sinks: no token enters a linear much larger than the others"
+    return f"attention sinks at {wording.plural(len(found.sinks), 'position')}:"
+
+
+def _prefix_sentence(found: Diagnosis) -> str:
+    left = f"one common token as a prefix leaves {100 * found.relief:.0f} % of the quantization error"
+    if found.prefix_pays:
+        return f"a prefix pays: {left}, and a search finds better ones"
+    return f"no prefix is needed: {left}"

@@ -1,0 +1,334 @@
+"""Look at a model before an hour is spent on it: its sinks, what static INT8 costs it, what a build needs here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.engines.probe import probe
+from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.errors import UsageError
+from cushion_deploy.evaluate.perplexity import TextScore, score_text
+from cushion_deploy.modeling.forward import run
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.pipeline.limits import longest_prefix
+from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.prefix.candidates import obvious_tokens
+from cushion_deploy.prefix.objective import score_candidates, score_prefix
+from cushion_deploy.prefix.search import draw_text
+from cushion_deploy.schemes import PRECISIONS
+from cushion_deploy.types import HEAD_SITE, IntArray, Prefix, Site
+
+SINK_RATIO = 20.0
+"""A token is a sink where it enters a Site at this many times what the median token does."""
+SAMPLES, SAMPLE_TOKENS = 4, 256
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A token that carries a massive activation.
+
+    Attributes:
+        position: in its window.
+        token: its text.
+        share: of the windows looked at that have a sink at this position.
+        site: where it is largest, of all Sites.
+        magnitude: there.
+        times_median: the magnitude over that of the median token at the same Site.
+    """
+
+    position: int
+    token: str
+    share: float
+    site: Site
+    magnitude: float
+    times_median: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Perplexity on a sample of text, in floating point and in static W8A8 without a prefix."""
+
+    tokens: int
+    fp: float
+    quantized: float
+
+    @property
+    def change(self) -> float:
+        """Growth of the perplexity, as a share."""
+        return self.quantized / self.fp - 1
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine here: what it can do, and what to install where it cannot."""
+
+    name: str
+    compiles: bool
+    version: str
+    gpus: tuple[str, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a build takes on this machine: about how many seconds by stage, and bytes of memory and disk."""
+
+    seconds: dict[str, float]
+    memory: int
+    disk: int
+    memory_free: int
+    disk_free: int
+
+    @property
+    def total_seconds(self) -> float:
+        """All stages together."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        model: what it is.
+        sinks: one for each position that has any, the largest first.
+        sites: Sites that a sink enters, with how many times the median it is there, the largest first.
+        relief: share of the quantization error that the best of some common tokens leaves as a prefix.
+        prefix_pays: whether that is worth a prefix by the recipe's tau.
+        cost: of static W8A8 without a prefix.
+        needs: of a build.
+        engines: every engine.
+        warnings: sentences.
+    """
+
+    model: dict[str, Any]
+    sinks: tuple[Sink, ...]
+    sites: tuple[tuple[Site, float], ...]
+    relief: float
+    prefix_pays: bool
+    cost: Cost
+    needs: Needs
+    engines: tuple[Engine, ...]
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return {
+            **asdict(self),
+            "cost": {**asdict(self.cost), "change": self.cost.change},
+            "needs": {**asdict(self.needs), "total_seconds": self.needs.total_seconds},
+        }
+
+
+def diagnose(ws: Workspace) -> Diagnosis:
+    """Look at the recipe's model on a sample of its calibration text.
+
+    Raises:
+        UsageError: the text is shorter than the sample, or the model cannot be loaded.
+    """
+    model, config = ws.model, ws.recipe.search
+    corpus = model.encode(ws.corpus(ws.recipe.calibration.data, "calibration").text)
+    windows = _sample(model, corpus)
+    sinks, sites = find_sinks(model, windows)
+    text = draw_text(corpus, min(config.text_tokens, windows.shape[1]), ws.recipe.seed, 0)
+    before = score_prefix(model, [], text, config.objective)
+    scores = score_candidates(model, [], text, obvious_tokens(model), config.objective, progress=ws.progress)
+    relief = min(scores, default=before) / before if before else 1.0
+    cost = static_cost(ws, windows)
+    needs = estimate_needs(ws, windows)
+    engines = tuple(_engine(name) for name in ENGINES)
+    spec = model.spec
+    facts = {
+        "source": spec.source,
+        "family": spec.family,
+        "parameters": spec.parameters,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "positions": spec.max_positions,
+        "linears": sum(map(len, model.sites.values())),
+    }
+    found = Diagnosis(facts, sinks, sites, relief, relief <= config.tau, cost, needs, engines)
+    return Diagnosis(**{**vars(found), "warnings": tuple(_warnings(ws, found))})
+
+
+@torch.inference_mode()
+def find_sinks(model: LoadedModel, windows: IntArray) -> tuple[tuple[Sink, ...], tuple[tuple[Site, float], ...]]:
+    """Return the sinks of windows int64 ``[count, length]``, and the Sites that they enter with their ratios."""
+    largest: dict[Site, Tensor] = {}
+
+    def keep(site: Site, x: Tensor) -> None:
+        if site != HEAD_SITE:
+            largest[site] = x.abs().amax(dim=-1)
+
+    with observed(model, keep):
+        run(model, torch.from_numpy(windows), [], head=False)
+    sites = list(largest)
+    sizes = torch.stack([largest[site] for site in sites])  # [Sites, windows, length]
+    usual = sizes.flatten(1).median(dim=1).values.clamp(min=torch.finfo(torch.float32).tiny)
+    ratios = sizes / usual[:, None, None]
+    strongest, where = ratios.max(dim=0)  # [windows, length]
+    sinks = []
+    for position in torch.nonzero((strongest >= SINK_RATIO).any(dim=0)).flatten().tolist():
+        row = int(strongest[:, position].argmax())
+        site = int(where[row, position])
+        sinks.append(
+            Sink(
+                position,
+                model.token_text(int(windows[row, position])),
+                float((strongest[:, position] >= SINK_RATIO).float().mean()),
+                sites[site],
+                float(sizes[site, row, position]),
+                float(strongest[row, position]),
+            )
+        )
+    by_site = {site: float(r) for site, r in zip(sites, ratios.flatten(1).amax(dim=1), strict=True) if r >= SINK_RATIO}
+    order = sorted(sinks, key=lambda sink: -sink.times_median)
+    return tuple(order), tuple(sorted(by_site.items(), key=lambda entry: -entry[1]))
+
+
+@torch.inference_mode()
+def static_cost(ws: Workspace, windows: IntArray) -> Cost:
+    """Return the perplexity of one half of the windows, quantized with the ranges of the other, without any remedy."""
+    model, config = ws.model, ws.recipe.calibration
+    half = len(windows) // 2
+    empty = Prefix.empty(model.spec)
+    histograms = observe_sites(model, empty, windows[:half], np.ones_like(windows[:half]), progress=ws.progress)
+    scales = choose_scales(
+        histograms,
+        config.estimator,
+        percentile=config.percentile,
+        model=model,
+        prefix=empty,
+        corpus_digest="",
+        tokens=windows[:half].size,
+    )
+
+    def nll(ids: IntArray) -> Any:
+        from cushion_deploy.modeling.forward import token_nll
+
+        return token_nll(model, ids, empty)
+
+    plain = score_text(nll, windows[half:], ws.progress, "perplexity in floating point")
+    with simulated(model, PRECISIONS["w8a8"], scales):
+        quantized = score_text(nll, windows[half:], ws.progress, "perplexity in static W8A8")
+    return Cost(plain.tokens, TextScore(plain.losses).perplexity, quantized.perplexity)
+
+
+def estimate_needs(ws: Workspace, windows: IntArray) -> Needs:
+    """Return what a build takes: token positions of each stage by what one takes here, and sizes by the weights."""
+    model, recipe = ws.model, ws.recipe
+    spec = model.spec
+    layers = _seconds_a_position(model, windows, head=False)
+    whole = _seconds_a_position(model, windows, head=True)
+    scored = 4 * recipe.evaluation.max_tokens + recipe.evaluation.max_tokens
+    calibrated = recipe.calibration.windows * recipe.calibration.window
+    seconds: dict[str, float] = {}
+    if longest_prefix(recipe):
+        search = recipe.search
+        candidates = search.random_candidates + search.screen_candidates + search.gradient_candidates
+        # Two steps are usual: the second finds nothing. The screen runs the vocabulary through about half the layers.
+        per_step = spec.vocab_size / 2 + candidates * 64 + candidates * 20 + 28 * search.text_tokens
+        seconds["search"] = 2 * per_step * layers
+    columns = 2 if longest_prefix(recipe) else 1
+    smoothed = 1 if recipe.smoothing.alpha is not None else 0
+    seconds["smooth and calibrate"] = columns * (1 + smoothed) * calibrated * layers * 1.5
+    if recipe.tuning.enabled and longest_prefix(recipe):
+        trained = recipe.tuning.windows * recipe.tuning.window * recipe.tuning.epochs
+        seconds["tune"] = trained * 6 * whole
+    seconds["evaluate"] = scored * whole * 1.3
+    seconds["parity"] = (recipe.parity.tokens * 12 + recipe.evaluation.max_tokens) * whole
+    weights = 4 * spec.parameters
+    logits = 4 * spec.vocab_size * max(recipe.evaluation.window, recipe.calibration.window)
+    memory = int(2.5 * weights) + 6 * logits + GIB
+    # Converted weights, INT8 graph, float twin, half graph and plan; the bundle beside the work folder.
+    disk = int(3.5 * weights)
+    return Needs(seconds, memory, disk, _free_memory(), shutil.disk_usage(_existing(ws.store.root)).free)
+
+
+@torch.inference_mode()
+def _seconds_a_position(model: LoadedModel, windows: IntArray, *, head: bool) -> float:
+    row = torch.from_numpy(windows[:1])
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        run(model, row, [], head=head)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) / row.shape[1]
+
+
+def _sample(model: LoadedModel, corpus: IntArray) -> IntArray:
+    """Return windows int64 ``[count, length]`` spread over a text."""
+    length = min(SAMPLE_TOKENS, model.spec.max_positions, len(corpus) // 2)
+    count = min(SAMPLES, len(corpus) // length) if length >= 2 else 0
+    if count < 2:
+        raise UsageError(f"the text holds {len(corpus)} tokens, too few to look at", hint="give more text")
+    pieces = corpus[: len(corpus) // length * length].reshape(-1, length)
+    chosen: IntArray = pieces[np.linspace(0, len(pieces) - 1, count).astype(int)]
+    return chosen
+
+
+def _engine(name: str) -> Engine:
+    engine = ENGINES[name]
+    reason = engine.unavailable()
+    if reason is not None:
+        return Engine(name, False, "", (), f"{reason}; pip install 'cushion-deploy[{engine.extra}]'")
+    if name == "onnxruntime":
+        return Engine(name, True, engine.version(), (), "compiles and runs here")
+    gpus = probe("tensorrt_rtx").gpus
+    note = "compiles and runs here" if gpus else "compiles here, ahead of time; running needs an NVIDIA GPU"
+    return Engine(name, True, engine.version(), gpus, note)
+
+
+def _warnings(ws: Workspace, found: Diagnosis) -> list[str]:
+    spec, needs, said = ws.model.spec, found.needs, []
+    if needs.memory_free and needs.memory > needs.memory_free:
+        said.append(
+            f"a build needs about {needs.memory / GIB:.1f} GiB of memory and {needs.memory_free / GIB:.1f} are free"
+        )
+    if needs.disk > needs.disk_free:
+        said.append(f"a build needs about {needs.disk / GIB:.1f} GiB of disk and {needs.disk_free / GIB:.1f} are free")
+    if not any(engine.compiles for engine in found.engines):
+        said.append("no engine can compile here")
+    if found.prefix_pays and found.sinks and all(sink.position for sink in found.sinks):
+        said.append("sinks stand inside of texts only, not at their beginning: look at the report before you deploy")
+    if not found.prefix_pays and found.cost.change > 0.1:
+        said.append(
+            "static W8A8 is costly although no sink is to blame: SmoothQuant and --keep-float auto:N are there for that"
+        )
+    if spec.score_cap or spec.logit_cap:
+        said.append("soft caps keep TensorRT from fusing attention into one kernel")
+    if ws.model.family.positions == "alibi":
+        said.append("ALiBi keeps TensorRT from fusing attention into one kernel")
+    if not getattr(ws.model.tokenizer, "chat_template", None):
+        said.append("the tokenizer has no chat template: `generate --chat` will not work")
+    return said
+
+
+def _free_memory() -> int:
+    """Return the bytes of memory that are free for use; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
+
+
+def _existing(path: Path) -> Path:
+    """Return the closest folder above a path that is there."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.isdir(folder))

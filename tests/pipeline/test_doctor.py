@@ -1,0 +1,126 @@
+"""The doctor sees a planted sink where it is, sees none where there is none, and says what a build needs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cushion_deploy.cli.main import run
+from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.pipeline.doctor import SINK_RATIO, diagnose, estimate_needs, find_sinks
+from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.store import StageStore
+from cushion_deploy.types import IntArray
+
+MakeWorkspace = Callable[..., Workspace]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Return a file of text in which no absorber of the planted model stands."""
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog; the dog sleeps, and the fox is gone. " * 20)
+    return file
+
+
+@pytest.fixture
+def workspace(text: Path, tmp_path: Path) -> MakeWorkspace:
+    """Return a function that makes the workspace of a look at a model."""
+
+    def make(model: Path, **more: object) -> Workspace:
+        changes = {name.replace("__", "."): value for name, value in more.items()}
+        recipe = Recipe().merged({"model": str(model), "calibration.data": str(text), **changes})
+        return Workspace(recipe, StageStore(tmp_path / "work"))
+
+    return make
+
+
+def test_a_planted_sink_is_seen_where_it_is(planted_model: LoadedModel, plain_ids: IntArray, plant: Any) -> None:
+    windows = plain_ids[:192].reshape(4, 48)
+    sinks, sites = find_sinks(planted_model, windows)
+    inputs: list[torch.Tensor] = []
+    linear = planted_model.module.model.layers[plant.layer].mlp.down_proj
+    handle = linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.inference_mode():
+        planted_model.module(input_ids=torch.from_numpy(windows))
+    handle.remove()
+    sizes = inputs[0].abs().amax(-1)
+    ratios = sizes / sizes.median()
+    assert sinks[0].site == f"layers.{plant.layer}.mlp.down" == sites[0][0]
+    assert sinks[0].times_median == pytest.approx(float(ratios.max()), rel=1e-5)
+    first = next(sink for sink in sinks if sink.position == 0)
+    assert first.share == 1.0
+    assert first.magnitude == pytest.approx(float(sizes[:, 0].max()), rel=1e-5)
+    assert {sink.position for sink in sinks} == set(np.flatnonzero((ratios.numpy() >= SINK_RATIO).any(0)).tolist())
+
+
+def test_a_model_with_a_sink_is_told_to_take_a_prefix(planted_folder: Path, workspace: MakeWorkspace) -> None:
+    found = diagnose(workspace(planted_folder))
+    assert found.sinks
+    assert found.prefix_pays
+    assert found.relief < 0.5
+    assert found.cost.quantized != found.cost.fp
+
+
+def test_a_model_without_a_sink_needs_no_prefix(tiny_folder: Path, workspace: MakeWorkspace) -> None:
+    found = diagnose(workspace(tiny_folder))
+    assert found.sinks == ()
+    assert found.sites == ()
+    assert not found.prefix_pays
+    assert abs(found.cost.change) < 0.1
+
+
+def test_needs_follow_the_recipe(tiny_folder: Path, workspace: MakeWorkspace, plain_ids: IntArray) -> None:
+    windows = plain_ids[:192].reshape(4, 48)
+
+    def stages(**changes: object) -> set[str]:
+        return set(estimate_needs(workspace(tiny_folder, **changes), windows).seconds)
+
+    usual = {"search", "smooth and calibrate", "evaluate", "parity"}
+    assert stages() == usual
+    assert stages(tuning__enabled=True) == {*usual, "tune"}
+    assert stages(search__enabled=False, tuning__enabled=True) == usual - {"search"}
+    needs = estimate_needs(workspace(tiny_folder), windows)
+    assert all(math.isfinite(seconds) and seconds > 0 for seconds in needs.seconds.values())
+    assert needs.memory > 4 * workspace(tiny_folder).model.spec.parameters
+    assert needs.disk_free > 0
+
+
+def test_too_little_text_is_refused(tiny_folder: Path, workspace: MakeWorkspace, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("no")
+    with pytest.raises(UsageError, match="too few to look at"):
+        diagnose(workspace(tiny_folder, calibration__data=str(tmp_path / "short.txt")))
+
+
+@pytest.mark.parametrize("planted", [True, False])
+def test_the_command_says_it_in_words_and_in_json(
+    planted: bool, planted_folder: Path, tiny_folder: Path, text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model = planted_folder if planted else tiny_folder
+    line = ["doctor", str(model), "--calib-data", str(text), "--work-dir", str(tmp_path / "work"), "--quiet"]
+    assert run(line) == 0
+    words = capsys.readouterr().out
+    assert ("a prefix pays" if planted else "no prefix is needed") in words
+    assert "static W8A8 without a prefix" in words
+    assert "a build takes about" in words
+    assert "onnxruntime" in words
+    assert run([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prefix_pays"] is planted
+    assert bool(found["sinks"]) is planted
+    assert found["cost"]["change"] == pytest.approx(found["cost"]["quantized"] / found["cost"]["fp"] - 1)
+    assert {engine["name"] for engine in found["engines"]} >= {"onnxruntime", "tensorrt-rtx"}
+
+
+def test_a_model_that_is_not_there_is_a_clear_error(capsys: Any, tmp_path: Path) -> None:
+    assert run(["doctor", str(tmp_path / "nothing"), "--quiet", "--work-dir", str(tmp_path / "work")]) == 2
+    assert "does not exist" in capsys.readouterr().err
