@@ -19,6 +19,11 @@ HUB_CORPORA = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
 }
+OWN_TEXT = "text sampled from the model"
+SAMPLED = {None: f"CPython language topics and {OWN_TEXT}", "self": OWN_TEXT}
+"""Calibration text that the model itself draws, wholly or in part, and what it is."""
+SHORTEST_PIECE = 2000
+"""Characters that a document is not cut below where two corpora are mixed."""
 MAX_HUB_DOCUMENTS = 2000
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -51,13 +56,15 @@ class Corpus:
         return "\n\n".join(self.documents)
 
 
-def load_corpus(data: str | None, part: Part, sample: Callable[[], str] | None = None) -> Corpus:
+def load_corpus(data: str | None, part: Part, sample: Callable[[], tuple[str, ...]] | None = None) -> Corpus:
     """Return the corpus that ``--calib-data`` or ``--eval-data`` names.
 
     Args:
-        data: see ``VALID``; None is the offline default, whose two parts share no document.
+        data: see ``VALID``; None is the offline default, whose two parts share no document. Its calibration part
+            is half text sampled from the model where that can be drawn: prose about a programming language alone
+            does not show the ranges of other text.
         part: which part of a corpus that has several: hub train split or validation split.
-        sample: draws text from the model, for ``self``.
+        sample: draws documents from the model.
 
     Raises:
         UsageError: nothing of that name, a column or file that does not fit, or no text in it.
@@ -65,10 +72,12 @@ def load_corpus(data: str | None, part: Part, sample: Callable[[], str] | None =
     """
     if data is None:
         corpus = python_topics(part)
+        if part == "calibration" and sample is not None:
+            corpus = interleaved(corpus, Corpus(OWN_TEXT, sample()), SAMPLED[None])
     elif data == "self":
         if sample is None:
             raise UsageError("text sampled from the model cannot be used here", hint=f"give {VALID}")
-        corpus = Corpus("sampled from the model", (sample(),))
+        corpus = Corpus(OWN_TEXT, sample())
     elif Path(data).is_file():
         corpus = _from_file(Path(data))
     elif data in HUB_CORPORA:
@@ -90,6 +99,21 @@ def python_topics(part: Part) -> Corpus:
     held_out = part == "evaluation"
     chosen = [text for i, (_, text) in enumerate(sorted(topics.items())) if (i % 4 == 3) == held_out]
     return Corpus(f"CPython language topics ({part} part)", tuple(chosen))
+
+
+def interleaved(first: Corpus, second: Corpus, name: str) -> Corpus:
+    """Return the documents of ``second`` with about as much text of ``first`` between them, spread over all of it."""
+    stride = max(1, len(first.text) // max(1, len(second.text)))
+    others, documents = list(first.documents[::stride]), []
+    taken = due = 0
+    for document in second.documents:
+        due += len(document)
+        while others and taken < due:
+            piece = others.pop(0)[: max(due - taken, SHORTEST_PIECE)]
+            taken += len(piece)
+            documents.append(piece)
+        documents.append(document)
+    return Corpus(name, tuple(documents))
 
 
 def pack_windows(documents: list[IntArray], window: int, count: int, name: str) -> tuple[IntArray, IntArray]:

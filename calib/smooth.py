@@ -1,6 +1,10 @@
 """SmoothQuant factors: how much of each input channel's size moves into the weights.
 
-s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for every input channel j (Xiao et al., 2023, Eq. 4).
+s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for every input channel j (Xiao et al., 2023, Eq. 4). What a prefix leaves
+of sinks (articles and spaces that carry 20 times the rest) sits in one or two channels of a down projection, which
+alpha alone would have to be near 1 to tame; but with alpha near 1 every channel is as large as its range, and text
+that was not calibrated on is clipped. So the few largest channels are divided down to a limit, and the others keep
+their headroom.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from cushion_deploy.types import FloatArray, IntArray, Prefix, Site, Smoothing
 
 SMALLEST = 1e-5
 """The least magnitude that counts of a channel: a dead channel keeps a finite factor."""
+USUAL = 0.9
+"""The channel that a limit is counted in: this share of the channels is smaller."""
 
 
 @torch.inference_mode()
@@ -55,18 +61,25 @@ def channel_maxima(
     return {site: value.numpy() for site, value in found.items()}
 
 
-def choose_factors(model: LoadedModel, maxima: Mapping[Site, FloatArray], alpha: float) -> Smoothing:
+def choose_factors(
+    model: LoadedModel, maxima: Mapping[Site, FloatArray], alpha: float, limit: float | None = None
+) -> Smoothing:
     """Return the factors of every Site of the model that has an absorber.
 
     Args:
         model: whose weights take the factors up.
         maxima: of :func:`channel_maxima`.
         alpha: 0 leaves the activations as they are large, 1 makes all channels equally large.
+        limit: what a channel may be after that, in multiples of the one that :data:`USUAL` names; None for anything.
     """
     factors: dict[Site, FloatArray] = {}
     for site in absorbers(model.family, model.spec):
         weight = torch.stack([linear.weight.detach().abs().amax(dim=0) for linear in model.sites[site]]).amax(dim=0)
         x = np.maximum(maxima[site].astype(np.float64), SMALLEST)
         w = np.maximum(weight.numpy().astype(np.float64), SMALLEST)
-        factors[site] = (x**alpha / w ** (1 - alpha)).astype(np.float32)
+        factor = x**alpha / w ** (1 - alpha)
+        if limit is not None:
+            smoothed = x / factor
+            factor *= np.maximum(1.0, smoothed / (limit * np.quantile(smoothed, USUAL)))
+        factors[site] = factor.astype(np.float32)
     return Smoothing(factors, alpha, model.spec.weights_digest)

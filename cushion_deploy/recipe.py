@@ -70,6 +70,12 @@ class SmoothQuant(Section):
     alpha: float | None = Field(
         default=0.5, ge=0, le=1, description="Share of it that moves into the weights (SmoothQuant); null for none."
     )
+    limit: float | None = Field(
+        default=1.5,
+        gt=0,
+        description="Channels that are still larger than this many times the 90th percentile are divided down to it; "
+        "null for none.",
+    )
 
 
 class Tuning(Section):
@@ -110,7 +116,7 @@ class Calibration(Section):
     percentile: float = Field(
         default=99.9995, gt=50, le=100, description="Percentile that the percentile estimator keeps."
     )
-    windows: int = Field(default=16, ge=1, description="Windows of text to observe.")
+    windows: int = Field(default=32, ge=1, description="Windows of text to observe.")
     window: int = Field(default=512, ge=2, description="Tokens in one window.")
 
 

@@ -15,6 +15,7 @@ from cushion_deploy.artifacts import (
     write_scales,
     write_smoothing,
 )
+from cushion_deploy.calib.corpora import SAMPLED
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
@@ -97,7 +98,7 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
 def _require_other_text(ws: Workspace) -> None:
     """Refuse to score the text that the scales were calibrated on."""
     calibration, evaluation = ws.recipe.calibration.data, ws.recipe.evaluation.data
-    if calibration == "self" or evaluation is None:
+    if calibration in SAMPLED or evaluation is None:
         return
     if ws.corpus(calibration, "calibration").digest == ws.corpus(evaluation, "evaluation").digest:
         raise UsageError(
@@ -116,8 +117,8 @@ def plan(ws: Workspace, output: Path) -> dict[str, Any]:
     """Check the input of a build and return, JSON-ready, what it would do; runs nothing."""
     require_publishable(output)
     engines = choose_engines(ws.recipe.engines)
-    sampled = ws.recipe.calibration.data == "self"
-    corpus = None if sampled else ws.corpus(ws.recipe.calibration.data, "calibration").name
+    calibration = ws.recipe.calibration.data
+    corpus = SAMPLED[calibration] if calibration in SAMPLED else ws.corpus(calibration, "calibration").name
     recipe = ws.recipe
     stages = {
         "model": ws.source.kind == "gguf",
@@ -133,7 +134,7 @@ def plan(ws: Workspace, output: Path) -> dict[str, Any]:
     }
     return {
         "model": {"label": ws.source.label, "kind": ws.source.kind, "sha256": ws.source.digest},
-        "calibration": corpus or "sampled from the model",
+        "calibration": corpus,
         "engines": [engine.name for engine in engines],
         "stages": [stage for stage, wanted in stages.items() if wanted],
         "work_dir": str(ws.store.root),

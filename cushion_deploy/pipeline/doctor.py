@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.calib.corpora import python_topics
 from cushion_deploy.engines.probe import probe
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
@@ -141,7 +142,10 @@ def diagnose(ws: Workspace) -> Diagnosis:
         UsageError: the text is shorter than the sample, or the model cannot be loaded.
     """
     model, config = ws.model, ws.recipe.search
-    corpus = model.encode(ws.corpus(ws.recipe.calibration.data, "calibration").text)
+    data = ws.recipe.calibration.data
+    # Without the half that a build samples from the model: that takes longer than the whole look.
+    chosen = python_topics("calibration") if data is None else ws.corpus(data, "calibration")
+    corpus = model.encode(chosen.text)
     windows = _sample(model, corpus)
     sinks, sites = find_sinks(model, windows)
     text = draw_text(corpus, min(config.text_tokens, windows.shape[1]), ws.recipe.seed, 0)

@@ -103,14 +103,15 @@ def smooth(ws: Workspace, prefix: Prefix) -> Smoothing | None:
     alpha = ws.recipe.smoothing.alpha
     if alpha is None:
         return None
-    parents = {**calibration_parents(ws, prefix), "alpha": alpha}
+    limit = ws.recipe.smoothing.limit
+    parents = {**calibration_parents(ws, prefix), "alpha": alpha, "limit": limit}
 
     def make(out: Path) -> None:
         from cushion_deploy.calib.smooth import channel_maxima, choose_factors
 
         ids, mask = calibration_windows(ws, prefix)
         maxima = channel_maxima(ws.model, prefix, ids, mask, progress=ws.progress)
-        write_smoothing(choose_factors(ws.model, maxima, alpha), out / SMOOTHING_FILE)
+        write_smoothing(choose_factors(ws.model, maxima, alpha, limit), out / SMOOTHING_FILE)
 
     return read_smoothing(ws.stage(_stage("smooth", prefix), parents, make) / SMOOTHING_FILE)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.source import ModelSource, resolve_source
+from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.progress import Progress, silent
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.schemes import PRECISIONS, QuantScheme
@@ -205,14 +206,14 @@ class Workspace:
         # A GGUF file may spend half a byte on a parameter; converted it takes four.
         return 8 * self.source.path.stat().st_size
 
-    def _sampled_text(self) -> str:
+    def _sampled_text(self) -> tuple[str, ...]:
         from cushion_deploy.modeling.sample import sample_text
 
         def make(out: Path) -> None:
-            (out / "text.txt").write_text(sample_text(self.model, self.recipe.seed, self.progress), encoding="utf-8")
+            write_json(out / "documents.json", sample_text(self.model, self.recipe.seed, self.progress))
 
         folder = self.stage("sample", self._sample_parents(), make)
-        return (folder / "text.txt").read_text(encoding="utf-8")
+        return tuple(read_json(folder / "documents.json"))
 
 
 @dataclass

@@ -111,7 +111,8 @@ class Cells:
     def in_scheme(self, name: str, prefix: Prefix) -> Variant:
         """Return the model in a named scheme of the paper: its alpha, and its ranges from minimum to maximum."""
         scheme = parse_scheme(name, quantize_head=self.ws.recipe.export.quantize_head)
-        smoothing = smooth(self.altered({"smoothing.alpha": PAPER_ALPHA}), prefix) if scheme.smoothing else None
+        paper = self.altered({"smoothing.alpha": PAPER_ALPHA, "smoothing.limit": None})
+        smoothing = smooth(paper, prefix) if scheme.smoothing else None
         scales = self._scales(scheme, smoothing, prefix) if scheme.activations == "static" else None
         return Variant(prefix, scheme, smoothing, scales)
 

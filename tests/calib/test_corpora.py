@@ -105,9 +105,26 @@ def test_the_offline_default_has_two_parts_without_a_common_document() -> None:
 
 
 def test_self_is_text_of_the_model_where_there_is_one() -> None:
-    assert load_corpus("self", "calibration", lambda: "drawn").documents == ("drawn",)
+    assert load_corpus("self", "calibration", lambda: ("drawn", "twice")).documents == ("drawn", "twice")
     with pytest.raises(UsageError, match="cannot be used here"):
         load_corpus("self", "evaluation")
+
+
+def test_half_of_the_offline_default_is_text_of_the_model_where_there_is_one() -> None:
+    drawn = tuple(f"{'drawn ' * 40}{i}" for i in range(100))
+    mixed = load_corpus(None, "calibration", lambda: drawn)
+    topics = [text for text in mixed.documents if text not in drawn]
+    whole = load_corpus(None, "calibration").documents
+    assert all(any(text.startswith(topic) for text in whole) for topic in topics)
+    assert tuple(text for text in mixed.documents if text in drawn) == drawn
+    ours, theirs = sum(map(len, drawn)), sum(map(len, topics))
+    assert 0.7 < theirs / ours < 1.5
+    # Both kinds are everywhere: each quarter of the corpus holds some of each.
+    quarter = len(mixed.documents) // 4
+    for start in range(0, 4 * quarter, quarter):
+        piece = mixed.documents[start : start + quarter]
+        assert 0 < sum(text in drawn for text in piece) < quarter
+    assert load_corpus(None, "evaluation", lambda: drawn).digest == load_corpus(None, "evaluation").digest
 
 
 def test_a_digest_tells_where_documents_end() -> None:

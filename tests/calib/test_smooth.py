@@ -61,6 +61,20 @@ def test_factors_follow_the_formula(tiny_model: LoadedModel, alpha: float) -> No
         np.testing.assert_allclose(factor, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("limit", [1.0, 1.5, 4.0])
+def test_a_limit_divides_down_the_largest_channels_alone(tiny_model: LoadedModel, limit: float) -> None:
+    ids, none = text(2), Prefix.empty(tiny_model.spec)
+    maxima = dict(channel_maxima(tiny_model, none, ids, np.ones_like(ids)))
+    site = Site("layers.1.mlp.down")
+    maxima[site] = maxima[site].copy()
+    maxima[site][[5, 40]] *= 100
+    free, limited = (choose_factors(tiny_model, maxima, 0.5, limit).factors[site] for limit in (None, limit))
+    before, after = maxima[site] / free, maxima[site] / limited
+    bound = limit * np.quantile(before, 0.9)
+    np.testing.assert_allclose(after, np.minimum(before, bound), rtol=1e-5)
+    assert (before[[5, 40]] > bound).all()
+
+
 def test_a_dead_channel_keeps_a_finite_factor(tiny_model: LoadedModel) -> None:
     maxima = {site: np.ones(linears[0].in_features, np.float32) for site, linears in tiny_model.sites.items()}
     maxima[Site("layers.0.attn.qkv")][3] = 0

@@ -122,3 +122,17 @@ def test_the_prefix_is_the_one_in_transformers_own_cache(variant: str, graph_of:
     behind = logits(model, IDS, compute_prefix(model, PREFIX))
     assert largest(graph_of(variant)(IDS)[0], behind) <= CLOSE
     assert largest(graph_of(variant, ())(IDS)[0], behind) > 100 * CLOSE
+
+
+def test_a_prefix_in_the_cache_is_a_prefix_in_the_graph(variant: str, graph_of: Any, load_variant: Any) -> None:
+    prefix = compute_prefix(load_variant(variant), PREFIX)
+    batch = np.concatenate([IDS, IDS[:, ::-1]])
+    slots = {}
+    for i in range(len(prefix.keys)):
+        slots[f"past_key_values.{i}.key"] = prefix.keys[i][None].repeat(2, 0)
+        slots[f"past_key_values.{i}.value"] = prefix.values[i][None].repeat(2, 0)
+    baked, present = graph_of(variant)(batch)
+    cached, behind = graph_of(variant, ())(batch, slots)
+    assert largest(baked, cached) <= 1e-5 * np.abs(baked).max()
+    for name, value in present.items():
+        assert largest(value, behind[name][:, :, len(PREFIX) :]) <= 1e-5 * np.abs(value).max()

@@ -80,7 +80,8 @@ def test_the_cost_of_a_site_is_the_divergence_when_it_alone_is_quantized(workspa
     site = max(costs, key=lambda s: costs[s])
     model = ws.folded(deployed.smoothing)
     ids = ws.model.encode(ws.corpus(ws.recipe.calibration.data, "calibration").text)
-    rows = ids[: len(ids) // 256 * 256].reshape(-1, 256)
+    window = 256 - prefix.length
+    rows = ids[: len(ids) // window * window].reshape(-1, window)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(2, len(rows))).astype(int))]
     others = tuple(other for other in costs if other != site)
     with simulated(model, QuantScheme(quantize_head=False, float_sites=others), deployed.scales):
