@@ -104,7 +104,9 @@ def python_topics(part: Part) -> Corpus:
 def interleaved(first: Corpus, second: Corpus, name: str) -> Corpus:
     """Return the documents of ``second`` with about as much text of ``first`` between them, spread over all of it."""
     stride = max(1, len(first.text) // max(1, len(second.text)))
-    others, documents = list(first.documents[::stride]), []
+    # Every stride-th document first, so that what is taken comes from all of it.
+    others = [text for start in range(stride) for text in first.documents[start::stride]]
+    documents: list[str] = []
     taken = due = 0
     for document in second.documents:
         due += len(document)
