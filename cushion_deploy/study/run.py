@@ -166,9 +166,13 @@ def _remedies(cells: Cells) -> list[Step]:
     }
     tuned = {**smoothed, "tuning.enabled": True, "tuning.scales": False}
     with_scales = {**tuned, "tuning.scales": True}
+    limited: list[Step] = []
+    if recipe.smoothing.limit is not None:
+        limited = [_step(cells, f"+ limit of {recipe.smoothing.limit:g} on channels", smoothed)]
     return [
         *(_step(cells, f"ranges: {name}", {**bare, "calibration.estimator": name}) for name in ESTIMATORS),
-        _step(cells, f"+ smoothing (ranges: {recipe.calibration.estimator})", smoothed),
+        _step(cells, f"+ smoothing (ranges: {recipe.calibration.estimator})", {**smoothed, "smoothing.limit": None}),
+        *limited,
         _step(cells, "+ tuned prefix", tuned),
         _step(cells, "+ tuned scales", with_scales),
         _step(cells, f"+ float Sites ({KEPT_FLOAT})", {**with_scales, "export.keep_float": [KEPT_FLOAT]}),

@@ -1,0 +1,32 @@
+"""Make the texts of the committed study from WikiText-2 and C4 files: what is scored is never calibrated on.
+
+    python bench/split_texts.py WIKITEXT_TRAIN.txt C4.jsonl OUT
+
+writes `calibration.jsonl` (documents of the first half of C4, and as much of the WikiText-2 training text, in turn) and
+`c4-held-out.jsonl` (the second half). The other scored text is WikiText-2 validation as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import zip_longest
+from pathlib import Path
+
+
+def main(train: Path, c4: Path, out: Path) -> None:
+    """Write both files into ``out``."""
+    documents = [json.loads(line)["text"] for line in c4.read_text(encoding="utf-8").split("\n") if line.strip()]
+    first, second = documents[: len(documents) // 2], documents[len(documents) // 2 :]
+    size = sum(map(len, first)) // len(first)
+    text = train.read_text(encoding="utf-8")
+    pieces = [text[start : start + size] for start in range(0, min(len(text), size * len(first)), size)]
+    mixed = [piece for pair in zip_longest(first, pieces) for piece in pair if piece and piece.strip()]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, chosen in (("calibration.jsonl", mixed), ("c4-held-out.jsonl", second)):
+        lines = [json.dumps({"text": document}) for document in chosen]
+        (out / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]))
