@@ -20,6 +20,8 @@ from cushion_deploy.recipe import Recipe
 @click.option("--eval-data", metavar="DATA", help="Text to compare on; default: that of the build.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML for CI.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="Fail as well where a check is worse than here.")
+@click.option("--write-baseline", type=click.Path(path_type=Path), help="Write what every check reached.")
 @click.option(
     "--work-dir",
     type=click.Path(path_type=Path),
@@ -35,11 +37,14 @@ def command(
     eval_data: str | None,
     as_json: bool,
     junit: Path | None,
+    baseline: Path | None,
+    write_baseline: Path | None,
     work_dir: Path,
     reuse: bool,
     quiet: bool,
 ) -> int:
     """Climb the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 when a rung fails."""
+    from cushion_deploy.parity import baseline as baselines
     from cushion_deploy.pipeline.parity import check_bundle
     from cushion_deploy.runtime.bundle import open_bundle
 
@@ -47,11 +52,15 @@ def command(
     overrides = {"model": model, "evaluation.data": eval_data, "parity.data": eval_data}
     given = {name: value for name, value in overrides.items() if value is not None}
     recipe = Recipe.from_bundle(opened.manifest.recipe).merged(given)
-    if junit:
-        require_parent(junit)
+    for file in filter(None, (junit, write_baseline)):
+        require_parent(file)
+    earlier = baselines.read_baseline(baseline) if baseline else ()
     with progress(quiet) as report_progress:
         ws = make_workspace(recipe, work_dir, report_progress)
         report = check_bundle(ws, opened.path, opened.graph, reuse=reuse)
+    if write_baseline:
+        baselines.write_baseline(report, write_baseline)
+    report = baselines.compare_baseline(report, earlier)
     if junit:
         from cushion_deploy.parity.junit import write_junit
 
