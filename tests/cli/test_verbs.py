@@ -157,6 +157,25 @@ def test_parity_of_a_bundle(cli: Any, planted_bundle: Any, tmp_path: Path) -> No
     assert (suite.tests, suite.failures) == (len(checks), 0)
 
 
+def test_parity_against_a_baseline(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    parity = ("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--reuse")
+    file = tmp_path / "baseline.json"
+    assert cli(*parity, "--write-baseline", file).code == 0
+    same = cli(*parity, "--baseline", file, "--json")
+    assert same.code == 0
+    rungs = [check["rung"] for check in same.json["checks"]]
+    assert sum(rung.startswith("baseline: ") for rung in rungs) == len(rungs) / 2
+    strict = json.loads(file.read_text())
+    for check in strict["checks"]:
+        if check["metric"].startswith("identical INT8 codes"):
+            check.update(value=2.0, tolerance=0.0)
+    file.write_text(json.dumps(strict))
+    worse = cli(*parity, "--baseline", file)
+    assert worse.code == 1
+    assert "FAIL baseline: " in worse.out
+    assert cli(*parity, "--baseline", tmp_path / "nothing.json").code == 2
+
+
 def test_parity_for_a_person_reuses_the_build(cli: Any, planted_bundle: Any) -> None:
     done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--reuse")
     assert (done.code, done.err) == (0, "")

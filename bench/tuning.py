@@ -1,0 +1,82 @@
+"""Does tuning help beyond its noise? The same prefix and scales tuned with several seeds, judged on other text.
+
+    python bench/tuning.py --calib-data TEXT --eval-data TEXT [--eval-data TEXT] --seeds 0 1 2
+
+Prints, for the untuned start and every seed, the held-out loss of the tuning itself, and perplexity and divergence from
+the original model on each text, with the mean and the standard deviation of the changes over the seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from statistics import mean, stdev
+from typing import Any
+
+from common import arguments, workspace
+
+from cushion_deploy.evaluate.perplexity import TextScore, cut_windows
+from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.modeling.teacher import Teacher
+from cushion_deploy.pipeline.prepare import Deployed, prepare, tune
+from cushion_deploy.pipeline.stages import search_prefix
+from cushion_deploy.pipeline.workspace import Workspace
+
+
+def main() -> None:
+    """Print the comparison as JSON."""
+    parser = arguments(__doc__)
+    parser.add_argument("--eval-data", action="append", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--calibration-windows", type=int, default=32)
+    options = parser.parse_args()
+    settings = {"tuning.epochs": options.epochs, "calibration.windows": options.calibration_windows}
+    ws = workspace(options, **settings)
+    prefix, _ = search_prefix(ws)
+    start = prepare(ws, prefix, tuned=False)
+    teacher = Teacher(ws.model)
+    texts = {}
+    for data in options.eval_data:
+        corpus = ws.corpus(data, "evaluation")
+        texts[corpus.name] = cut_windows(ws.model.encode(corpus.text), options.window, options.max_tokens, corpus.name)
+        teacher.remember(texts[corpus.name], ws.progress)
+    rows: dict[str, Any] = {"untuned": judge(ws, start, teacher, texts)}
+    for seed in options.seeds:
+        tuned = tune(ws.altered({"seed": seed}), start)
+        states = tuned.tuning.states if tuned.tuning else ()
+        held_out = {"held out": [state.held_out for state in (states[0], min(states, key=_loss))]}
+        rows[f"seed {seed}"] = {**held_out, **judge(ws, tuned, teacher, texts)}
+    changes: dict[str, Any] = {}
+    for name in texts:
+        for kind in ("perplexity", "divergence"):
+            found = [rows[f"seed {s}"][name][kind] / rows["untuned"][name][kind] - 1 for s in options.seeds]
+            spread = stdev(found) if len(found) > 1 else None
+            changes[f"{name}: {kind}"] = {"each": found, "mean": mean(found), "standard deviation": spread}
+    print(json.dumps({"rows": rows, "changes": changes}, indent=1))
+
+
+def judge(ws: Workspace, deployed: Deployed, teacher: Teacher, texts: dict[str, Any]) -> dict[str, Any]:
+    """Return perplexity and divergence on every text, quantized and in floating point behind the same prefix."""
+    found = {}
+    model = ws.folded(deployed.smoothing)
+    for name, windows in texts.items():
+        plain = teacher.compare(ws.model, deployed.prefix, windows, ws.progress, f"FP + prefix, {name}")
+        with simulated(model, deployed.scheme, deployed.scales):
+            quantized = teacher.compare(model, deployed.prefix, windows, ws.progress, f"W8A8 + prefix, {name}")
+        found[name] = {
+            "perplexity": TextScore(quantized.losses).perplexity,
+            "divergence": quantized.divergence,
+            "fp perplexity": TextScore(plain.losses).perplexity,
+            "fp divergence": plain.divergence,
+        }
+    return found
+
+
+def _loss(state: Any) -> float:
+    return float("inf") if state.held_out is None else float(state.held_out)
+
+
+if __name__ == "__main__":
+    main()
