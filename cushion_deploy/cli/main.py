@@ -25,6 +25,7 @@ VERBS = {
     "engine": "Compile a graph for an engine.",
     "parity": "Check that a bundle computes what was evaluated.",
     "eval": "Score a bundle or a model on texts and zero-shot tasks.",
+    "bench": "Time a bundle beside floating point.",
     "study": "Measure the paper's tables and figures for a model.",
     "verify": "Check every byte of a bundle against its manifest.",
     "generate": "Generate text with a bundle.",

@@ -1,0 +1,88 @@
+"""`bench`: time a bundle's engines beside floating point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cushion_deploy.cli.options import WORK_DIR, make_workspace
+from cushion_deploy.cli.progress import progress
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.report import wording
+
+if TYPE_CHECKING:
+    from cushion_deploy.pipeline.benching import Bench
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--model", help="The original model, for the float twin; default: the one that the bundle's recipe names."
+)
+@click.option("--no-float", is_flag=True, help="Leave the float twin out; the original model is not needed then.")
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prompt.")
+@click.option("--decoded", type=click.IntRange(1), default=32, show_default=True, help="Decode steps after it.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds that count.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of every engine; default: one per core.")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    default=WORK_DIR,
+    show_default=True,
+    help="Folder of finished stages, which later runs reuse.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def command(
+    bundle: Path,
+    model: str | None,
+    no_float: bool,
+    prompt: int,
+    decoded: int,
+    batch: int,
+    rounds: int,
+    threads: int | None,
+    work_dir: Path,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Time prefill and decode of BUNDLE's engines beside the same model in floating point, round by round in turn."""
+    from cushion_deploy.evaluate.speed import Workload
+    from cushion_deploy.pipeline.benching import bench_bundle
+    from cushion_deploy.runtime.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    recipe = Recipe.from_bundle(opened.manifest.recipe).merged({"model": model} if model else {})
+    with progress(quiet) as report:
+        ws = make_workspace(recipe, work_dir, report)
+        workload = Workload(prompt, decoded, batch, rounds)
+        found = bench_bundle(ws, opened.path, opened.graph, workload, threads=threads, twin=not no_float)
+    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(_lines(found)))
+
+
+def _lines(found: Bench) -> list[str]:
+    w = found.workload
+    rows = [("", "prefill tok/s", "decode tok/s", "decode p50 / p90 / p99 ms", "peak memory", "files")]
+    for name, times in found.times.items():
+        s = times.summary(w)
+        rows.append(
+            (
+                name,
+                f"{s['prefill_tokens_per_second']:,.0f}",
+                f"{s['decode_tokens_per_second']:,.1f}",
+                " / ".join(f"{value:.1f}" for value in s["decode_milliseconds"].values()),
+                wording.size(found.memory[name]),
+                wording.size(found.files[name]),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [f"prompt of {w.prompt}, {w.decoded} steps, batch {w.batch}, median of {w.rounds} rounds in turn", ""]
+    for row in rows:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
+    lines += ["", *(f"{name}: not run, {reason}" for name, reason in found.not_run.items()), found.verdict]
+    return lines

@@ -1,0 +1,171 @@
+"""How fast decoders run beside each other: interleaved rounds in one process, so that a busy machine slows all alike.
+
+Peak memory is that of a child process that loads one graph, feeds the prompt and decodes a token:
+``python -m cushion_deploy.evaluate.speed`` with the graph as JSON on stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cushion_deploy.engines.probe import child_environment, package_root
+from cushion_deploy.errors import CheckFailed, UsageError
+from cushion_deploy.progress import Progress, silent
+from cushion_deploy.runtime.session import DecoderSession, OnnxRuntimeSession, context_limit
+from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract
+
+LATENCIES = (50, 90, 99)
+"""Percentiles of a decode step that are told."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        decoded: single steps after it.
+        batch: rows.
+        rounds: how often; one more warms up and is not counted.
+    """
+
+    prompt: int = 512
+    decoded: int = 32
+    batch: int = 1
+    rounds: int = 5
+
+    def check(self, contract: GraphContract) -> None:
+        """Raise UsageError where the context does not hold it."""
+        room = context_limit(contract)
+        if self.prompt + self.decoded > room:
+            raise UsageError(
+                f"a prompt of {self.prompt} and {self.decoded} steps do not fit into the {room} positions of the model",
+                hint="lower --prompt or --decoded",
+            )
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every counted prefill ``[rounds]``, and of every decode step ``[rounds * decoded]``."""
+
+    prefill: FloatArray
+    decode: FloatArray
+
+    def summary(self, workload: Workload) -> dict[str, Any]:
+        """Return tokens a second by the median, and latencies of a decode step in milliseconds."""
+        return {
+            "prefill_tokens_per_second": workload.batch * workload.prompt / float(np.median(self.prefill)),
+            "decode_tokens_per_second": workload.batch / float(np.median(self.decode)),
+            "decode_milliseconds": {f"p{p}": 1e3 * float(np.percentile(self.decode, p)) for p in LATENCIES},
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many times as fast the first is as the second: medians of the ratios of rounds that ran side by side."""
+
+    prefill: float
+    decode: float
+
+    def to_json(self) -> dict[str, float]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+
+def time_sessions(
+    sessions: Mapping[str, DecoderSession], workload: Workload, progress: Progress = silent
+) -> dict[str, Times]:
+    """Return the times of every session, round by round in turn.
+
+    Args:
+        sessions: by name; their caches are emptied.
+        workload: what each runs.
+        progress: where to report rounds done.
+
+    Raises:
+        UsageError: the workload does not fit into the model's positions.
+    """
+    for session in sessions.values():
+        workload.check(session.contract)
+    vocabulary = min(session.contract.vocab_size for session in sessions.values())
+    shape = (workload.batch, workload.prompt + workload.decoded)
+    ids = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int64)
+    prefill: dict[str, list[float]] = {name: [] for name in sessions}
+    decode: dict[str, list[float]] = {name: [] for name in sessions}
+    for done in range(workload.rounds + 1):
+        for name, session in sessions.items():
+            session.reset()
+            begin = time.perf_counter()
+            session.run(ids[:, : workload.prompt])
+            prefill[name].append(time.perf_counter() - begin)
+            for i in range(workload.prompt, shape[1]):
+                begin = time.perf_counter()
+                session.run(ids[:, i : i + 1])
+                decode[name].append(time.perf_counter() - begin)
+        progress("timing", done, workload.rounds)
+    steps = workload.decoded
+    return {
+        name: Times(np.array(prefill[name][1:], np.float32), np.array(decode[name][steps:], np.float32))
+        for name in sessions
+    }
+
+
+def compare(ours: Times, theirs: Times, workload: Workload) -> Comparison:
+    """Return how many times as fast ``ours`` is as ``theirs``; rounds are paired."""
+    steps = workload.rounds, workload.decoded
+    return Comparison(
+        float(np.median(theirs.prefill / ours.prefill)),
+        float(np.median(np.median(theirs.decode.reshape(steps), 1) / np.median(ours.decode.reshape(steps), 1))),
+    )
+
+
+def peak_memory(graph: ExportedGraph, workload: Workload, threads: int | None = None) -> int:
+    """Return the peak resident bytes of a fresh process that runs a graph in ONNX Runtime.
+
+    Raises:
+        CheckFailed: the process fails.
+    """
+    request = {
+        "folder": str(graph.path.parent.resolve()),
+        "graph": graph.to_json(),
+        "workload": asdict(workload),
+        "threads": threads,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "cushion_deploy.evaluate.speed"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=package_root(),
+        env=child_environment(),
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise CheckFailed(f"the process that measures memory failed: {said}", hint="free some memory and run it again")
+    return int(done.stdout)
+
+
+def _child() -> None:
+    request = json.loads(sys.stdin.read())
+    graph = ExportedGraph.from_json(request["graph"], Path(request["folder"]))
+    workload = Workload(**request["workload"])
+    session = OnnxRuntimeSession(graph.path, graph.contract, threads=request["threads"])
+    session.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64))
+    session.run(np.zeros((workload.batch, 1), dtype=np.int64))
+    # Not ru_maxrss: a child inherits that of the process that forked it.
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:")]
+    print(int(line.split()[1]) * 1024)
+
+
+if __name__ == "__main__":
+    _child()
