@@ -40,7 +40,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install -q -c constraints.txt -e '.[cpu,build,rtx,report,chat,eval,test]'
+	$(PIP) install -q -c constraints.txt -e '.[cpu,build,rtx,report,chat,eval,others,test]'
 	@touch $@
 
 $(MODEL): bench/fetch_model.py

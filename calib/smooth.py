@@ -23,9 +23,12 @@ from cushion_deploy.progress import Progress, silent
 from cushion_deploy.types import FloatArray, IntArray, Prefix, Site, Smoothing
 
 SMALLEST = 1e-5
-"""The least magnitude that counts of a channel: a dead channel keeps a finite factor."""
+"""The least magnitude that counts of a weight: a channel that nothing reads keeps a finite factor."""
 USUAL = 0.9
-"""The channel that a limit is counted in: this share of the channels is smaller."""
+"""The channel that others are measured by: this share of the channels that were seen is smaller."""
+QUIET = 0.02
+"""The least magnitude that counts of a channel, as a share of the usual one. A channel that calibration hardly saw,
+such as one behind a ReLU that did not fire, would be blown up to the size of the others, and clipped when it fires."""
 
 
 @torch.inference_mode()
@@ -75,11 +78,14 @@ def choose_factors(
     factors: dict[Site, FloatArray] = {}
     for site in absorbers(model.family, model.spec):
         weight = torch.stack([linear.weight.detach().abs().amax(dim=0) for linear in model.sites[site]]).amax(dim=0)
-        x = np.maximum(maxima[site].astype(np.float64), SMALLEST)
+        seen = maxima[site][maxima[site] > 0].astype(np.float64)
+        usual = np.quantile(seen, USUAL) if seen.size else 1.0
+        x = np.maximum(maxima[site].astype(np.float64), QUIET * usual)
         w = np.maximum(weight.numpy().astype(np.float64), SMALLEST)
         factor = x**alpha / w ** (1 - alpha)
         if limit is not None:
             smoothed = x / factor
-            factor *= np.maximum(1.0, smoothed / (limit * np.quantile(smoothed, USUAL)))
+            known = smoothed[maxima[site] > 0] if seen.size else smoothed
+            factor *= np.maximum(1.0, smoothed / (limit * np.quantile(known, USUAL)))
         factors[site] = factor.astype(np.float32)
     return Smoothing(factors, alpha, model.spec.weights_digest)

@@ -109,11 +109,6 @@ class DecoderGraph:
         """
         g, size = self.g, self.spec.head_dim
         frequencies = g.constant(inverse_frequencies(rotary, size), f"{name}_frequencies")
-        if rotary.rule == "longrope":
-            trained = g.constant(np.array(rotary.parameters["original_max_position_embeddings"], dtype=np.int64))
-            beyond = g.op("GreaterOrEqual", g.op("ReduceMax", positions, keepdims=0), trained)
-            stretched = g.constant(inverse_frequencies(rotary, size, long=True), f"{name}_frequencies_long")
-            frequencies = g.op("Where", beyond, stretched, frequencies)
         column = g.op("Unsqueeze", g.op("Cast", positions, to=int(ir.DataType.FLOAT)), g.ints(1, 3))
         angles = g.op("Mul", column, frequencies)  # [B, 1, S, R / 2]
         cos, sin = g.op("Cos", angles), g.op("Sin", angles)
@@ -127,9 +122,8 @@ class DecoderGraph:
     def _attention_biases(self, ids: ir.Value, mask: ir.Value) -> dict[int, ir.Value]:
         """Return the additive mask ``[B, 1 or H, G * S, L]`` for each window that a layer has; 0 looks at everything.
 
-        Causal, and closed on padding; one row block per group. A window counts tokens, those of the prefix too and
-        padding not, so that padding changes nothing. ALiBi adds its slopes to the distance of a key from the last one:
-        softmax sees differences alone, and small numbers keep their precision in half.
+        Causal, and closed on padding; one row block per group. Windows and ALiBi count tokens, those of the prefix too
+        and padding not, so that padding changes nothing.
         """
         g = self.g
         length = g.op("Shape", mask, start=1, end=2)  # [1], L
@@ -140,33 +134,40 @@ class DecoderGraph:
         queries = g.op("Unsqueeze", g.op("Range", first, total, g.int_scalar(1)), g.ints(1))  # [S, 1]
         causal = g.op("LessOrEqual", keys, queries)  # [S, L]
         kept = g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.BOOL)), g.ints(1, 2))  # [B, 1, 1, L]
-        slopes = self._alibi(mask) if self.family.positions == "alibi" else None
+        windows = sorted({self.spec.window(i) for i in range(self.spec.num_layers)})
+        alibi, counted = self._scalar(0.0), self.family.positions == "alibi"
+        if counted or any(windows):
+            distance = self._distance(mask, first)
+        if counted:
+            alibi = self._alibi(distance)
         group = self.spec.num_heads // self.spec.num_kv_heads
         found: dict[int, ir.Value] = {}
-        for window in sorted({self.spec.window(i) for i in range(self.spec.num_layers)}):
+        for window in windows:
             allowed = g.op("And", causal, kept)  # [B, 1, S, L]
             if window:
-                allowed = g.op("And", allowed, self._within(window, mask, first))
-            bias = g.op("Where", allowed, self._scalar(0.0) if slopes is None else slopes, self._scalar(self._masked))
+                allowed = g.op("And", allowed, g.op("Less", distance, g.int_scalar(window)))
+            bias = g.op("Where", allowed, alibi, self._scalar(self._masked))
             found[window] = bias if group == 1 else g.op("Concat", *[bias] * group, axis=2)
         return found
 
-    def _within(self, window: int, mask: ir.Value, first: ir.Value) -> ir.Value:
-        """Return which keys are fewer than ``window`` tokens before each query, bool ``[B, 1, S, L]``."""
+    def _distance(self, mask: ir.Value, first: ir.Value) -> ir.Value:
+        """Return how many tokens each key is before each query, int64 ``[B, 1, S, L]``; ``first`` begins them."""
         g = self.g
         places = g.op("CumSum", mask, g.int_scalar(1))  # [B, L]
         begin, end = g.op("Unsqueeze", first, g.ints(0)), g.ints(np.iinfo(np.int64).max)
         of_queries = g.op("Unsqueeze", g.op("Slice", places, begin, end, g.ints(1)), g.ints(1, 3))  # [B, 1, S, 1]
-        of_keys = g.op("Unsqueeze", places, g.ints(1, 2))  # [B, 1, 1, L]
-        return g.op("Greater", of_keys, g.op("Sub", of_queries, g.int_scalar(window)))
+        return g.op("Sub", of_queries, g.op("Unsqueeze", places, g.ints(1, 2)))
 
-    def _alibi(self, mask: ir.Value) -> ir.Value:
-        """Return what ALiBi adds to the scores of each head, ``[B, H, 1, L]``."""
+    def _alibi(self, distance: ir.Value) -> ir.Value:
+        """Return what ALiBi adds to the scores of each head, ``[B, H, S, L]``.
+
+        By the distance from each query: softmax sees differences alone, so any origin would do, but only near zero
+        do the keys that matter keep their precision in half.
+        """
         g = self.g
-        after = g.op("CumSum", mask, g.int_scalar(1), exclusive=1, reverse=1)  # [B, L], tokens behind each key
-        distance = g.op("Unsqueeze", g.op("Cast", after, to=int(ir.DataType.FLOAT)), g.ints(1, 2))
         slopes = -alibi_slopes(self.spec.num_heads)[None, :, None, None]
-        return self._narrow(g.op("Mul", distance, g.constant(slopes, "alibi_slopes")))
+        far = g.op("Cast", distance, to=int(ir.DataType.FLOAT))
+        return self._narrow(g.op("Mul", far, g.constant(slopes, "alibi_slopes")))
 
     def _attention(self, i: int, x: ir.Value, past_key: ir.Value, past_value: ir.Value) -> ir.Value:
         g, spec, family = self.g, self.spec, self.family
@@ -264,7 +265,7 @@ class DecoderGraph:
         return g.op("Concat", turned, *rest, axis=-1) if rest else turned
 
     def _norm(self, x: ir.Value, path: str) -> ir.Value:
-        """Return the norm of the last axis; in float32 always, as transformers computes it."""
+        """Return the norm of the last axis; mean and root in float32 always, as transformers computes them."""
         g, eps = self.g, self.spec.norm_eps
         wide = x if self.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=int(ir.DataType.FLOAT))
         if self.family.norm == "layer":
@@ -272,8 +273,11 @@ class DecoderGraph:
             return self._narrow(g.op("LayerNormalization", wide, *parts, axis=-1, epsilon=eps))
         mean = g.reduce_mean_last(g.op("Pow", wide, g.constant(np.array(2, dtype=np.float32))))
         root = g.op("Sqrt", g.op("Add", mean, g.constant(np.array(eps, dtype=np.float32))))
-        normed = self._narrow(g.op("Div", wide, root))
-        return g.op("Mul", normed, self._tensor(f"{path}.weight", offset=self.family.norm_offset))
+        normed, offset = g.op("Div", wide, root), self.family.norm_offset
+        if offset:
+            # 1 + w in half would lose a small w.
+            return self._narrow(g.op("Mul", normed, self._tensor(f"{path}.weight", ir.DataType.FLOAT, offset)))
+        return g.op("Mul", self._narrow(normed), self._tensor(f"{path}.weight"))
 
     def _project(self, path: str | None, x: ir.Value) -> ir.Value:
         """Return ``x`` through a linear that stays in floating point; a model that lacks it leaves ``x`` as it is."""

@@ -14,18 +14,13 @@ def turning_channels(rotary: RotaryScaling | None, head_dim: int) -> int:
     return int(head_dim * rotary.partial) if rotary else 0
 
 
-def inverse_frequencies(rotary: RotaryScaling, head_dim: int, *, long: bool = False) -> FloatArray:
+def inverse_frequencies(rotary: RotaryScaling, head_dim: int) -> FloatArray:
     """Return the angle per position of each pair, float32 ``[turning channels / 2]``.
 
     Rules: ``default``; ``linear`` divides every frequency by ``factor``; ``llama3`` divides the slow ones only,
     with a smooth passage between the wavelengths given by ``low_freq_factor`` and ``high_freq_factor`` (Llama 3.1);
     ``yarn`` the same with a passage that is linear in the channel (Peng et al., 2023); ``longrope`` divides each by
-    a factor of its own, of which there is a short and a long list (Ding et al., 2024).
-
-    Args:
-        rotary: base and rule.
-        head_dim: channels of a head.
-        long: which list of ``longrope``.
+    a factor of its own (Ding et al., 2024), that of contexts as long as the model was trained on: no other is built.
     """
     size = turning_channels(rotary, head_dim)
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
@@ -46,8 +41,7 @@ def inverse_frequencies(rotary: RotaryScaling, head_dim: int, *, long: bool = Fa
         ramp = np.clip((np.arange(size // 2) - first) / (last - first or 0.001), 0.0, 1.0)
         return np.asarray(frequencies * (ramp / _number(rotary, "factor") + 1 - ramp), dtype=np.float32)
     if rotary.rule == "longrope":
-        factors = rotary.parameters["long_factor" if long else "short_factor"]
-        return np.asarray(frequencies / np.asarray(factors, dtype=np.float32), dtype=np.float32)
+        return np.asarray(frequencies / np.asarray(rotary.parameters["short_factor"], dtype=np.float32))
     return frequencies
 
 

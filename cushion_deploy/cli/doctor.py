@@ -111,4 +111,6 @@ def _prefix_sentence(found: Diagnosis) -> str:
     left = f"one common token as a prefix leaves {100 * found.relief:.0f} % of the quantization error"
     if found.prefix_pays:
         return f"a prefix pays: {left}, and a search finds better ones"
+    if found.sinks:
+        return f"no common token takes the sinks' place: {left}; the search may find one that does"
     return f"no prefix is needed: {left}"

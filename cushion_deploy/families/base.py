@@ -78,6 +78,8 @@ class Family:
         position_embedding: path of the table of learned positions.
         position_offset: what is added to a position before it is looked up.
         rotary_rules: scaling rules of rotary positions that the graph builder knows for this family.
+        partial_rotary: whether ``partial_rotary_factor`` counts.
+        windows: which layers a ``sliding_window`` holds for; ``by_layer`` means those that ``layer_types`` names.
         qkv: how one linear for q, k and v orders its outputs: all of q, then k, then v, or q, k, v head by head.
         gated: whether the MLP multiplies its activation with a second linear.
         transposed: last parts of the paths of linears that are stored ``[in, out]``.
@@ -112,6 +114,8 @@ class Family:
     position_embedding: str | None = None
     position_offset: int = 0
     rotary_rules: tuple[str, ...] = ()
+    partial_rotary: bool = False
+    windows: Literal["none", "all", "by_layer"] = "none"
     qkv: Literal["together", "interleaved"] = "together"
     gated: bool = True
     transposed: tuple[str, ...] = ()

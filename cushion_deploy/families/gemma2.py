@@ -25,5 +25,6 @@ GEMMA2 = replace(
     # transformers' sdpa leaves out the soft cap of attention scores.
     attention="eager",
     rotary_rules=("default", "linear"),
+    windows="by_layer",
     required={"use_bidirectional_attention": (None, False)},
 )

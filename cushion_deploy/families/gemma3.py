@@ -10,4 +10,6 @@ GEMMA3 = replace(
     model_types=("gemma3_text",),
     query_norm="self_attn.q_norm",
     key_norm="self_attn.k_norm",
+    attention="sdpa",
+    required={**GEMMA2.required, "attn_logit_softcapping": (None,)},
 )

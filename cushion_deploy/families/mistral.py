@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from cushion_deploy.families.llama import LLAMA
 
-MISTRAL = replace(LLAMA, name="mistral", model_types=("mistral",))
+MISTRAL = replace(LLAMA, name="mistral", model_types=("mistral",), windows="all")

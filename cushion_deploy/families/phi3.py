@@ -16,4 +16,6 @@ PHI3 = replace(
         SiteRule("mlp.down", ("mlp.down_proj",), Absorber("mlp.gate_up_proj", part=(1, 2))),
     ),
     rotary_rules=("default", "longrope"),
+    partial_rotary=True,
+    windows="all",
 )

@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from cushion_deploy.families.llama import LLAMA
 
-QWEN2 = replace(LLAMA, name="qwen2", model_types=("qwen2",))
+QWEN2 = replace(LLAMA, name="qwen2", model_types=("qwen2",), windows="by_layer")

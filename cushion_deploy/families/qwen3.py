@@ -4,4 +4,11 @@ from dataclasses import replace
 
 from cushion_deploy.families.llama import LLAMA
 
-QWEN3 = replace(LLAMA, name="qwen3", model_types=("qwen3",), query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
+QWEN3 = replace(
+    LLAMA,
+    name="qwen3",
+    model_types=("qwen3",),
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    windows="by_layer",
+)

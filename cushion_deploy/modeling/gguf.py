@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
-from cushion_deploy.errors import CushionError, UntrustedArtifact
+from cushion_deploy.errors import CushionError, UntrustedArtifact, UsageError
 from cushion_deploy.families import family_for_model_type
 from cushion_deploy.modeling.bars import reported_bars
 from cushion_deploy.modeling.source import ModelSource
@@ -67,7 +68,21 @@ def _architecture(path: Path) -> str:
         field = reader.fields["general.architecture"]
     except (ValueError, KeyError, IndexError, OSError, struct.error) as e:
         raise _damaged(path, e) from e
+    _require_known_rotation(path, reader)
     return str(field.contents())
+
+
+def _require_known_rotation(path: Path, reader: Any) -> None:
+    """Refuse a file with scaled rotary positions: transformers would read it, and leave the scaling out."""
+    keys = [key for key in reader.fields if key.endswith((".rope.scaling.type", ".rope.scaling.factor"))]
+    kinds = {key: reader.fields[key].contents() for key in keys}
+    scaled = [key for key, kind in kinds.items() if kind not in ("none", 0.0, 1.0)]
+    scaled += [tensor.name for tensor in reader.tensors if tensor.name.startswith(("rope_freqs", "rope_factors"))]
+    if scaled:
+        raise UsageError(
+            f"{path.name} scales its rotary positions ({scaled[0]}), which transformers does not read from GGUF",
+            hint="give the model as a Hugging Face folder or hub id",
+        )
 
 
 def _damaged(path: Path, error: Exception) -> UntrustedArtifact:

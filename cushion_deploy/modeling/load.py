@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,15 @@ from cushion_deploy.types import FloatArray, IntArray, ModelSpec, RotaryScaling,
 UNLIMITED_POSITIONS = 131_072
 """Stands for the context of a model that has no limit of its own (ALiBi); memory ends far below."""
 TORCH_NORM_EPS = 1e-5
+_YARN = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (*_YARN, "original_max_position_embeddings"),
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor", "original_max_position_embeddings"),
+}
+"""What each rotary rule reads; checkpoints carry other keys beside them, such as the rule by its old name ``type``."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,10 @@ class SafetensorsWeights:
             except SafetensorError as e:
                 raise UntrustedArtifact(f"{file.name} is damaged: {e}", hint="fetch the model again") from e
 
+    def keep(self, names: Collection[str]) -> None:
+        """Forget tensors of other names: a file may hold more than the configuration wants, which a model ignores."""
+        self._found = {name: place for name, place in self._found.items() if name in names}
+
     def names(self) -> frozenset[str]:
         """Return every tensor name."""
         return frozenset(self._found)
@@ -144,6 +157,7 @@ def load_folder(folder: Path, source: ModelSource, progress: Progress = silent) 
             f"{source.label} has no usable tokenizer: {_first_line(e)}",
             hint="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from e
+    weights.keep(module.state_dict().keys())
     straighten(module)
     module.eval().requires_grad_(False)
     spec = describe(module, family, source)
@@ -167,7 +181,10 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
     c = module.config
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     rotary, local = _rotary(c, family)
-    eos, activation = c.eos_token_id, _named(c, family.activation_key)
+    activation = _named(c, family.activation_key)
+    # Where chat models name the end of a turn; config.json may know the end of a text alone.
+    eos = getattr(module.generation_config, "eos_token_id", None)
+    eos = c.eos_token_id if eos is None else eos
     embedding = getattr(c, "word_embed_proj_dim", c.hidden_size)
     scalar = getattr(c, "query_pre_attn_scalar", None) or head_dim
     return ModelSpec(
@@ -181,7 +198,7 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
         num_heads=c.num_attention_heads,
         num_kv_heads=getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
         head_dim=head_dim,
-        max_positions=getattr(c, "max_position_embeddings", None) or UNLIMITED_POSITIONS,
+        max_positions=_positions(c, rotary),
         norm_eps=_named(c, family.norm_eps_key) or TORCH_NORM_EPS,
         activation=ACTIVATIONS[activation] if activation else family.activation,
         rotary=rotary,
@@ -192,7 +209,7 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
         attention_scale=scalar**-0.5,
         revision=source.revision,
         local_rotary=local,
-        windows=_windows(c),
+        windows=_windows(c, family),
         norm_first=bool(getattr(c, "do_layer_norm_before", True)),
         score_cap=getattr(c, "attn_logit_softcapping", None) or 0.0,
         logit_cap=getattr(c, "final_logit_softcapping", None) or 0.0,
@@ -200,14 +217,27 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
     )
 
 
+def _positions(config: Any, rotary: RotaryScaling | None) -> int:
+    """Return how many positions a context may have.
+
+    ``longrope`` turns all keys by other angles once a context passes what the model was trained on, those in the cache
+    included. A graph whose keys are cached after rotation, and a constant prefix, cannot do that: there the context
+    ends.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or UNLIMITED_POSITIONS
+    if rotary and rotary.rule == "longrope" and rotary.parameters["short_factor"] != rotary.parameters["long_factor"]:
+        return min(int(limit), int(cast(float, rotary.parameters["original_max_position_embeddings"])))
+    return int(limit)
+
+
 def _named(config: Any, key: str | None) -> Any:
     return getattr(config, key) if key else None
 
 
-def _windows(config: Any) -> tuple[int, ...]:
+def _windows(config: Any, family: Family) -> tuple[int, ...]:
     """Return how far each layer looks back; empty where all look at everything."""
-    window = getattr(config, "sliding_window", None) or 0
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window = 0 if family.windows == "none" else getattr(config, "sliding_window", None) or 0
+    kinds = config.layer_types if family.windows == "by_layer" else ["sliding_attention"] * config.num_hidden_layers
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     return windows if any(windows) else ()
 
@@ -232,11 +262,12 @@ def _scaling(given: dict[str, Any], config: Any, family: Family) -> RotaryScalin
             f"rotary scaling rule '{rule}' is not supported for family {family.name}",
             hint=f"supported: {', '.join(family.rotary_rules)}",
         )
-    theta, partial = float(rope.pop("rope_theta")), float(rope.pop("partial_rotary_factor", 1.0))
+    partial = float(rope.get("partial_rotary_factor", 1.0)) if family.partial_rotary else 1.0
     if rule in ("yarn", "longrope"):
         rope.setdefault("factor", config.max_position_embeddings / rope["original_max_position_embeddings"])
-    parameters = {k: tuple(map(float, v)) if isinstance(v, list) else float(v) for k, v in sorted(rope.items())}
-    return RotaryScaling(theta, rule, parameters, partial)
+    read = {key: rope[key] for key in PARAMETERS[rule] if key in rope}
+    parameters = {k: tuple(map(float, v)) if isinstance(v, list) else float(v) for k, v in sorted(read.items())}
+    return RotaryScaling(float(rope["rope_theta"]), rule, parameters, partial)
 
 
 def bind_sites(module: nn.Module, family: Family, spec: ModelSpec) -> dict[Site, tuple[nn.Linear, ...]]:

@@ -18,12 +18,13 @@ def sample_text(model: LoadedModel, seed: int, progress: Progress = silent) -> t
     The first token is drawn uniformly from the vocabulary, which makes the samples differ in topic.
     """
     generator = torch.Generator().manual_seed(seed)
+    length = min(SAMPLE_TOKENS, model.spec.max_positions)
     ids = torch.randint(model.spec.vocab_size, (SAMPLES, 1), generator=generator)
     output = model.module(input_ids=ids, use_cache=True)
-    for step in range(1, SAMPLE_TOKENS):
+    for step in range(1, length):
         chances = torch.softmax(output.logits[:, -1].float(), dim=-1)
         token = torch.multinomial(chances, 1, generator=generator)
         ids = torch.cat([ids, token], dim=1)
         output = model.module(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        progress("sampling text", step + 1, SAMPLE_TOKENS)
+        progress("sampling text", step + 1, length)
     return tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))

@@ -182,7 +182,9 @@ def _download(model: str, revision: str | None) -> Path:
             "reading a hub id needs huggingface_hub", hint="pip install 'cushion-deploy[build]'"
         ) from e
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"])
+        )
     except RepositoryNotFoundError as e:
         raise UsageError(
             f"the hub has no model '{model}', or it is private",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
-from cushion_deploy.calib.corpora import python_topics
+from cushion_deploy.calib.corpora import SAMPLED, python_topics
 from cushion_deploy.engines.probe import probe
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import TextScore, score_text
-from cushion_deploy.modeling.forward import run
+from cushion_deploy.modeling.forward import run, token_nll
 from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.magnitudes import layer_magnitudes
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.sample import SAMPLE_TOKENS as DRAWN_TOKENS
+from cushion_deploy.modeling.sample import SAMPLES as DRAWN
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.pipeline.limits import longest_prefix
 from cushion_deploy.pipeline.workspace import Workspace
@@ -30,11 +34,12 @@ from cushion_deploy.prefix.candidates import obvious_tokens
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.search import draw_text
 from cushion_deploy.schemes import PRECISIONS
-from cushion_deploy.types import HEAD_SITE, IntArray, Prefix, Site
+from cushion_deploy.types import HEAD_SITE, FloatArray, IntArray, Prefix, Site
 
 SINK_RATIO = 20.0
 """A token is a sink where it enters a Site at this many times what the median token does."""
 SAMPLES, SAMPLE_TOKENS = 4, 256
+HALF_RESIDUAL = 30_000
 GIB = 1 << 30
 
 
@@ -110,6 +115,7 @@ class Diagnosis:
         sites: Sites that a sink enters, with how many times the median it is there, the largest first.
         relief: share of the quantization error that the best of some common tokens leaves as a prefix.
         prefix_pays: whether that is worth a prefix by the recipe's tau.
+        largest_residual: largest magnitude between two layers, without a prefix.
         cost: of static W8A8 without a prefix.
         needs: of a build.
         engines: every engine.
@@ -121,6 +127,7 @@ class Diagnosis:
     sites: tuple[tuple[Site, float], ...]
     relief: float
     prefix_pays: bool
+    largest_residual: float
     cost: Cost
     needs: Needs
     engines: tuple[Engine, ...]
@@ -128,9 +135,10 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
+        cost = {**asdict(self.cost), "change": self.cost.change}
         return {
             **asdict(self),
-            "cost": {**asdict(self.cost), "change": self.cost.change},
+            "cost": {name: value if math.isfinite(value) else None for name, value in cost.items()},
             "needs": {**asdict(self.needs), "total_seconds": self.needs.total_seconds},
         }
 
@@ -167,8 +175,9 @@ def diagnose(ws: Workspace) -> Diagnosis:
         "positions": spec.max_positions,
         "linears": sum(map(len, model.sites.values())),
     }
-    found = Diagnosis(facts, sinks, sites, relief, relief <= config.tau, cost, needs, engines)
-    return Diagnosis(**{**vars(found), "warnings": tuple(_warnings(ws, found))})
+    residual = max(layer["top1"] for layer in layer_magnitudes(model, Prefix.empty(spec), windows[:1]))
+    found = Diagnosis(facts, sinks, sites, relief, relief <= config.tau, residual, cost, needs, engines)
+    return replace(found, warnings=tuple(_warnings(ws, found)))
 
 
 @torch.inference_mode()
@@ -223,9 +232,7 @@ def static_cost(ws: Workspace, windows: IntArray) -> Cost:
         tokens=windows[:half].size,
     )
 
-    def nll(ids: IntArray) -> Any:
-        from cushion_deploy.modeling.forward import token_nll
-
+    def nll(ids: IntArray) -> FloatArray:
         return token_nll(model, ids, empty)
 
     plain = score_text(nll, windows[half:], ws.progress, "perplexity in floating point")
@@ -243,6 +250,9 @@ def estimate_needs(ws: Workspace, windows: IntArray) -> Needs:
     scored = 4 * recipe.evaluation.max_tokens + recipe.evaluation.max_tokens
     calibrated = recipe.calibration.windows * recipe.calibration.window
     seconds: dict[str, float] = {}
+    if recipe.calibration.data in SAMPLED:
+        # Rows that are decoded together share the reading of the weights, which is most of a step.
+        seconds["sample"] = DRAWN * DRAWN_TOKENS * 0.6 * whole
     if longest_prefix(recipe):
         search = recipe.search
         candidates = search.random_candidates + search.screen_candidates + search.gradient_candidates
@@ -311,7 +321,20 @@ def _warnings(ws: Workspace, found: Diagnosis) -> list[str]:
         said.append("no engine can compile here")
     if found.prefix_pays and found.sinks and all(sink.position for sink in found.sinks):
         said.append("sinks stand inside of texts only, not at their beginning: look at the report before you deploy")
-    if not found.prefix_pays and found.cost.change > 0.1:
+    windows = [window for window in spec.windows if window]
+    if windows and longest_prefix(ws.recipe):
+        said.append(
+            f"{len(windows)} of {spec.num_layers} layers look back {min(windows):,} tokens: further into a text they "
+            "no longer see the prefix, and sinks may come back there"
+        )
+    if spec.rotary and spec.rotary.rule == "longrope":
+        said.append(f"a context ends at {spec.max_positions:,} positions: beyond them longrope turns cached keys anew")
+    if found.largest_residual > HALF_RESIDUAL:
+        said.append(
+            f"the residual stream reaches {found.largest_residual:,.0f} without a prefix, and half ends at 65,504: if "
+            "a prefix does not lower it, TensorRT's float16 graph overflows"
+        )
+    if not found.prefix_pays and not found.sinks and found.cost.change > 0.1:
         said.append(
             "static W8A8 is costly although no sink is to blame: SmoothQuant and --keep-float auto:N are there for that"
         )

@@ -76,7 +76,10 @@ def test_a_rotary_rule_that_is_not_built_is_refused(tiny_writer: Callable[..., P
 
 def test_half_precision_weights_are_widened_exactly(tiny_folder: Path, tmp_path: Path) -> None:
     tensors = load_torch(tiny_folder / "model.safetensors")
-    halved = {"a": tensors["lm_head.weight"].bfloat16(), "b": tensors["model.norm.weight"].half()}
+    halved = {
+        "lm_head.weight": tensors["lm_head.weight"].bfloat16(),
+        "model.norm.weight": tensors["model.norm.weight"].half(),
+    }
     save_torch(halved, tmp_path / "model.safetensors")
     weights = SafetensorsWeights(tmp_path, get_family("llama"))
     for name, tensor in halved.items():
