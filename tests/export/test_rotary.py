@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from cushion_deploy.export.rotary import inverse_frequencies
+from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain
 from cushion_deploy.types import RotaryScaling
 
 
@@ -73,3 +74,57 @@ def test_llama3_keeps_the_fast_and_divides_the_slow(wavelength: float, divisor: 
     )
     found = inverse_frequencies(scaling, 4)[1]
     assert found == pytest.approx(2 * math.pi / wavelength / divisor, rel=1e-5)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    half=st.integers(2, 64),
+    theta=st.floats(100.0, 1e6),
+    factor=st.floats(1.0, 40.0),
+    original=st.sampled_from([256, 4096, 32768]),
+    truncate=st.booleans(),
+    beta=st.sampled_from([None, (32.0, 1.0), (16.0, 2.0)]),
+    mscale=st.sampled_from([None, (1.0, 0.7), (0.8, 1.0)]),
+    gain=st.sampled_from([None, 1.3]),
+)
+def test_yarn_is_that_of_transformers(
+    half: int, theta: float, factor: float, original: int, truncate: bool, beta: Any, mscale: Any, gain: Any
+) -> None:
+    parameters: dict[str, Any] = {"factor": factor, "original_max_position_embeddings": original, "truncate": truncate}
+    parameters |= dict(zip(("beta_fast", "beta_slow"), beta, strict=True)) if beta else {}
+    parameters |= dict(zip(("mscale", "mscale_all_dim"), mscale, strict=True)) if mscale else {}
+    parameters |= {"attention_factor": gain} if gain else {}
+    rope = {"rope_type": "yarn", "rope_theta": theta, **parameters}
+    config = LlamaConfig(
+        hidden_size=4 * half,
+        num_attention_heads=2,
+        max_position_embeddings=int(original * factor),
+        rope_parameters=rope,
+    )
+    oracle = LlamaRotaryEmbedding(config)
+    scaling = RotaryScaling(theta, "yarn", {key: float(value) for key, value in parameters.items()})
+    np.testing.assert_allclose(inverse_frequencies(scaling, 2 * half), oracle.inv_freq.numpy(), rtol=1e-4)
+    assert rotary_gain(scaling) == pytest.approx(oracle.attention_scaling)
+
+
+@pytest.mark.parametrize("gain", [None, 1.25])
+@pytest.mark.parametrize("partial", [1.0, 0.75])
+def test_longrope_is_that_of_transformers_within_the_trained_context(gain: float | None, partial: float) -> None:
+    head, channels = 16, int(16 * partial)
+    factors = {"short_factor": [1 + 0.1 * i for i in range(channels // 2)], "long_factor": [4.0] * (channels // 2)}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": partial, **factors}
+    rope |= {"original_max_position_embeddings": 64} | ({"attention_factor": gain} if gain else {})
+    config = Phi3Config(
+        hidden_size=2 * head,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        original_max_position_embeddings=64,
+        rope_parameters=rope,
+        pad_token_id=0,
+    )
+    oracle = Phi3RotaryEmbedding(config)
+    given = {key: tuple(value) for key, value in factors.items()}
+    given |= {"factor": 8.0, "original_max_position_embeddings": 64.0} | ({"attention_factor": gain} if gain else {})
+    scaling = RotaryScaling(10000.0, "longrope", given, partial)
+    np.testing.assert_allclose(inverse_frequencies(scaling, head), oracle.inv_freq.numpy(), rtol=1e-5)
+    assert rotary_gain(scaling) == pytest.approx(oracle.attention_scaling)

@@ -74,6 +74,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt2",
         {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96, "n_positions": 256, "tie_word_embeddings": True},
     ),
+    "llama with gelu": ("llama", {"hidden_act": "gelu", "attention_bias": True, "mlp_bias": True}),
 }
 """What a test calls it: model type and configuration."""
 

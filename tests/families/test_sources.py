@@ -97,3 +97,64 @@ def test_settings_that_a_family_does_not_cover_are_refused_by_name(variant_folde
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(UsageError, match=key):
             resolve_source(str(folder))
+
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "Phi-3-mini-128k": (
+        "phi3",
+        {
+            "rope_scaling": {"type": "longrope", "short_factor": [1.1] * 8, "long_factor": [2.0] * 8},
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 256,
+            "rope_parameters": None,
+            "partial_rotary_factor": 1.0,
+        },
+        {"max_positions": 64},
+    ),
+    "Qwen2.5 with yarn": (
+        "qwen2",
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            "rope_theta": 1e6,
+            "rope_parameters": None,
+        },
+        {"max_positions": 256},
+    ),
+    "Llama with linear scaling, old spelling": (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4, "rope_parameters": None},
+        {},
+    ),
+    "Llama with a stray window": ("llama", {"sliding_window": 4}, {"windows": ()}),
+    "Llama with a stray partial rotation": ("llama", {"partial_rotary_factor": 0.5}, {}),
+    "GPT-2 without n_inner": ("gpt2", {"n_inner": None}, {"intermediate_size": 256}),
+}
+"""Model type of the tiny model, keys of its config.json as they are published, and what the spec must say."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configurations_as_they_are_published(name: str, tiny_writer: Any, tmp_path: Path) -> None:
+    model_type, keys, expected = PUBLISHED[name]
+    base = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256} if model_type == "gpt2" else {}
+    extra = {"n_inner": None} if model_type == "gpt2" else {}
+    folder = tiny_writer(tmp_path / "model", None, model_type, **base, **extra)
+    config = json.loads((folder / "config.json").read_text())
+    kept = {key: value for key, value in {**config, **keys}.items() if not (key in keys and keys[key] is None)}
+    (folder / "config.json").write_text(json.dumps(kept))
+    model = load_folder(folder, resolve_source(str(folder)))
+    for key, value in expected.items():
+        assert getattr(model.spec, key) == value
+    found = float_graph_logits(model, tmp_path / "graph")
+    np.testing.assert_allclose(found, logits(model, IDS, Prefix.empty(model.spec)), atol=1e-4)
+
+
+def test_a_tensor_that_the_configuration_does_not_want_is_left_out(variant_folder: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "more"
+    shutil.copytree(variant_folder("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load_folder(folder, resolve_source(str(folder)))
+    found = float_graph_logits(model, tmp_path / "graph")
+    np.testing.assert_allclose(found, logits(model, IDS, Prefix.empty(model.spec)), atol=1e-4)

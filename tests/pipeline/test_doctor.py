@@ -124,3 +124,22 @@ def test_the_command_says_it_in_words_and_in_json(
 def test_a_model_that_is_not_there_is_a_clear_error(capsys: Any, tmp_path: Path) -> None:
     assert run(["doctor", str(tmp_path / "nothing"), "--quiet", "--work-dir", str(tmp_path / "work")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_sink_that_no_common_token_replaces_is_not_called_none(
+    planted_folder: Path, text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    line = ["doctor", str(planted_folder), "--calib-data", str(text), "--work-dir", str(tmp_path / "work"), "--quiet"]
+    assert run([*line, "--set", "search.tau=0.0001"]) == 0
+    words = capsys.readouterr().out
+    assert "no common token takes the sinks' place" in words
+    assert "no prefix is needed" not in words
+    assert "no sink is to blame" not in words
+
+
+def test_windows_that_lose_the_prefix_are_told(tiny_writer: Any, workspace: MakeWorkspace, tmp_path: Path) -> None:
+    folder = tiny_writer(tmp_path / "mistral", None, "mistral", sliding_window=12)
+    said = diagnose(workspace(folder)).warnings
+    assert any("3 of 3 layers look back 12 tokens" in text for text in said)
+    quiet = diagnose(workspace(folder, search__enabled=False)).warnings
+    assert not any("look back" in text for text in quiet)
