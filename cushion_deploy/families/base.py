@@ -82,6 +82,8 @@ class Family:
         windows: which layers a ``sliding_window`` holds for; ``by_layer`` means those that ``layer_types`` names.
         qkv: how one linear for q, k and v orders its outputs: all of q, then k, then v, or q, k, v head by head.
         gated: whether the MLP multiplies its activation with a second linear.
+        needs_bos: whether the model is never run without its ``<bos>``: without it, it says nothing of use. Whatever is
+            measured without a prefix then has that token before every text, and a search begins with it.
         transposed: last parts of the paths of linears that are stored ``[in, out]``.
         attention: implementation in transformers that computes the whole function.
         required: values that config.json must have (or leave out) to be covered by this description.
@@ -118,6 +120,7 @@ class Family:
     windows: Literal["none", "all", "by_layer"] = "none"
     qkv: Literal["together", "interleaved"] = "together"
     gated: bool = True
+    needs_bos: bool = False
     transposed: tuple[str, ...] = ()
     attention: Literal["sdpa", "eager"] = "sdpa"
     required: Mapping[str, Any] = field(default_factory=dict)

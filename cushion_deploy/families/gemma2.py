@@ -26,5 +26,6 @@ GEMMA2 = replace(
     attention="eager",
     rotary_rules=("default", "linear"),
     windows="by_layer",
+    needs_bos=True,
     required={"use_bidirectional_attention": (None, False)},
 )

@@ -69,6 +69,12 @@ class LoadedModel:
         found: nn.ModuleList = self.module.get_submodule(self.family.layers)
         return found
 
+    @property
+    def bare_tokens(self) -> tuple[int, ...]:
+        """What stands before every text where no prefix does: nothing, or the family's own ``<bos>``."""
+        bos = self.tokenizer.bos_token_id if self.family.needs_bos else None
+        return () if bos is None else (int(bos),)
+
     def encode(self, text: str) -> IntArray:
         """Return the token ids of plain text, int64 ``[n]``, without special tokens."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -18,9 +18,10 @@ def sample_text(model: LoadedModel, seed: int, progress: Progress = silent) -> t
     The first token is drawn uniformly from the vocabulary, which makes the samples differ in topic.
     """
     generator = torch.Generator().manual_seed(seed)
-    length = min(SAMPLE_TOKENS, model.spec.max_positions)
+    length = min(SAMPLE_TOKENS, model.spec.max_positions - len(model.bare_tokens))
     ids = torch.randint(model.spec.vocab_size, (SAMPLES, 1), generator=generator)
-    output = model.module(input_ids=ids, use_cache=True)
+    before = torch.tensor([model.bare_tokens], dtype=torch.int64).expand(SAMPLES, -1)
+    output = model.module(input_ids=torch.cat([before, ids], dim=1), use_cache=True)
     for step in range(1, length):
         chances = torch.softmax(output.logits[:, -1].float(), dim=-1)
         token = torch.multinomial(chances, 1, generator=generator)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cushion_deploy.modeling.forward import prefix_tensors, run
+from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.progress import Progress, silent
 from cushion_deploy.types import FloatArray, IntArray, Prefix
@@ -30,15 +30,15 @@ class Teacher:
     hidden: dict[bytes, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.past = prefix_tensors(compute_prefix(self.model, self.model.bare_tokens))
         self.head = self.model.module.get_submodule(self.model.family.head).weight
 
     @torch.no_grad()
     def remember(self, windows: IntArray, progress: Progress = silent) -> None:
         """Run int64 ``[windows, length]`` through the model, one by one."""
         for done, row in enumerate(windows, 1):
-            self.hidden[row.tobytes()] = run(self.model, torch.from_numpy(row[None]), [], head=False).last_hidden_state[
-                0
-            ]
+            found = run(self.model, torch.from_numpy(row[None]), self.past, head=False)
+            self.hidden[row.tobytes()] = found.last_hidden_state[0]
             progress("asking the original model", done, len(windows))
 
     @torch.no_grad()

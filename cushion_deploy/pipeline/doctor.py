@@ -293,8 +293,9 @@ def _sample(model: LoadedModel, corpus: IntArray) -> IntArray:
     if count < 2:
         raise UsageError(f"the text holds {len(corpus)} tokens, too few to look at", hint="give more text")
     pieces = corpus[: len(corpus) // length * length].reshape(-1, length)
-    chosen: IntArray = pieces[np.linspace(0, len(pieces) - 1, count).astype(int)]
-    return chosen
+    chosen = pieces[np.linspace(0, len(pieces) - 1, count).astype(int)]
+    before = np.tile(np.array(model.bare_tokens, dtype=np.int64), (count, 1))
+    return np.concatenate([before, chosen], axis=1)[:, : model.spec.max_positions]
 
 
 def _engine(name: str) -> Engine:

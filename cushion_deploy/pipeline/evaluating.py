@@ -22,7 +22,6 @@ from cushion_deploy.evaluate.zeroshot import Metric, TaskScore, TaskSuite, mean_
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.session import OnnxRuntimeSession
-from cushion_deploy.types import Prefix
 
 COLUMNS = {
     "fp": "FP",
@@ -186,11 +185,12 @@ def _column(
         session = OnnxRuntimeSession(bundle.model_path, bundle.contract, threads=threads)
         yield Scorer(session), Encoding.of_bundle(bundle)
         return
+    from cushion_deploy.modeling.forward import compute_prefix
     from cushion_deploy.modeling.simulate import simulated
     from cushion_deploy.pipeline.prepare import prepare, read_deployed
     from cushion_deploy.pipeline.torch_session import TorchSession
 
-    empty = Prefix.empty(ws.model.spec)
+    empty = compute_prefix(ws.model, ws.model.bare_tokens)
     encoding = _encoding(ws, bundle)
     if not column.startswith("quantized"):
         prefix = read_prefix(bundle.path / PREFIX_FILE) if bundle is not None and column == "fp-prefix" else empty

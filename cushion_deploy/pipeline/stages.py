@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cushion_deploy.artifacts import PREFIX_FILE, read_prefix, write_prefix
+from cushion_deploy.families import get_family
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
 from cushion_deploy.pipeline.prepare import Deployed, prepare
@@ -62,7 +63,7 @@ def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
     """
     config, prefix = ws.recipe.evaluation, deployed.prefix
     corpus = ws.corpus(config.data, "evaluation")
-    empty = no_prefix(prefix)
+    empty = no_prefix(ws, prefix)
     bare = prepare(ws, empty) if prefix.length else deployed
     parents = {
         "scales": deployed.scales.digest,
@@ -175,9 +176,17 @@ def model_spec(ws: Workspace) -> ModelSpec:
     return ModelSpec.from_json(read_json(model_files(ws) / "spec.json"))
 
 
-def no_prefix(prefix: Prefix) -> Prefix:
-    """Return the empty prefix of the same model."""
-    return Prefix((), prefix.keys[:, :, :0], prefix.values[:, :, :0], prefix.model_digest)
+def no_prefix(ws: Workspace, like: Prefix) -> Prefix:
+    """Return what stands before a text where no prefix does; of the same model and shape as another prefix.
+
+    Nothing, unless the model is never run without its ``<bos>``.
+    """
+    if get_family(model_spec(ws).family).needs_bos:
+        from cushion_deploy.modeling.forward import compute_prefix
+
+        return compute_prefix(ws.model, ws.model.bare_tokens)
+    shape = (*like.keys.shape[:2], 0, like.keys.shape[3])
+    return Prefix((), np.zeros(shape, np.float32), np.zeros(shape, np.float32), like.model_digest)
 
 
 def _finite(value: float) -> float | None:

@@ -181,6 +181,8 @@ class PrefixSearch:
         self.trace.positions_scored += rows * length
 
     def _seed_ids(self) -> tuple[int, ...]:
+        if not self.config.seed_tokens and self.config.max_length:
+            return self.model.bare_tokens
         ids: list[int] = []
         for text in self.config.seed_tokens:
             special = self.model.tokenizer.bos_token_id if text == "<bos>" else None

@@ -91,7 +91,7 @@ class Cells:
     @cached_property
     def empty(self) -> Prefix:
         """No prefix."""
-        return no_prefix(self.searched)
+        return no_prefix(self.ws, self.searched)
 
     @cached_property
     def prefix(self) -> Prefix:

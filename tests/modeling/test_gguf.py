@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, GGUFWriter, TokenType, dequantize
+from gguf import GGUFReader, GGUFWriter, RopeScalingType, TokenType, dequantize
 from safetensors.numpy import load_file
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
@@ -36,9 +38,13 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
 
 
-def write_gguf(folder: Path, file: Path, architecture: str = "llama") -> Path:
-    """Write the tiny folder as a float32 GGUF file."""
+def write_gguf(
+    folder: Path, file: Path, architecture: str = "llama", more: Callable[[GGUFWriter], None] | None = None
+) -> Path:
+    """Write the tiny folder as a float32 GGUF file; ``more`` adds to it."""
     writer = GGUFWriter(file, architecture)
+    if more:
+        more(writer)
     writer.add_context_length(256)
     writer.add_embedding_length(64)
     writer.add_block_count(3)
@@ -97,6 +103,30 @@ def test_the_converted_model_is_the_one_that_was_written(
     assert model.encode(text).tolist() == tiny_model.encode(text).tolist()
     assert (model.spec.source, model.spec.bos_token_id, model.spec.eos_token_ids) == ("tiny.gguf", 1, (2,))
     assert model.spec.weights_digest == source.digest
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (lambda writer: writer.add_rope_scaling_type(RopeScalingType.YARN), "rope.scaling.type"),
+        (lambda writer: writer.add_rope_scaling_factor(8.0), "rope.scaling.factor"),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), "rope_freqs.weight"),
+    ],
+)
+def test_scaled_rotary_positions_are_refused_because_they_would_be_lost(
+    more: Any, named: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    file = write_gguf(tiny_folder, tmp_path / "scaled.gguf", more=more)
+    with pytest.raises(UsageError, match=named) as e:
+        convert_gguf(resolve_source(str(file)), tmp_path)
+    assert "Hugging Face folder" in e.value.hint
+
+
+def test_rotary_positions_that_are_said_to_be_unscaled_are_read(tiny_folder: Path, tmp_path: Path) -> None:
+    plain = lambda writer: writer.add_rope_scaling_type(RopeScalingType.NONE)  # noqa: E731
+    file = write_gguf(tiny_folder, tmp_path / "plain.gguf", more=plain)
+    (tmp_path / "out").mkdir()
+    convert_gguf(resolve_source(str(file)), tmp_path / "out")
 
 
 def test_the_folder_holds_no_pickle_and_no_marker_of_quantization(gguf_file: Path, tmp_path: Path) -> None:
