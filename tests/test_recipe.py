@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
         "audit_tokens": 16,
         "batch_positions": 2048,
     },
-    "smoothing": {"alpha": 0.5},
+    "smoothing": {"alpha": 0.5, "limit": 1.5},
     "tuning": {
         "enabled": False,
         "loss": "distill",
@@ -54,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
         "judge_every": 20,
         "checkpointing": True,
     },
-    "calibration": {"data": None, "estimator": "percentile", "percentile": 99.9995, "windows": 16, "window": 512},
+    "calibration": {"data": None, "estimator": "percentile", "percentile": 99.9995, "windows": 32, "window": 512},
     "export": {"quantize_head": False, "keep_float": [], "opset": None, "prefix": "baked"},
     "evaluation": {"data": None, "window": 512, "max_tokens": 4096},
     "parity": {"data": None, "tokens": 256, "decode_tokens": 16},

@@ -28,6 +28,7 @@ FILES = (
     "cushion.json",
     "engines/onnxruntime/engine.json",
     "export.json",
+    "genai_config.json",
     "generation_config.json",
     "model.onnx",
     "model.onnx.data",

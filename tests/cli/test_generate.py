@@ -13,7 +13,7 @@ import pytest
 from cushion_deploy.cli.main import run
 from cushion_deploy.runtime import OnnxRuntimeSession, load, open_bundle
 
-PROMPT = "The quick brown fox"
+PROMPT = "A head attends"
 DRIVER = """
 import sys
 from cushion_deploy.cli.main import run

@@ -227,7 +227,7 @@ def test_a_quantized_checkpoint_is_bad_usage(folder: Path) -> None:
 
 
 def test_an_activation_that_the_graph_cannot_build_is_bad_usage(folder: Path) -> None:
-    edit_config(folder, hidden_act="gelu")
+    edit_config(folder, hidden_act="xielu")
     assert "silu" in refused(folder, ExitCode.USAGE).hint
 
 
