@@ -84,5 +84,5 @@ def _lines(found: Bench) -> list[str]:
     for row in rows:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
-    lines += ["", *(f"{name}: not run, {reason}" for name, reason in found.not_run.items()), found.verdict]
+    lines += ["", *(f"{name}: {reason}" for name, reason in found.not_run.items()), found.verdict]
     return lines
