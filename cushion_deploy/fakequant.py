@@ -94,18 +94,24 @@ def quantize_weight(weight: FloatArray, name: str, bits: int = 8, group: int = 0
     Raises:
         UsageError: the weight holds NaN or infinity.
     """
-    if not np.isfinite(weight).all():
+    scale = weight_scale(weight, name, bits, group)
+    return quantize(weight, spread(scale, weight.shape[1], group), bits), scale
+
+
+def weight_scale(weight: FloatArray, name: str, bits: int = 8, group: int = 0) -> FloatArray:
+    """Return the scales that :func:`quantize_weight` gives a weight."""
+    magnitude = np.abs(weight)
+    if not np.isfinite(magnitude).all():
         raise UsageError(
             f"weight {name} contains NaN or infinity", hint="the checkpoint is damaged; fetch the model again"
         )
-    magnitude = np.abs(weight)
     if group:
         amax = np.maximum.reduceat(magnitude, np.arange(0, weight.shape[1], group), axis=1)
     else:
         amax = magnitude.max(axis=1)
-    scale = (amax / np.float32(qmax(bits))).astype(np.float32)
+    scale: FloatArray = (amax / np.float32(qmax(bits))).astype(np.float32)
     scale[scale < np.finfo(np.float32).tiny] = np.float32(1.0)
-    return quantize(weight, spread(scale, weight.shape[1], group), bits), scale
+    return scale
 
 
 def spread(scale: FloatArray, in_features: int, group: int = 0) -> FloatArray:

@@ -12,7 +12,8 @@ import numpy as np
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import Absorber, Family
-from cushion_deploy.types import FloatArray, ModelSpec, Site, Smoothing, WeightSource, layer_site
+from cushion_deploy.types import FloatArray, ModelSpec, Site, Smoothing, layer_site
+from cushion_deploy.weights import WeightSource
 
 
 def absorbers(family: Family, spec: ModelSpec) -> dict[Site, Absorber]:
@@ -26,7 +27,7 @@ def absorbers(family: Family, spec: ModelSpec) -> dict[Site, Absorber]:
 
 
 class FoldedWeights:
-    """The tensors of a model with the factors of a smoothing folded in, one at a time (a ``WeightSource``)."""
+    """The tensors of a model with the factors of a smoothing folded in (a ``WeightSource``)."""
 
     def __init__(self, weights: WeightSource, family: Family, spec: ModelSpec, smoothing: Smoothing) -> None:
         """Work out which tensor is divided along its first axis and which is multiplied along its last.
@@ -60,9 +61,13 @@ class FoldedWeights:
         """Return every tensor name."""
         return self._weights.names()
 
-    def get(self, name: str) -> FloatArray:
-        """Return one tensor as float32."""
-        tensor = self._weights.get(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return self._weights.shape(name)
+
+    def rows(self, name: str, start: int, stop: int) -> FloatArray:
+        """Return ``tensor[start:stop]`` as float32."""
+        tensor = self._weights.rows(name, start, stop)
         if name in self._multiply:
             tensor = tensor * self._multiply[name]
         if name in self._divide:
@@ -70,7 +75,9 @@ class FoldedWeights:
             # What a norm multiplies by is its stored weight and the offset together.
             offset = np.float32(self._norm_offset if absorber.norm and name.endswith(".weight") else 0)
             part, parts = absorber.part
-            divisor = np.ones(len(tensor), dtype=np.float32)
-            divisor[part * len(tensor) // parts : (part + 1) * len(tensor) // parts] = factor
-            tensor = (tensor + offset) / divisor.reshape(-1, *[1] * (tensor.ndim - 1)) - offset
+            count = self.shape(name)[0]
+            divisor = np.ones(count, dtype=np.float32)
+            divisor[part * count // parts : (part + 1) * count // parts] = factor
+            column = divisor[start:stop].reshape(-1, *[1] * (tensor.ndim - 1))
+            tensor = (tensor + offset) / column - offset
         return tensor

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NewType, Protocol
+from typing import Any, Literal, NewType
 
 import numpy as np
 import numpy.typing as npt
@@ -52,18 +52,6 @@ def digest_arrays(arrays: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:
         h.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
         h.update(np.ascontiguousarray(array).data)
     return h.hexdigest()
-
-
-class WeightSource(Protocol):
-    """Named weight tensors, one at a time, so that export never holds a second copy of the model."""
-
-    def names(self) -> frozenset[str]:
-        """Return every tensor name, as the checkpoint spells it."""
-        ...
-
-    def get(self, name: str) -> FloatArray:
-        """Return one tensor as float32; raises KeyError for an unknown name."""
-        ...
 
 
 @dataclass(frozen=True)

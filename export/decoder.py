@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from cushion_deploy.export.builder import GraphBuilder
@@ -21,7 +23,8 @@ from cushion_deploy.export.linear import PackedLinear, add_linear
 from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain, turning_channels
 from cushion_deploy.families import Family
-from cushion_deploy.types import HEAD_SITE, FloatArray, ModelSpec, RotaryScaling, Site, WeightSource, layer_site
+from cushion_deploy.types import HEAD_SITE, FloatArray, ModelSpec, RotaryScaling, Site, layer_site
+from cushion_deploy.weights import WeightSource, blocks
 
 MASKED = {ir.DataType.FLOAT: -1e9, ir.DataType.FLOAT16: -3e4}
 """Additive mask: exp() of it is 0, and a score added to it stays finite in its type."""
@@ -312,17 +315,19 @@ class DecoderGraph:
         return g.op("Cast", logits, to=int(ir.DataType.FLOAT)) if self.dtype != ir.DataType.FLOAT else logits
 
     def _embedding(self) -> ir.Value:
-        size = (self.spec.vocab_size, self.spec.embedding_size or self.spec.hidden_size)
-        name = f"{self.family.embedding}.weight"
-        return self.g.lazy(name, self.dtype, size, lambda: self.weights.get(name).astype(self.dtype.numpy()))
+        return self._tensor(f"{self.family.embedding}.weight")
 
     def _tensor(self, name: str, dtype: ir.DataType | None = None, offset: float = 0.0) -> ir.Value:
         """Return a stored tensor, ``offset`` added, as an initializer of the graph's type or another."""
-        element = dtype or self.dtype
-        array: FloatArray = self.weights.get(name)
-        return self.g.lazy(
-            name, element, array.shape, lambda: (self.weights.get(name) + np.float32(offset)).astype(element.numpy())
-        )
+        element, shape = dtype or self.dtype, self.weights.shape(name)
+
+        def load() -> npt.NDArray[Any]:
+            array = np.empty(shape, element.numpy())
+            for rows, block in blocks(self.weights, name):
+                array[rows] = block + np.float32(offset)
+            return array
+
+        return self.g.lazy(name, element, shape, load)
 
     def _scalar(self, value: float) -> ir.Value:
         """Return a constant of the graph's type."""

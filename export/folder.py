@@ -24,9 +24,9 @@ from cushion_deploy.types import (
     Prefix,
     Site,
     Smoothing,
-    WeightSource,
     digest_json,
 )
+from cushion_deploy.weights import WeightSource
 
 MIN_OPSET, MAX_OPSET = 17, 22
 """17 serves every TensorRT from 10.3 on; above 22 the operators of the graph change meaning or are untested."""

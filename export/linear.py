@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from cushion_deploy.export.builder import GraphBuilder
-from cushion_deploy.fakequant import Int8Array, quantize_weight
-from cushion_deploy.types import FloatArray, Site, WeightSource
+from cushion_deploy.fakequant import Int8Array, quantize_weight, weight_scale
+from cushion_deploy.types import FloatArray, Site
+from cushion_deploy.weights import WeightSource, blocks, whole
 
 
 @dataclass(frozen=True)
@@ -29,42 +32,52 @@ class PackedLinear:
     @cached_property
     def out_features(self) -> tuple[int, ...]:
         """Output features of each linear."""
-        return tuple(self.weights.get(f"{path}.weight").shape[0] for path in self.paths)
+        return tuple(self.weights.shape(f"{path}.weight")[0] for path in self.paths)
 
     @cached_property
     def in_features(self) -> int:
         """Input features."""
-        return int(self.weights.get(f"{self.paths[0]}.weight").shape[1])
+        return int(self.weights.shape(f"{self.paths[0]}.weight")[1])
 
     @property
     def has_bias(self) -> bool:
         """Whether any of the linears has a bias."""
         return any(f"{path}.bias" in self.weights.names() for path in self.paths)
 
-    def weight(self) -> FloatArray:
-        """Return the packed weight, float32 ``[in, sum(out)]``."""
-        packed = np.concatenate([self.weights.get(f"{path}.weight") for path in self.paths])
-        return np.ascontiguousarray(packed.T)
+    def weight(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+        """Return the packed weight in a floating-point type, ``[in, sum(out)]``."""
+        packed = np.empty((self.in_features, sum(self.out_features)), dtype)
+        for columns, _, block in self._blocks():
+            packed[:, columns] = block.T
+        return packed
 
     def bias(self) -> FloatArray:
         """Return the packed bias, float32 ``[sum(out)]``; zeros for a linear that has none."""
         names = self.weights.names()
         parts = [
-            self.weights.get(f"{path}.bias") if f"{path}.bias" in names else np.zeros(n, dtype=np.float32)
+            whole(self.weights, f"{path}.bias") if f"{path}.bias" in names else np.zeros(n, dtype=np.float32)
             for path, n in zip(self.paths, self.out_features, strict=True)
         ]
         return np.concatenate(parts)
 
     def codes(self) -> Int8Array:
         """Return the packed weight codes, int8 ``[in, sum(out)]``."""
-        return np.ascontiguousarray(np.concatenate([codes for codes, _ in self._quantized()]).T)
+        packed = np.empty((self.in_features, sum(self.out_features)), np.int8)
+        for columns, path, block in self._blocks():
+            packed[:, columns] = quantize_weight(block, path)[0].T
+        return packed
 
     def scales(self) -> FloatArray:
         """Return the scale of each output channel, float32 ``[sum(out)]``."""
-        return np.concatenate([scale for _, scale in self._quantized()])
+        return np.concatenate([weight_scale(block, path) for _, path, block in self._blocks()])
 
-    def _quantized(self) -> Sequence[tuple[Int8Array, FloatArray]]:
-        return [quantize_weight(self.weights.get(f"{path}.weight"), path) for path in self.paths]
+    def _blocks(self) -> Iterator[tuple[slice, str, FloatArray]]:
+        """Yield blocks of output channels: their columns in the packed weight, the linear, ``[some of out, in]``."""
+        begin = 0
+        for path, count in zip(self.paths, self.out_features, strict=True):
+            for rows, block in blocks(self.weights, f"{path}.weight"):
+                yield slice(begin + rows.start, begin + rows.stop), path, block
+            begin += count
 
 
 def add_linear(g: GraphBuilder, x: ir.Value, linear: PackedLinear, dtype: ir.DataType, scale: float | None) -> ir.Value:
@@ -86,7 +99,7 @@ def add_linear(g: GraphBuilder, x: ir.Value, linear: PackedLinear, dtype: ir.Dat
     """
     size = (linear.in_features, sum(linear.out_features))
     if scale is None:
-        weight = g.lazy(f"{linear.site}.weight", dtype, size, lambda: linear.weight().astype(dtype.numpy()))
+        weight = g.lazy(f"{linear.site}.weight", dtype, size, lambda: linear.weight(dtype.numpy()))
         y = g.op("MatMul", x, weight, name="MatMul")
         return _add_bias(g, y, linear, dtype)
     wide = x if dtype == ir.DataType.FLOAT else g.op("Cast", x, to=int(ir.DataType.FLOAT))

@@ -11,6 +11,7 @@ from torch import nn
 from cushion_deploy.folding import FoldedWeights
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.types import Smoothing
+from cushion_deploy.weights import whole
 
 
 def fold(model: LoadedModel, smoothing: Smoothing) -> LoadedModel:
@@ -23,7 +24,7 @@ def fold(model: LoadedModel, smoothing: Smoothing) -> LoadedModel:
     module = copy.deepcopy(model.module, memo)
     for name in sorted(weights.touched):
         owner, _, attribute = name.rpartition(".")
-        folded = torch.from_numpy(weights.get(name))
+        folded = torch.from_numpy(whole(weights, name))
         setattr(module.get_submodule(owner), attribute, nn.Parameter(folded, requires_grad=False))
     paths = model.family.linears(model.spec, head=True)
     sites = {site: tuple(module.get_submodule(path) for path in paths[site]) for site in model.sites}

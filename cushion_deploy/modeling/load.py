@@ -86,7 +86,7 @@ class LoadedModel:
 
 
 class SafetensorsWeights:
-    """Tensors of a folder by the names of the module, read one at a time and widened to float32 (``WeightSource``).
+    """Tensors of a folder by the names of the module, read in pieces and widened to float32 (``WeightSource``).
 
     Linears that a family stores as ``[in, out]`` are given as ``[out, in]``, as torch has them.
     """
@@ -114,13 +114,24 @@ class SafetensorsWeights:
         """Return every tensor name."""
         return frozenset(self._found)
 
-    def get(self, name: str) -> FloatArray:
-        """Return one tensor as float32; raises KeyError for an unknown name."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it; raises KeyError for an unknown name."""
         file, key = self._found[name]
         with safe_open(file, framework="pt") as f:
-            tensor = f.get_tensor(key).to(torch.float32)
-        array: FloatArray = (tensor.T.contiguous() if name.endswith(self._transposed) else tensor).numpy()
+            shape = tuple(f.get_slice(key).get_shape())
+        return shape[::-1] if self._is_transposed(name) else shape
+
+    def rows(self, name: str, start: int, stop: int) -> FloatArray:
+        """Return ``tensor[start:stop]`` as float32; raises KeyError for an unknown name."""
+        file, key = self._found[name]
+        with safe_open(file, framework="pt") as f:
+            stored = f.get_slice(key)
+            part = stored[:, start:stop].T.contiguous() if self._is_transposed(name) else stored[start:stop]
+            array: FloatArray = part.to(torch.float32).numpy()
         return array
+
+    def _is_transposed(self, name: str) -> bool:
+        return name.endswith(self._transposed)
 
 
 def load_folder(folder: Path, source: ModelSource, progress: Progress = silent) -> LoadedModel:

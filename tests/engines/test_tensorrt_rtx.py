@@ -103,8 +103,11 @@ class RandomWeights:
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
 
-    def get(self, name: str) -> FloatArray:
-        return self._tensors[name]
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def rows(self, name: str, start: int, stop: int) -> FloatArray:
+        return self._tensors[name][start:stop]
 
 
 def export(folder: Path, *, quantize_head: bool = True) -> ExportedGraph:

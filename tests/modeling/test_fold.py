@@ -16,6 +16,7 @@ from cushion_deploy.modeling.forward import compute_prefix, logits
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.types import Prefix, Site, Smoothing
+from cushion_deploy.weights import whole
 
 IDS = np.arange(3, 43, dtype=np.int64)[None]
 
@@ -77,7 +78,7 @@ def test_export_reads_the_weights_that_torch_runs(tiny_model: LoadedModel, smoot
     assert weights.names() == tiny_model.weights.names()
     for name, p in folded.module.named_parameters():
         if name in weights.names():
-            np.testing.assert_array_equal(weights.get(name), p.numpy(), err_msg=name)
+            np.testing.assert_array_equal(whole(weights, name), p.numpy(), err_msg=name)
 
 
 def test_a_prefix_of_the_model_is_a_prefix_of_the_folded_model(

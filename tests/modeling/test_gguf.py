@@ -18,6 +18,7 @@ from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.modeling.gguf import convert_gguf
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
+from cushion_deploy.weights import whole
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -95,7 +96,7 @@ def test_the_converted_model_is_the_one_that_was_written(
     convert_gguf(source, tmp_path)
     model = load_folder(tmp_path, source)
     for name in tiny_model.weights.names():
-        np.testing.assert_array_equal(model.weights.get(name), tiny_model.weights.get(name), err_msg=name)
+        np.testing.assert_array_equal(whole(model.weights, name), whole(tiny_model.weights, name), err_msg=name)
     ids = torch.arange(3, 40)[None]
     with torch.inference_mode():
         torch.testing.assert_close(model.module(input_ids=ids).logits, tiny_model.module(input_ids=ids).logits)
@@ -183,9 +184,9 @@ def test_real_weights_are_those_that_gguf_dequantizes(smollm2_gguf: Path, smollm
     for theirs, ours in (("blk.11.ffn_down", "model.layers.11.mlp.down_proj"), ("output_norm", "model.norm")):
         tensor = tensors[f"{theirs}.weight"]
         expected = dequantize(tensor.data, tensor.tensor_type)
-        np.testing.assert_array_equal(smollm2.weights.get(f"{ours}.weight"), expected)
+        np.testing.assert_array_equal(whole(smollm2.weights, f"{ours}.weight"), expected)
     query = tensors["blk.0.attn_q.weight"]
-    expected = interleaved(smollm2.weights.get("model.layers.0.self_attn.q_proj.weight"), smollm2.spec.num_heads)
+    expected = interleaved(whole(smollm2.weights, "model.layers.0.self_attn.q_proj.weight"), smollm2.spec.num_heads)
     np.testing.assert_array_equal(expected, dequantize(query.data, query.tensor_type))
 
 

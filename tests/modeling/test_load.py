@@ -20,6 +20,7 @@ from cushion_deploy.families import SiteRule, get_family
 from cushion_deploy.modeling.load import LoadedModel, SafetensorsWeights, bind_sites, load_folder
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.types import HEAD_SITE, layer_site
+from cushion_deploy.weights import whole
 
 
 def test_the_spec_says_what_the_config_said(tiny_model: LoadedModel, tiny_folder: Path) -> None:
@@ -83,11 +84,11 @@ def test_half_precision_weights_are_widened_exactly(tiny_folder: Path, tmp_path:
     save_torch(halved, tmp_path / "model.safetensors")
     weights = SafetensorsWeights(tmp_path, get_family("llama"))
     for name, tensor in halved.items():
-        array = weights.get(name)
+        array = whole(weights, name)
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, tensor.double().numpy())
     with pytest.raises(KeyError):
-        weights.get("c")
+        whole(weights, "c")
 
 
 def test_text_is_encoded_as_tokenizers_does_without_special_tokens(tiny_model: LoadedModel, tiny_folder: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from cushion_deploy.errors import CushionError, ExitCode, UntrustedArtifact, UsageError
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.source import ModelSource, resolve_source
+from cushion_deploy.weights import whole
 
 Shard = Callable[[Path], None]
 
@@ -122,16 +123,16 @@ def test_beside_an_index_the_whole_file_is_what_is_loaded_and_hashed(folder: Pat
     save_file({n: t + 1 for n, t in load_file(first).items()}, first, {"format": "pt"})
     sharded = resolve_source(str(folder)).digest
     shutil.copy(tiny_folder / "model.safetensors", folder)
-    whole = resolve_source(str(folder))
-    assert whole.digest != sharded
-    loaded = load_folder(folder, whole)
+    source = resolve_source(str(folder))
+    assert source.digest != sharded
+    loaded = load_folder(folder, source)
     for name, tensor in load_file(tiny_folder / "model.safetensors").items():
-        np.testing.assert_array_equal(loaded.weights.get(name), tensor)
+        np.testing.assert_array_equal(whole(loaded.weights, name), tensor)
         np.testing.assert_array_equal(loaded.module.state_dict()[name].numpy(), tensor)
     with (folder / "model.safetensors").open("r+b") as f:
         f.seek(-1, os.SEEK_END)
         f.write(b"\x55")
-    assert resolve_source(str(folder)).digest != whole.digest
+    assert resolve_source(str(folder)).digest != source.digest
 
 
 def test_a_config_that_names_other_weights_is_refused(folder: Path) -> None:
@@ -150,7 +151,7 @@ def test_a_sharded_folder_loads_like_the_whole_one(folder: Path, tiny_folder: Pa
     expected = load_file(tiny_folder / "model.safetensors")
     assert loaded.weights.names() == set(expected)
     for name, tensor in expected.items():
-        np.testing.assert_array_equal(loaded.weights.get(name), tensor)
+        np.testing.assert_array_equal(whole(loaded.weights, name), tensor)
 
 
 @pytest.mark.parametrize("model", ["no/such/path/anywhere", "nothing-here", "missing.gguf", "org/missing.gguf", ""])
