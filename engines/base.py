@@ -53,6 +53,10 @@ class Engine(Protocol):
         """Return the version of the library; raises MissingDependency when it is not there."""
         ...
 
+    def gpus(self) -> tuple[str, ...] | None:
+        """Return the devices here that it could run on; None for an engine that needs none."""
+        ...
+
     def compile(self, graph: ExportedGraph, folder: Path, options: CompileOptions) -> EngineArtifact:
         """Compile ``graph`` into the empty ``folder``, read the INT8 coverage off the result, write ``engine.json``.
 

@@ -70,6 +70,9 @@ class OnnxRuntimeCpu:
         """Return the version of ONNX Runtime."""
         return version_of(DISTRIBUTIONS, self.name, self.extra)
 
+    def gpus(self) -> None:
+        """It runs on the CPU."""
+
     def compile(self, graph: ExportedGraph, folder: Path, options: CompileOptions) -> EngineArtifact:
         """Optimize the graph as a session would, count what became INT8, and write ``engine.json``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cushion_deploy.engines.base import Engine
 from cushion_deploy.engines.onnxruntime import OnnxRuntimeCpu
@@ -10,6 +11,41 @@ from cushion_deploy.engines.tensorrt_rtx import TensorRtRtx
 from cushion_deploy.errors import MissingDependency, unknown_choice
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (OnnxRuntimeCpu(), TensorRtRtx())}
+
+
+@dataclass(frozen=True)
+class Availability:
+    """An engine on this machine.
+
+    Attributes:
+        name: of the engine.
+        compiles: whether it can compile here.
+        version: of its library; empty where that is not there.
+        gpus: devices that it could run on, see :class:`~cushion_deploy.engines.probe.Probe`.
+        note: what it can do here, or what to install.
+    """
+
+    name: str
+    compiles: bool
+    version: str
+    gpus: tuple[str, ...]
+    note: str
+
+
+def availabilities() -> tuple[Availability, ...]:
+    """Return what every engine of the table can do here."""
+    return tuple(map(_availability, ENGINES.values()))
+
+
+def _availability(engine: Engine) -> Availability:
+    reason = engine.unavailable()
+    if reason is not None:
+        return Availability(engine.name, False, "", (), f"{reason}; pip install 'cushion-deploy[{engine.extra}]'")
+    gpus = engine.gpus()
+    note = "compiles and runs here"
+    if gpus is not None and not gpus:
+        note = "compiles here, ahead of time; running needs an NVIDIA GPU"
+    return Availability(engine.name, True, engine.version(), gpus or (), note)
 
 
 def choose_engines(names: Sequence[str] | None) -> list[Engine]:

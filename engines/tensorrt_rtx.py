@@ -85,6 +85,10 @@ class TensorRtRtx:
             raise MissingDependency(f"TensorRT-RTX cannot be used: {found.problem}", hint=INSTALL)
         return found.version
 
+    def gpus(self) -> tuple[str, ...]:
+        """Return the NVIDIA devices here."""
+        return probe(_MODULE).gpus
+
     def compile(self, graph: ExportedGraph, folder: Path, options: CompileOptions) -> EngineArtifact:
         """Build the plan for every target into ``folder``, with ``engine.json`` beside it.
 

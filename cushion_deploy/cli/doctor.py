@@ -109,6 +109,8 @@ def _sink_sentence(found: Diagnosis) -> str:
 
 def _prefix_sentence(found: Diagnosis) -> str:
     left = f"one common token as a prefix leaves {100 * found.relief:.0f} % of the quantization error"
+    if found.prefix_pays and not found.prefix_allowed:
+        return f"the recipe builds without a prefix, which would pay: {left}"
     if found.prefix_pays:
         return f"a prefix pays: {left}, and a search finds better ones"
     if found.sinks:

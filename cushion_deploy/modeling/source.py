@@ -182,7 +182,7 @@ def _download(model: str, revision: str | None) -> Path:
             "reading a hub id needs huggingface_hub", hint="pip install 'cushion-deploy[build]'"
         ) from e
     try:
-        return Path(
+        folder = Path(
             snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"])
         )
     except RepositoryNotFoundError as e:
@@ -195,6 +195,12 @@ def _download(model: str, revision: str | None) -> Path:
             f"'{model}' is neither a local path nor in the local hub cache, and the hub cannot be reached",
             hint="check the network, or download the model elsewhere and give its folder",
         ) from e
+    if not any(folder.glob("*.safetensors")):
+        raise UsageError(
+            f"'{model}' has no safetensors weights on the hub; pickled ones, which can run code, are never fetched",
+            hint="give a --revision that has them (hub bots offer one as refs/pr/N), or convert it where you trust it",
+        )
+    return folder
 
 
 def _pickle_error(path: Path) -> UntrustedArtifact:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import statistics
-import time
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +11,17 @@ import torch
 from torch import Tensor
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
-from cushion_deploy.calib.corpora import SAMPLED, python_topics
-from cushion_deploy.engines.probe import probe
-from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.calib.corpora import python_topics
+from cushion_deploy.engines.registry import Availability, availabilities
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import TextScore, score_text
 from cushion_deploy.modeling.forward import run, token_nll
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
 from cushion_deploy.modeling.observe import observed
-from cushion_deploy.modeling.sample import SAMPLE_TOKENS as DRAWN_TOKENS
-from cushion_deploy.modeling.sample import SAMPLES as DRAWN
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.pipeline.limits import longest_prefix
+from cushion_deploy.pipeline.needs import GIB, Needs, estimate_needs
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.candidates import obvious_tokens
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
@@ -40,7 +33,6 @@ SINK_RATIO = 20.0
 """A token is a sink where it enters a Site at this many times what the median token does."""
 SAMPLES, SAMPLE_TOKENS = 4, 256
 HALF_RESIDUAL = 30_000
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -79,33 +71,6 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """An engine here: what it can do, and what to install where it cannot."""
-
-    name: str
-    compiles: bool
-    version: str
-    gpus: tuple[str, ...]
-    note: str
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a build takes on this machine: about how many seconds by stage, and bytes of memory and disk."""
-
-    seconds: dict[str, float]
-    memory: int
-    disk: int
-    memory_free: int
-    disk_free: int
-
-    @property
-    def total_seconds(self) -> float:
-        """All stages together."""
-        return sum(self.seconds.values())
-
-
-@dataclass(frozen=True)
 class Diagnosis:
     """What was found.
 
@@ -115,6 +80,7 @@ class Diagnosis:
         sites: Sites that a sink enters, with how many times the median it is there, the largest first.
         relief: share of the quantization error that the best of some common tokens leaves as a prefix.
         prefix_pays: whether that is worth a prefix by the recipe's tau.
+        prefix_allowed: whether the recipe lets a build have one.
         largest_residual: largest magnitude between two layers, without a prefix.
         cost: of static W8A8 without a prefix.
         needs: of a build.
@@ -127,10 +93,11 @@ class Diagnosis:
     sites: tuple[tuple[Site, float], ...]
     relief: float
     prefix_pays: bool
+    prefix_allowed: bool
     largest_residual: float
     cost: Cost
     needs: Needs
-    engines: tuple[Engine, ...]
+    engines: tuple[Availability, ...]
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -162,7 +129,6 @@ def diagnose(ws: Workspace) -> Diagnosis:
     relief = min(scores, default=before) / before if before else 1.0
     cost = static_cost(ws, windows)
     needs = estimate_needs(ws, windows)
-    engines = tuple(_engine(name) for name in ENGINES)
     spec = model.spec
     facts = {
         "source": spec.source,
@@ -176,7 +142,18 @@ def diagnose(ws: Workspace) -> Diagnosis:
         "linears": sum(map(len, model.sites.values())),
     }
     residual = max(layer["top1"] for layer in layer_magnitudes(model, Prefix.empty(spec), windows[:1]))
-    found = Diagnosis(facts, sinks, sites, relief, relief <= config.tau, residual, cost, needs, engines)
+    found = Diagnosis(
+        facts,
+        sinks,
+        sites,
+        relief,
+        prefix_pays=relief <= config.tau,
+        prefix_allowed=longest_prefix(ws.recipe) > 0,
+        largest_residual=residual,
+        cost=cost,
+        needs=needs,
+        engines=availabilities(),
+    )
     return replace(found, warnings=tuple(_warnings(ws, found)))
 
 
@@ -241,51 +218,6 @@ def static_cost(ws: Workspace, windows: IntArray) -> Cost:
     return Cost(plain.tokens, TextScore(plain.losses).perplexity, quantized.perplexity)
 
 
-def estimate_needs(ws: Workspace, windows: IntArray) -> Needs:
-    """Return what a build takes: token positions of each stage by what one takes here, and sizes by the weights."""
-    model, recipe = ws.model, ws.recipe
-    spec = model.spec
-    layers = _seconds_a_position(model, windows, head=False)
-    whole = _seconds_a_position(model, windows, head=True)
-    scored = 4 * recipe.evaluation.max_tokens + recipe.evaluation.max_tokens
-    calibrated = recipe.calibration.windows * recipe.calibration.window
-    seconds: dict[str, float] = {}
-    if recipe.calibration.data in SAMPLED:
-        # Rows that are decoded together share the reading of the weights, which is most of a step.
-        seconds["sample"] = DRAWN * DRAWN_TOKENS * 0.6 * whole
-    if longest_prefix(recipe):
-        search = recipe.search
-        candidates = search.random_candidates + search.screen_candidates + search.gradient_candidates
-        # Two steps are usual: the second finds nothing. The screen runs the vocabulary through about half the layers.
-        per_step = spec.vocab_size / 2 + candidates * 64 + candidates * 20 + 28 * search.text_tokens
-        seconds["search"] = 2 * per_step * layers
-    columns = 2 if longest_prefix(recipe) else 1
-    smoothed = 1 if recipe.smoothing.alpha is not None else 0
-    seconds["smooth and calibrate"] = columns * (1 + smoothed) * calibrated * layers * 1.5
-    if recipe.tuning.enabled and longest_prefix(recipe):
-        trained = recipe.tuning.windows * recipe.tuning.window * recipe.tuning.epochs
-        seconds["tune"] = trained * 6 * whole
-    seconds["evaluate"] = scored * whole * 1.3
-    seconds["parity"] = (recipe.parity.tokens * 12 + recipe.evaluation.max_tokens) * whole
-    weights = 4 * spec.parameters
-    logits = 4 * spec.vocab_size * max(recipe.evaluation.window, recipe.calibration.window)
-    memory = int(2.5 * weights) + 6 * logits + GIB
-    # Converted weights, INT8 graph, float twin, half graph and plan; the bundle beside the work folder.
-    disk = int(3.5 * weights)
-    return Needs(seconds, memory, disk, _free_memory(), shutil.disk_usage(_existing(ws.store.root)).free)
-
-
-@torch.inference_mode()
-def _seconds_a_position(model: LoadedModel, windows: IntArray, *, head: bool) -> float:
-    row = torch.from_numpy(windows[:1])
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        run(model, row, [], head=head)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times) / row.shape[1]
-
-
 def _sample(model: LoadedModel, corpus: IntArray) -> IntArray:
     """Return windows int64 ``[count, length]`` spread over a text."""
     length = min(SAMPLE_TOKENS, model.spec.max_positions, len(corpus) // 2)
@@ -296,18 +228,6 @@ def _sample(model: LoadedModel, corpus: IntArray) -> IntArray:
     chosen = pieces[np.linspace(0, len(pieces) - 1, count).astype(int)]
     before = np.tile(np.array(model.bare_tokens, dtype=np.int64), (count, 1))
     return np.concatenate([before, chosen], axis=1)[:, : model.spec.max_positions]
-
-
-def _engine(name: str) -> Engine:
-    engine = ENGINES[name]
-    reason = engine.unavailable()
-    if reason is not None:
-        return Engine(name, False, "", (), f"{reason}; pip install 'cushion-deploy[{engine.extra}]'")
-    if name == "onnxruntime":
-        return Engine(name, True, engine.version(), (), "compiles and runs here")
-    gpus = probe("tensorrt_rtx").gpus
-    note = "compiles and runs here" if gpus else "compiles here, ahead of time; running needs an NVIDIA GPU"
-    return Engine(name, True, engine.version(), gpus, note)
 
 
 def _warnings(ws: Workspace, found: Diagnosis) -> list[str]:
@@ -322,8 +242,10 @@ def _warnings(ws: Workspace, found: Diagnosis) -> list[str]:
         said.append("no engine can compile here")
     if found.prefix_pays and found.sinks and all(sink.position for sink in found.sinks):
         said.append("sinks stand inside of texts only, not at their beginning: look at the report before you deploy")
+    if found.prefix_pays and not found.prefix_allowed:
+        said.append("a prefix pays, and the recipe builds without one")
     windows = [window for window in spec.windows if window]
-    if windows and longest_prefix(ws.recipe):
+    if windows and found.prefix_allowed:
         said.append(
             f"{len(windows)} of {spec.num_layers} layers look back {min(windows):,} tokens: further into a text they "
             "no longer see the prefix, and sinks may come back there"
@@ -346,17 +268,3 @@ def _warnings(ws: Workspace, found: Diagnosis) -> list[str]:
     if not getattr(ws.model.tokenizer, "chat_template", None):
         said.append("the tokenizer has no chat template: `generate --chat` will not work")
     return said
-
-
-def _free_memory() -> int:
-    """Return the bytes of memory that are free for use; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return 0
-
-
-def _existing(path: Path) -> Path:
-    """Return the closest folder above a path that is there."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.isdir(folder))

@@ -348,6 +348,15 @@ def test_a_hub_id_that_is_neither_cached_nor_reachable_says_what_to_do(tmp_path:
     assert "check the network" in done.stdout
 
 
+def test_a_hub_id_with_pickled_weights_alone_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    snapshot = fill_cache(tmp_path, tiny_folder)
+    (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
+    done = resolve_offline(tmp_path, "some-org/tiny", "main")
+    assert done.returncode == ExitCode.USAGE, done.stdout + done.stderr
+    assert "some-org/tiny" in done.stdout
+    assert "--revision" in done.stdout
+
+
 def test_a_source_is_a_value() -> None:
     one, other = (ModelSource("gguf", Path("a"), "a", None, "d") for _ in range(2))
     assert one == other

@@ -15,7 +15,8 @@ import torch
 from cushion_deploy.cli.main import run
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.pipeline.doctor import SINK_RATIO, diagnose, estimate_needs, find_sinks
+from cushion_deploy.pipeline.doctor import SINK_RATIO, diagnose, find_sinks
+from cushion_deploy.pipeline.needs import estimate_needs
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
@@ -69,6 +70,14 @@ def test_a_model_with_a_sink_is_told_to_take_a_prefix(planted_folder: Path, work
     assert found.prefix_pays
     assert found.relief < 0.5
     assert found.cost.quantized != found.cost.fp
+
+
+def test_a_recipe_without_a_prefix_is_told_what_it_forgoes(planted_folder: Path, workspace: MakeWorkspace) -> None:
+    found = diagnose(workspace(planted_folder, search__enabled=False))
+    assert found.prefix_pays
+    assert not found.prefix_allowed
+    assert any("builds without one" in warning for warning in found.warnings)
+    assert not any("builds without one" in w for w in diagnose(workspace(planted_folder)).warnings)
 
 
 def test_a_model_without_a_sink_needs_no_prefix(tiny_folder: Path, workspace: MakeWorkspace) -> None:
