@@ -15,7 +15,7 @@ from cushion_deploy.evaluate.speed import Workload, compare, peak_memory, time_s
 from cushion_deploy.pipeline.prepare import prepare
 from cushion_deploy.pipeline.stages import export, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.runtime.session import DecoderSession, OnnxRuntimeSession
+from cushion_deploy.runtime.session import DecoderSession, open_session
 from cushion_deploy.types import ExportedGraph, Prefix
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     }
     for threads in options.threads:
         sessions: dict[str, DecoderSession] = {
-            name: OnnxRuntimeSession(graph.path, graph.contract, threads=threads) for name, graph in found.items()
+            name: open_session(graph, threads=threads) for name, graph in found.items()
         }
         times = time_sessions(sessions, workload)
         result[f"threads {threads}"] = {

@@ -153,10 +153,10 @@ def _decode(graph: Any) -> dict[str, Any]:
     """Open the graph in ONNX Runtime and run a prompt and a step."""
     import numpy as np
 
-    from cushion_deploy.runtime.session import OnnxRuntimeSession
+    from cushion_deploy.runtime.session import open_session
 
     begin = time.monotonic()
-    session = OnnxRuntimeSession(graph.path, graph.contract)
+    session = open_session(graph)
     opened = time.monotonic() - begin
     ids = np.arange(16, dtype=np.int64)[None]
     logits = [session.run(ids), session.run(ids[:, :1])]

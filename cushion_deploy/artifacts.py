@@ -13,9 +13,8 @@ from safetensors.numpy import save
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.store import replace_file
-from cushion_deploy.types import ActivationScales, Prefix, Site, Smoothing
+from cushion_deploy.types import PREFIX_FILE, ActivationScales, ExportedGraph, Prefix, Site, Smoothing
 
-PREFIX_FILE = "prefix.safetensors"
 SCALES_FILE = "scales.json"
 SMOOTHING_FILE = "smoothing.safetensors"
 _METADATA = "cushion"
@@ -54,6 +53,24 @@ def read_prefix(path: Path) -> Prefix:
             return Prefix(ids, f.get_tensor("keys"), f.get_tensor("values"), metadata["model_digest"])
     except (SafetensorError, AttributeError, KeyError, ValueError) as e:
         raise UntrustedArtifact(f"{path} is damaged: {e}", hint=hint) from e
+
+
+def read_cached_prefix(graph: ExportedGraph) -> Prefix | None:
+    """Return the prefix that every past of a graph begins with; None where the graph has it inside, or none.
+
+    Raises:
+        UsageError: the file is not beside the graph.
+        UntrustedArtifact: it is damaged, or the prefix of another graph.
+    """
+    if not graph.contract.prefix_slots:
+        return None
+    file = graph.path.with_name(PREFIX_FILE)
+    prefix = read_prefix(file)
+    if prefix.digest != graph.parents["prefix"]:
+        raise UntrustedArtifact(
+            f"{file} is not the prefix that {graph.path.name} was made for", hint="build the bundle again"
+        )
+    return prefix
 
 
 def write_smoothing(smoothing: Smoothing, path: Path) -> None:

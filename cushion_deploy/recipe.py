@@ -130,7 +130,9 @@ class Export(Section):
     )
     opset: int | None = Field(default=None, ge=13, description="ONNX opset; null is the lowest that serves.")
     prefix: PrefixMode = Field(
-        default="baked", description="Put the prefix into the graph (baked), or leave it out (none)."
+        default="baked",
+        description="Put the prefix into the graph (baked), beside it for the first slots of every cache (cache), "
+        "or leave it out (none).",
     )
 
 

@@ -26,12 +26,13 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 Dtype = Literal["float32", "float16"]
 Estimator = Literal["max", "percentile", "mse"]
-PrefixMode = Literal["baked", "none"]
+PrefixMode = Literal["baked", "cache", "none"]
 
 ESTIMATORS: tuple[Estimator, ...] = ("max", "percentile", "mse")
 BITS = (8, 6, 4)
 """Widths of codes."""
 HEAD_SITE = Site("head")
+PREFIX_FILE = "prefix.safetensors"
 
 
 def layer_site(layer: int, kind: str) -> Site:
@@ -314,7 +315,8 @@ class GraphContract:
     ``position_ids`` int64 [batch, sequence], ``past_key_values.N.key/value``
     [batch, kv_heads, past, head_dim] -> ``logits`` [batch, sequence, vocab],
     ``present.N.key/value`` [batch, kv_heads, past + sequence, head_dim].
-    The caller counts its own tokens only; the graph adds the prefix itself.
+    A session counts its caller's tokens only. The prefix is in the graph, which adds it itself, or, with
+    ``prefix_in_cache``, in the first slots of every past; mask and positions then count it.
     """
 
     num_layers: int
@@ -324,6 +326,19 @@ class GraphContract:
     max_positions: int
     dtype: Dtype
     prefix_length: int
+    prefix_in_cache: bool = False
+
+    @property
+    def prefix_mode(self) -> PrefixMode:
+        """Where the prefix is."""
+        if not self.prefix_length:
+            return "none"
+        return "cache" if self.prefix_in_cache else "baked"
+
+    @property
+    def prefix_slots(self) -> int:
+        """Slots at the beginning of every past that hold the prefix; none where the graph has it."""
+        return self.prefix_length if self.prefix_in_cache else 0
 
 
 @dataclass(frozen=True)
@@ -331,13 +346,14 @@ class ExportedGraph:
     """An ONNX decoder on disk.
 
     Attributes:
-        path: the ``.onnx`` file; its weights lie beside it as ``<name>.onnx.data``.
+        path: the ``.onnx`` file; its weights lie beside it as ``<name>.onnx.data``, a prefix for the cache as
+            ``prefix.safetensors``.
         contract: what goes in and out.
         quantized: whether Q/DQ nodes stand at Sites (False for the float twin).
         sites: every Site that is quantized (in a float twin: would be), with the linears packed into its MatMul.
         rules: names of the rules that were checked on it; empty for a float twin.
         opset: ONNX opset of the default domain.
-        digest: SHA-256 over the two files.
+        digest: SHA-256 over the files.
         parents: digests of model, prefix, scales and scheme.
     """
 
@@ -356,13 +372,14 @@ class ExportedGraph:
         return sum(self.sites.values())
 
     @property
-    def files(self) -> tuple[Path, Path]:
-        """The graph and its weights."""
-        return self.path, self.path.with_name(self.path.name + ".data")
+    def files(self) -> tuple[Path, ...]:
+        """The graph, its weights, and the prefix where that belongs into the cache."""
+        beside = [PREFIX_FILE] if self.contract.prefix_slots else []
+        return self.path, *(self.path.with_name(name) for name in (f"{self.path.name}.data", *beside))
 
     @property
     def size(self) -> int:
-        """Bytes of both files."""
+        """Bytes of all files."""
         return sum(file.stat().st_size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:

@@ -125,10 +125,9 @@ def read_coverage(graph: ExportedGraph) -> Coverage:
     import onnx_ir as ir
     import onnxruntime as ort
 
-    data = graph.path.with_name(graph.path.name + ".data")
     with tempfile.TemporaryDirectory(prefix="cushion-ort-") as name:
         folder = Path(name)
-        require_space(folder, 2 * data.stat().st_size)
+        require_space(folder, 2 * graph.size)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = str(folder / "optimized.onnx")

@@ -105,7 +105,7 @@ class TensorRtRtx:
         name = f"{'+'.join(targets)}.engine"
         with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".rtx-", dir=folder) as scratch_name:
             scratch = Path(scratch_name)
-            require_space(folder, 2 * graph_bytes(graph))
+            require_space(folder, 2 * graph.size)
             request = {
                 "onnx": str(graph.path.resolve()),
                 "scratch": str(scratch.resolve()),
@@ -181,9 +181,11 @@ def profiles(contract: GraphContract, limits: Limits) -> dict[str, Shapes]:
 
     Prefill takes 1 to ``limits.prefill`` tokens after 0 to ``limits.context - 1`` past ones, so that a prompt can
     be cut anywhere; decode takes one token. Every input keeps past + sequence = total at each of the three points.
+    A past begins with the prefix where that is not in the graph.
     """
 
     def at(batch: int, sequence: int, past: int) -> dict[str, list[int]]:
+        past += contract.prefix_slots
         cache = [batch, contract.num_kv_heads, past, contract.head_dim]
         layers = range(contract.num_layers)
         return {
@@ -255,12 +257,6 @@ def why_not_run(gpus: Sequence[str], targets: Sequence[str]) -> str:
     if not any(gpu.split(" ", 1)[0] in targets for gpu in gpus):
         return f"not run: {', '.join(gpus)} is none of the targets {', '.join(targets)}"
     return "not run: compilation builds ahead of time and executes nothing"
-
-
-def graph_bytes(graph: ExportedGraph) -> int:
-    """Return the size of the graph's two files."""
-    files = (graph.path, graph.path.with_name(f"{graph.path.name}.data"))
-    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def _brief(shapes: Shapes) -> Shapes:

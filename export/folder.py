@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
+from cushion_deploy.artifacts import write_prefix
 from cushion_deploy.errors import UsageError
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.decoder import DecoderGraph
@@ -16,6 +18,7 @@ from cushion_deploy.folding import FoldedWeights
 from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import hash_file
 from cushion_deploy.types import (
+    PREFIX_FILE,
     ActivationScales,
     Dtype,
     ExportedGraph,
@@ -44,19 +47,22 @@ def export_graph(
     smoothing: Smoothing | None = None,
     name: str = "model",
     dtype: Dtype = "float32",
+    prefix_in_cache: bool = False,
     opset: int = MIN_OPSET,
 ) -> ExportedGraph:
-    """Write ``<name>.onnx`` and ``<name>.onnx.data``.
+    """Write ``<name>.onnx`` and ``<name>.onnx.data``, and the prefix beside them where it belongs into the cache.
 
     Args:
         spec, weights: the model.
-        prefix: baked in as initializers; an empty one leaves no trace.
+        prefix: becomes initializers of the graph; an empty one leaves no trace.
         scales: static activation scales; None writes the float twin.
         scheme: what to quantize.
         folder: existing folder.
         smoothing: folded into the weights on the way; the scales must have been calibrated under it.
         name: file stem.
         dtype: type of activations, caches and floating-point weights.
+        prefix_in_cache: leave the prefix out of the graph and write it beside it as ``prefix.safetensors``: whoever
+            runs the graph begins every cache with it.
         opset: default-domain opset.
 
     Raises:
@@ -74,12 +80,13 @@ def export_graph(
     if scales is not None:
         chosen = scales.of(sites)
     element = DTYPES[dtype]
-    decoder = DecoderGraph(GraphBuilder(opset), spec, family, weights, PrefixKv(prefix, element), element, chosen)
+    inside = Prefix.empty(spec) if prefix_in_cache else prefix
+    decoder = DecoderGraph(GraphBuilder(opset), spec, family, weights, PrefixKv(inside, element), element, chosen)
     model = decoder.build()
     path = folder / f"{name}.onnx"
     ir.save(model, path, external_data=f"{name}.onnx.data", alignment=4096)
     rules = check_graph(ir.load(path), set(chosen)) if scales is not None else []
-    return ExportedGraph(
+    graph = ExportedGraph(
         path=path,
         contract=GraphContract(
             num_layers=spec.num_layers,
@@ -89,12 +96,13 @@ def export_graph(
             max_positions=spec.max_positions,
             dtype=dtype,
             prefix_length=prefix.length,
+            prefix_in_cache=prefix_in_cache and prefix.length > 0,
         ),
         quantized=scales is not None,
         sites={site: len(paths) for site, paths in sites.items()},
         rules=tuple(rules),
         opset=opset,
-        digest=digest_json({p.name: hash_file(p) for p in (path, path.with_name(f"{name}.onnx.data"))}),
+        digest="",
         parents={
             "model": spec.weights_digest,
             "prefix": prefix.digest,
@@ -103,6 +111,9 @@ def export_graph(
             "smoothing": smoothing.digest if smoothing else "",
         },
     )
+    if graph.contract.prefix_slots:
+        write_prefix(prefix, folder / PREFIX_FILE)
+    return replace(graph, digest=digest_json({file.name: hash_file(file) for file in graph.files}))
 
 
 def _check_deployable(scheme: QuantScheme, scales: ActivationScales | None) -> None:

@@ -70,6 +70,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "linears in the graph": graph.linears,
         "MatMuls after packing": len(graph.sites),
         "opset": graph.opset,
+        "prefix": contract.prefix_mode,
         "prefix positions": contract.prefix_length,
         "longest context": contract.max_positions - contract.prefix_length,
         "engines": engines,

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from cushion_deploy.artifacts import (
-    PREFIX_FILE,
     SCALES_FILE,
     SMOOTHING_FILE,
     read_prefix,
@@ -21,6 +20,7 @@ from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_optio
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import UsageError
+from cushion_deploy.types import PREFIX_FILE
 
 
 @click.command("tune")

@@ -20,7 +20,7 @@ import numpy as np
 from cushion_deploy.engines.probe import child_environment, package_root
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.progress import Progress, silent
-from cushion_deploy.runtime.session import DecoderSession, OnnxRuntimeSession, context_limit
+from cushion_deploy.runtime.session import DecoderSession, context_limit, open_session
 from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract
 
 LATENCIES = (50, 90, 99)
@@ -159,7 +159,7 @@ def _child() -> None:
     request = json.loads(sys.stdin.read())
     graph = ExportedGraph.from_json(request["graph"], Path(request["folder"]))
     workload = Workload(**request["workload"])
-    session = OnnxRuntimeSession(graph.path, graph.contract, threads=request["threads"])
+    session = open_session(graph, threads=request["threads"])
     session.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64))
     session.run(np.zeros((workload.batch, 1), dtype=np.int64))
     # Not ru_maxrss: a child inherits that of the process that forked it.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cushion_deploy.parity.segments import edited_session, empty_past, show_input, token_inputs
+from cushion_deploy.parity.segments import edited_session, first_past, show_input, token_inputs
 from cushion_deploy.types import HEAD_SITE, ExportedGraph, FloatArray, IntArray, Site
 
 SiteInputs = Mapping[Site, FloatArray]
@@ -21,7 +21,8 @@ Rounding alone stays below 1e-5 of it in the tiny models of the tests; 1e-3 leav
 def twin_inputs(twin: ExportedGraph, sites: tuple[Site, ...], ids: IntArray) -> SiteInputs:
     """Return what enters the MatMul of every Site in the float twin, ``[1, n, features]``; ids int64 ``[1, n]``."""
     session = edited_session(twin, lambda model: _show(model, sites), "fused")
-    feed = {**empty_past(twin.contract, 1), **token_inputs(ids)}
+    past = first_past(twin)
+    feed = {**past, **token_inputs(ids, twin.contract.prefix_slots)}
     arrays = session.run([f"{site}.input" for site in sites], feed)
     return {site: array.reshape(1, ids.shape[1], -1) for site, array in zip(sites, arrays, strict=True)}
 

@@ -20,7 +20,7 @@ from cushion_deploy.parity.blame import SiteInputs, first_differing_input, twin_
 from cushion_deploy.parity.compare import CodeDistance, common_prefix, compare_codes, compare_logits
 from cushion_deploy.parity.segments import SegmentRun, SiteCodes
 from cushion_deploy.progress import Progress, silent
-from cushion_deploy.runtime.session import DecoderSession, OnnxRuntimeSession
+from cushion_deploy.runtime.session import DecoderSession, open_session
 from cushion_deploy.types import HEAD_SITE, ExportedGraph, FloatArray, IntArray, ParityCheck, Site
 
 FLOAT_LOGITS = 2e-3
@@ -76,7 +76,7 @@ def float_rung(reference: TorchReference, twin: ExportedGraph, inputs: Callable[
         twin: the graph without Q/DQ.
         inputs: returns what enters each Site in transformers; called only where a check fails, to find the Site.
     """
-    session = OnnxRuntimeSession(twin.path, twin.contract, chunk=reference.ids.shape[1])
+    session = open_session(twin, chunk=reference.ids.shape[1])
     logits = session.run(reference.ids, need_logits="all")
     distance = compare_logits(reference.float_logits, _required(logits))
     rung = "float graph against transformers"
@@ -172,11 +172,14 @@ def decode_rung(rung: str, ids: IntArray, session: DecoderSession, tokens: int) 
 def segment_decode_rung(rung: str, reference: TorchReference, run: SegmentRun, tokens: int) -> list[ParityCheck]:
     """Compare single decode steps with a prefill, Site by Site from identical codes, cache from the prefill."""
     logits, codes, present = run(reference.ids, reference.codes)
-    length = reference.ids.shape[1]
+    length, slots = reference.ids.shape[1], run.graph.contract.prefix_slots
     decoded: dict[Site, list[Int8Array]] = {site: [] for site in codes}
     steps = []
     for t in range(length - tokens, length):
-        past = {n.replace("present", "past_key_values"): np.ascontiguousarray(v[:, :, :t]) for n, v in present.items()}
+        past = {
+            n.replace("present", "past_key_values"): np.ascontiguousarray(v[:, :, : slots + t])
+            for n, v in present.items()
+        }
         row = {site: c[:, t : t + 1] for site, c in reference.codes.items()}
         step, found, _ = run(reference.ids[:, t : t + 1], row, past)
         steps.append(step)

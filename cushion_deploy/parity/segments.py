@@ -18,8 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cushion_deploy.artifacts import read_cached_prefix
 from cushion_deploy.engines.onnxruntime import SESSION_CONFIG
 from cushion_deploy.fakequant import dequantize, quantize
+from cushion_deploy.runtime.session import first_caches, past_names
 from cushion_deploy.store import place
 from cushion_deploy.types import ActivationScales, ExportedGraph, FloatArray, IntArray, Site
 
@@ -49,14 +51,13 @@ class SegmentRun:
         Args:
             ids: int64 ``[1, n]``.
             codes: int8 ``[1, n, features]`` that shall enter each Site.
-            past: ``past_key_values.*`` for the tokens before; None for none.
+            past: ``past_key_values.*`` for the tokens before; None for what every cache begins with.
 
         Returns:
             logits ``[1, n, vocab]``, the codes that each segment computes for the Site at its end, and the
             ``present.*`` tensors.
         """
-        contract = self.graph.contract
-        feed: dict[str, npt.NDArray[Any]] = dict(past or empty_past(contract, ids.shape[0]))
+        feed: dict[str, npt.NDArray[Any]] = dict(past or first_past(self.graph))
         feed.update(token_inputs(ids, next(iter(feed.values())).shape[2]))
         for site in self.sites:
             feed[f"{site}.forced"] = dequantize(codes[site], self.scales.scales[site])
@@ -78,7 +79,7 @@ def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: K
     for key, value in (LITERAL_CONFIG if kernels == "literal" else SESSION_CONFIG).items():
         options.add_session_config_entry(key, value)
     with tempfile.TemporaryDirectory(prefix="cushion-parity-") as name:
-        data = graph.path.with_name(graph.path.name + ".data")
+        data = graph.files[1]
         place(data, Path(name) / data.name)
         path = Path(name) / graph.path.name
         model = ir.load(graph.path)
@@ -107,10 +108,10 @@ def token_inputs(ids: IntArray, before: int = 0) -> dict[str, npt.NDArray[Any]]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
-def empty_past(contract: Any, batch: int) -> dict[str, FloatArray]:
-    """Return ``past_key_values.*`` of length 0."""
-    empty = np.zeros((batch, contract.num_kv_heads, 0, contract.head_dim), dtype=contract.dtype)
-    return {f"past_key_values.{i}.{p}": empty for i in range(contract.num_layers) for p in ("key", "value")}
+def first_past(graph: ExportedGraph) -> dict[str, FloatArray]:
+    """Return the ``past_key_values.*`` that one row begins with: the prefix where it belongs there, or nothing."""
+    prefix = read_cached_prefix(graph)
+    return dict(zip(past_names(graph.contract), first_caches(graph.contract, prefix, 1), strict=True))
 
 
 def _cut(model: Any, sites: tuple[Site, ...]) -> None:

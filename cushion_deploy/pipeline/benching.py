@@ -12,7 +12,7 @@ from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, 
 from cushion_deploy.pipeline.prepare import read_deployed
 from cushion_deploy.pipeline.stages import export
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.runtime.session import DecoderSession, OnnxRuntimeSession
+from cushion_deploy.runtime.session import DecoderSession, open_session
 from cushion_deploy.types import ExportedGraph
 
 INT8, FLOAT = "onnxruntime, INT8", "onnxruntime, float32"
@@ -90,9 +90,7 @@ def bench_bundle(
         with ws.store.lock():
             deployed = read_deployed(ws, bundle, graph)
             graphs[FLOAT] = export(ws, deployed, dtype="float32", name="float", quantized=False)
-    sessions: dict[str, DecoderSession] = {
-        name: OnnxRuntimeSession(g.path, g.contract, threads=threads) for name, g in graphs.items()
-    }
+    sessions: dict[str, DecoderSession] = {name: open_session(g, threads=threads) for name, g in graphs.items()}
     times = time_sessions(sessions, workload, ws.progress)
     sessions.clear()
     memory = {name: peak_memory(g, workload, threads) for name, g in graphs.items()}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from cushion_deploy.artifacts import (
-    PREFIX_FILE,
     SCALES_FILE,
     SMOOTHING_FILE,
     write_prefix,
@@ -30,6 +29,7 @@ from cushion_deploy.report import Report, write_report
 from cushion_deploy.runtime.bundle import TEXT_NAME
 from cushion_deploy.runtime.genai import GENAI_NAME, genai_config
 from cushion_deploy.store import place, publish, recover, require_publishable, staging_area
+from cushion_deploy.types import PREFIX_FILE
 
 LINKED_BYTES = 64 << 20
 """An engine's file of this size or more shares its bytes with the work folder; smaller ones may be edited: copied."""
@@ -80,12 +80,13 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
             (staged / "export.json").write_text(json.dumps(graph.to_json(), indent=1) + "\n")
             # Search, calibration and scoring put text right behind the prefix: it has taken the place of <bos>.
             (staged / TEXT_NAME).write_text(json.dumps({"keep_bos": deployed.prefix.length == 0}) + "\n")
-            config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
-            genai = genai_config(
-                graph.contract, config, spec.eos_token_ids, heads=spec.num_heads, hidden_size=spec.hidden_size
-            )
-            (staged / GENAI_NAME).write_text(json.dumps(genai, indent=1) + "\n")
-            write_prefix(deployed.prefix, staged / PREFIX_FILE)
+            if not graph.contract.prefix_slots:  # others begin with an empty cache, and would run without the prefix
+                config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
+                genai = genai_config(
+                    graph.contract, config, spec.eos_token_ids, heads=spec.num_heads, hidden_size=spec.hidden_size
+                )
+                (staged / GENAI_NAME).write_text(json.dumps(genai, indent=1) + "\n")
+                write_prefix(deployed.prefix, staged / PREFIX_FILE)
             write_scales(deployed.scales, staged / SCALES_FILE)
             if deployed.smoothing:
                 write_smoothing(deployed.smoothing, staged / SMOOTHING_FILE)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cushion_deploy.artifacts import PREFIX_FILE, SCALES_FILE, read_prefix, read_scales
+from cushion_deploy.artifacts import SCALES_FILE, read_prefix, read_scales
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.evaluate.agreement import Agreement, tasks_agree, texts_agree
 from cushion_deploy.evaluate.encoding import Encoding
@@ -21,7 +21,8 @@ from cushion_deploy.evaluate.scorer import Scorer
 from cushion_deploy.evaluate.zeroshot import Metric, TaskScore, TaskSuite, mean_accuracy, run_tasks
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.runtime.session import OnnxRuntimeSession
+from cushion_deploy.runtime.session import open_session
+from cushion_deploy.types import PREFIX_FILE
 
 COLUMNS = {
     "fp": "FP",
@@ -102,7 +103,7 @@ def choose_columns(wanted: Sequence[str], bundle: Bundle | None) -> tuple[str, .
     """
     valid = ["fp"]
     if bundle is not None:
-        valid = [c for c in COLUMNS if bundle.prefix_mode == "baked" or not c.endswith("-prefix")]
+        valid = [c for c in COLUMNS if bundle.prefix_mode != "none" or not c.endswith("-prefix")]
     for name in wanted:
         if name not in COLUMNS:
             raise unknown_choice("column", name, list(COLUMNS))
@@ -182,7 +183,7 @@ def _column(
 ) -> Iterator[tuple[Scorer, Encoding]]:
     """Yield a column's scorer and encoding; quantized weights are taken back afterwards."""
     if bundle is not None and column == "engine":
-        session = OnnxRuntimeSession(bundle.model_path, bundle.contract, threads=threads)
+        session = open_session(bundle.graph, threads=threads)
         yield Scorer(session), Encoding.of_bundle(bundle)
         return
     from cushion_deploy.modeling.forward import compute_prefix
@@ -217,7 +218,7 @@ def _encoding(ws: Workspace, bundle: Bundle | None) -> Encoding:
 
 
 def _agreements(found: Evaluation, bundle: Bundle | None) -> tuple[Agreement, ...]:
-    reference = "quantized-prefix" if bundle is not None and bundle.prefix_mode == "baked" else "quantized"
+    reference = "quantized-prefix" if bundle is not None and bundle.prefix_mode != "none" else "quantized"
     if not {"engine", reference} <= set(found.columns):
         return ()
     texts = [texts_agree(name, row["engine"], row[reference]) for name, row in found.texts.items()]

@@ -90,7 +90,7 @@ def _climb(
     from cushion_deploy.parity.reference import float_inputs, linear_codes, torch_reference
     from cushion_deploy.parity.segments import SegmentRun
     from cushion_deploy.parity.written import scale_rung, weight_rung
-    from cushion_deploy.runtime.session import OnnxRuntimeSession
+    from cushion_deploy.runtime.session import open_session
 
     config, model = ws.recipe.parity, ws.folded(deployed.smoothing)
     prefix, scales, scheme = deployed.prefix, deployed.scales, deployed.scheme
@@ -108,9 +108,7 @@ def _climb(
     require_space(folder, 4 * model.spec.parameters)
     twin = export_deployed(ws, deployed, folder, dtype="float32", name="float", quantized=False, opset=graph.opset)
     checks += float_rung(reference, twin, lambda: float_inputs(model, prefix, ids))
-    checks += decode_rung(
-        "float graph: decode against prefill", ids, OnnxRuntimeSession(twin.path, twin.contract), tokens
-    )
+    checks += decode_rung("float graph: decode against prefill", ids, open_session(twin), tokens)
     literal = SegmentRun(graph, scales, "literal")
     checks += segment_rung("canonical ONNX against fake-quant", reference, literal)
     if half:
@@ -123,7 +121,7 @@ def _climb(
     checks += segments
     checks += segment_decode_rung("onnxruntime kernels: decode against prefill", reference, fused, tokens)
     del fused
-    session = OnnxRuntimeSession(graph.path, graph.contract)
+    session = open_session(graph)
     found, engine_perplexity = engine_rung(
         "onnxruntime engine against fake-quant", reference, session, ws.progress, segments
     )

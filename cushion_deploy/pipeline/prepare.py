@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from cushion_deploy.artifacts import (
-    PREFIX_FILE,
     SCALES_FILE,
     SMOOTHING_FILE,
     read_prefix,
@@ -26,7 +25,16 @@ from cushion_deploy.pipeline.limits import require_positions
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import TuningTrace
 from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import HEAD_SITE, ActivationScales, ExportedGraph, IntArray, Prefix, Site, Smoothing
+from cushion_deploy.types import (
+    HEAD_SITE,
+    PREFIX_FILE,
+    ActivationScales,
+    ExportedGraph,
+    IntArray,
+    Prefix,
+    Site,
+    Smoothing,
+)
 
 SENSITIVITY_WINDOWS = (2, 256)
 """Windows of text, and tokens in each, that Sites are compared on."""

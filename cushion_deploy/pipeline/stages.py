@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cushion_deploy.artifacts import PREFIX_FILE, read_prefix, write_prefix
+from cushion_deploy.artifacts import read_prefix, write_prefix
 from cushion_deploy.families import get_family
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
@@ -17,7 +17,7 @@ from cushion_deploy.pipeline.prepare import Deployed, prepare
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import SearchTrace
 from cushion_deploy.progress import elapsed
-from cushion_deploy.types import Dtype, ExportedGraph, IntArray, ModelSpec, Prefix
+from cushion_deploy.types import PREFIX_FILE, Dtype, ExportedGraph, IntArray, ModelSpec, Prefix
 
 
 def search_prefix(ws: Workspace) -> tuple[Prefix, SearchTrace | None]:
@@ -126,6 +126,7 @@ def export(
         "dtype": dtype,
         "opset": opset,
         "name": name,
+        "prefix_mode": ws.recipe.export.prefix,
     }
 
     def make(out: Path) -> None:
@@ -155,6 +156,7 @@ def export_deployed(
         name=name,
         dtype=dtype,
         opset=opset,
+        prefix_in_cache=ws.recipe.export.prefix == "cache",
     )
 
 

@@ -65,8 +65,8 @@ class Bundle:
 
     @property
     def prefix_mode(self) -> PrefixMode:
-        """``baked`` where the graph holds a prefix."""
-        return "baked" if self.contract.prefix_length else "none"
+        """Where the prefix is."""
+        return self.contract.prefix_mode
 
     def require_chat_template(self) -> ChatTemplate:
         """Return the chat template; raises UsageError where the model has none."""
@@ -140,9 +140,8 @@ def read_graph(path: Path) -> ExportedGraph:
 
 def verify_graph(graph: ExportedGraph) -> None:
     """Compare a graph's files with the digest that its export wrote down; raises UntrustedArtifact on a difference."""
-    files = (graph.path, graph.path.with_name(graph.path.name + ".data"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or digest_json({file.name: hash_file(file) for file in files}) != graph.digest:
+    missing = [file.name for file in graph.files if not file.is_file()]
+    if missing or digest_json({file.name: hash_file(file) for file in graph.files}) != graph.digest:
         raise UntrustedArtifact(
             f"{graph.path} or its data is not what was exported{f' ({missing[0]} is missing)' if missing else ''}",
             hint="export the graph again",

@@ -10,9 +10,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from cushion_deploy.artifacts import read_cached_prefix
 from cushion_deploy.engines.onnxruntime import SESSION_CONFIG
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
-from cushion_deploy.types import FloatArray, GraphContract, IntArray
+from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract, IntArray, Prefix
 
 NeedLogits = Literal["all", "last", "none"]
 PROVIDERS = ["CPUExecutionProvider"]
@@ -70,6 +71,30 @@ def context_limit(contract: GraphContract) -> int:
     return contract.max_positions - contract.prefix_length
 
 
+def past_names(contract: GraphContract) -> list[str]:
+    """Return the names of the inputs that carry the cache, layer by layer, keys before values."""
+    return [f"past_key_values.{i}.{part}" for i in range(contract.num_layers) for part in ("key", "value")]
+
+
+def first_caches(contract: GraphContract, prefix: Prefix | None, batch: int) -> list[FloatArray]:
+    """Return what every cache begins with, ``[B, K, P, D]`` by :func:`past_names`: the prefix, or nothing.
+
+    Raises:
+        UsageError: the contract wants a prefix there, and none of that length is given.
+    """
+    found = prefix.length if prefix else 0
+    if found != contract.prefix_slots:
+        raise UsageError(
+            f"every cache begins with a prefix of {contract.prefix_slots} positions, the given one has {found}",
+            hint="open the graph with its prefix.safetensors beside it",
+        )
+    dtype = ORT_TYPES[contract.dtype][1]
+    if prefix is None:
+        return [np.zeros((batch, contract.num_kv_heads, 0, contract.head_dim), dtype)] * (2 * contract.num_layers)
+    layers = (part[i] for i in range(contract.num_layers) for part in (prefix.keys, prefix.values))
+    return [np.ascontiguousarray(np.broadcast_to(x.astype(dtype), (batch, *x.shape))) for x in layers]
+
+
 def count_positions(mask: IntArray, new: int) -> IntArray:
     """Return the positions of the last ``new`` tokens, int64 ``[B, new]``; padding on the left counts as nothing.
 
@@ -107,6 +132,19 @@ def session_options(*, threads: int | None = None, fused: bool = True) -> Any:
     return options
 
 
+def open_session(graph: ExportedGraph, **options: Any) -> OnnxRuntimeSession:
+    """Return a session of a graph, its prefix read from beside it where that belongs into the cache.
+
+    Args:
+        graph: of a verified bundle, or just written.
+        options: of :class:`OnnxRuntimeSession`.
+
+    Raises:
+        UsageError, UntrustedArtifact, MissingDependency: see there, and ``read_cached_prefix``.
+    """
+    return OnnxRuntimeSession(graph.path, graph.contract, prefix=read_cached_prefix(graph), **options)
+
+
 class OnnxRuntimeSession:
     """A decoder graph in ONNX Runtime on the CPU (implements ``DecoderSession``).
 
@@ -134,6 +172,7 @@ class OnnxRuntimeSession:
         threads: int | None = None,
         fused: bool = True,
         chunk: int = 128,
+        prefix: Prefix | None = None,
     ) -> None:
         """Load the graph; the cache is empty."""
         if chunk < 1:
@@ -146,9 +185,9 @@ class OnnxRuntimeSession:
         self.contract = contract
         self.chunk = chunk
         self._session = self._open(model_path, threads, fused)
-        self._past_names = [
-            f"past_key_values.{i}.{part}" for i in range(contract.num_layers) for part in ("key", "value")
-        ]
+        self._prefix = prefix
+        first_caches(contract, prefix, 1)
+        self._past_names = past_names(contract)
         self._present_names = [f"present.{i}.{part}" for i in range(contract.num_layers) for part in ("key", "value")]
         self._check_contract(model_path)
         # The head is a fifth of the work of a small model. ONNX Runtime computes it even when nobody fetches its output
@@ -216,7 +255,8 @@ class OnnxRuntimeSession:
         if length == 0:
             self.reset()
         elif length < self._length:
-            self._cache = [self._value(np.ascontiguousarray(v.numpy()[:, :, :length])) for v in self._cache]
+            kept = self.contract.prefix_slots + length
+            self._cache = [self._value(np.ascontiguousarray(v.numpy()[:, :, :kept])) for v in self._cache]
             self._length = length
 
     def run(
@@ -236,7 +276,11 @@ class OnnxRuntimeSession:
         if not before[0]:
             self._cache = self._empty(ids.shape[0])
         collected: list[FloatArray] = []
-        start, new = self._length, ids.shape[1]
+        slots, new = self.contract.prefix_slots, ids.shape[1]
+        start = slots + self._length
+        if slots:
+            mask = np.concatenate([np.ones((len(mask), slots), dtype=np.int64), mask], axis=1)
+            positions = positions + slots
         try:
             for begin in range(0, new, self.chunk):
                 end = min(begin + self.chunk, new)
@@ -308,9 +352,7 @@ class OnnxRuntimeSession:
         return mask, positions
 
     def _empty(self, batch: int) -> list[Any]:
-        c = self.contract
-        empty = np.zeros((batch, c.num_kv_heads, 0, c.head_dim), dtype=ORT_TYPES[c.dtype][1])
-        return [self._value(empty)] * (2 * c.num_layers)
+        return [self._value(array) for array in first_caches(self.contract, self._prefix, batch)]
 
     def _value(self, array: Any) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array)

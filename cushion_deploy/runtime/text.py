@@ -11,7 +11,7 @@ from cushion_deploy.runtime.bundle import Bundle, open_bundle
 from cushion_deploy.runtime.chat import Message, encode_chat, encode_prompt
 from cushion_deploy.runtime.generate import FinishReason, TokenEvent, Usage, generate
 from cushion_deploy.runtime.sampling import SamplingParams
-from cushion_deploy.runtime.session import DecoderSession, OnnxRuntimeSession
+from cushion_deploy.runtime.session import DecoderSession, open_session
 
 ENGINES = ["onnxruntime"]
 
@@ -115,7 +115,7 @@ def load(path: Path | str, engine: str = "onnxruntime", threads: int | None = No
     if engine not in ENGINES:
         raise unknown_choice("engine", engine, ENGINES)
     bundle = open_bundle(path)
-    return TextGenerator(bundle, OnnxRuntimeSession(bundle.model_path, bundle.contract, threads=threads))
+    return TextGenerator(bundle, open_session(bundle.graph, threads=threads))
 
 
 def _collect(events: Iterator[TokenEvent]) -> Generation:

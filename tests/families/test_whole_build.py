@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
+from cushion_deploy.artifacts import read_prefix, write_prefix
+from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.pipeline.build import build
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import Report
+from cushion_deploy.runtime.bundle import open_bundle
+from cushion_deploy.runtime.session import OnnxRuntimeSession, open_session
 from cushion_deploy.store import StageStore, verify_bundle
 
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -39,6 +47,10 @@ SETTINGS: dict[str, object] = {
 }
 
 
+CACHED = "qwen3"
+"""The family that is built with the prefix in the cache as well."""
+
+
 @pytest.fixture(scope="module")
 def reports(variant_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function from a variant to the report of its build and the bundle."""
@@ -48,12 +60,15 @@ def reports(variant_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> An
     (texts / "eval.txt").write_text("When nothing else is worth attending to, a head attends to the first. " * 8)
     data = {"calibration.data": str(texts / "calib.txt"), "evaluation.data": str(texts / "eval.txt")}
 
-    def report(name: str) -> tuple[Report, Path]:
-        if name not in made:
-            work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out") / "bundle"
-            recipe = Recipe().merged({"model": str(variant_folder(name)), **data, **SETTINGS})
-            made[name] = build(Workspace(recipe, StageStore(work)), out), out
-        return made[name]
+    work = tmp_path_factory.mktemp("work")
+
+    def report(name: str, prefix: str = "baked") -> tuple[Report, Path]:
+        key = f"{name}-{prefix}"
+        if key not in made:
+            out = tmp_path_factory.mktemp("out") / "bundle"
+            changes = {"model": str(variant_folder(name)), **data, **SETTINGS, "export.prefix": prefix}
+            made[key] = build(Workspace(Recipe().merged(changes), StageStore(work / name)), out), out
+        return made[key]
 
     return report
 
@@ -78,3 +93,38 @@ def test_tuning_ran_from_what_was_found(variant: str, reports: Any) -> None:
     report, _ = reports(variant)
     assert report.tuning.states[0].step == 0
     assert report.tuning.states[-1].step == 2
+
+
+def test_a_bundle_with_the_prefix_in_the_cache_is_the_bundle_with_the_prefix_in_the_graph(reports: Any) -> None:
+    _, baked = reports(CACHED)
+    report, cached = reports(CACHED, "cache")
+    assert [check for check in report.parity if not check.passed] == []
+    for engine in report.engines:
+        assert engine.int8_linears == engine.linears > 0, engine
+    stored = onnx.load(cached / "model.onnx", load_external_data=False).graph.initializer
+    assert not any(tensor.name.startswith("prefix.") for tensor in stored)
+    # onnxruntime-genai begins with an empty cache.
+    assert (baked / "genai_config.json").is_file()
+    assert not (cached / "genai_config.json").exists()
+    ids = np.arange(5, 45, dtype=np.int64)[None]
+    both = [open_session(open_bundle(path).graph, threads=1) for path in (baked, cached)]
+    expected, found = (session.run(ids, need_logits="all") for session in both)
+    # The same codes up to a tie of rounding: float attention sums in another order.
+    assert np.abs(expected - found).max() <= 1e-3 * np.abs(expected).max()
+    assert [session.length for session in both] == [40, 40]
+    assert open_bundle(cached).prefix_mode == "cache"
+
+
+def test_a_cache_does_not_begin_with_the_prefix_of_another_bundle(reports: Any, tmp_path: Path) -> None:
+    _, cached = reports(CACHED, "cache")
+    graph = open_bundle(cached).graph
+    folder = tmp_path / "copy"
+    shutil.copytree(cached, folder)
+    other = read_prefix(folder / "prefix.safetensors")
+    write_prefix(replace(other, keys=other.keys * 2), folder / "prefix.safetensors")
+    with pytest.raises(UntrustedArtifact, match="is not the prefix"):
+        open_session(replace(graph, path=folder / "model.onnx"))
+    with pytest.raises(UsageError, match="every cache begins with a prefix"):
+        OnnxRuntimeSession(graph.path, graph.contract)
+    with pytest.raises(UntrustedArtifact):
+        open_bundle(folder)

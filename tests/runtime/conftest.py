@@ -17,7 +17,7 @@ from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.runtime import OnnxRuntimeSession
+from cushion_deploy.runtime import OnnxRuntimeSession, open_session
 from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import publish, staging_area
 from cushion_deploy.types import ExportedGraph, Prefix
@@ -91,7 +91,7 @@ class Tiny:
 
     def session(self, **options: Any) -> OnnxRuntimeSession:
         """Return a fresh session on one thread."""
-        return OnnxRuntimeSession(self.graph.path, self.graph.contract, threads=1, **options)
+        return open_session(self.graph, threads=1, **options)
 
 
 @pytest.fixture(scope="session")
@@ -126,13 +126,15 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Return the model, its float graph behind a prefix of three tokens, and the graph without one."""
+@pytest.fixture(scope="session", params=["baked", "cache"])
+def tiny(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tiny:
+    """Return the model, its float graph behind a prefix of three tokens, and the graph without one; in both modes."""
     loaded = load_folder(hf_folder, resolve_source(str(hf_folder)))
     prefix = compute_prefix(loaded, (7, 1, 300))
     folder = tmp_path_factory.mktemp("graph")
-    graph = export_graph(loaded.spec, loaded.weights, prefix, None, QuantScheme(), folder)
+    cached = request.param == "cache"
+    graph = export_graph(loaded.spec, loaded.weights, prefix, None, QuantScheme(), folder, prefix_in_cache=cached)
+    assert graph.contract.prefix_mode == request.param
     empty = Prefix.empty(loaded.spec)
     plain = export_graph(loaded.spec, loaded.weights, empty, None, QuantScheme(), folder, name="plain")
     return Tiny(loaded, prefix, graph, plain)
@@ -149,7 +151,7 @@ def bundle_path(tiny: Tiny, hf_folder: Path, tmp_path_factory: pytest.TempPathFa
     """Return a published bundle."""
     out: Path = tmp_path_factory.mktemp("bundles") / "tiny"
     with staging_area(out) as staged:
-        for source in (tiny.graph.path, tiny.graph.path.with_name("model.onnx.data")):
+        for source in tiny.graph.files:
             (staged / source.name).write_bytes(source.read_bytes())
         for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
             (staged / name).write_bytes((hf_folder / name).read_bytes())

@@ -45,7 +45,7 @@ def test_bundle_holds_what_was_published(bundle_path: Path, tiny: Any) -> None:
     bundle = open_bundle(bundle_path)
     assert bundle.contract == tiny.graph.contract
     assert bundle.model_path == bundle_path / "model.onnx"
-    assert bundle.prefix_mode == "baked"
+    assert bundle.prefix_mode == tiny.graph.contract.prefix_mode
     assert bundle.config["hidden_size"] == 64
     assert (bundle.bos_token_id, bundle.eos_token_ids) == (1, (2,))
     assert bundle.manifest.files["model.onnx"].size == bundle.model_path.stat().st_size
@@ -60,7 +60,7 @@ def test_one_flipped_bit_is_found_before_anything_is_read(
     (out / "model.onnx.data").write_bytes(data)
     read: list[str] = []
     monkeypatch.setattr(Tokenizer, "from_file", lambda path: read.append(path))
-    monkeypatch.setattr("cushion_deploy.runtime.text.OnnxRuntimeSession", lambda *a, **k: read.append("engine"))
+    monkeypatch.setattr("cushion_deploy.runtime.text.open_session", lambda *a, **k: read.append("engine"))
     with pytest.raises(UntrustedArtifact, match=r"model\.onnx\.data"):
         load(out)
     assert read == []

@@ -15,7 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.modeling.forward import logits as torch_logits
-from cushion_deploy.runtime.session import OnnxRuntimeSession, context_limit, count_positions, session_options
+from cushion_deploy.runtime.session import (
+    OnnxRuntimeSession,
+    context_limit,
+    count_positions,
+    open_session,
+    session_options,
+)
 
 
 def test_logits_equal_transformers_behind_the_prefix(tiny: Any, session: Any, ids: Any) -> None:
@@ -59,7 +65,7 @@ def test_tokens_fed_without_logits_count_as_context(session: Any, ids: Any) -> N
 @pytest.mark.parametrize("chunk", [4, 128])
 def test_left_padded_batch_equals_single_rows(tiny: Any, ids: Any, graph: str, chunk: int) -> None:
     exported = getattr(tiny, graph)
-    session: Any = OnnxRuntimeSession(exported.path, exported.contract, threads=1, chunk=chunk)
+    session: Any = open_session(exported, threads=1, chunk=chunk)
     rows = [ids[0, :12], ids[0, 20:25], ids[0, 30:39]]
     batch, mask = np.full((3, 12), 2), np.zeros((3, 12), dtype=np.int64)
     for i, row in enumerate(rows):
@@ -188,15 +194,15 @@ def test_missing_onnxruntime_carries_its_install_line(tiny: Any, monkeypatch: py
 def test_file_that_is_no_graph_is_refused(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\x08\x07not a graph")
     with pytest.raises(UntrustedArtifact, match="cannot load"):
-        OnnxRuntimeSession(tmp_path / "model.onnx", tiny.graph.contract)
+        OnnxRuntimeSession(tmp_path / "model.onnx", tiny.plain.contract)
     with pytest.raises(UsageError, match="does not exist"):
-        OnnxRuntimeSession(tmp_path / "none.onnx", tiny.graph.contract)
+        OnnxRuntimeSession(tmp_path / "none.onnx", tiny.plain.contract)
 
 
 @pytest.mark.parametrize("change", [{"num_layers": 3}, {"head_dim": 8}, {"vocab_size": 11}, {"dtype": "float16"}])
 def test_contract_of_another_graph_is_refused(tiny: Any, change: dict[str, Any]) -> None:
     with pytest.raises(UntrustedArtifact, match="not the graph that its contract describes"):
-        OnnxRuntimeSession(tiny.graph.path, replace(tiny.graph.contract, **change), threads=1)
+        OnnxRuntimeSession(tiny.plain.path, replace(tiny.plain.contract, **change), threads=1)
 
 
 def test_every_session_flushes_subnormals_and_multiplies_exactly() -> None:
@@ -236,7 +242,7 @@ def test_integer_sums_do_not_saturate(tmp_path: Path) -> None:
 
 
 def test_head_runs_for_wanted_tokens_alone(tiny: Any, tmp_path: Path, ids: Any) -> None:
-    session: Any = OnnxRuntimeSession(tiny.graph.path, tiny.graph.contract, threads=1, chunk=16)
+    session: Any = tiny.session(chunk=16)
     profiled = session_options(threads=1)
     profiled.enable_profiling = True
     profiled.profile_file_prefix = str(tmp_path / "profile")
