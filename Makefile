@@ -17,7 +17,7 @@ demo: $(VENV)/.demo $(MODEL)
 	    --engine onnxruntime --set evaluation.max_tokens=512 --quiet >/dev/null
 	@$(BIN)/cushion-deploy generate demo-without-prefix "$(PROMPT)" --max-new-tokens 48
 
-test: $(VENV)/.test $(MODEL)
+test: $(VENV)/.test $(VENV)/optimum/.done $(MODEL)
 	$(MAKE) --no-print-directory lint types imports unit
 
 lint:
@@ -31,7 +31,7 @@ imports:
 	$(BIN)/lint-imports
 
 unit:
-	$(BIN)/python -m pytest
+	CUSHION_OPTIMUM_PYTHON=$(abspath $(VENV))/optimum/bin/python $(BIN)/python -m pytest
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,12 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) install -q -c constraints.txt -e '.[cpu,build,rtx,report,chat,eval,others,test]'
+	@touch $@
+
+# optimum wants an older transformers than this project, so it has an environment of its own.
+$(VENV)/optimum/.done: tests/optimum.txt $(VENV)/.test
+	$(PYTHON) -m venv $(VENV)/optimum
+	$(VENV)/optimum/bin/python -m pip --disable-pip-version-check install -q -r tests/optimum.txt
 	@touch $@
 
 $(MODEL): bench/fetch_model.py

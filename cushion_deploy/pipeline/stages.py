@@ -168,9 +168,17 @@ def model_files(ws: Workspace) -> Path:
         model.module.config.save_pretrained(out)
         model.module.generation_config.save_pretrained(out)
         model.tokenizer.save_pretrained(out)
+        _name_tokenizer(out / "tokenizer_config.json")
         write_json(out / "spec.json", asdict(model.spec))
 
     return ws.stage("tokenizer", {"model": ws.source.digest}, make)
+
+
+def _name_tokenizer(file: Path) -> None:
+    """Give a generic tokenizer the name that transformers 4 knows as well, and optimum with it."""
+    config = read_json(file)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(file, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def model_spec(ws: Workspace) -> ModelSpec:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import onnxruntime as ort
 import pytest
 
 from cushion_deploy.runtime.bundle import open_bundle
-from cushion_deploy.runtime.session import OnnxRuntimeSession
+from cushion_deploy.runtime.session import open_session
 
 PROMPT = np.array([[5, 80, 7, 33, 120, 64, 9]], dtype=np.int64)
 TOKENS = 12
@@ -19,7 +24,7 @@ TOKENS = 12
 def greedy(bundle: Path) -> list[int]:
     """Return the greedy tokens of our own session."""
     opened = open_bundle(bundle)
-    session = OnnxRuntimeSession(opened.model_path, opened.contract)
+    session = open_session(opened.graph)
     found, ids = [], PROMPT
     for _ in range(TOKENS):
         logits = session.run(ids)
@@ -95,3 +100,41 @@ def test_openvino_reads_the_graph_itself(planted_bundle: Any) -> None:
     # of ONNX Runtime do. A code may fall on the other side of a tie, which is a few steps of a logit.
     nearest = min(np.abs(found - logits).max() for logits in (expected, saturated))
     assert nearest <= 0.02 * np.abs(expected).max()
+
+
+def test_optimum_generates_the_same_tokens(planted_bundle: Any) -> None:
+    # optimum-onnx wants transformers 4 and this project 5, so it has an environment of its own.
+    python = os.environ.get("CUSHION_OPTIMUM_PYTHON")
+    if not python:
+        pytest.skip("CUSHION_OPTIMUM_PYTHON names no environment with optimum-onnx; `make test` makes one")
+    script = Path(__file__).with_name("optimum_greedy.py")
+    command = [python, str(script), str(planted_bundle.bundle), str(TOKENS), *map(str, PROMPT[0])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    expected = greedy(planted_bundle.bundle)
+    assert found["tokens"] == expected[: len(found["tokens"])]
+    assert len(found["tokens"]) == TOKENS or found["tokens"][-1] == 2, "it stopped without an end"
+    assert found["decoded"]
+
+
+@pytest.mark.parametrize("mode", ["baked", "cache"])
+def test_polygraphy_finds_nothing_unsupported(planted_bundle: Any, tmp_path: Path, mode: str, cli: Any) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    tool = shutil.which("polygraphy", path=str(Path(sys.executable).parent))
+    if tool is None:
+        pytest.skip("polygraphy is not installed")
+    arguments = planted_bundle.options
+    done = cli("export", *arguments, "--dtype", "float16", "--set", f"export.prefix={mode}", "-o", tmp_path / "g")
+    assert done.code == 0, done.err
+    for graph in (tmp_path / "g" / "model.onnx", planted_bundle.bundle / "model.onnx"):
+        asked = subprocess.run(
+            [tool, "inspect", "capability", str(graph)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1", "POLYGRAPHY_AUTOINSTALL_DEPS": "0"},
+        )
+        assert asked.returncode == 0, asked.stderr
+        assert "Graph is fully supported by TensorRT" in asked.stdout + asked.stderr
