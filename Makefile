@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT := The three primary colours are
 
-.PHONY: demo test lint types imports unit clean
+.PHONY: demo test test-gpu lint types imports unit clean
 
 demo: $(VENV)/.demo $(MODEL)
 	$(BIN)/cushion-deploy build --model $(MODEL) --precision w8a8 --output demo
@@ -19,6 +19,10 @@ demo: $(VENV)/.demo $(MODEL)
 
 test: $(VENV)/.test $(VENV)/optimum/.done $(MODEL)
 	$(MAKE) --no-print-directory lint types imports unit
+
+# For a machine with an NVIDIA GPU; elsewhere it prints 'not run: no GPU'.
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint:
 	$(BIN)/ruff check .
@@ -40,7 +44,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install -q -c constraints.txt -e '.[cpu,build,rtx,report,chat,eval,others,test]'
+	$(PIP) install -q -c constraints.txt -e '.[cpu,build,rtx,cuda,report,chat,eval,others,test]'
 	@touch $@
 
 # optimum wants an older transformers than this project, so it has an environment of its own.

@@ -15,7 +15,8 @@ from cushion_deploy.evaluate.speed import Workload, compare, peak_memory, time_s
 from cushion_deploy.pipeline.prepare import prepare
 from cushion_deploy.pipeline.stages import export, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.runtime.session import DecoderSession, open_session
+from cushion_deploy.runtime.onnxruntime import open_session
+from cushion_deploy.runtime.session import DecoderSession
 from cushion_deploy.types import ExportedGraph, Prefix
 
 

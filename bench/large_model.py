@@ -153,7 +153,7 @@ def _decode(graph: Any) -> dict[str, Any]:
     """Open the graph in ONNX Runtime and run a prompt and a step."""
     import numpy as np
 
-    from cushion_deploy.runtime.session import open_session
+    from cushion_deploy.runtime.onnxruntime import open_session
 
     begin = time.monotonic()
     session = open_session(graph)

@@ -10,6 +10,7 @@ import click
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime import SamplingParams, load
+from cushion_deploy.runtime.engine import ENGINES
 
 
 @click.command("generate")
@@ -37,8 +38,8 @@ from cushion_deploy.runtime import SamplingParams, load
 )
 @click.option("--seed", type=int, help="Seed of sampling.")
 @click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
-@click.option("--engine", default="onnxruntime", show_default=True, help="Engine to run on.")
-@click.option("--threads", type=int, help="Threads; default: one per core.")
+@click.option("--engine", default="onnxruntime", show_default=True, help=f"Engine to run on: {', '.join(ENGINES)}.")
+@click.option("--threads", type=int, help="Threads of an engine on the CPU; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done, instead of streaming.")
 def command(
     bundle: Path,

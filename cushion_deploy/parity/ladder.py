@@ -20,7 +20,8 @@ from cushion_deploy.parity.blame import SiteInputs, first_differing_input, twin_
 from cushion_deploy.parity.compare import CodeDistance, common_prefix, compare_codes, compare_logits
 from cushion_deploy.parity.segments import SegmentRun, SiteCodes
 from cushion_deploy.progress import Progress, silent
-from cushion_deploy.runtime.session import DecoderSession, open_session
+from cushion_deploy.runtime.onnxruntime import open_session
+from cushion_deploy.runtime.session import DecoderSession
 from cushion_deploy.types import HEAD_SITE, ExportedGraph, FloatArray, IntArray, ParityCheck, Site
 
 FLOAT_LOGITS = 2e-3

@@ -12,7 +12,8 @@ from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, 
 from cushion_deploy.pipeline.prepare import read_deployed
 from cushion_deploy.pipeline.stages import export
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.runtime.session import DecoderSession, open_session
+from cushion_deploy.runtime.onnxruntime import open_session
+from cushion_deploy.runtime.session import DecoderSession
 from cushion_deploy.types import ExportedGraph
 
 INT8, FLOAT = "onnxruntime, INT8", "onnxruntime, float32"

@@ -21,7 +21,7 @@ from cushion_deploy.evaluate.scorer import Scorer
 from cushion_deploy.evaluate.zeroshot import Metric, TaskScore, TaskSuite, mean_accuracy, run_tasks
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.runtime.session import open_session
+from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.types import PREFIX_FILE
 
 COLUMNS = {

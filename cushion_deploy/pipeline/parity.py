@@ -90,7 +90,7 @@ def _climb(
     from cushion_deploy.parity.reference import float_inputs, linear_codes, torch_reference
     from cushion_deploy.parity.segments import SegmentRun
     from cushion_deploy.parity.written import scale_rung, weight_rung
-    from cushion_deploy.runtime.session import open_session
+    from cushion_deploy.runtime.onnxruntime import open_session
 
     config, model = ws.recipe.parity, ws.folded(deployed.smoothing)
     prefix, scales, scheme = deployed.prefix, deployed.scales, deployed.scheme

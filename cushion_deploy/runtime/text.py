@@ -6,14 +6,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cushion_deploy.errors import CheckFailed, MissingDependency, unknown_choice
+from cushion_deploy.errors import CheckFailed
 from cushion_deploy.runtime.bundle import Bundle, open_bundle
 from cushion_deploy.runtime.chat import Message, encode_chat, encode_prompt
+from cushion_deploy.runtime.engine import open_engine
 from cushion_deploy.runtime.generate import FinishReason, TokenEvent, Usage, generate
 from cushion_deploy.runtime.sampling import SamplingParams
-from cushion_deploy.runtime.session import DecoderSession, open_session
-
-ENGINES = ["onnxruntime"]
+from cushion_deploy.runtime.session import DecoderSession
 
 
 @dataclass(frozen=True)
@@ -99,23 +98,17 @@ def load(path: Path | str, engine: str = "onnxruntime", threads: int | None = No
 
     Args:
         path: the bundle's folder.
-        engine: ``onnxruntime``.
-        threads: threads of the engine; None for one per physical core.
+        engine: one of :data:`~cushion_deploy.runtime.engine.ENGINES`.
+        threads: of an engine on the CPU; None for one per physical core.
 
     Raises:
-        UsageError: the path is no folder, or the engine is unknown.
+        UsageError: the path is no folder, or the engine is unknown or not in the bundle.
         UntrustedArtifact: the bundle is damaged; the engine has then seen no byte of it.
-        MissingDependency: the engine's library is not installed.
+        MissingDependency: the engine's library, or its device, is not there.
+        CheckFailed: the plan is for another library or device.
     """
-    if engine.startswith("tensorrt"):
-        raise MissingDependency(
-            f"engine '{engine}' needs an NVIDIA GPU and a session that this version does not have yet",
-            hint="run the bundle with --engine onnxruntime",
-        )
-    if engine not in ENGINES:
-        raise unknown_choice("engine", engine, ENGINES)
     bundle = open_bundle(path)
-    return TextGenerator(bundle, open_session(bundle.graph, threads=threads))
+    return TextGenerator(bundle, open_engine(bundle, engine, threads))
 
 
 def _collect(events: Iterator[TokenEvent]) -> Generation:

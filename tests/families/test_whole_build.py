@@ -19,7 +19,7 @@ from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import Report
 from cushion_deploy.runtime.bundle import open_bundle
-from cushion_deploy.runtime.session import OnnxRuntimeSession, open_session
+from cushion_deploy.runtime.onnxruntime import OnnxRuntimeSession, open_session
 from cushion_deploy.store import StageStore, verify_bundle
 
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None

@@ -24,7 +24,7 @@ from cushion_deploy.parity.ladder import (
 )
 from cushion_deploy.parity.reference import float_inputs
 from cushion_deploy.parity.segments import SegmentRun
-from cushion_deploy.runtime.session import OnnxRuntimeSession
+from cushion_deploy.runtime.onnxruntime import OnnxRuntimeSession
 from cushion_deploy.types import ParityCheck, Site
 
 STEPS = 12

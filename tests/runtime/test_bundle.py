@@ -60,7 +60,7 @@ def test_one_flipped_bit_is_found_before_anything_is_read(
     (out / "model.onnx.data").write_bytes(data)
     read: list[str] = []
     monkeypatch.setattr(Tokenizer, "from_file", lambda path: read.append(path))
-    monkeypatch.setattr("cushion_deploy.runtime.text.open_session", lambda *a, **k: read.append("engine"))
+    monkeypatch.setattr("cushion_deploy.runtime.text.open_engine", lambda *a, **k: read.append("engine"))
     with pytest.raises(UntrustedArtifact, match=r"model\.onnx\.data"):
         load(out)
     assert read == []

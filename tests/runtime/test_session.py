@@ -15,13 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.modeling.forward import logits as torch_logits
-from cushion_deploy.runtime.session import (
-    OnnxRuntimeSession,
-    context_limit,
-    count_positions,
-    open_session,
-    session_options,
-)
+from cushion_deploy.runtime.onnxruntime import OnnxRuntimeSession, open_session, session_options
+from cushion_deploy.runtime.session import context_limit, count_positions
 
 
 def test_logits_equal_transformers_behind_the_prefix(tiny: Any, session: Any, ids: Any) -> None:

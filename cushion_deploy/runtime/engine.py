@@ -1,0 +1,67 @@
+"""Open any engine of a bundle by one interface."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from cushion_deploy.artifacts import read_cached_prefix
+from cushion_deploy.engines.compatibility import require_runnable
+from cushion_deploy.engines.probe import probe
+from cushion_deploy.errors import UntrustedArtifact, UsageError, unknown_choice
+from cushion_deploy.runtime.bundle import Bundle
+from cushion_deploy.runtime.onnxruntime import open_session
+from cushion_deploy.runtime.session import DecoderSession
+from cushion_deploy.runtime.tensorrt import TensorRtSession
+from cushion_deploy.types import EngineArtifact
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx"}
+"""Engines that run plans, with the module of each."""
+ENGINES = ("onnxruntime", *MODULES)
+REPORT = "engine.json"
+
+
+def open_engine(bundle: Bundle, engine: str = "onnxruntime", threads: int | None = None) -> DecoderSession:
+    """Return a session of one of a bundle's engines.
+
+    Args:
+        bundle: verified.
+        engine: one of ``ENGINES``.
+        threads: of an engine on the CPU; None for one per physical core.
+
+    Raises:
+        UsageError: an unknown engine, or one that the bundle was not built for.
+        MissingDependency: the engine's library, or its device, is not there.
+        CheckFailed: the plan is for another library or device.
+        UntrustedArtifact: a plan that is not the one in the manifest; no library has then seen it.
+    """
+    if engine not in ENGINES:
+        raise unknown_choice("engine", engine, list(ENGINES))
+    if engine == "onnxruntime":
+        return open_session(bundle.graph, threads=threads)
+    artifact = read_engine(bundle, engine)
+    module = MODULES[engine]
+    require_runnable(artifact, probe(module), f"pip install 'cushion-deploy[{engine.removeprefix('tensorrt-')},cuda]'")
+    plan = _read_plan(bundle, artifact)
+    return TensorRtSession(plan, bundle.contract, module, read_cached_prefix(bundle.graph))
+
+
+def read_engine(bundle: Bundle, engine: str) -> EngineArtifact:
+    """Return what a bundle says of one of its engines; raises UsageError where it was not built for it."""
+    file = bundle.path / "engines" / engine / REPORT
+    if f"engines/{engine}/{REPORT}" not in bundle.manifest.files:
+        raise UsageError(f"{bundle.path} was not built for engine '{engine}'", hint=f"build it with --engine {engine}")
+    try:
+        return EngineArtifact.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, KeyError, ValueError) as e:
+        raise UntrustedArtifact(f"{file} does not describe an engine: {e}", hint="build the bundle again") from e
+
+
+def _read_plan(bundle: Bundle, artifact: EngineArtifact) -> bytes:
+    """Return a plan's bytes, compared with the manifest once more: what is deserialized is what was read here."""
+    (name,) = [name for name in artifact.files if name != REPORT]
+    path = f"engines/{artifact.engine}/{name}"
+    entry, plan = bundle.manifest.files.get(path), (bundle.path / path).read_bytes()
+    if entry is None or hashlib.sha256(plan).hexdigest() != entry.sha256:
+        raise UntrustedArtifact(f"{path} is not the plan in the manifest", hint="run `cushion-deploy verify`")
+    return plan

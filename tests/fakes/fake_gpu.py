@@ -1,0 +1,237 @@
+"""A device that is not there: `cuda.bindings.runtime` and TensorRT as a session uses them, every contract checked.
+
+Memory is bytes at made-up addresses. Work that is queued on the stream happens at synchronization and not before, so
+that a read too early sees nothing, and a buffer or host array that is gone too early is found. A plan is JSON that
+names an ONNX graph; running it runs that graph in ONNX Runtime, on what lies at the bound addresses at that moment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from enum import Enum, IntEnum
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64)}
+
+
+class Status(IntEnum):
+    cudaSuccess = 0
+    cudaErrorMemoryAllocation = 2
+    cudaErrorIllegalAddress = 700
+
+
+class Kind(Enum):
+    cudaMemcpyHostToDevice = 1
+    cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDeviceToDevice = 3
+
+
+class FakeCuda:
+    """`cuda.bindings.runtime` of one device with ``capacity`` bytes."""
+
+    cudaMemcpyKind = Kind
+
+    def __init__(self, capacity: int = 1 << 30) -> None:
+        self.capacity, self.used, self.next = capacity, 0, 0x7000_0000
+        self.memory: dict[int, bytearray] = {}
+        self.queue: list[Callable[[], None]] = []
+        self.streams: set[int] = set()
+        self.broken = False
+
+    def find(self, address: int, size: int) -> memoryview:
+        """Return the bytes at an address; a fault where they are not one live allocation."""
+        for start, data in self.memory.items():
+            if start <= address and address + size <= start + len(data):
+                return memoryview(data)[address - start : address - start + size]
+        raise AssertionError(f"illegal access to {size} bytes at {address:#x}")
+
+    def cudaStreamCreate(self) -> tuple[Status, int]:
+        self.streams.add(len(self.streams) + 1)
+        return Status.cudaSuccess, len(self.streams)
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[Status]:
+        self.streams.remove(stream)
+        return (Status.cudaSuccess,)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:
+        assert stream in self.streams
+        if self.broken:
+            self.queue.clear()
+            return (Status.cudaErrorIllegalAddress,)
+        work, self.queue = self.queue, []
+        for item in work:
+            item()
+        return (Status.cudaSuccess,)
+
+    def cudaMalloc(self, size: int) -> tuple[Status, int]:
+        assert size > 0
+        if self.used + size > self.capacity:
+            return Status.cudaErrorMemoryAllocation, 0
+        self.used += size
+        address, self.next = self.next, self.next + (size + 0xFFF) // 0x1000 * 0x1000 + 0x1000
+        # Not zeros: what nobody wrote must not look like something.
+        self.memory[address] = bytearray(b"\xa5" * size)
+        return Status.cudaSuccess, address
+
+    def cudaFree(self, address: int) -> tuple[Status]:
+        assert not self.queue, "memory was freed while work was queued"
+        self.used -= len(self.memory.pop(address))
+        return (Status.cudaSuccess,)
+
+    def cudaMemGetInfo(self) -> tuple[Status, int, int]:
+        return Status.cudaSuccess, self.capacity - self.used, self.capacity
+
+    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: Kind, stream: int) -> tuple[Status]:
+        return self.cudaMemcpy2DAsync(target, size, source, size, size, 1, kind, stream)
+
+    def cudaMemcpy2DAsync(
+        self, target: int, to: int, source: int, pitch: int, width: int, rows: int, kind: Kind, stream: int
+    ) -> tuple[Status]:
+        assert stream in self.streams
+        assert width <= min(to, pitch)
+
+        def copy() -> None:
+            for row in range(rows):
+                here, there = source + row * pitch, target + row * to
+                if kind is Kind.cudaMemcpyHostToDevice:
+                    data = ctypes.string_at(here, width)
+                else:
+                    data = bytes(self.find(here, width))
+                if kind is Kind.cudaMemcpyDeviceToHost:
+                    ctypes.memmove(there, data, width)
+                else:
+                    self.find(there, width)[:] = data
+
+        self.queue.append(copy)
+        return (Status.cudaSuccess,)
+
+
+class FakeTensorRt:
+    """The module `tensorrt_rtx` or `tensorrt` on a :class:`FakeCuda`."""
+
+    __version__ = "1.7.1.116"
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.executed: list[int] = []
+        outer = self
+
+        class Logger:
+            WARNING = 2
+
+            def __init__(self, severity: int) -> None:
+                self.severity = severity
+
+        class Runtime:
+            def __init__(self, logger: Logger) -> None:
+                assert isinstance(logger, Logger)
+
+            def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+                return Engine(outer, json.loads(plan)) if plan.startswith(b"{") else None
+
+        self.Logger, self.Runtime = Logger, Runtime
+
+
+class Engine:
+    """An engine over an ONNX graph; ``profiles`` is a list of input name to [min, opt, max]."""
+
+    def __init__(self, module: FakeTensorRt, plan: dict[str, Any]) -> None:
+        self.module, self.plan = module, plan
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.x64quantprecision", "1")  # a GPU does not saturate
+        self.session = ort.InferenceSession(plan["onnx"], options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(plan["onnx"], load_external_data=False).graph
+        self.inputs = {v.name: v for v in graph.input if v.name in {i.name for i in self.session.get_inputs()}}
+        self.tensors = {**self.inputs, **{v.name: v for v in graph.output}}
+        self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(plan["profiles"])
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_shape(self, name: str) -> list[int]:
+        return [d.dim_value or -1 for d in self.tensors[name].type.tensor_type.shape.dim]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        kind = TYPES[self.tensors[name].type.tensor_type.elem_type][0]
+        return Enum("DataType", ["FLOAT", "HALF", "INT64"])[kind]
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
+        shapes: list[list[int]] = self.plan["profiles"][profile_index][name]
+        return shapes
+
+    def create_execution_context(self) -> Context:
+        return Context(self)
+
+
+class Context:
+    """An execution context; refuses what the real one refuses, fails the test where that would be silent."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.profile = engine, -1
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self.profile = profile_index
+        return 0 <= profile_index < self.engine.num_optimization_profiles
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        least, _, most = self.engine.plan["profiles"][self.profile][name]
+        fits = all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
+        if fits:
+            self.shapes[name] = tuple(shape)
+        return fits
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        assert memory, "a null address, which TensorRT refuses even for empty tensors"
+        self.addresses[name] = memory
+        return name in self.engine.tensors
+
+    def infer_shapes(self) -> list[str]:
+        return sorted(set(self.engine.inputs) - set(self.shapes))
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        batch, new = self.shapes["input_ids"]
+        if name == "logits":
+            return (batch, new, self.engine.get_tensor_shape("logits")[2])
+        b, heads, past, size = self.shapes[name.replace("present", "past_key_values")]
+        return (b, heads, past + new, size)
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        cuda = self.engine.module.cuda
+        assert stream_handle in cuda.streams
+        assert set(self.addresses) == set(self.engine.tensors), "an address is missing"
+        assert not self.infer_shapes()
+        shapes, addresses, index = dict(self.shapes), dict(self.addresses), self.profile
+        spans = {}
+        for name in self.engine.tensors:
+            shape = shapes.get(name) or self.get_tensor_shape(name)
+            kind = TYPES[self.engine.tensors[name].type.tensor_type.elem_type][1]
+            spans[name] = (shape, np.dtype(kind))
+            cuda.find(addresses[name], int(np.prod(shape)) * np.dtype(kind).itemsize)
+        outputs = [name for name in self.engine.tensors if name not in self.engine.inputs]
+        ranges = sorted((addresses[n], addresses[n] + int(np.prod(s)) * t.itemsize, n) for n, (s, t) in spans.items())
+        for (_, end, one), (start, _, other) in pairwise(ranges):
+            assert end <= start or {one, other} <= set(self.engine.inputs), f"{one} and {other} share memory"
+
+        def run() -> None:
+            feed = {}
+            for name in self.engine.inputs:
+                shape, kind = spans[name]
+                data = cuda.find(addresses[name], int(np.prod(shape)) * kind.itemsize)
+                feed[name] = np.frombuffer(bytes(data), kind).reshape(shape)
+            for name, value in zip(outputs, self.engine.session.run(outputs, feed), strict=True):
+                assert value.shape == spans[name][0]
+                cuda.find(addresses[name], value.nbytes)[:] = np.ascontiguousarray(value).tobytes()
+            self.engine.module.executed.append(index)
+
+        cuda.queue.append(run)
+        return True

@@ -1,0 +1,286 @@
+"""The TensorRT session on a device that checks every call: the logits of ONNX Runtime, and no contract broken."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_gpu import Context, Engine, FakeCuda, FakeTensorRt
+
+from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.probe import Probe
+from cushion_deploy.engines.tensorrt_rtx import Limits, profiles
+from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact, UsageError
+from cushion_deploy.export.folder import export_graph
+from cushion_deploy.runtime.bundle import open_bundle
+from cushion_deploy.runtime.cuda import Cuda
+from cushion_deploy.runtime.engine import open_engine
+from cushion_deploy.runtime.onnxruntime import open_session
+from cushion_deploy.runtime.tensorrt import TensorRtSession
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.store import publish, staging_area
+from cushion_deploy.types import EngineArtifact, ExportedGraph, GraphContract
+
+ONE = pytest.mark.parametrize(("tiny", "graph"), [("baked", "float16")], indirect=True)
+"""For tests of what every bundle has in common."""
+LIMITS = CompileOptions(max_batch=3, max_context=60, max_prefill=8)
+
+
+def plan_of(graph: ExportedGraph) -> bytes:
+    """Return a plan of the fake for a graph, with the profiles that a compilation would give it."""
+    shapes = profiles(graph.contract, Limits.of(LIMITS, graph.contract))
+    return json.dumps({"onnx": str(graph.path), "profiles": list(shapes.values())}).encode()
+
+
+@pytest.fixture(scope="module", params=["float16", "float32"])
+def graph(tiny: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportedGraph:
+    """Return the tiny model's graph without optional inputs, as engines take it."""
+    folder = tmp_path_factory.mktemp("engine")
+    loaded, cached = tiny.loaded, tiny.graph.contract.prefix_in_cache
+    return export_graph(
+        loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), folder,
+        dtype=request.param, prefix_in_cache=cached,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    """Put the fake modules in the place of the real ones."""
+    cuda = FakeCuda()
+    module = FakeTensorRt(cuda)
+    fakes: dict[str, Any] = {"cuda.bindings.runtime": cuda, "tensorrt_rtx": module, "tensorrt": module}
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name, *a, **k: fakes.get(name) or real(name, *a, **k))
+    return module
+
+
+@pytest.fixture
+def session(device: FakeTensorRt, graph: ExportedGraph, tiny: Any) -> Any:
+    """Return a session on the fake device; closed afterwards, with nothing left behind."""
+    prefix = tiny.prefix if graph.contract.prefix_in_cache else None
+    with TensorRtSession(plan_of(graph), tiny.graph.contract, "tensorrt_rtx", prefix) as opened:
+        yield opened
+    assert not device.cuda.memory
+    assert not device.cuda.streams
+
+
+@pytest.fixture
+def expected(graph: ExportedGraph) -> Any:
+    """Return a session of the same graph in ONNX Runtime."""
+    return open_session(graph, threads=1)
+
+
+def close(found: Any, wanted: Any) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.02 * np.abs(wanted).max())
+
+
+def test_a_long_prompt_in_pieces_and_tokens_one_by_one(session: Any, expected: Any, ids: Any, device: Any) -> None:
+    close(session.run(ids[:, :20], need_logits="all"), expected.run(ids[:, :20], need_logits="all"))
+    assert device.executed == [0, 0, 0]  # pieces of 8, 8 and 4 in the prefill profile
+    for i in range(20, 24):
+        close(session.run(ids[:, i : i + 1]), expected.run(ids[:, i : i + 1]))
+    assert device.executed[3:] == [1] * 4
+    assert session.length == expected.length == 24
+    assert session.run(ids[:, 24:30], need_logits="none") is None
+    expected.run(ids[:, 24:30], need_logits="none")
+    close(session.run(ids[:, 30:33]), expected.run(ids[:, 30:33]))
+
+
+def test_a_left_padded_batch(session: Any, expected: Any, ids: Any) -> None:
+    batch = np.concatenate([ids[:, :10], ids[:, 10:20]])
+    mask = np.ones((2, 10), dtype=np.int64)
+    mask[1, :4] = 0
+    close(session.run(batch, mask), expected.run(batch, mask))
+    grown = np.concatenate([mask, np.ones((2, 1), dtype=np.int64)], axis=1)
+    close(session.run(batch[:, :1], grown), expected.run(batch[:, :1], grown))
+    with pytest.raises(UsageError, match="batch of 1 rows"):
+        session.run(ids[:, :1])
+    session.reset()
+    expected.reset()
+    close(session.run(ids[:, :5]), expected.run(ids[:, :5]))
+
+
+def test_truncating_keeps_the_beginning_of_every_head(session: Any, expected: Any, ids: Any) -> None:
+    batch = np.concatenate([ids[:, :12], ids[:, 12:24]])
+    session.run(batch, need_logits="none")
+    session.truncate(7)
+    expected.run(batch[:, :7], need_logits="none")
+    close(session.run(batch[:, :3], need_logits="all"), expected.run(batch[:, :3], need_logits="all"))
+    session.truncate(0)
+    assert session.length == 0
+    with pytest.raises(UsageError, match="cannot keep 5"):
+        session.truncate(5)
+
+
+def test_what_fits_no_profile_is_refused_with_their_names(session: Any, ids: Any, device: Any) -> None:
+    ran = len(device.executed)
+    with pytest.raises(UsageError, match=r"decode takes a batch of 3.*prefill takes a batch of 3") as caught:
+        session.run(ids.repeat(4, axis=0)[:, :2])
+    assert "--max-batch" in caught.value.hint
+    long = np.tile(ids, (1, 2))[:, :70]
+    with pytest.raises(UsageError, match="fits no optimization profile"):
+        session.run(long)
+    assert len(device.executed) == ran, "something ran before the refusal"
+    assert session.length == 0
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was(
+    session: Any, expected: Any, ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close(session.run(ids[:, :10]), expected.run(ids[:, :10]))
+    real, calls = Context.execute_async_v3, []
+
+    def fails_at_the_second(self: Any, stream: int) -> bool:
+        calls.append(stream)
+        return len(calls) != 2 and real(self, stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "execute_async_v3", fails_at_the_second)
+        with pytest.raises(CheckFailed, match="refuses to run in profile 'prefill'"):
+            session.run(ids[:, 10:25])
+    assert session.length == 10
+    close(session.run(ids[:, 10:13]), expected.run(ids[:, 10:13]))
+
+
+def test_an_error_of_the_device_is_told(session: Any, ids: Any, device: Any) -> None:
+    device.cuda.broken = True
+    with pytest.raises(CheckFailed, match="cudaErrorIllegalAddress"):
+        session.run(ids[:, :4])
+    device.cuda.broken = False
+
+
+def test_a_closed_session_says_so(session: Any, ids: Any) -> None:
+    session.close()
+    with pytest.raises(UsageError, match="closed"):
+        session.run(ids[:, :2])
+
+
+def test_too_little_memory_says_how_much(graph: ExportedGraph, tiny: Any, device: Any) -> None:
+    device.cuda.capacity = 100_000
+    prefix = tiny.prefix if graph.contract.prefix_in_cache else None
+    with pytest.raises(CheckFailed, match="MiB of device memory cannot be had") as caught:
+        TensorRtSession(plan_of(graph), tiny.graph.contract, "tensorrt_rtx", prefix)
+    assert "--max-context" in caught.value.hint
+    assert not device.cuda.memory
+
+
+def test_a_plan_of_another_graph_is_refused(graph: ExportedGraph, tiny: Any, device: Any) -> None:
+    other = replace(tiny.graph.contract, num_layers=3)
+    with pytest.raises(UntrustedArtifact, match="not of this bundle's graph"):
+        TensorRtSession(plan_of(graph), other, "tensorrt_rtx", tiny.prefix)
+    with pytest.raises(CheckFailed, match="refuses the plan"):
+        TensorRtSession(b"\x00", tiny.graph.contract, "tensorrt_rtx", tiny.prefix)
+
+
+def test_without_a_driver_it_is_a_missing_dependency() -> None:
+    pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    if open_devices():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(MissingDependency, match="no NVIDIA GPU"):
+        Cuda()
+
+
+def open_devices() -> int:
+    api = importlib.import_module("cuda.bindings.runtime")
+    status, count = api.cudaGetDeviceCount()
+    return int(count) if int(status) == 0 else 0
+
+
+@pytest.mark.parametrize(("fake", "real"), [(Engine, "ICudaEngine"), (Context, "IExecutionContext")])
+def test_the_fake_offers_nothing_that_tensorrt_does_not(fake: type, real: str) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    assert {name for name in vars(fake) if not name.startswith("_")} <= set(dir(getattr(trt, real)))
+    assert hasattr(trt.Runtime, "deserialize_cuda_engine")
+
+
+def test_the_fake_offers_nothing_that_cuda_does_not() -> None:
+    api = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    assert {name for name in vars(FakeCuda) if name.startswith("cuda")} <= set(dir(api))
+
+
+@pytest.fixture
+def bundle(graph: ExportedGraph, hf_folder: Path, tiny: Any, tmp_path: Path) -> Path:
+    """Return a bundle with a plan of the fake for sm86."""
+    out, plan = tmp_path / "bundle", plan_of(graph)
+    artifact = EngineArtifact(
+        engine="tensorrt-rtx", targets=("sm80", "sm86"), key="k", files=("sm80+sm86.engine", "engine.json"),
+        linears=0, int8_linears=0, fused_attention=0, ran=False, details={},
+        parents={"graph": graph.digest, "tensorrt-rtx": "1.7.1.116"},
+    )  # fmt: skip
+    with staging_area(out) as staged:
+        for source in tiny.graph.files:
+            (staged / source.name).write_bytes(source.read_bytes())
+        for name in ("config.json", "tokenizer.json"):
+            (staged / name).write_bytes((hf_folder / name).read_bytes())
+        (staged / "export.json").write_text(json.dumps(tiny.graph.to_json()))
+        folder = staged / "engines" / "tensorrt-rtx"
+        folder.mkdir(parents=True)
+        (folder / artifact.files[0]).write_bytes(plan)
+        (folder / "engine.json").write_text(json.dumps(artifact.to_json()))
+        publish(staged, out, {}, {})
+    return out
+
+
+def here(monkeypatch: pytest.MonkeyPatch, version: str, *gpus: str) -> None:
+    monkeypatch.setattr("cushion_deploy.runtime.engine.probe", lambda module: Probe(module, version, gpus))
+
+
+@ONE
+def test_a_bundle_runs_on_its_plan(bundle: Path, device: Any, ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "1.7.1.116", "sm86 NVIDIA GeForce RTX 3090")
+    opened = open_bundle(bundle)
+    session: Any = open_engine(opened, "tensorrt-rtx")
+    close(session.run(ids[:, :9]), open_engine(opened).run(ids[:, :9]))
+    session.close()
+
+
+@ONE
+def test_every_mismatch_is_one_sentence_with_its_remedy(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_bundle(bundle)
+    here(monkeypatch, "1.8.0", "sm89 NVIDIA GeForce RTX 4090")
+    with pytest.raises(CheckFailed) as caught:
+        open_engine(opened, "tensorrt-rtx")
+    assert "made by tensorrt-rtx 1.7.1.116 and 1.8.0 is installed" in caught.value.message
+    assert "for sm80, sm86 and this device is sm89 NVIDIA GeForce RTX 4090" in caught.value.message
+    assert "--target sm89" in caught.value.hint
+    here(monkeypatch, "1.7.1.116")
+    with pytest.raises(MissingDependency, match="there is none here") as missing:
+        open_engine(opened, "tensorrt-rtx")
+    assert "--engine onnxruntime" in missing.value.hint
+    here(monkeypatch, "")
+    with pytest.raises(MissingDependency, match="cannot be used"):
+        open_engine(opened, "tensorrt-rtx")
+    with pytest.raises(UsageError, match="unknown engine"):
+        open_engine(opened, "warp")
+
+
+@ONE
+def test_a_plan_that_changed_after_verification_is_never_deserialized(
+    bundle: Path, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here(monkeypatch, "1.7.1.116", "sm86 x")
+    opened = open_bundle(bundle)
+    plan = bundle / "engines" / "tensorrt-rtx" / "sm80+sm86.engine"
+    before = hashlib.sha256(plan.read_bytes()).hexdigest()
+    plan.write_bytes(plan.read_bytes() + b" ")
+    assert hashlib.sha256(plan.read_bytes()).hexdigest() != before
+    monkeypatch.setattr(TensorRtSession, "__init__", lambda *_: pytest.fail("it was deserialized"))
+    with pytest.raises(UntrustedArtifact, match="not the plan in the manifest"):
+        open_engine(opened, "tensorrt-rtx")
+
+
+@pytest.mark.parametrize("tiny", ["baked"], indirect=True)
+def test_a_bundle_without_the_engine_says_so(tiny: Any, bundle_path: Path) -> None:
+    with pytest.raises(UsageError, match="was not built for engine 'tensorrt-rtx'"):
+        open_engine(open_bundle(bundle_path), "tensorrt-rtx")
+
+
+def test_the_contract_takes_the_plans_own_type(session: Any, graph: ExportedGraph) -> None:
+    assert session.contract == graph.contract
+    assert isinstance(session.contract, GraphContract)
