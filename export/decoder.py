@@ -20,14 +20,12 @@ import onnx_ir as ir
 
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.linear import PackedLinear, add_linear
+from cushion_deploy.export.masks import AttentionMasks
 from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain, turning_channels
 from cushion_deploy.families import Family
-from cushion_deploy.types import HEAD_SITE, FloatArray, ModelSpec, RotaryScaling, Site, layer_site
+from cushion_deploy.types import HEAD_SITE, ModelSpec, RotaryScaling, Site, layer_site
 from cushion_deploy.weights import WeightSource, blocks
-
-MASKED = {ir.DataType.FLOAT: -1e9, ir.DataType.FLOAT16: -3e4}
-"""Additive mask: exp() of it is 0, and a score added to it stays finite in its type."""
 
 
 @dataclass
@@ -70,7 +68,7 @@ class DecoderGraph:
             for name, rotary in (("rotary", spec.rotary), ("local_rotary", spec.local_rotary))
             if rotary is not None
         }
-        self.biases = self._attention_biases(ids, self.prefix.extend_mask(g, mask))
+        self.biases = AttentionMasks(g, spec, self.family, self.dtype).add(ids, self.prefix.extend_mask(g, mask))
         self.prefix_shape = self.prefix.batch_shape(g, mask)
         x = self._embed(ids, positions)  # [B, S, hidden]
         for i, (past_key, past_value) in enumerate(past):
@@ -121,56 +119,6 @@ class DecoderGraph:
             cos, sin = g.op("Mul", cos, factor), g.op("Mul", sin, factor)
         pair = g.op("Concat", cos, cos, axis=-1), g.op("Concat", g.op("Neg", sin), sin, axis=-1)
         return self._narrow(pair[0]), self._narrow(pair[1])
-
-    def _attention_biases(self, ids: ir.Value, mask: ir.Value) -> dict[int, ir.Value]:
-        """Return the additive mask ``[B, 1 or H, G * S, L]`` for each window that a layer has; 0 looks at everything.
-
-        Causal, and closed on padding; one row block per group. Windows and ALiBi count tokens, those of the prefix too
-        and padding not, so that padding changes nothing.
-        """
-        g = self.g
-        length = g.op("Shape", mask, start=1, end=2)  # [1], L
-        sequence = g.op("Shape", ids, start=1, end=2)  # [1], S
-        total = g.op("Squeeze", length)
-        keys = g.op("Range", g.int_scalar(0), total, g.int_scalar(1))  # [L]
-        first = g.op("Sub", total, g.op("Squeeze", sequence))
-        queries = g.op("Unsqueeze", g.op("Range", first, total, g.int_scalar(1)), g.ints(1))  # [S, 1]
-        causal = g.op("LessOrEqual", keys, queries)  # [S, L]
-        kept = g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.BOOL)), g.ints(1, 2))  # [B, 1, 1, L]
-        windows = sorted({self.spec.window(i) for i in range(self.spec.num_layers)})
-        alibi, counted = self._scalar(0.0), self.family.positions == "alibi"
-        if counted or any(windows):
-            distance = self._distance(mask, first)
-        if counted:
-            alibi = self._alibi(distance)
-        group = self.spec.num_heads // self.spec.num_kv_heads
-        found: dict[int, ir.Value] = {}
-        for window in windows:
-            allowed = g.op("And", causal, kept)  # [B, 1, S, L]
-            if window:
-                allowed = g.op("And", allowed, g.op("Less", distance, g.int_scalar(window)))
-            bias = g.op("Where", allowed, alibi, self._scalar(self._masked))
-            found[window] = bias if group == 1 else g.op("Concat", *[bias] * group, axis=2)
-        return found
-
-    def _distance(self, mask: ir.Value, first: ir.Value) -> ir.Value:
-        """Return how many tokens each key is before each query, int64 ``[B, 1, S, L]``; ``first`` begins them."""
-        g = self.g
-        places = g.op("CumSum", mask, g.int_scalar(1))  # [B, L]
-        begin, end = g.op("Unsqueeze", first, g.ints(0)), g.ints(np.iinfo(np.int64).max)
-        of_queries = g.op("Unsqueeze", g.op("Slice", places, begin, end, g.ints(1)), g.ints(1, 3))  # [B, 1, S, 1]
-        return g.op("Sub", of_queries, g.op("Unsqueeze", places, g.ints(1, 2)))
-
-    def _alibi(self, distance: ir.Value) -> ir.Value:
-        """Return what ALiBi adds to the scores of each head, ``[B, H, S, L]``.
-
-        By the distance from each query: softmax sees differences alone, so any origin would do, but only near zero
-        do the keys that matter keep their precision in half.
-        """
-        g = self.g
-        slopes = -alibi_slopes(self.spec.num_heads)[None, :, None, None]
-        far = g.op("Cast", distance, to=int(ir.DataType.FLOAT))
-        return self._narrow(g.op("Mul", far, g.constant(slopes, "alibi_slopes")))
 
     def _attention(self, i: int, x: ir.Value, past_key: ir.Value, past_value: ir.Value) -> ir.Value:
         g, spec, family = self.g, self.spec, self.family
@@ -336,18 +284,3 @@ class DecoderGraph:
     def _narrow(self, x: ir.Value) -> ir.Value:
         """Return a float32 value in the graph's type."""
         return x if self.dtype == ir.DataType.FLOAT else self.g.op("Cast", x, to=int(self.dtype))
-
-    @property
-    def _masked(self) -> float:
-        return MASKED[self.dtype]
-
-
-def alibi_slopes(heads: int) -> FloatArray:
-    """Return the slope of each head, float32 ``[heads]``: powers of 2^(-8 / n) (Press et al., 2022).
-
-    n is the largest power of two within ``heads``; the heads beyond it take every other slope of 2 n heads.
-    """
-    whole = 2 ** int(math.log2(heads))
-    slopes = [2.0 ** (-8 * (i + 1) / whole) for i in range(whole)]
-    slopes += [2.0 ** (-8 * (2 * i + 1) / (2 * whole)) for i in range(heads - whole)]
-    return np.array(slopes, dtype=np.float32)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import WORK_DIR, make_workspace
+from cushion_deploy.cli.options import make_workspace, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import wording
@@ -28,15 +28,7 @@ if TYPE_CHECKING:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds that count.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of every engine; default: one per core.")
-@click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path),
-    default=WORK_DIR,
-    show_default=True,
-    help="Folder of finished stages, which later runs reuse.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@run_options
 def command(
     bundle: Path,
     model: str | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import WORK_DIR, make_workspace, parse_settings
+from cushion_deploy.cli.options import make_workspace, parse_settings, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import wording
@@ -26,15 +26,7 @@ if TYPE_CHECKING:
 @click.option("--recipe", "file", type=click.Path(path_type=Path), help="YAML file with settings of the build.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override any setting of the recipe.")
 @click.option("--calib-data", metavar="DATA", help="Text to look at the model with. Default: the recipe's.")
-@click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path),
-    default=WORK_DIR,
-    show_default=True,
-    help="Folder of finished stages, which later runs reuse.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@run_options
 def command(
     model: str,
     revision: str | None,

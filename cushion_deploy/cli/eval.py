@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import WORK_DIR, make_workspace, names, scored_text
+from cushion_deploy.cli.options import make_workspace, names, run_options, scored_text
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.recipe import Recipe
@@ -46,15 +46,7 @@ if TYPE_CHECKING:
 @click.option("--model", metavar="MODEL", help="The original model of a bundle; default: the one its recipe names.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings; for a model alone.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine; default: one per core.")
-@click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path),
-    default=WORK_DIR,
-    show_default=True,
-    help="Folder of finished stages, which later runs reuse.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@run_options
 def command(
     target: str,
     data: tuple[str, ...],

@@ -75,6 +75,16 @@ def recipe_options(function: F) -> F:
         click.option("--objective", metavar="NAME", help="Objective of the search: error or max."),
         click.option("--exhaustive", is_flag=True, help="Score the whole vocabulary exactly; resumable."),
         click.option("--no-prefix", is_flag=True, help="Build without a prefix."),
+    ]
+    function = run_options(function)
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def run_options(function: F) -> F:
+    """Add the options of every verb that works on a model: where stages are kept, and what is printed."""
+    options = [
         click.option(
             "--work-dir",
             type=click.Path(path_type=Path),

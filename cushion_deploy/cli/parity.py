@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.cli.options import WORK_DIR, make_workspace
+from cushion_deploy.cli.options import make_workspace, run_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode
@@ -18,19 +18,11 @@ from cushion_deploy.recipe import Recipe
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", help="The original model; default: the one that the bundle's recipe names.")
 @click.option("--eval-data", metavar="DATA", help="Text to compare on; default: that of the build.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML for CI.")
 @click.option("--baseline", type=click.Path(path_type=Path), help="Fail as well where a check is worse than here.")
 @click.option("--write-baseline", type=click.Path(path_type=Path), help="Write what every check reached.")
-@click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path),
-    default=WORK_DIR,
-    show_default=True,
-    help="Folder of finished stages, which later runs reuse.",
-)
 @click.option("--reuse", is_flag=True, help="Take the kept result of an earlier run on this machine.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@run_options
 def command(
     bundle: Path,
     model: str | None,

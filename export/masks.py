@@ -1,0 +1,95 @@
+"""What is added to the scores of attention: causality, padding, sliding windows, ALiBi.
+
+Shapes in comments: B batch, S sequence, T past + S, P prefix, L = P + T, H query heads, K key/value heads, G = H / K.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from cushion_deploy.export.builder import GraphBuilder
+from cushion_deploy.families import Family
+from cushion_deploy.types import FloatArray, ModelSpec
+
+MASKED = {ir.DataType.FLOAT: -1e9, ir.DataType.FLOAT16: -3e4}
+"""Additive mask: exp() of it is 0, and a score added to it stays finite in its type."""
+
+
+@dataclass(frozen=True)
+class AttentionMasks:
+    """Builds the additive masks of one graph: one for each window that its layers have."""
+
+    g: GraphBuilder
+    spec: ModelSpec
+    family: Family
+    dtype: ir.DataType
+
+    def add(self, ids: ir.Value, mask: ir.Value) -> dict[int, ir.Value]:
+        """Return the additive mask ``[B, 1 or H, G * S, L]`` for each window that a layer has; 0 looks at everything.
+
+        Causal, and closed on padding; one row block per group. Windows and ALiBi count tokens, those of the prefix too
+        and padding not, so that padding changes nothing.
+        """
+        g = self.g
+        length = g.op("Shape", mask, start=1, end=2)  # [1], L
+        sequence = g.op("Shape", ids, start=1, end=2)  # [1], S
+        total = g.op("Squeeze", length)
+        keys = g.op("Range", g.int_scalar(0), total, g.int_scalar(1))  # [L]
+        first = g.op("Sub", total, g.op("Squeeze", sequence))
+        queries = g.op("Unsqueeze", g.op("Range", first, total, g.int_scalar(1)), g.ints(1))  # [S, 1]
+        causal = g.op("LessOrEqual", keys, queries)  # [S, L]
+        kept = g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.BOOL)), g.ints(1, 2))  # [B, 1, 1, L]
+        windows = sorted({self.spec.window(i) for i in range(self.spec.num_layers)})
+        alibi, counted = self._scalar(0.0), self.family.positions == "alibi"
+        if counted or any(windows):
+            distance = self._distance(mask, first)
+        if counted:
+            alibi = self._alibi(distance)
+        group = self.spec.num_heads // self.spec.num_kv_heads
+        found: dict[int, ir.Value] = {}
+        for window in windows:
+            allowed = g.op("And", causal, kept)  # [B, 1, S, L]
+            if window:
+                allowed = g.op("And", allowed, g.op("Less", distance, g.int_scalar(window)))
+            bias = g.op("Where", allowed, alibi, self._scalar(MASKED[self.dtype]))
+            found[window] = bias if group == 1 else g.op("Concat", *[bias] * group, axis=2)
+        return found
+
+    def _distance(self, mask: ir.Value, first: ir.Value) -> ir.Value:
+        """Return how many tokens each key is before each query, int64 ``[B, 1, S, L]``; ``first`` begins them."""
+        g = self.g
+        places = g.op("CumSum", mask, g.int_scalar(1))  # [B, L]
+        begin, end = g.op("Unsqueeze", first, g.ints(0)), g.ints(np.iinfo(np.int64).max)
+        of_queries = g.op("Unsqueeze", g.op("Slice", places, begin, end, g.ints(1)), g.ints(1, 3))  # [B, 1, S, 1]
+        return g.op("Sub", of_queries, g.op("Unsqueeze", places, g.ints(1, 2)))
+
+    def _alibi(self, distance: ir.Value) -> ir.Value:
+        """Return what ALiBi adds to the scores of each head, ``[B, H, S, L]``.
+
+        By the distance from each query: softmax sees differences alone, so any origin would do, but only near zero
+        do the keys that matter keep their precision in half.
+        """
+        g = self.g
+        slopes = -alibi_slopes(self.spec.num_heads)[None, :, None, None]
+        far = g.op("Cast", distance, to=int(ir.DataType.FLOAT))
+        added = g.op("Mul", far, g.constant(slopes, "alibi_slopes"))
+        return added if self.dtype == ir.DataType.FLOAT else g.op("Cast", added, to=int(self.dtype))
+
+    def _scalar(self, value: float) -> ir.Value:
+        """Return a constant of the graph's type."""
+        return self.g.constant(np.array(value, dtype=self.dtype.numpy()))
+
+
+def alibi_slopes(heads: int) -> FloatArray:
+    """Return the slope of each head, float32 ``[heads]``: powers of 2^(-8 / n) (Press et al., 2022).
+
+    n is the largest power of two within ``heads``; the heads beyond it take every other slope of 2 n heads.
+    """
+    whole = 2 ** int(math.log2(heads))
+    slopes = [2.0 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    slopes += [2.0 ** (-8 * (2 * i + 1) / (2 * whole)) for i in range(heads - whole)]
+    return np.array(slopes, dtype=np.float32)
