@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import limit_options, make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.options import (
+    limit_options,
+    make_recipe,
+    make_workspace,
+    recipe_options,
+    split_targets,
+    target_option,
+)
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode
 
@@ -25,7 +32,7 @@ from cushion_deploy.errors import ExitCode
     help="Folder of the bundle.",
 )
 @click.option("--engine", "engines", multiple=True, help="Engine to compile; repeatable. Default: all available.")
-@click.option("--target", "targets", multiple=True, help="GPU target of TensorRT, e.g. sm86; repeatable.")
+@target_option
 @limit_options
 @click.option("--allow-float-linears", type=int, default=0, help="Linears that may stay in floating point.")
 @click.option("--print-config", is_flag=True, help="Print the complete recipe as YAML and stop.")
@@ -54,7 +61,7 @@ def command(
             found = plan(ws, output)
             click.echo(json.dumps(found) if values["as_json"] else "\n".join(plan_lines(found)))
             return ExitCode.OK
-        report = build(ws, output, targets=targets, allow_float_linears=allow_float_linears)
+        report = build(ws, output, targets=split_targets(targets), allow_float_linears=allow_float_linears)
     if values["as_json"]:
         click.echo(report.to_text())
     else:

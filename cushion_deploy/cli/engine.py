@@ -1,4 +1,4 @@
-"""`engine`: compile a graph for an engine."""
+"""`engine`: compile a graph for an engine, or a bundle for one more."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.cli.options import limit_options
+from cushion_deploy.cli.options import limit_options, make_workspace, run_options, split_targets, target_option
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
-from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import ENGINES, choose_engines
 from cushion_deploy.errors import UsageError
-from cushion_deploy.progress import elapsed
+from cushion_deploy.pipeline.compiling import add_engine
+from cushion_deploy.progress import Progress, elapsed
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.runtime.bundle import read_graph, verify_graph
-from cushion_deploy.store import MANIFEST_NAME, verify_bundle
+from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
+from cushion_deploy.store import MANIFEST_NAME
+from cushion_deploy.types import EngineArtifact
 
 
 @click.command("engine")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--engine", "name", required=True, help=f"One of: {', '.join(ENGINES)}.")
-@click.option("--target", "targets", multiple=True, help="GPU target of TensorRT, e.g. sm86; repeatable.")
+@target_option
 @limit_options
 @click.option("--allow-float-linears", type=int, default=0, help="Linears that may stay in floating point.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the engine.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--model", help="The original model of a bundle; default: the one that its recipe names.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder.")
+@run_options
 def command(
     folder: Path,
     name: str,
@@ -36,30 +38,34 @@ def command(
     max_batch: int | None,
     max_context: int | None,
     allow_float_linears: int,
+    model: str | None,
     output: Path,
+    work_dir: Path,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Compile the graph in FOLDER (of `export`, or a bundle) and count the linears that run in INT8."""
+    """Compile FOLDER for an engine and count the linears that run in INT8.
+
+    FOLDER is a graph of `export`, which gives the engine alone, or a bundle, which gives the bundle with that engine;
+    where the engine wants another floating-point type than the bundle's graph, the original model is needed.
+    """
     (engine,) = choose_engines([name])
-    require_new_folder(output)
-    # A bundle has a manifest of everything, a folder of `export` the digest of its graph: no engine sees a byte
-    # that was not compared.
-    recipe = Recipe()
-    if os.path.lexists(folder / MANIFEST_NAME):
-        recipe = Recipe.from_bundle(verify_bundle(folder).recipe)
-    given = {"tensorrt.max_batch": max_batch, "tensorrt.max_context": max_context}
-    limits = recipe.merged({name: value for name, value in given.items() if value is not None}).tensorrt
-    graph = read_graph(folder)
-    verify_graph(graph)
-    if engine.graph_dtype != graph.contract.dtype:
-        raise UsageError(
-            f"engine '{name}' compiles {engine.graph_dtype} graphs, the one in {folder} is {graph.contract.dtype}",
-            hint=f"write one with `cushion-deploy export --dtype {engine.graph_dtype}`",
+    limits = {"tensorrt.max_batch": max_batch, "tensorrt.max_context": max_context, "model": model}
+    changes = {setting: value for setting, value in limits.items() if value is not None}
+
+    def options(recipe: Recipe) -> CompileOptions:
+        admitted = recipe.tensorrt
+        return CompileOptions(
+            split_targets(targets), admitted.max_batch, admitted.max_context, allow_float_linears=allow_float_linears
         )
-    options = CompileOptions(targets, limits.max_batch, limits.max_context, allow_float_linears=allow_float_linears)
-    with progress(quiet) as report, elapsed(report, f"compiling for {name}"), new_folder(output) as staged:
-        artifact = engine.compile(graph, staged, options)
+
+    with progress(quiet) as report:
+        if os.path.lexists(folder / MANIFEST_NAME):
+            bundle = open_bundle(folder)
+            ws = make_workspace(Recipe.from_bundle(bundle.manifest.recipe).merged(changes), work_dir, report)
+            artifact = add_engine(ws, bundle, engine, options(ws.recipe), output)
+        else:
+            artifact = _compile_graph(folder, engine, options(Recipe().merged(changes)), output, report)
     if as_json:
         click.echo(json.dumps(artifact.to_json()))
         return
@@ -71,3 +77,20 @@ def command(
     if not artifact.ran:
         click.echo(str(artifact.details.get("not_run", "not run")))
     click.echo(f"written: {output}")
+
+
+def _compile_graph(
+    folder: Path, engine: Engine, options: CompileOptions, output: Path, report: Progress
+) -> EngineArtifact:
+    require_new_folder(output)
+    graph = read_graph(folder)
+    # A folder of `export` has no manifest but the digest of its graph: no engine sees a byte that was not compared.
+    verify_graph(graph)
+    if engine.graph_dtype != graph.contract.dtype:
+        raise UsageError(
+            f"engine '{engine.name}' compiles {engine.graph_dtype} graphs, the one in {folder} is "
+            f"{graph.contract.dtype}",
+            hint=f"write one with `cushion-deploy export --dtype {engine.graph_dtype}`",
+        )
+    with elapsed(report, f"compiling for {engine.name}"), new_folder(output) as staged:
+        return engine.compile(graph, staged, options)

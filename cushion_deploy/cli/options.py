@@ -100,6 +100,19 @@ def run_options(function: F) -> F:
     return function
 
 
+target_option = click.option(
+    *("--target", "--targets", "targets"),
+    multiple=True,
+    metavar="TARGET",
+    help="GPU target of TensorRT, e.g. sm86; commas between several, or repeat it.",
+)
+
+
+def split_targets(given: Sequence[str]) -> tuple[str, ...]:
+    """Return the targets that :data:`target_option` was given, one by one."""
+    return tuple(target.strip() for text in given for target in text.split(",") if target.strip())
+
+
 def limit_options(function: F) -> F:
     """Add the options of the optimization profiles of TensorRT; what is not given is left to the recipe."""
     for option in (

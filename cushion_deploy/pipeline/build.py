@@ -18,7 +18,7 @@ from cushion_deploy.calib.corpora import SAMPLED
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
-from cushion_deploy.pipeline.compiling import compile_engine
+from cushion_deploy.pipeline.compiling import compile_engine, place_engine
 from cushion_deploy.pipeline.limits import longest_prefix, require_positions
 from cushion_deploy.pipeline.parity import check_parity, half_graph
 from cushion_deploy.pipeline.prepare import prepare
@@ -30,9 +30,6 @@ from cushion_deploy.runtime.bundle import TEXT_NAME
 from cushion_deploy.runtime.genai import GENAI_NAME, genai_config
 from cushion_deploy.store import place, publish, recover, require_publishable, staging_area
 from cushion_deploy.types import PREFIX_FILE
-
-LINKED_BYTES = 64 << 20
-"""An engine's file of this size or more shares its bytes with the work folder; smaller ones may be edited: copied."""
 
 
 def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_float_linears: int = 0) -> Report:
@@ -91,10 +88,7 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
             if deployed.smoothing:
                 write_smoothing(deployed.smoothing, staged / SMOOTHING_FILE)
             for artifact, folder in compiled:
-                target = staged / "engines" / artifact.engine
-                target.mkdir(parents=True)
-                for name in artifact.files:
-                    place(folder / name, target / name, link=(folder / name).stat().st_size >= LINKED_BYTES)
+                place_engine(artifact, folder, staged)
             (staged / "report").mkdir()
             write_report(report, staged / "report")
             parents = {**graph.parents, "graph": graph.digest}

@@ -12,13 +12,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cushion_deploy.artifacts import SCALES_FILE, read_prefix, read_scales
+from cushion_deploy.artifacts import read_prefix
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.evaluate.agreement import Agreement, tasks_agree, texts_agree
 from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.perplexity import TextScore, cut_windows, score_text
 from cushion_deploy.evaluate.scorer import Scorer
 from cushion_deploy.evaluate.zeroshot import Metric, TaskScore, TaskSuite, mean_accuracy, run_tasks
+from cushion_deploy.pipeline.prepare import require_model_of
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.onnxruntime import open_session
@@ -144,7 +145,7 @@ def evaluate_columns(
     with ws.store.lock() if in_torch or "self" in texts else nullcontext():
         corpora = [ws.corpus(data, "evaluation") for data in texts]
         if bundle is not None and in_torch:
-            require_model_of(ws, bundle)
+            require_model_of(ws, bundle.path)
         for column in columns:
             began = time.monotonic()
             with _column(ws, bundle, column, threads) as (scorer, encoding):
@@ -166,15 +167,6 @@ def evaluate_columns(
                         found.tasks.setdefault(result.task, {})[column] = result
             found.seconds[column] = time.monotonic() - began
     return replace(found, agreements=_agreements(found, bundle))
-
-
-def require_model_of(ws: Workspace, bundle: Bundle) -> None:
-    """Check that the model at hand is the one that a bundle was built from; raises UsageError otherwise."""
-    if ws.source.digest != read_scales(bundle.path / SCALES_FILE).model_digest:
-        raise UsageError(
-            f"{ws.source.label} is not the model that the bundle was built from",
-            hint="give the original with --model, or run the engine alone with --columns engine",
-        )
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from typing import Any
 
 from cushion_deploy.engines.base import Engine
 from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.errors import UsageError
-from cushion_deploy.pipeline.prepare import Deployed, read_deployed
+from cushion_deploy.pipeline.prepare import Deployed, read_deployed, require_model_of
 from cushion_deploy.pipeline.stages import evaluation_windows, export, export_deployed
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.store import require_space
@@ -176,12 +175,8 @@ def check_bundle(ws: Workspace, bundle: Path, graph: ExportedGraph, *, reuse: bo
     Raises:
         UsageError: the model of the bundle is not at hand, or the given one is another model.
     """
+    require_model_of(ws, bundle)
     deployed = read_deployed(ws, bundle, graph)
-    if ws.source.digest != deployed.scales.model_digest:
-        raise UsageError(
-            f"{ws.source.label} is not the model that the bundle was built from",
-            hint="give the original with --model",
-        )
     with ws.store.lock():
         half = _half_behind(ws, deployed, bundle)
         return check_parity(ws, deployed, graph, half, reuse=reuse).report

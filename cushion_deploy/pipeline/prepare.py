@@ -106,6 +106,14 @@ def read_deployed(ws: Workspace, bundle: Path, graph: ExportedGraph) -> Deployed
     return Deployed(read_prefix(bundle / PREFIX_FILE), smoothing, scheme, scales, {})
 
 
+def require_model_of(ws: Workspace, bundle: Path) -> None:
+    """Check that the model at hand is the one that a bundle was built from; raises UsageError otherwise."""
+    if ws.source.digest != read_scales(bundle / SCALES_FILE).model_digest:
+        raise UsageError(
+            f"{ws.source.label} is not the model that the bundle was built from", hint="give the original with --model"
+        )
+
+
 def smooth(ws: Workspace, prefix: Prefix) -> Smoothing | None:
     """Return the smoothing measured on the calibration text behind a prefix; None where the recipe wants none."""
     alpha = ws.recipe.smoothing.alpha

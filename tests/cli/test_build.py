@@ -184,8 +184,8 @@ def test_the_limits_of_tensorrt_are_settings_and_flags_stand_over_them(cli: Any,
 def test_engines_are_compiled_within_the_limits_of_the_recipe(
     cli: Any, tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cushion_deploy.cli.engine as verb
     import cushion_deploy.pipeline.build as build
+    import cushion_deploy.pipeline.compiling as compiling
 
     asked = []
     real = build.compile_engine
@@ -195,6 +195,7 @@ def test_engines_are_compiled_within_the_limits_of_the_recipe(
         return real(ws, engine, graph, options)
 
     monkeypatch.setattr(build, "compile_engine", record)
+    monkeypatch.setattr(compiling, "compile_engine", record)
     done = cli(
         *(
             "build",
@@ -211,15 +212,7 @@ def test_engines_are_compiled_within_the_limits_of_the_recipe(
     assert done.code == 0, done.err
     assert verify_bundle(tmp_path / "b").recipe["tensorrt"] == {"max_batch": 2, "max_context": 96}
 
-    class Recorder:
-        graph_dtype = "float32"
-
-        def compile(self, graph: Any, folder: Path, options: Any) -> Any:
-            asked.append((options.max_batch, options.max_context))
-            return verb.ENGINES["onnxruntime"].compile(graph, folder, options)
-
-    monkeypatch.setattr(verb, "choose_engines", lambda names: [Recorder()])
-    engine = ("engine", tmp_path / "b", "--engine", "onnxruntime")
+    engine = ("engine", tmp_path / "b", "--engine", "onnxruntime", "--work-dir", tiny_bundle.work)
     assert cli(*engine, "--output", tmp_path / "e").code == 0
     assert cli(*engine, "--output", tmp_path / "f", "--max-batch", 5).code == 0
     assert asked == [(2, 96), (2, 96), (5, 96)]

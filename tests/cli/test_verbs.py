@@ -87,9 +87,37 @@ def test_export_of_the_float_twin_has_no_quantizer(cli: Any, planted_bundle: Any
 
 
 def test_engine_of_a_bundle(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
-    done = cli("engine", planted_bundle.bundle, "--engine", "onnxruntime", "--output", tmp_path / "e")
+    more = ("--work-dir", tmp_path / "w", "--output", tmp_path / "e")
+    done = cli("engine", planted_bundle.bundle, "--engine", "onnxruntime", *more)
     assert done.code == 0
     assert "22 of 22 linears in INT8" in done.out
+    # The result is the bundle again, and runs.
+    files = {name: entry.sha256 for name, entry in verify_bundle(planted_bundle.bundle).files.items()}
+    again = {name: entry.sha256 for name, entry in verify_bundle(tmp_path / "e").files.items()}
+    assert {name for name in files if files[name] != again.get(name)} <= {"engines/onnxruntime/engine.json"}
+    assert cli("generate", tmp_path / "e", "The quick", "--max-new-tokens", "2").code == 0
+
+
+def test_a_plan_for_a_bundle_that_has_none(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    more = ("--engine", "tensorrt-rtx", "--targets", "sm89,sm86", "--max-context", 64, "--work-dir", tmp_path / "w")
+    done = cli("engine", planted_bundle.bundle, *more, "--output", tmp_path / "e", "--json")
+    assert done.code == 0, done.err
+    assert done.json["targets"] == ["sm86", "sm89"]
+    assert done.json["int8_linears"] == done.json["linears"] == 22
+    assert done.json["details"]["limits"]["context"] == 64
+    files = verify_bundle(tmp_path / "e").files
+    assert {"engines/onnxruntime/engine.json", "engines/tensorrt-rtx/sm86+sm89.engine"} <= set(files)
+    shown = cli("inspect", tmp_path / "e", "--json").json
+    assert shown["engines"] == ["onnxruntime", "tensorrt-rtx"]
+    # Nothing to run it on: an exit code of its own, and what to do.
+    ran = cli("generate", tmp_path / "e", "The quick", "--engine", "tensorrt-rtx")
+    assert ran.code == 3
+    assert "--engine onnxruntime" in ran.err
+    # Another model is not the bundle's.
+    other = cli("engine", planted_bundle.bundle, *more, "--model", tmp_path, "--output", tmp_path / "f")
+    assert other.code == 2
+    assert not (tmp_path / "f").exists()
 
 
 @pytest.mark.parametrize("kind", ["prefix", "scales"])
