@@ -28,6 +28,10 @@ _KERNEL = re.compile(
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _TACTIC = re.compile(r", TacticName: ([^,\[]*)")
 _PROFILE = re.compile(r" \[profile (\d+)\]")
+_FUSION = re.compile(r"__myl_([A-Za-z]+)_0x[0-9a-f]+")
+"""Tactic of a fusion: four letters of every operation in it, in order."""
+_WORD = re.compile(r"[A-Z][a-z]*")
+_MOVES = frozenset({"Cast", "Conc", "Move", "Resh", "Slic", "Tran"})
 _GROUP = re.compile(r"_myl(\d+)_\d+$")
 
 
@@ -74,6 +78,21 @@ class Kernel:
         """
         operands = [*self.inputs[:1], *self.constants[:1]]
         return self.is_gemm and len(operands) == 2 and all(t.dtype == "Int8" for t in operands)
+
+    @property
+    def has_half_accumulator(self) -> bool:
+        """Whether an INT8 product is written as half.
+
+        Scales of output channels are applied behind the product then: what is written is the bare sum, which half
+        cannot hold beyond 65504.
+        """
+        return self.is_int8_gemm and any(t.dtype == "Half" for t in self.outputs)
+
+    @property
+    def only_moves(self) -> bool:
+        """Whether it computes nothing: a copy, a cast, another layout."""
+        words = _WORD.findall(tactic.group(1)) if (tactic := _FUSION.fullmatch(self.tactic)) else []
+        return bool(words) and _MOVES.issuperset(words)
 
     @property
     def is_fused_attention(self) -> bool:
@@ -126,6 +145,16 @@ class PlanReport:
     def fused_attention(self) -> int:
         """Fused attention kernels in the profile that has fewest."""
         return min(self._count(k.profile for k in self.kernels if k.is_fused_attention), default=0)
+
+    @property
+    def half_accumulators(self) -> tuple[str, ...]:
+        """INT8 products that may overflow, see :attr:`Kernel.has_half_accumulator`."""
+        return tuple(k.name for k in self.kernels if k.has_half_accumulator)
+
+    @property
+    def moves(self) -> tuple[int, ...]:
+        """Kernels of each profile that only copy, cast or reorder."""
+        return self._count(k.profile for k in self.kernels if k.only_moves)
 
     def fallbacks(self, linears: Sequence[GraphLinear]) -> tuple[Fallback, ...]:
         """Return the linears without an INT8 GEMM, one entry for each profile where it is missing."""

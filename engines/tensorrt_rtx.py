@@ -275,6 +275,8 @@ def _kernel_details(plan: PlanReport, linears: Sequence[GraphLinear], outcome: M
     return {
         "kernels": len(plan.kernels),
         "int8_gemms": list(plan.int8_gemms),
+        "half_accumulators": list(plan.half_accumulators),
+        "moves": list(plan.moves),
         "attention_matmuls": len(outcome["attention"]),
         "float_linears": sorted({fallback.linear.site for fallback in plan.fallbacks(linears)}),
         "linears_without_site": [p["node"] for p in outcome["linears"] if p["node"] not in ours],

@@ -76,6 +76,8 @@ def command(
     )
     if not artifact.ran:
         click.echo(str(artifact.details.get("not_run", "not run")))
+    if hazards := artifact.details.get("half_accumulators"):
+        click.echo(f"warning: {len(hazards)} INT8 products are written as half and may overflow: {hazards[0]} ...")
     click.echo(f"written: {output}")
 
 

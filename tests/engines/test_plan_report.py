@@ -51,6 +51,30 @@ def test_int8_gemms_and_fused_attention_are_counted_in_each_profile(name: str, i
     assert report.fused_attention == fused
 
 
+@pytest.mark.parametrize("name", [SMOLLM2, FLOAT_HEAD, CONTRACTING])
+def test_no_int8_product_of_ours_is_written_as_half(name: str) -> None:
+    assert read_plan(listing(name), VERSION).half_accumulators == ()
+
+
+def test_an_int8_product_written_as_half_is_a_hazard() -> None:
+    lines = listing(FLOAT_HEAD).splitlines()
+    i = next(i for i, line in enumerate(lines) if "LayerType: gemm" in line and "Datatype: Int8" in line)
+    before, outputs, after = lines[i].partition("Outputs: ")
+    lines[i] = before + outputs + after.replace("Datatype: Float", "Datatype: Half", 1)
+    report = read_plan("\n".join(lines), VERSION)
+    assert report.half_accumulators == (re.match(r"Name: ([^,]+),", lines[i])[1],)  # type: ignore[index]
+
+
+def test_kernels_that_only_move_are_counted() -> None:
+    # One for each of SmolLM2's 30 attentions in each profile, by a reading of its own.
+    tactics = re.findall(r"TacticName: __myl_([A-Za-z]+)_0x", listing(SMOLLM2))
+    expected = sum(re.fullmatch("(Move|Resh|Tran|Cast|Slic|Conc)+", tactic) is not None for tactic in tactics)
+    assert expected == 60
+    report = read_plan(listing(SMOLLM2), VERSION)
+    assert sum(report.moves) == 60
+    assert not any(kernel.only_moves for kernel in report.kernels if kernel.is_gemm or kernel.is_fused_attention)
+
+
 def test_linears_are_counted_before_packing() -> None:
     text = listing(SMOLLM2)
     nodes = gemm_nodes(text)
