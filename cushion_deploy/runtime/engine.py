@@ -10,14 +10,14 @@ from cushion_deploy.engines.compatibility import require_runnable
 from cushion_deploy.engines.probe import probe
 from cushion_deploy.errors import UntrustedArtifact, UsageError, unknown_choice
 from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.runtime.onnxruntime import open_session
+from cushion_deploy.runtime.onnxruntime import PROVIDERS, open_session
 from cushion_deploy.runtime.session import DecoderSession
 from cushion_deploy.runtime.tensorrt import TensorRtSession
 from cushion_deploy.types import EngineArtifact
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx"}
 """Engines that run plans, with the module of each."""
-ENGINES = ("onnxruntime", *MODULES)
+ENGINES = (*PROVIDERS, *MODULES)
 REPORT = "engine.json"
 
 
@@ -37,8 +37,8 @@ def open_engine(bundle: Bundle, engine: str = "onnxruntime", threads: int | None
     """
     if engine not in ENGINES:
         raise unknown_choice("engine", engine, list(ENGINES))
-    if engine == "onnxruntime":
-        return open_session(bundle.graph, threads=threads)
+    if engine in PROVIDERS:
+        return open_session(bundle.graph, threads=threads, provider=PROVIDERS[engine])
     artifact = read_engine(bundle, engine)
     module = MODULES[engine]
     require_runnable(artifact, probe(module), f"pip install 'cushion-deploy[{engine.removeprefix('tensorrt-')},cuda]'")

@@ -16,7 +16,14 @@ from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageErr
 from cushion_deploy.runtime.session import INPUTS, NeedLogits, checked_inputs, first_caches, past_names
 from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract, IntArray, Prefix
 
-PROVIDERS = ["CPUExecutionProvider"]
+CPU = "CPUExecutionProvider"
+PROVIDERS = {
+    "onnxruntime": CPU,
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+    "onnxruntime-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+"""Engines of ONNX Runtime and the provider of each. Providers of a GPU leave nodes to the CPU that they do not have."""
 TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
 LOGITS_START = "logits_start"
 """Initializer of a graph, int64 ``[1]``, that a caller may override: the head sees tokens from this one on."""
@@ -73,9 +80,11 @@ class OnnxRuntimeSession:
         fused: False runs the graph as it is written, Q and DQ as nodes of their own: the slow reference.
         chunk: longest piece of a prompt that one call feeds; pieces skip most of what the causal mask would discard.
             The last piece is fed whole: its last token alone would be one more step (0 to 10 % slower, measured).
+        prefix: what every cache begins with, where the contract says so.
+        provider: execution provider. On a GPU the cache crosses to it at every step: correct, and not fast.
 
     Raises:
-        MissingDependency: onnxruntime is not installed or lacks the CPU provider.
+        MissingDependency: onnxruntime is not installed, or does not run the graph on the provider.
         UsageError: no such file, or an impossible option.
         UntrustedArtifact: the file is no graph, or not the one that the contract describes.
     """
@@ -89,6 +98,7 @@ class OnnxRuntimeSession:
         fused: bool = True,
         chunk: int = 128,
         prefix: Prefix | None = None,
+        provider: str = CPU,
     ) -> None:
         """Load the graph; the cache is empty."""
         if chunk < 1:
@@ -100,7 +110,7 @@ class OnnxRuntimeSession:
         self._ort = _import_onnxruntime()
         self.contract = contract
         self.chunk = chunk
-        self._session = self._open(model_path, threads, fused)
+        self._session = self._open(model_path, threads, fused, provider)
         self._prefix = prefix
         first_caches(contract, prefix, 1)
         self._past_names = past_names(contract)
@@ -113,19 +123,27 @@ class OnnxRuntimeSession:
         self._cache: list[Any] = []
         self._length = 0
 
-    def _open(self, model_path: Path, threads: int | None, fused: bool) -> Any:
+    def _open(self, model_path: Path, threads: int | None, fused: bool, provider: str) -> Any:
         options = session_options(threads=threads, fused=fused)
+        available = self._ort.get_available_providers()
+        if provider not in available:
+            raise MissingDependency(
+                f"this ONNX Runtime has no {provider}; it has {', '.join(available)}",
+                hint=f"pip install 'cushion-deploy[{'cpu' if provider == CPU else 'gpu'}]'",
+            )
+        wanted = [CPU] if provider == CPU else [provider, CPU]
         try:
-            session = self._ort.InferenceSession(model_path, options, providers=PROVIDERS)
+            session = self._ort.InferenceSession(model_path, options, providers=wanted)
         except Exception as e:  # its errors share no base class but Exception
             raise UntrustedArtifact(
                 f"ONNX Runtime cannot load {model_path}: {str(e).splitlines()[0]:.300}",
                 hint="run `cushion-deploy verify` on the bundle; if it is intact, build it again",
             ) from e
-        if session.get_providers() != PROVIDERS:
+        # It falls back to the CPU without a word where a driver or a library of the provider is missing.
+        if session.get_providers() != wanted:
             raise MissingDependency(
-                f"ONNX Runtime runs the graph on {session.get_providers()}, asked for {PROVIDERS}",
-                hint="pip install 'cushion-deploy[cpu]'",
+                f"ONNX Runtime runs the graph on {', '.join(session.get_providers())}, asked for {provider}",
+                hint="see what `nvidia-smi` says, and which CUDA this onnxruntime wants; or run --engine onnxruntime",
             )
         return session
 

@@ -172,18 +172,35 @@ def test_failed_run_leaves_the_cache(tiny: Any, monkeypatch: pytest.MonkeyPatch,
     )
 
 
-def test_fallback_to_another_provider_is_found(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda self: ["AzureExecutionProvider"])
-    with pytest.raises(MissingDependency, match="AzureExecutionProvider") as caught:
-        tiny.session()
-    assert "cushion-deploy[cpu]" in caught.value.hint
-
-
 def test_missing_onnxruntime_carries_its_install_line(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(MissingDependency) as caught:
         tiny.session()
     assert caught.value.hint == "pip install 'cushion-deploy[cpu]'"
+
+
+def test_a_provider_that_is_not_there_is_told_with_its_install_line(tiny: Any) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has the provider")
+    with pytest.raises(MissingDependency, match="has no CUDAExecutionProvider; it has") as caught:
+        tiny.session(provider="CUDAExecutionProvider")
+    assert caught.value.hint == "pip install 'cushion-deploy[gpu]'"
+
+
+def test_a_silent_fallback_to_the_cpu_is_an_error(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What onnxruntime-gpu does without a driver: it has the provider, and the session does not.
+    real, asked = onnxruntime.InferenceSession, []
+
+    def falls_back(path: Any, options: Any, providers: list[str]) -> Any:
+        asked.append(providers)
+        return real(path, options, providers=["CPUExecutionProvider"])
+
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
+    with pytest.raises(MissingDependency, match="runs the graph on CPUExecutionProvider, asked for CUDA"):
+        tiny.session(provider="CUDAExecutionProvider")
+    assert asked == [both]
 
 
 def test_file_that_is_no_graph_is_refused(tiny: Any, tmp_path: Path) -> None:
