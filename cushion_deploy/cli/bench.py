@@ -52,7 +52,7 @@ def command(
     with progress(quiet) as report:
         ws = make_workspace(recipe, work_dir, report)
         workload = Workload(prompt, decoded, batch, rounds)
-        found = bench_bundle(ws, opened.path, opened.graph, workload, threads=threads, twin=not no_float)
+        found = bench_bundle(ws, opened, workload, threads=threads, twin=not no_float)
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(_lines(found)))
 
 
@@ -67,8 +67,8 @@ def _lines(found: Bench) -> list[str]:
                 f"{s['prefill_tokens_per_second']:,.0f}",
                 f"{s['decode_tokens_per_second']:,.1f}",
                 " / ".join(f"{value:.1f}" for value in s["decode_milliseconds"].values()),
-                wording.size(found.memory[name]),
-                wording.size(found.files[name]),
+                wording.size(found.memory[name]) if name in found.memory else "",
+                wording.size(found.files[name]) if name in found.files else "",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -76,5 +76,5 @@ def _lines(found: Bench) -> list[str]:
     for row in rows:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
-    lines += ["", *(f"{name}: {reason}" for name, reason in found.not_run.items()), found.verdict]
+    lines += ["", *(f"{name}: {reason}" for name, reason in found.not_run.items()), *found.verdicts]
     return lines

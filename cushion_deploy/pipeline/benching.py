@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
+from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.errors import CheckFailed, MissingDependency
 from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, peak_memory, time_sessions
+from cushion_deploy.pipeline.compiling import compile_engine
 from cushion_deploy.pipeline.prepare import read_deployed
 from cushion_deploy.pipeline.stages import export
 from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.runtime.bundle import Bundle
+from cushion_deploy.runtime.engine import MODULES, REPORT, open_engine, open_plan, read_engine
 from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.session import DecoderSession
-from cushion_deploy.types import ExportedGraph
 
-INT8, FLOAT = "onnxruntime, INT8", "onnxruntime, float32"
+CPU_ENGINE, INT8 = "onnxruntime", "INT8"
 FASTER = 1.02
 """From this ratio on one engine counts as faster; below it is noise."""
 
@@ -27,9 +30,9 @@ class Bench:
 
     Attributes:
         workload: what ran.
-        times: by engine.
-        memory, files: peak resident bytes, and bytes on disk, by engine.
-        ratio: INT8 against floating point; None where there is no float twin.
+        times: by engine and type, e.g. ``onnxruntime, INT8``.
+        memory, files: peak resident bytes, and bytes on disk, of those that ran on the CPU.
+        ratios: engine to INT8 against floating point on it; empty without float twins.
         not_run: engines of the bundle that did not run, and why.
     """
 
@@ -37,20 +40,15 @@ class Bench:
     times: dict[str, Times]
     memory: dict[str, int]
     files: dict[str, int]
-    ratio: Comparison | None
+    ratios: dict[str, Comparison]
     not_run: dict[str, str] = field(default_factory=dict)
 
     @property
-    def verdict(self) -> str:
-        """One sentence that says whether INT8 is faster."""
-        if self.ratio is None:
-            return "Nothing to compare with: the float twin was left out."
-        parts = [(name, getattr(self.ratio, name)) for name in ("prefill", "decode")]
-        slower = [name for name, ratio in parts if ratio < FASTER]
-        said = " and ".join(f"{ratio:.2f} times as fast in {name}" for name, ratio in parts)
-        if not slower:
-            return f"INT8 runs {said} as floating point."
-        return f"INT8 is not faster in {' and '.join(slower)} here: it runs {said} as floating point."
+    def verdicts(self) -> tuple[str, ...]:
+        """One sentence an engine that says whether INT8 is faster there."""
+        if not self.ratios:
+            return ("Nothing to compare with: the float twin was left out.",)
+        return tuple(_verdict(engine, ratio) for engine, ratio in self.ratios.items())
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
@@ -59,53 +57,83 @@ class Bench:
             "engines": {
                 name: {
                     **times.summary(self.workload),
-                    "peak_memory_bytes": self.memory[name],
-                    "file_bytes": self.files[name],
+                    "peak_memory_bytes": self.memory.get(name),
+                    "file_bytes": self.files.get(name),
                 }
                 for name, times in self.times.items()
             },
-            "int8_against_float": self.ratio.to_json() if self.ratio else None,
+            "int8_against_float": {engine: ratio.to_json() for engine, ratio in self.ratios.items()},
             "not_run": self.not_run,
-            "verdict": self.verdict,
+            "verdicts": list(self.verdicts),
         }
 
 
-def bench_bundle(
-    ws: Workspace, bundle: Path, graph: ExportedGraph, workload: Workload, *, threads: int | None, twin: bool = True
-) -> Bench:
-    """Time a verified bundle's engines, and the float twin that is exported from the original model.
+def _verdict(engine: str, ratio: Comparison) -> str:
+    parts = [(name, getattr(ratio, name)) for name in ("prefill", "decode")]
+    slower = [name for name, value in parts if value < FASTER]
+    said = " and ".join(f"{value:.2f} times as fast in {name}" for name, value in parts)
+    if not slower:
+        return f"On {engine}, INT8 runs {said} as floating point."
+    return f"On {engine}, INT8 is not faster in {' and '.join(slower)}: it runs {said} as floating point."
+
+
+def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: int | None, twin: bool = True) -> Bench:
+    """Time a verified bundle's engines, each beside a float twin that is made from the original model.
 
     Args:
         ws: whose recipe names the original model.
-        bundle, graph: what is timed.
+        bundle: what is timed.
         workload: what runs.
-        threads: of every engine; None for one per core.
-        twin: False leaves the float twin out, and the original model is not needed.
+        threads: of every engine on the CPU; None for one per core.
+        twin: False leaves the float twins out, and the original model is not needed.
 
     Raises:
         UsageError: the workload does not fit into the model, or the model is not at hand.
     """
-    workload.check(graph.contract)
-    graphs = {INT8: graph}
-    if twin:
-        with ws.store.lock():
-            deployed = read_deployed(ws, bundle, graph)
-            graphs[FLOAT] = export(ws, deployed, dtype="float32", name="float", quantized=False)
-    sessions: dict[str, DecoderSession] = {name: open_session(g, threads=threads) for name, g in graphs.items()}
+    workload.check(bundle.contract)
+    graphs = {f"{CPU_ENGINE}, {INT8}": bundle.graph}
+    sessions: dict[str, DecoderSession] = {}
+    plans, not_run = _open_plans(bundle)
+    with ws.store.lock() if twin else nullcontext():
+        if twin:
+            deployed = read_deployed(ws, bundle.path, bundle.graph)
+            graphs[f"{CPU_ENGINE}, float32"] = export(ws, deployed, dtype="float32", name="float", quantized=False)
+        sessions = {name: open_session(graph, threads=threads) for name, graph in graphs.items()}
+        for engine, session in plans.items():
+            sessions[f"{engine}, {INT8}"] = session
+            if twin:
+                sessions[f"{engine}, {session.contract.dtype}"] = _float_plan(ws, bundle, engine, session)
     times = time_sessions(sessions, workload, ws.progress)
     sessions.clear()
-    memory = {name: peak_memory(g, workload, threads) for name, g in graphs.items()}
-    ratio = compare(times[INT8], times[FLOAT], workload) if twin else None
-    files = {name: g.size for name, g in graphs.items()}
-    return Bench(workload, times, memory, files, ratio, _not_run(bundle))
+    memory = {name: peak_memory(graph, workload, threads) for name, graph in graphs.items()}
+    ratios = {}
+    for name in times:
+        engine, _, kind = name.partition(", ")
+        if kind != INT8:
+            ratios[engine] = compare(times[f"{engine}, {INT8}"], times[name], workload)
+    return Bench(workload, times, memory, {name: g.size for name, g in graphs.items()}, ratios, not_run)
 
 
-def _not_run(bundle: Path) -> dict[str, str]:
-    """Return the engines of a bundle that are compiled and cannot run here, with the reason in their report."""
-    found = {}
-    for name in ENGINES:
-        file = bundle / "engines" / name / "engine.json"
-        if name != "onnxruntime" and file.is_file():
-            details = json.loads(file.read_text(encoding="utf-8")).get("details", {})
-            found[name] = str(details.get("not_run") or "running it is not supported yet")
-    return found
+def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, str]]:
+    """Return a session of every plan in a bundle that can run here, and why the others cannot."""
+    opened: dict[str, DecoderSession] = {}
+    reasons: dict[str, str] = {}
+    for engine in MODULES:
+        if f"engines/{engine}/{REPORT}" in bundle.manifest.files:
+            try:
+                opened[engine] = open_engine(bundle, engine)
+            except (MissingDependency, CheckFailed) as e:
+                reasons[engine] = f"not run: {e.message}"
+    return opened, reasons
+
+
+def _float_plan(ws: Workspace, bundle: Bundle, engine: str, like: DecoderSession) -> DecoderSession:
+    """Compile the same model without INT8 for the same engine and targets, within the same limits, and open it."""
+    artifact, dtype = read_engine(bundle, engine), like.contract.dtype
+    deployed = read_deployed(ws, bundle.path, bundle.graph)
+    graph = export(ws, deployed, dtype=dtype, name=f"{dtype}-twin", quantized=False)
+    limits = artifact.details["limits"]
+    options = CompileOptions(artifact.targets, limits["batch"], limits["context"], limits["prefill"])
+    made, folder = compile_engine(ws, ENGINES[engine], graph, options)
+    plan = next(folder / name for name in made.files if name != REPORT)
+    return open_plan(engine, plan.read_bytes(), graph)

@@ -13,7 +13,7 @@ from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.onnxruntime import PROVIDERS, open_session
 from cushion_deploy.runtime.session import DecoderSession
 from cushion_deploy.runtime.tensorrt import TensorRtSession
-from cushion_deploy.types import EngineArtifact
+from cushion_deploy.types import EngineArtifact, ExportedGraph
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx"}
 """Engines that run plans, with the module of each."""
@@ -40,10 +40,14 @@ def open_engine(bundle: Bundle, engine: str = "onnxruntime", threads: int | None
     if engine in PROVIDERS:
         return open_session(bundle.graph, threads=threads, provider=PROVIDERS[engine])
     artifact = read_engine(bundle, engine)
-    module = MODULES[engine]
-    require_runnable(artifact, probe(module), f"pip install 'cushion-deploy[{engine.removeprefix('tensorrt-')},cuda]'")
-    plan = _read_plan(bundle, artifact)
-    return TensorRtSession(plan, bundle.contract, module, read_cached_prefix(bundle.graph))
+    install = f"pip install 'cushion-deploy[{engine.removeprefix('tensorrt-')},cuda]'"
+    require_runnable(artifact, probe(MODULES[engine]), install)
+    return open_plan(engine, _read_plan(bundle, artifact), bundle.graph)
+
+
+def open_plan(engine: str, plan: bytes, graph: ExportedGraph) -> TensorRtSession:
+    """Return a session of a plan that is known to be what was compiled from a graph."""
+    return TensorRtSession(plan, graph.contract, MODULES[engine], read_cached_prefix(graph))
 
 
 def read_engine(bundle: Bundle, engine: str) -> EngineArtifact:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cushion_deploy.engines.probe import probe
 from cushion_deploy.evaluate.speed import Comparison, Workload
+from cushion_deploy.pipeline import benching
 from cushion_deploy.pipeline.benching import Bench
+from cushion_deploy.runtime.onnxruntime import open_session
 
 SMALL = ("--prompt", "16", "--decoded", "4", "--rounds", "2")
 
@@ -21,8 +26,8 @@ def test_a_bundle_beside_its_float_twin(cli: Any, planted_bundle: Any) -> None:
         assert row["prefill_tokens_per_second"] > 0
         assert row["decode_milliseconds"]["p50"] <= row["decode_milliseconds"]["p99"]
         assert row["peak_memory_bytes"] > row["file_bytes"] > 0
-    assert set(found["int8_against_float"]) == {"prefill", "decode"}
-    assert "times as fast in prefill" in found["verdict"]
+    assert set(found["int8_against_float"]["onnxruntime"]) == {"prefill", "decode"}
+    assert "times as fast in prefill" in found["verdicts"][0]
 
 
 def test_without_the_twin_the_model_is_not_needed(cli: Any, planted_bundle: Any, tmp_path: Any) -> None:
@@ -41,10 +46,46 @@ def test_a_prompt_that_does_not_fit_is_bad_input(cli: Any, planted_bundle: Any) 
 @pytest.mark.parametrize(
     ("prefill", "decode", "words"),
     [
-        (1.5, 2.0, "INT8 runs 1.50 times as fast in prefill and 2.00 times as fast in decode as floating point."),
-        (0.9, 2.0, "INT8 is not faster in prefill here"),
-        (1.01, 0.5, "INT8 is not faster in prefill and decode here"),
+        (1.5, 2.0, "On x, INT8 runs 1.50 times as fast in prefill and 2.00 times as fast in decode as floating point."),
+        (0.9, 2.0, "On x, INT8 is not faster in prefill: it runs"),
+        (1.01, 0.5, "On x, INT8 is not faster in prefill and decode: it runs"),
     ],
 )
 def test_the_verdict_is_plain(prefill: float, decode: float, words: str) -> None:
-    assert Bench(Workload(), {}, {}, {}, Comparison(prefill, decode)).verdict.startswith(words)
+    (verdict,) = Bench(Workload(), {}, {}, {}, {"x": Comparison(prefill, decode)}).verdicts
+    assert verdict.startswith(words)
+
+
+def test_a_plan_runs_beside_its_own_float_twin_or_says_why_not(
+    cli: Any, planted_bundle: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    bundle, work = tmp_path / "b", ("--work-dir", planted_bundle.work)
+    plan = ("--engine", "tensorrt-rtx", "--target", "sm86", "--max-context", 64, "--output", bundle)
+    assert cli("engine", planted_bundle.bundle, *plan, *work).code == 0
+    here = cli("bench", bundle, *work, *SMALL, "--json").json
+    if not probe("tensorrt_rtx").gpus:
+        assert here["not_run"]["tensorrt-rtx"].startswith("not run: ")
+
+    # Where there is a device: stand-ins that compute with ONNX Runtime, the float plan really compiled.
+    opened = []
+
+    def stand_in(engine: str, plan: bytes, graph: Any) -> Any:
+        opened.append((engine, len(plan) > 1000, graph.contract.dtype, graph.quantized))
+        return open_session(graph, threads=1)
+
+    def int8(bundle: Any, engine: str) -> Any:
+        session = open_session(bundle.graph, threads=1)
+        half = replace(session.contract, dtype="float16")
+        return SimpleNamespace(contract=half, run=session.run, reset=session.reset)
+
+    monkeypatch.setattr(benching, "open_engine", int8)
+    monkeypatch.setattr(benching, "open_plan", stand_in)
+    done = cli("bench", bundle, *work, *SMALL, "--json")
+    assert done.code == 0, done.err
+    assert opened == [("tensorrt-rtx", True, "float16", False)]
+    found = done.json
+    assert {"tensorrt-rtx, INT8", "tensorrt-rtx, float16"} <= set(found["engines"])
+    assert set(found["int8_against_float"]) == {"onnxruntime", "tensorrt-rtx"}
+    assert found["not_run"] == {}
+    assert "tensorrt-rtx, float16" in cli("bench", bundle, *work, *SMALL).out
