@@ -29,7 +29,7 @@ from cushion_deploy.types import EngineArtifact
 @limit_options
 @click.option("--allow-float-linears", type=int, default=0, help="Linears that may stay in floating point.")
 @click.option("--model", help="The original model of a bundle; default: the one that its recipe names.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder; or the bundle.")
 @run_options
 def command(
     folder: Path,
@@ -62,6 +62,8 @@ def command(
     with progress(quiet) as report:
         if os.path.lexists(folder / MANIFEST_NAME):
             bundle = open_bundle(folder)
+            if output.resolve() != folder.resolve():
+                require_new_folder(output)
             ws = make_workspace(Recipe.from_bundle(bundle.manifest.recipe).merged(changes), work_dir, report)
             artifact = add_engine(ws, bundle, engine, options(ws.recipe), output)
         else:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.errors import CheckFailed, MissingDependency
+from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, peak_memory, time_sessions
-from cushion_deploy.pipeline.compiling import compile_engine
 from cushion_deploy.pipeline.prepare import read_deployed
 from cushion_deploy.pipeline.stages import export
 from cushion_deploy.pipeline.workspace import Workspace
@@ -100,11 +103,21 @@ def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: 
             graphs[f"{CPU_ENGINE}, float32"] = export(ws, deployed, dtype="float32", name="float", quantized=False)
         sessions = {name: open_session(graph, threads=threads) for name, graph in graphs.items()}
         for engine, session in plans.items():
-            sessions[f"{engine}, {INT8}"] = session
-            if twin:
-                sessions[f"{engine}, {session.contract.dtype}"] = _float_plan(ws, bundle, engine, session)
-    times = time_sessions(sessions, workload, ws.progress)
-    sessions.clear()
+            try:
+                found = {f"{engine}, {INT8}": session}
+                if twin:
+                    found[f"{engine}, {session.contract.dtype}"] = _float_plan(ws, bundle, engine, session)
+                for each in found.values():
+                    each.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64), need_logits="none")
+                    each.reset()
+                sessions |= found
+            except CushionError as e:  # one plan that cannot take the workload is no reason to time nothing
+                not_run[engine] = f"not run: {e.message}"
+    try:
+        times = time_sessions(sessions, workload, ws.progress)
+    finally:
+        for session in (*sessions.values(), *plans.values()):
+            session.close()
     memory = {name: peak_memory(graph, workload, threads) for name, graph in graphs.items()}
     ratios = {}
     for name in times:
@@ -122,7 +135,7 @@ def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, st
         if f"engines/{engine}/{REPORT}" in bundle.manifest.files:
             try:
                 opened[engine] = open_engine(bundle, engine)
-            except (MissingDependency, CheckFailed) as e:
+            except CushionError as e:
                 reasons[engine] = f"not run: {e.message}"
     return opened, reasons
 
@@ -134,6 +147,8 @@ def _float_plan(ws: Workspace, bundle: Bundle, engine: str, like: DecoderSession
     graph = export(ws, deployed, dtype=dtype, name=f"{dtype}-twin", quantized=False)
     limits = artifact.details["limits"]
     options = CompileOptions(artifact.targets, limits["batch"], limits["context"], limits["prefill"])
-    made, folder = compile_engine(ws, ENGINES[engine], graph, options)
-    plan = next(folder / name for name in made.files if name != REPORT)
-    return open_plan(engine, plan.read_bytes(), graph)
+    # Compiled anew and in a folder of its own: opening a plan runs code, and a work folder may be anybody's.
+    with tempfile.TemporaryDirectory(prefix="cushion-bench-") as name:
+        made = ENGINES[engine].compile(graph, Path(name), options)
+        plan = next(Path(name) / file for file in made.files if file != REPORT).read_bytes()
+    return open_plan(engine, plan, graph)

@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 
 from cushion_deploy.engines.base import CompileOptions, Engine
+from cushion_deploy.errors import UntrustedArtifact
 from cushion_deploy.pipeline.prepare import read_deployed, require_model_of
+from cushion_deploy.pipeline.reporting import engine_row
 from cushion_deploy.pipeline.stages import export
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.progress import elapsed
-from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.store import place, publish, recover, require_publishable, staging_area
+from cushion_deploy.report.document import REPORT_JSON, read_report
+from cushion_deploy.report.document import Engine as EngineRow
+from cushion_deploy.report.write import write_report
+from cushion_deploy.runtime.bundle import Bundle, verify_graph
+from cushion_deploy.store import hash_file, place, publish, recover, require_publishable, staging_area
 from cushion_deploy.types import EngineArtifact, ExportedGraph
 
 LINKED_BYTES = 64 << 20
@@ -55,12 +60,15 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
         ws: the bundle's recipe; its model is the original.
         bundle: verified.
         engine, options: what to compile.
-        output: new folder, an empty one, or the bundle itself.
+        output: a new folder, or the bundle itself; another bundle there is replaced.
 
     Raises:
-        UsageError: the model at hand is another one.
+        UsageError: the model at hand is another one, or something else is at ``output``.
+        UntrustedArtifact: the bundle's graph is not what its export wrote, or the bundle changed meanwhile.
         CheckFailed: see :meth:`Engine.compile`; nothing is published then.
     """
+    # Engines are kept by the digest that the graph's own description claims.
+    verify_graph(bundle.graph)
     recover(output)
     require_publishable(output)
     with ws.store.lock():
@@ -72,10 +80,22 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
         artifact, folder = compile_engine(ws, engine, graph, options)
         own = f"engines/{engine.name}/"
         with staging_area(output) as staged:
-            for name in bundle.manifest.files:
+            for name, entry in bundle.manifest.files.items():
                 if not name.startswith(own):
                     (staged / name).parent.mkdir(parents=True, exist_ok=True)
                     place(bundle.path / name, staged / name, link=False)
+                    # Compiling took its time: what is published is what was verified before it.
+                    if hash_file(staged / name) != entry.sha256:
+                        raise UntrustedArtifact(f"{name} changed meanwhile", hint="run `cushion-deploy verify`")
             place_engine(artifact, folder, staged)
+            _tell(artifact, staged / "report")
             publish(staged, output, bundle.manifest.recipe, bundle.manifest.parents)
     return artifact
+
+
+def _tell(artifact: EngineArtifact, folder: Path) -> None:
+    """Put an engine into the report in ``folder``, in the place of the same engine."""
+    report = read_report(folder / REPORT_JSON)
+    others = [engine for engine in report.engines if engine.engine != artifact.engine]
+    rows = (*others, EngineRow.model_validate(engine_row(artifact)))
+    write_report(report.model_copy(update={"engines": rows}), folder)

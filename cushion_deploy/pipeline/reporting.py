@@ -75,7 +75,7 @@ def assemble_report(
             "float_linears": sum(len(linears[site]) for site in deployed.scheme.float_sites),
         },
         "parity": [c.to_json() for c in parity.report.checks],
-        "engines": [_engine(e) for e in engines],
+        "engines": [engine_row(e) for e in engines],
         "stages": merge_times(ws.times),
         "environment": {
             "python": platform.python_version(),
@@ -142,7 +142,8 @@ def _search(trace: SearchTrace) -> dict[str, Any]:
     }
 
 
-def _engine(artifact: EngineArtifact) -> dict[str, Any]:
+def engine_row(artifact: EngineArtifact) -> dict[str, Any]:
+    """Return an engine as a report tells it."""
     return {
         "engine": artifact.engine,
         "targets": artifact.targets,

@@ -48,6 +48,10 @@ class TorchSession:
         self._past: KeysValues = self._prefix
         self._length = 0
 
+    def close(self) -> None:
+        """Empty the cache; everything else goes with the object."""
+        self.reset()
+
     def truncate(self, length: int) -> None:
         """Keep only the first ``length`` tokens of the cache; raises UsageError when it holds fewer."""
         if not 0 <= length <= self._length:

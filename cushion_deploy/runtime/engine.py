@@ -56,16 +56,21 @@ def read_engine(bundle: Bundle, engine: str) -> EngineArtifact:
     if f"engines/{engine}/{REPORT}" not in bundle.manifest.files:
         raise UsageError(f"{bundle.path} was not built for engine '{engine}'", hint=f"build it with --engine {engine}")
     try:
-        return EngineArtifact.from_json(json.loads(file.read_text(encoding="utf-8")))
+        artifact = EngineArtifact.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, KeyError, ValueError) as e:
         raise UntrustedArtifact(f"{file} does not describe an engine: {e}", hint="build the bundle again") from e
+    if artifact.engine != engine:
+        raise UntrustedArtifact(f"{file} describes '{artifact.engine}'", hint="build the bundle again")
+    return artifact
 
 
 def _read_plan(bundle: Bundle, artifact: EngineArtifact) -> bytes:
     """Return a plan's bytes, compared with the manifest once more: what is deserialized is what was read here."""
-    (name,) = [name for name in artifact.files if name != REPORT]
-    path = f"engines/{artifact.engine}/{name}"
-    entry, plan = bundle.manifest.files.get(path), (bundle.path / path).read_bytes()
+    paths = [f"engines/{artifact.engine}/{name}" for name in artifact.files if name != REPORT]
+    # What the manifest lists is inside of the bundle; what it does not list is not read.
+    entry = bundle.manifest.files.get(paths[0]) if len(paths) == 1 else None
+    plan = (bundle.path / paths[0]).read_bytes() if entry else b""
     if entry is None or hashlib.sha256(plan).hexdigest() != entry.sha256:
-        raise UntrustedArtifact(f"{path} is not the plan in the manifest", hint="run `cushion-deploy verify`")
+        name = paths[0] if paths else f"engines/{artifact.engine}"
+        raise UntrustedArtifact(f"{name} is not the plan in the manifest", hint="run `cushion-deploy verify`")
     return plan

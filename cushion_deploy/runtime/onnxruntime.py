@@ -25,6 +25,13 @@ PROVIDERS = {
 }
 """Engines of ONNX Runtime and the provider of each. Providers of a GPU leave nodes to the CPU that they do not have."""
 TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+_GPU = "pip uninstall onnxruntime, then pip install 'cushion-deploy[gpu]'"
+_INSTALL = {
+    CPU: "pip install 'cushion-deploy[cpu]'",
+    PROVIDERS["onnxruntime-cuda"]: _GPU,
+    PROVIDERS["onnxruntime-tensorrt"]: _GPU,
+    PROVIDERS["onnxruntime-tensorrt-rtx"]: "install a build with this provider, such as onnxruntime-trt-rtx",
+}
 LOGITS_START = "logits_start"
 """Initializer of a graph, int64 ``[1]``, that a caller may override: the head sees tokens from this one on."""
 
@@ -128,8 +135,7 @@ class OnnxRuntimeSession:
         available = self._ort.get_available_providers()
         if provider not in available:
             raise MissingDependency(
-                f"this ONNX Runtime has no {provider}; it has {', '.join(available)}",
-                hint=f"pip install 'cushion-deploy[{'cpu' if provider == CPU else 'gpu'}]'",
+                f"this ONNX Runtime has no {provider}; it has {', '.join(available)}", hint=_INSTALL[provider]
             )
         wanted = [CPU] if provider == CPU else [provider, CPU]
         try:
@@ -175,6 +181,10 @@ class OnnxRuntimeSession:
     def reset(self) -> None:
         """Empty the cache."""
         self._cache, self._length = [], 0
+
+    def close(self) -> None:
+        """Empty the cache; everything else goes with the object."""
+        self.reset()
 
     def truncate(self, length: int) -> None:
         """Keep only the first ``length`` tokens of the cache: one copy of what is kept.

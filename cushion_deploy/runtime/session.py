@@ -59,6 +59,10 @@ class DecoderSession(Protocol):
         """Keep only the first ``length`` tokens of the cache; raises UsageError when it holds fewer."""
         ...
 
+    def close(self) -> None:
+        """Give back what the garbage collector does not: the memory of a device."""
+        ...
+
 
 def context_limit(contract: GraphContract) -> int:
     """Return how many tokens of its own a caller may have in the context: the prefix takes the other positions."""
@@ -135,7 +139,7 @@ def checked_inputs(
     # Left padding takes no position, but a row without any is as long as the array.
     if total > limit:
         raise UsageError(
-            f"a context of {total} tokens is longer than the {limit} that the model has positions for",
+            f"a context of {total} tokens is longer than the {limit} that the engine has room for",
             hint=f"shorten the prompt or ask for fewer new tokens, {limit} together",
         )
     if ids.min() < 0 or ids.max() >= contract.vocab_size:

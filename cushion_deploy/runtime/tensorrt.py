@@ -39,22 +39,27 @@ class Profile:
         index: in the plan.
         name: ``decode`` where it takes single tokens, ``prefill`` otherwise.
         batch, sequence: largest B and S.
-        total: smallest and largest length of the attention mask, prefix slots included.
+        past: smallest and largest length of the cache before a call, prefix slots included.
     """
 
     index: int
     name: str
     batch: int
     sequence: int
-    total: tuple[int, int]
+    past: tuple[int, int]
 
-    def admits(self, batch: int, sequence: int, total: int) -> bool:
+    @property
+    def total(self) -> int:
+        """Longest attention mask."""
+        return self.past[1] + self.sequence
+
+    def admits(self, batch: int, sequence: int, past: int) -> bool:
         """Return whether a call fits."""
-        return batch <= self.batch and sequence <= self.sequence and self.total[0] <= total <= self.total[1]
+        return batch <= self.batch and sequence <= self.sequence and self.past[0] <= past <= self.past[1]
 
     def __str__(self) -> str:
         """Say the limits."""
-        return f"{self.name} takes a batch of {self.batch}, {self.sequence} new tokens and {self.total[1]} in all"
+        return f"{self.name} takes a batch of {self.batch} and {self.sequence} new tokens after {self.past[1]}"
 
 
 class TensorRtSession:
@@ -79,26 +84,35 @@ class TensorRtSession:
     def __init__(self, plan: bytes, contract: GraphContract, module: str, prefix: Prefix | None = None) -> None:
         """Deserialize the plan and allocate; the cache is empty."""
         self._buffers: list[DeviceBuffer] = []
-        self._trt = _import(module)
-        self._cuda = Cuda()
-        self._logger = self._trt.Logger(self._trt.Logger.WARNING)
-        self._runtime = self._trt.Runtime(self._logger)
-        engine = self._runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise CheckFailed(
-                f"{module} {self._trt.__version__} refuses the plan: made by another version or for another GPU",
-                hint=REBUILD.format(engine=module.replace("_", "-")),
-            )
-        self._engine = engine
-        self._past = past_names(contract)
-        self._present = [name.replace("past_key_values", "present") for name in self._past]
-        self.contract = replace(contract, dtype=self._check_contract(contract))
-        self.profiles = _read_profiles(engine)
-        self._contexts = {profile.index: self._context(profile) for profile in self.profiles}
+        self._contexts: dict[int, Any] = {}
         self._prefix, self._length = prefix, 0
         self._rows: int | None = None
-        first_caches(self.contract, prefix, 1)
-        self._allocate()
+        self._past = past_names(contract)
+        self._present = [name.replace("past_key_values", "present") for name in self._past]
+        self._trt = _import(module)
+        self._cuda = Cuda()
+        self._open = True
+        try:
+            self._logger = self._trt.Logger(self._trt.Logger.WARNING)
+            self._runtime = self._trt.Runtime(self._logger)
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+            if self._engine is None:
+                raise CheckFailed(
+                    f"{module} {self._trt.__version__} refuses the plan: made by another version or for another GPU",
+                    hint=REBUILD.format(engine=module.replace("_", "-")),
+                )
+            dtype = self._check_contract(contract)
+            self.profiles = _read_profiles(self._engine)
+            # A plan may hold fewer tokens than the model has positions for: whoever asks for the limit hears that one.
+            room = max(profile.past[1] for profile in self.profiles) + 1 - contract.prefix_slots
+            positions = min(contract.max_positions, room + contract.prefix_length)
+            self.contract = replace(contract, dtype=dtype, max_positions=positions)
+            first_caches(self.contract, prefix, 1)
+            self._contexts = {profile.index: self._context(profile) for profile in self.profiles}
+            self._allocate()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def length(self) -> int:
@@ -136,15 +150,15 @@ class TensorRtSession:
             UsageError: shapes that do not fit each other, the model, or any profile; the message names them.
             CheckFailed: the device reports an error.
         """
-        if not self._buffers:
+        if not self._open:
             raise UsageError("the session is closed", hint="open the bundle again")
         mask, positions = checked_inputs(self.contract, self._length, self._rows, ids, mask, positions)
         before, (batch, new) = (self._length, self._rows), ids.shape
         start = mask.shape[1] - new
         step = max(profile.sequence for profile in self.profiles)
         pieces = [(begin, min(begin + step, new)) for begin in range(0, new, step)]
-        # Refused before anything runs: the last piece is the longest context.
-        used = [self._choose(batch, end - begin, start + end) for begin, end in pieces]
+        # Refused before anything runs.
+        used = [self._choose(batch, end - begin, start + begin) for begin, end in pieces]
         if self._rows is None:
             self._seed(batch)
         collected: list[FloatArray] = []
@@ -160,17 +174,20 @@ class TensorRtSession:
 
     def close(self) -> None:
         """Give the device memory back; the session cannot be used afterwards."""
-        buffers, self._buffers = self._buffers, []
-        if buffers:
-            # A context that still ran would write into memory that is gone.
+        if not self._open:
+            return
+        self._open = False
+        # A context that still ran would write into memory that is gone.
+        with suppress(CheckFailed):
+            self._cuda.synchronize()
+        self._contexts.clear()
+        self._engine = self._runtime = None
+        for buffer in self._buffers:
             with suppress(CheckFailed):
-                self._cuda.synchronize()
-            self._contexts.clear()
-            for buffer in buffers:
-                with suppress(CheckFailed):
-                    buffer.free()
-            with suppress(CheckFailed):
-                self._cuda.close()
+                buffer.free()
+        self._buffers.clear()
+        with suppress(CheckFailed):
+            self._cuda.close()
 
     def __enter__(self) -> TensorRtSession:
         """Return the session."""
@@ -195,7 +212,10 @@ class TensorRtSession:
                 f"the plan is not of this bundle's graph: {differing[0] if differing else _CACHE} does not fit",
                 hint="build the bundle again",
             )
-        return _TYPES[engine.get_tensor_dtype(_CACHE).name]
+        kind = engine.get_tensor_dtype(_CACHE).name
+        if kind not in _TYPES:
+            raise UntrustedArtifact(f"the plan keeps its cache as {kind}", hint="build the bundle again")
+        return _TYPES[kind]
 
     def _context(self, profile: Profile) -> Any:
         context = self._engine.create_execution_context()
@@ -209,32 +229,26 @@ class TensorRtSession:
 
     def _allocate(self) -> None:
         c = self.contract
-        batch, total = (max(p.batch for p in self.profiles), max(p.total[1] for p in self.profiles))
+        batch, total = (max(p.batch for p in self.profiles), max(p.total for p in self.profiles))
         sequence = max(p.sequence for p in self.profiles)
         self._cache_type = np.dtype(NUMPY_TYPES[c.dtype])
         cache = batch * c.num_kv_heads * total * c.head_dim * self._cache_type.itemsize
-        try:
-            self._inputs = {
-                name: self._new(8 * batch * size)
-                for name, size in zip(INPUTS, (sequence, total, sequence), strict=True)
-            }
-            self._logits = self._new(4 * batch * sequence * c.vocab_size)
-            self._caches = [[self._new(cache) for _ in self._past] for _ in range(2)]
-        except BaseException:
-            self.close()
-            raise
+        lengths = zip(INPUTS, (sequence, total, sequence), strict=True)
+        self._inputs = {name: self._new(8 * batch * length) for name, length in lengths}
+        self._logits = self._new(4 * batch * sequence * c.vocab_size)
+        self._caches = [[self._new(cache) for _ in self._past] for _ in range(2)]
 
     def _new(self, size: int) -> DeviceBuffer:
         self._buffers.append(self._cuda.allocate(size))
         return self._buffers[-1]
 
-    def _choose(self, batch: int, sequence: int, total: int) -> Profile:
+    def _choose(self, batch: int, sequence: int, past: int) -> Profile:
         """Return the profile for a call, the narrowest first."""
         for profile in self.profiles:
-            if profile.admits(batch, sequence, total):
+            if profile.admits(batch, sequence, past):
                 return profile
         raise UsageError(
-            f"a batch of {batch} with {sequence} new tokens and {total} in all fits no optimization profile: "
+            f"a batch of {batch} with {sequence} new tokens after {past} fits no optimization profile: "
             + "; ".join(map(str, self.profiles)),
             hint="compile the engine with a larger --max-context or --max-batch; a plan is never rebuilt for a shape",
         )
@@ -260,7 +274,11 @@ class TensorRtSession:
             self._bind_input(context, self._past[i], cache_shape, source.at(past * size))
             self._bind(context, self._present[i], target.at((past + new) * size))
         self._bind(context, "logits", self._logits.at(4 * batch * new * c.vocab_size))
-        if missing := context.infer_shapes():
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as e:
+            raise CheckFailed(f"the plan refuses these shapes: {e}", hint="build the bundle again") from e
+        if missing:
             raise CheckFailed(f"shapes that the plan misses: {', '.join(missing)}", hint="build the bundle again")
         shape = tuple(context.get_tensor_shape("logits"))
         if shape != (batch, new, c.vocab_size):
@@ -313,9 +331,9 @@ def _read_profiles(engine: Any) -> tuple[Profile, ...]:
     found = []
     for index in range(engine.num_optimization_profiles):
         _, _, most = (tuple(dims) for dims in engine.get_tensor_profile_shape("input_ids", index))
-        shortest, _, longest = (tuple(dims) for dims in engine.get_tensor_profile_shape("attention_mask", index))
+        shortest, _, longest = (tuple(dims) for dims in engine.get_tensor_profile_shape(_CACHE, index))
         name = "decode" if most[1] == 1 else "prefill"
-        found.append(Profile(index, name, most[0], most[1], (shortest[1], longest[1])))
+        found.append(Profile(index, name, most[0], most[1], (shortest[2], longest[2])))
     return tuple(sorted(found, key=lambda profile: profile.sequence))
 
 

@@ -32,6 +32,10 @@ class TextGenerator:
     bundle: Bundle
     session: DecoderSession
 
+    def close(self) -> None:
+        """Give the engine's memory back; the generator cannot be used afterwards."""
+        self.session.close()
+
     def stream(
         self,
         prompt: str,

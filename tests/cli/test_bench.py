@@ -77,7 +77,7 @@ def test_a_plan_runs_beside_its_own_float_twin_or_says_why_not(
     def int8(bundle: Any, engine: str) -> Any:
         session = open_session(bundle.graph, threads=1)
         half = replace(session.contract, dtype="float16")
-        return SimpleNamespace(contract=half, run=session.run, reset=session.reset)
+        return SimpleNamespace(contract=half, run=session.run, reset=session.reset, close=session.close)
 
     monkeypatch.setattr(benching, "open_engine", int8)
     monkeypatch.setattr(benching, "open_plan", stand_in)

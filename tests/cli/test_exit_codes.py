@@ -203,13 +203,13 @@ def test_an_output_folder_that_is_not_ours_is_left_alone(build: Any, tmp_path: P
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize(("verb", "words"), [("export", "not an empty folder"), ("engine", "not a bundle of ours")])
+@pytest.mark.parametrize("verb", ["export", "engine"])
 def test_a_graph_or_engine_folder_with_content_is_left_alone(
-    cli: Any, tiny_bundle: Any, tmp_path: Path, verb: str, words: str
+    cli: Any, tiny_bundle: Any, tmp_path: Path, verb: str
 ) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     what = tiny_bundle.options if verb == "export" else [tiny_bundle.bundle, "--engine", "onnxruntime"]
-    expect(cli(verb, *what, "--output", tmp_path), 2, words)
+    expect(cli(verb, *what, "--output", tmp_path), 2, "not an empty folder")
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 

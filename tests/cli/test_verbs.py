@@ -94,7 +94,8 @@ def test_engine_of_a_bundle(cli: Any, planted_bundle: Any, tmp_path: Path) -> No
     # The result is the bundle again, and runs.
     files = {name: entry.sha256 for name, entry in verify_bundle(planted_bundle.bundle).files.items()}
     again = {name: entry.sha256 for name, entry in verify_bundle(tmp_path / "e").files.items()}
-    assert {name for name in files if files[name] != again.get(name)} <= {"engines/onnxruntime/engine.json"}
+    changed = {name for name in files if files[name] != again.get(name)}
+    assert {name for name in changed if not name.startswith("report/")} <= {"engines/onnxruntime/engine.json"}
     assert cli("generate", tmp_path / "e", "The quick", "--max-new-tokens", "2").code == 0
 
 
@@ -110,6 +111,10 @@ def test_a_plan_for_a_bundle_that_has_none(cli: Any, planted_bundle: Any, tmp_pa
     assert {"engines/onnxruntime/engine.json", "engines/tensorrt-rtx/sm86+sm89.engine"} <= set(files)
     shown = cli("inspect", tmp_path / "e", "--json").json
     assert shown["engines"] == ["onnxruntime", "tensorrt-rtx"]
+    rows = {row["engine"]: row for row in cli("report", tmp_path / "e", "--json").json["engines"]}
+    assert rows["tensorrt-rtx"]["targets"] == ["sm86", "sm89"]
+    assert rows["onnxruntime"]["ran"]
+    assert "sm86" in (tmp_path / "e" / "report" / "report.html").read_text()
     # Nothing to run it on: an exit code of its own, and what to do.
     ran = cli("generate", tmp_path / "e", "The quick", "--engine", "tensorrt-rtx")
     assert ran.code == 3

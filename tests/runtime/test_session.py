@@ -184,7 +184,7 @@ def test_a_provider_that_is_not_there_is_told_with_its_install_line(tiny: Any) -
         pytest.skip("this ONNX Runtime has the provider")
     with pytest.raises(MissingDependency, match="has no CUDAExecutionProvider; it has") as caught:
         tiny.session(provider="CUDAExecutionProvider")
-    assert caught.value.hint == "pip install 'cushion-deploy[gpu]'"
+    assert "pip install 'cushion-deploy[gpu]'" in caught.value.hint
 
 
 def test_a_silent_fallback_to_the_cpu_is_an_error(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

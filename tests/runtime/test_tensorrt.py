@@ -123,9 +123,10 @@ def test_what_fits_no_profile_is_refused_with_their_names(session: Any, ids: Any
     with pytest.raises(UsageError, match=r"decode takes a batch of 3.*prefill takes a batch of 3") as caught:
         session.run(ids.repeat(4, axis=0)[:, :2])
     assert "--max-batch" in caught.value.hint
-    long = np.tile(ids, (1, 2))[:, :70]
-    with pytest.raises(UsageError, match="fits no optimization profile"):
-        session.run(long)
+    long = np.tile(ids, (1, 2))
+    for length in (61, 65, 70):
+        with pytest.raises(UsageError, match=f"a context of {length} tokens is longer than the 60"):
+            session.run(long[:, :length])
     assert len(device.executed) == ran, "something ran before the refusal"
     assert session.length == 0
 
@@ -168,6 +169,17 @@ def test_too_little_memory_says_how_much(graph: ExportedGraph, tiny: Any, device
         TensorRtSession(plan_of(graph), tiny.graph.contract, "tensorrt_rtx", prefix)
     assert "--max-context" in caught.value.hint
     assert not device.cuda.memory
+    assert not device.cuda.streams
+
+
+def test_a_context_may_be_as_long_as_the_plan_says_and_no_longer(session: Any, expected: Any, ids: Any) -> None:
+    long = np.tile(ids, (1, 2))[:, :60]
+    close(session.run(long), expected.run(long))
+    with pytest.raises(UsageError, match="a context of 61 tokens"):
+        session.run(long[:, :1])
+    session.truncate(59)
+    expected.truncate(59)
+    close(session.run(long[:, :1]), expected.run(long[:, :1]))
 
 
 def test_a_plan_of_another_graph_is_refused(graph: ExportedGraph, tiny: Any, device: Any) -> None:
@@ -176,6 +188,7 @@ def test_a_plan_of_another_graph_is_refused(graph: ExportedGraph, tiny: Any, dev
         TensorRtSession(plan_of(graph), other, "tensorrt_rtx", tiny.prefix)
     with pytest.raises(CheckFailed, match="refuses the plan"):
         TensorRtSession(b"\x00", tiny.graph.contract, "tensorrt_rtx", tiny.prefix)
+    assert not device.cuda.streams, "a refused plan leaves a stream behind"
 
 
 def test_without_a_driver_it_is_a_missing_dependency() -> None:
@@ -282,5 +295,6 @@ def test_a_bundle_without_the_engine_says_so(tiny: Any, bundle_path: Path) -> No
 
 
 def test_the_contract_takes_the_plans_own_type(session: Any, graph: ExportedGraph) -> None:
-    assert session.contract == graph.contract
+    # And no more positions than the plan has room for: 60 tokens and the prefix.
+    assert session.contract == replace(graph.contract, max_positions=60 + graph.contract.prefix_length)
     assert isinstance(session.contract, GraphContract)
