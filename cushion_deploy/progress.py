@@ -15,15 +15,16 @@ TICK_SECONDS = 1.0
 class Progress(Protocol):
     """Called with the name of a task, the units done and the units in all; also once with done == total.
 
-    A total of 0 says that the length is unknown; the units are then seconds since the task began.
+    A total of 0 says that the length is unknown; the units are then seconds since the task began. ``note`` is what the
+    work has come to so far, such as a loss; it may change from report to report, the name may not.
     """
 
-    def __call__(self, task: str, done: int, total: int) -> None:
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         """Take one report."""
         ...
 
 
-def silent(task: str, done: int, total: int) -> None:
+def silent(task: str, done: int, total: int, note: str = "") -> None:
     """Report nothing."""
 
 

@@ -78,12 +78,13 @@ class _BarReport:
         self.bars = bars
         self.tasks: dict[str, TaskID] = {}
 
-    def __call__(self, task: str, done: int, total: int) -> None:
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         known = self.tasks.get(task)
         if known is None:
             # Without a total the bar pulses.
             known = self.tasks[task] = self.bars.add_task(task, total=total or None, timed=not total)
-        self.bars.update(known, completed=done, total=total or None)
+        said = f"{task}: {note}" if note else task
+        self.bars.update(known, completed=done, total=total or None, description=said)
         if total and done >= total:
             del self.tasks[task]
 
@@ -94,7 +95,7 @@ class _LineReport:
     def __init__(self) -> None:
         self.task, self.begin, self.last, self.timed = "", 0.0, 0.0, False
 
-    def __call__(self, task: str, done: int, total: int) -> None:
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if task != self.task:
             self.task, self.begin, self.last, self.timed = task, now, now, not total
@@ -106,6 +107,6 @@ class _LineReport:
         rate = done / max(now - self.begin, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if done < total and rate else ""
         count = f"{done} s" if self.timed else f"{done}/{total} ({rate:.1f}/s{left})"
-        print(f"{task}: {count}", file=sys.stderr, flush=True)
+        print(f"{task}: {count}" + (f"; {note}" if note else ""), file=sys.stderr, flush=True)
         if over:
             self.task = ""

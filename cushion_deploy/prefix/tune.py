@@ -144,12 +144,11 @@ class PrefixTuning:
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save(trace, best, done)
                     saved = time.monotonic()
-                self.progress(
-                    f"tuning the prefix: {self.config.loss} {prediction:.4f}, error {error:.3f}, "
-                    f"held-out {trace.states[-1].words} (untuned {trace.states[0].words})",
-                    done,
-                    self.steps,
+                said = (
+                    f"{self.config.loss} {prediction:.4f}, error {error:.3f}, "
+                    f"held-out {trace.states[-1].words} (untuned {trace.states[0].words})"
                 )
+                self.progress("tuning the prefix", done, self.steps, said)
         return *self._result(best), trace
 
     def _step(self, step: int) -> tuple[float, float, bool]:

@@ -44,6 +44,17 @@ def test_lines_come_now_and_then_with_rate_and_time_left(clock: Clock) -> None:
     assert out.getvalue() == ""
 
 
+def test_a_note_that_changes_is_one_task(clock: Clock) -> None:
+    with redirect_stderr(io.StringIO()) as err, progress() as report:
+        for step in range(1, 41):
+            clock.now += 1.0
+            report("tuning", step, 40, f"loss {1 / step:.3f}")
+    assert err.getvalue().splitlines() == [
+        "tuning: 21/40 (1.1/s, 18 s left); loss 0.048",
+        "tuning: 40/40 (1.0/s); loss 0.025",
+    ]
+
+
 def test_each_task_has_its_own_rate(clock: Clock) -> None:
     with redirect_stderr(io.StringIO()) as err, progress() as report:
         for task, seconds in (("a", 1.0), ("b", 10.0)):

@@ -171,7 +171,7 @@ def test_a_killed_tuning_goes_on_where_it_was(
     whole_prefix, whole_scales, whole = tuning().run()
     killed = tuning(tmp_path)
 
-    def die(task: str, done: int, total: int) -> None:
+    def die(task: str, done: int, total: int, note: str = "") -> None:
         if task.startswith("tuning") and done == 3:
             raise KeyboardInterrupt
 
@@ -180,7 +180,7 @@ def test_a_killed_tuning_goes_on_where_it_was(
         killed.run()
     again = tuning(tmp_path)
     begun: list[int] = []
-    again.progress = lambda task, done, total: begun.append(done) if task.startswith("tuning") else None
+    again.progress = lambda task, done, total, *_: begun.append(done) if task.startswith("tuning") else None
     prefix, scales, trace = again.run()
     assert begun[0] == 4
     np.testing.assert_array_equal(prefix.keys, whole_prefix.keys)
