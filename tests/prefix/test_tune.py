@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_tuning_is_not_taken(
     assert set(load((tmp_path / "tuning.safetensors").read_bytes())) >= {"now.keys", "best.keys", "adam.keys.exp_avg"}
     begun: list[int] = []
     other = tuning(tmp_path, epochs=1, learning_rate=0.002)
-    other.progress = lambda task, done, total: begun.append(done) if task.startswith("tuning") else None
+    other.progress = lambda task, done, total, *_: begun.append(done) if task.startswith("tuning") else None
     other.run()
     assert begun[0] == 1
 
