@@ -173,7 +173,8 @@ def decode_rung(rung: str, ids: IntArray, session: DecoderSession, tokens: int) 
 def segment_decode_rung(rung: str, reference: TorchReference, run: SegmentRun, tokens: int) -> list[ParityCheck]:
     """Compare single decode steps with a prefill, Site by Site from identical codes, cache from the prefill."""
     logits, codes, present = run(reference.ids, reference.codes)
-    length, slots = reference.ids.shape[1], run.graph.contract.prefix_slots
+    length = reference.ids.shape[1]
+    slots = next(iter(present.values())).shape[2] - length  # of the prefix, where the cache has it
     decoded: dict[Site, list[Int8Array]] = {site: [] for site in codes}
     steps = []
     for t in range(length - tokens, length):

@@ -10,10 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from cushion_deploy.artifacts import read_cached_prefix
 from cushion_deploy.engines.onnxruntime import SESSION_CONFIG
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
-from cushion_deploy.runtime.session import INPUTS, NeedLogits, checked_inputs, first_caches, past_names
+from cushion_deploy.runtime.session import (
+    INPUTS,
+    NeedLogits,
+    cached_prefix,
+    checked_inputs,
+    first_caches,
+    past_names,
+)
 from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract, IntArray, Prefix
 
 CPU = "CPUExecutionProvider"
@@ -72,7 +78,7 @@ def open_session(graph: ExportedGraph, **options: Any) -> OnnxRuntimeSession:
     Raises:
         UsageError, UntrustedArtifact, MissingDependency: see there, and ``read_cached_prefix``.
     """
-    return OnnxRuntimeSession(graph.path, graph.contract, prefix=read_cached_prefix(graph), **options)
+    return OnnxRuntimeSession(graph.path, graph.contract, prefix=cached_prefix(graph), **options)
 
 
 class OnnxRuntimeSession:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.types import FloatArray, GraphContract, IntArray, Prefix
+from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract, IntArray, Prefix
 
 NeedLogits = Literal["all", "last", "none"]
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16}
@@ -72,6 +72,16 @@ def context_limit(contract: GraphContract) -> int:
 def past_names(contract: GraphContract) -> list[str]:
     """Return the names of the inputs that carry the cache, layer by layer, keys before values."""
     return [f"past_key_values.{i}.{part}" for i in range(contract.num_layers) for part in ("key", "value")]
+
+
+def cached_prefix(graph: ExportedGraph) -> Prefix | None:
+    """Return the prefix that every cache of a graph begins with, None where there is none; see ``artifacts``."""
+    if not graph.contract.prefix_slots:
+        return None
+    # Here, not above: only a bundle of this kind needs safetensors to run.
+    from cushion_deploy.artifacts import read_cached_prefix
+
+    return read_cached_prefix(graph)
 
 
 def first_caches(contract: GraphContract, prefix: Prefix | None, batch: int) -> list[FloatArray]:

@@ -142,7 +142,7 @@ def edited(graph: ExportedGraph, folder: Path, edit: Callable[[onnx.ModelProto],
     model = onnx.load(graph.path)
     edit(model)
     path = folder / "edited.onnx"
-    onnx.save(model, path)
+    onnx.save(model, path, save_as_external_data=True, location="edited.onnx.data")
     return dataclasses.replace(graph, path=path)
 
 
