@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -113,7 +114,11 @@ def _table2(study: Study) -> list[str]:
         return []
     fp = 100 * mean_of([r.value for r in pairs[0].without])
     rows = f"the first {plural(study.task_limit, 'row')} of each task" if study.task_limit else "every row"
+    errors = [r.stderr for r in pairs[0].without if r.stderr is not None]
     said = [f"FP reaches {fp:.2f} % on average, over {rows}."]
+    if len(errors) == len(pairs[0].without):
+        spread = 100 * math.hypot(*errors) / len(errors)
+        said[0] += f" One standard error of this average is {spread:.1f} points."
     last = pairs[-1]
     without = 100 * mean_of([r.value for r in last.without])
     sentence = f"The deployed recipe reaches {without:.2f} % without the prefix ({points(without - fp)} points)"

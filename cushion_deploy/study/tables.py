@@ -137,13 +137,22 @@ def _accuracy(pairs: Sequence[TaskPair]) -> Table:
 
 def _tasks(pairs: Sequence[TaskPair]) -> Table:
     first = pairs[0].without if pairs else ()
-    head = ("scheme", *(f"{r.task} ({r.metric}, n={r.n:,})" for r in first))
+    kinds = {(r.metric, r.n) for r in first}
+    # A word that all names begin with, such as that of their collection, tells nothing.
+    collections = {r.task.partition("_")[0] for r in first if len(first) > 1}
+    shared = f"{collections.pop()}_" if len(collections) == 1 else ""
+    names = [r.task.removeprefix(shared) for r in first]
+    if len(kinds) == 1:
+        caption, head = f"Every task, % ({first[0].metric}, {first[0].n:,} rows each)", ("scheme", *names)
+    else:
+        caption = "Every task, %"
+        head = ("scheme", *(f"{name} ({r.metric}, n={r.n:,})" for name, r in zip(names, first, strict=True)))
     rows: list[tuple[str, ...]] = []
     for pair in pairs:
         rows.append((pair.label, *(f"{100 * r.value:.1f}" for r in pair.without)))
         if pair.with_prefix:
             rows.append((f"{pair.label}, with prefix", *(f"{100 * r.value:.1f}" for r in pair.with_prefix)))
-    return Table("Every task, %", head, tuple(rows))
+    return Table(caption, head, tuple(rows))
 
 
 def points(difference: float) -> str:

@@ -143,6 +143,22 @@ def test_average_accuracy_is_the_mean_over_tasks(by_hand: ByHand, values: list[t
     assert len(every.head) == 1 + len(values)
 
 
+def test_tasks_of_one_kind_are_named_once(by_hand: ByHand) -> None:
+    def results(*names: str, n: int = 25) -> list[dict[str, Any]]:
+        return [{"task": name, "metric": "acc", "n": n, "value": 0.5, "stderr": 0.03} for name in names]
+
+    row = {"label": "FP", "scheme": None, "without": results("local_copa", "local_piqa_x"), "with": ()}
+    study = by_hand(table2=[row])
+    _, every = tables(study, "table2")
+    assert every.head == ("scheme", "copa", "piqa_x")
+    assert every.caption == "Every task, % (acc, 25 rows each)"
+    # Of the mean of two independent values with 3 points each: 3 / sqrt(2).
+    assert "One standard error of this average is 2.1 points." in sentences(study, "table2")[0]
+    mixed = [*results("a_x"), *results("b_x", n=7)]
+    _, every = tables(by_hand(table2=[{**row, "without": mixed}]), "table2")
+    assert every.head == ("scheme", "a_x (acc, n=25)", "b_x (acc, n=7)")
+
+
 def test_table_5_says_how_far_the_largest_lies_above_the_median(by_hand: ByHand) -> None:
     blocks = {"without": {"top1": 200.0, "top10": 2.0, "median": 1.0}, "with": {"top1": 8.0, "top10": 2.0, "median": 2}}
     (said,) = sentences(by_hand(table5={"windows": 3, "length": 64, **blocks}), "table5")
