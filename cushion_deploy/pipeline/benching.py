@@ -103,8 +103,8 @@ def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: 
             graphs[f"{CPU_ENGINE}, float32"] = export(ws, deployed, dtype="float32", name="float", quantized=False)
         sessions = {name: open_session(graph, threads=threads) for name, graph in graphs.items()}
         for engine, session in plans.items():
+            found = {f"{engine}, {INT8}": session}
             try:
-                found = {f"{engine}, {INT8}": session}
                 if twin:
                     found[f"{engine}, {session.contract.dtype}"] = _float_plan(ws, bundle, engine, session)
                 for each in found.values():
@@ -113,6 +113,8 @@ def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: 
                 sessions |= found
             except CushionError as e:  # one plan that cannot take the workload is no reason to time nothing
                 not_run[engine] = f"not run: {e.message}"
+                for each in found.values():
+                    each.close()
     try:
         times = time_sessions(sessions, workload, ws.progress)
     finally:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from cushion_deploy.engines.base import CompileOptions, Engine
-from cushion_deploy.errors import UntrustedArtifact
+from cushion_deploy.errors import UntrustedArtifact, require_modules
 from cushion_deploy.pipeline.prepare import read_deployed, require_model_of
 from cushion_deploy.pipeline.reporting import engine_row
 from cushion_deploy.pipeline.stages import export
@@ -65,10 +65,12 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
     Raises:
         UsageError: the model at hand is another one, or something else is at ``output``.
         UntrustedArtifact: the bundle's graph is not what its export wrote, or the bundle changed meanwhile.
+        MissingDependency: what writes the report is not installed.
         CheckFailed: see :meth:`Engine.compile`; nothing is published then.
     """
     # Engines are kept by the digest that the graph's own description claims.
     verify_graph(bundle.graph)
+    require_modules("matplotlib", "jinja2")  # the report is written anew, after minutes of compiling
     recover(output)
     require_publishable(output)
     with ws.store.lock():

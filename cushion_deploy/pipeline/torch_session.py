@@ -8,7 +8,7 @@ import torch
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import KeysValues, cache_of, prefix_tensors
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.runtime.session import NeedLogits, context_limit
+from cushion_deploy.runtime.session import NeedLogits, context_limit, require_kept
 from cushion_deploy.types import FloatArray, GraphContract, IntArray, Prefix
 
 
@@ -54,10 +54,7 @@ class TorchSession:
 
     def truncate(self, length: int) -> None:
         """Keep only the first ``length`` tokens of the cache; raises UsageError when it holds fewer."""
-        if not 0 <= length <= self._length:
-            raise UsageError(
-                f"cannot keep {length} tokens of a cache of {self._length}", hint="give at most the session's length"
-            )
+        require_kept(length, self._length)
         if length < self._length:
             kept = self.contract.prefix_length + length
             self._past = [(k[:, :, :kept], v[:, :, :kept]) for k, v in self._past]

@@ -19,6 +19,7 @@ from cushion_deploy.runtime.session import (
     checked_inputs,
     first_caches,
     past_names,
+    require_kept,
 )
 from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract, IntArray, Prefix
 
@@ -198,10 +199,7 @@ class OnnxRuntimeSession:
         Raises:
             UsageError: the cache holds fewer.
         """
-        if not 0 <= length <= self._length:
-            raise UsageError(
-                f"cannot keep {length} tokens of a cache of {self._length}", hint="give at most the session's length"
-            )
+        require_kept(length, self._length)
         if length == 0:
             self.reset()
         elif length < self._length:

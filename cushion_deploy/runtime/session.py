@@ -69,6 +69,12 @@ def context_limit(contract: GraphContract) -> int:
     return contract.max_positions - contract.prefix_length
 
 
+def require_kept(length: int, held: int) -> None:
+    """Check that ``length`` tokens of a cache of ``held`` can be kept; raises UsageError where there are fewer."""
+    if not 0 <= length <= held:
+        raise UsageError(f"cannot keep {length} tokens of a cache of {held}", hint="give at most the session's length")
+
+
 def past_names(contract: GraphContract) -> list[str]:
     """Return the names of the inputs that carry the cache, layer by layer, keys before values."""
     return [f"past_key_values.{i}.{part}" for i in range(contract.num_layers) for part in ("key", "value")]

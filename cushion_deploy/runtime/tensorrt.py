@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.runtime.cuda import Cuda, DeviceBuffer
+from cushion_deploy.runtime.profiles import CACHE, Profile, read_profiles
 from cushion_deploy.runtime.session import (
     INPUTS,
     NUMPY_TYPES,
@@ -23,43 +24,12 @@ from cushion_deploy.runtime.session import (
     checked_inputs,
     first_caches,
     past_names,
+    require_kept,
 )
 from cushion_deploy.types import Dtype, FloatArray, GraphContract, IntArray, Prefix
 
 REBUILD = "compile the engine again here: `cushion-deploy build ... --engine {engine}`"
-_CACHE = "past_key_values.0.key"
 _TYPES: dict[str, Dtype] = {"HALF": "float16", "FLOAT": "float32"}
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What one optimization profile of a plan admits.
-
-    Attributes:
-        index: in the plan.
-        name: ``decode`` where it takes single tokens, ``prefill`` otherwise.
-        batch, sequence: largest B and S.
-        past: smallest and largest length of the cache before a call, prefix slots included.
-    """
-
-    index: int
-    name: str
-    batch: int
-    sequence: int
-    past: tuple[int, int]
-
-    @property
-    def total(self) -> int:
-        """Longest attention mask."""
-        return self.past[1] + self.sequence
-
-    def admits(self, batch: int, sequence: int, past: int) -> bool:
-        """Return whether a call fits."""
-        return batch <= self.batch and sequence <= self.sequence and self.past[0] <= past <= self.past[1]
-
-    def __str__(self) -> str:
-        """Say the limits."""
-        return f"{self.name} takes a batch of {self.batch} and {self.sequence} new tokens after {self.past[1]}"
 
 
 class TensorRtSession:
@@ -102,7 +72,7 @@ class TensorRtSession:
                     hint=REBUILD.format(engine=module.replace("_", "-")),
                 )
             dtype = self._check_contract(contract)
-            self.profiles = _read_profiles(self._engine)
+            self.profiles = read_profiles(self._engine)
             # A plan may hold fewer tokens than the model has positions for: whoever asks for the limit hears that one.
             room = max(profile.past[1] for profile in self.profiles) + 1 - contract.prefix_slots
             positions = min(contract.max_positions, room + contract.prefix_length)
@@ -125,10 +95,7 @@ class TensorRtSession:
 
     def truncate(self, length: int) -> None:
         """Keep only the first ``length`` tokens of the cache; raises UsageError when it holds fewer."""
-        if not 0 <= length <= self._length:
-            raise UsageError(
-                f"cannot keep {length} tokens of a cache of {self._length}", hint="give at most the session's length"
-            )
+        require_kept(length, self._length)
         if length == 0:
             self.reset()
         elif length < self._length and self._rows is not None:
@@ -204,15 +171,15 @@ class TensorRtSession:
         engine = self._engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         expected = {*INPUTS, *self._past, *self._present, "logits"}
-        found = tuple(engine.get_tensor_shape(_CACHE)) if _CACHE in names else ()
+        found = tuple(engine.get_tensor_shape(CACHE)) if CACHE in names else ()
         wanted = (contract.num_kv_heads, contract.head_dim)
         if set(names) != expected or (found[1], found[3]) != wanted:
             differing = sorted(set(names) ^ expected)
             raise UntrustedArtifact(
-                f"the plan is not of this bundle's graph: {differing[0] if differing else _CACHE} does not fit",
+                f"the plan is not of this bundle's graph: {differing[0] if differing else CACHE} does not fit",
                 hint="build the bundle again",
             )
-        kind = engine.get_tensor_dtype(_CACHE).name
+        kind = engine.get_tensor_dtype(CACHE).name
         if kind not in _TYPES:
             raise UntrustedArtifact(f"the plan keeps its cache as {kind}", hint="build the bundle again")
         return _TYPES[kind]
@@ -324,17 +291,6 @@ class TensorRtSession:
                 self.reset()
             elif self._length > length:
                 self._keep(length)
-
-
-def _read_profiles(engine: Any) -> tuple[Profile, ...]:
-    """Return the optimization profiles of a plan, the narrowest first."""
-    found = []
-    for index in range(engine.num_optimization_profiles):
-        _, _, most = (tuple(dims) for dims in engine.get_tensor_profile_shape("input_ids", index))
-        shortest, _, longest = (tuple(dims) for dims in engine.get_tensor_profile_shape(_CACHE, index))
-        name = "decode" if most[1] == 1 else "prefill"
-        found.append(Profile(index, name, most[0], most[1], (shortest[2], longest[2])))
-    return tuple(sorted(found, key=lambda profile: profile.sequence))
 
 
 def _import(module: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cushion_deploy.engines.probe import probe
+from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.speed import Comparison, Workload
 from cushion_deploy.pipeline import benching
 from cushion_deploy.pipeline.benching import Bench
@@ -89,3 +90,18 @@ def test_a_plan_runs_beside_its_own_float_twin_or_says_why_not(
     assert set(found["int8_against_float"]) == {"onnxruntime", "tensorrt-rtx"}
     assert found["not_run"] == {}
     assert "tensorrt-rtx, float16" in cli("bench", bundle, *work, *SMALL).out
+
+    # A plan that cannot take the workload is told, given back, and no reason to time nothing.
+    closed: list[str] = []
+
+    def refuses(engine: str, plan: bytes, graph: Any) -> Any:
+        def run(*_: Any, **__: Any) -> Any:
+            raise UsageError("fits no profile", hint="compile it larger")
+
+        return SimpleNamespace(contract=graph.contract, run=run, close=lambda: closed.append(engine))
+
+    monkeypatch.setattr(benching, "open_plan", refuses)
+    found = cli("bench", bundle, *work, *SMALL, "--json").json
+    assert found["not_run"] == {"tensorrt-rtx": "not run: fits no profile"}
+    assert set(found["engines"]) == {"onnxruntime, INT8", "onnxruntime, float32"}
+    assert closed == ["tensorrt-rtx"]
