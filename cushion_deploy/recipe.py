@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.schemes import PRECISIONS
-from cushion_deploy.types import Estimator, PrefixMode
+from cushion_deploy.types import Dtype, Estimator, PrefixMode
 
 _LIMIT = 1 << 20
 _PRINT_CONFIG = "`cushion-deploy build --print-config` prints every setting with its meaning"
@@ -161,10 +161,17 @@ class Parity(Section):
 
 
 class TensorRt(Section):
-    """What the optimization profiles of TensorRT plans admit."""
+    """The floating-point type of TensorRT plans, and what their optimization profiles admit."""
+
+    dtype: Dtype = Field(
+        default="float16",
+        description="Type of what stays in floating point in plans: float16, bfloat16 (residual streams beyond "
+        "half's range) or float32 (no fused attention).",
+    )
 
     max_batch: int = Field(default=1, ge=1, description="Largest batch of TensorRT profiles.")
     max_context: int = Field(default=2048, ge=1, description="Longest context of TensorRT profiles, prefix left out.")
+    max_prefill: int = Field(default=512, ge=1, description="Longest piece of a prompt in one call of a plan.")
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ class Recipe(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation, description="What perplexity is measured on.")
     parity: Parity = Field(default_factory=Parity, description="How the parity ladder compares the rungs.")
     tensorrt: TensorRt = Field(
-        default_factory=TensorRt, description="What the optimization profiles of TensorRT plans admit."
+        default_factory=TensorRt, description="Type and optimization profiles of TensorRT plans."
     )
 
     @field_validator("precision")

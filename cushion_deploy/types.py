@@ -24,7 +24,7 @@ Site = NewType("Site", str)
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-Dtype = Literal["float32", "float16"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 Estimator = Literal["max", "percentile", "mse"]
 PrefixMode = Literal["baked", "cache", "none"]
 

@@ -38,15 +38,18 @@ class CompileOptions:
 class Engine(Protocol):
     """One engine: probe it, compile a graph for it, report what it made of the graph."""
 
-    name: str
-    """Name on the command line and of the folder in the bundle."""
-    extra: str
-    """The pip extra that installs it."""
-    graph_dtype: Dtype
-    """Type of activations of the graph it wants."""
+    @property
+    def name(self) -> str:
+        """Name on the command line and of the folder in the bundle."""
+        ...
 
-    def unavailable(self) -> str | None:
-        """Return why the engine cannot compile here, or None when it can."""
+    @property
+    def dtypes(self) -> tuple[Dtype, ...]:
+        """Floating-point types of the graphs that it compiles, its default first."""
+        ...
+
+    def require(self) -> None:
+        """Check that it can compile here; raises MissingDependency, with what to do, where it cannot."""
         ...
 
     def version(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cushion_deploy.engines.probe import Probe
 from cushion_deploy.errors import CheckFailed, MissingDependency
-from cushion_deploy.types import EngineArtifact
+from cushion_deploy.types import EngineArtifact, ExportedGraph
 
 
 @dataclass(frozen=True)
@@ -22,35 +22,37 @@ class Mismatch:
         return f"{self.sentence}: {self.remedy}"
 
 
-def mismatches(artifact: EngineArtifact, version: str, gpus: Sequence[str]) -> list[Mismatch]:
-    """Return why a plan does not fit a library and a device; empty where it does.
+def mismatches(artifact: EngineArtifact, graph: ExportedGraph, version: str, gpus: Sequence[str]) -> list[Mismatch]:
+    """Return why a plan does not fit a bundle, a library and a device; empty where it does.
 
     Args:
         artifact: of the plan.
+        graph: of the bundle that holds it.
         version: of the library here.
         gpus: devices here as :class:`~cushion_deploy.engines.probe.Probe` names them; the first is used.
     """
     found = []
+    here = gpus[0].partition(" ")[0]
+    rebuild = f"`cushion-deploy engine BUNDLE --engine {artifact.engine} --targets {here} --output NEW`"
+    for part in ("model", "prefix", "scales", "scheme", "smoothing"):
+        if artifact.parents.get(part) != graph.parents.get(part):
+            found.append(Mismatch(f"the plan was made of another {part} than this bundle's", f"run {rebuild}"))
     made_with = artifact.parents.get(artifact.engine, "")
     if made_with != version:
         found.append(
             Mismatch(
                 f"the plan was made by {artifact.engine} {made_with} and {version} is installed",
-                f"install {made_with}, or build the bundle again",
+                f"install {made_with}, or run {rebuild}",
             )
         )
-    here = gpus[0].partition(" ")[0]
     if here not in artifact.targets:
         found.append(
-            Mismatch(
-                f"the plan is for {', '.join(artifact.targets)} and this device is {gpus[0]}",
-                f"build the bundle again with --target {here}",
-            )
+            Mismatch(f"the plan is for {', '.join(artifact.targets)} and this device is {gpus[0]}", f"run {rebuild}")
         )
     return found
 
 
-def require_runnable(artifact: EngineArtifact, found: Probe, install: str) -> None:
+def require_runnable(artifact: EngineArtifact, graph: ExportedGraph, found: Probe, install: str) -> None:
     """Check that a plan can run here, before its bytes are looked at.
 
     Raises:
@@ -64,6 +66,6 @@ def require_runnable(artifact: EngineArtifact, found: Probe, install: str) -> No
             f"{artifact.engine} runs on an NVIDIA GPU, and there is none here",
             hint="run the bundle with --engine onnxruntime",
         )
-    wrong = mismatches(artifact, found.version, found.gpus)
+    wrong = mismatches(artifact, graph, found.version, found.gpus)
     if wrong:
         raise CheckFailed("; ".join(m.sentence for m in wrong), hint="; ".join(m.remedy for m in wrong))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cushion_deploy.engines.base import CompileOptions, version_of
-from cushion_deploy.errors import CheckFailed, MissingDependency
+from cushion_deploy.errors import CheckFailed
 from cushion_deploy.store import require_space
 from cushion_deploy.types import Dtype, EngineArtifact, ExportedGraph, Site, digest_json
 
@@ -55,20 +55,15 @@ class OnnxRuntimeCpu:
     """The embedded default engine."""
 
     name = "onnxruntime"
-    extra = "cpu"
-    graph_dtype: Dtype = "float32"
+    dtypes: tuple[Dtype, ...] = ("float32",)
 
-    def unavailable(self) -> str | None:
-        """Return why it cannot compile here, or None."""
-        try:
-            self.version()
-        except MissingDependency as e:
-            return e.message
-        return None
+    def require(self) -> None:
+        """Check that it can compile here; raises MissingDependency where ONNX Runtime is not installed."""
+        self.version()
 
     def version(self) -> str:
         """Return the version of ONNX Runtime."""
-        return version_of(DISTRIBUTIONS, self.name, self.extra)
+        return version_of(DISTRIBUTIONS, self.name, "cpu")
 
     def gpus(self) -> None:
         """It runs on the CPU."""

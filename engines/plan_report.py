@@ -1,38 +1,22 @@
-"""Read off the builder's listing of kernels what TensorRT-RTX made of a graph: INT8 GEMMs and fused attention.
+"""What TensorRT made of a graph, kernel by kernel: INT8 GEMMs, fused attention, hazards. One schema for every source.
 
-The listing is the log message that begins with ``Layers:``. Its format is undocumented, so this reader is pinned to
-one version and refuses a line that it does not know; and what it cannot attribute counts as not INT8.
+The kernels are read from the build log (:mod:`cushion_deploy.engines.layer_log`) or from the engine inspector
+(:mod:`cushion_deploy.engines.inspector`). What cannot be attributed counts as not INT8.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cushion_deploy.errors import CheckFailed
 from cushion_deploy.types import Site
 
-SUPPORTED_VERSION = "1.7.1"
-
-_TENSOR = re.compile(
-    r"\{ Name: (?P<name>[^{}]*?), (?:Location: \w+, )?Dimensions: \[(?P<dimensions>[-\d,]*)\], "
-    r"(?:Strides: \[[-\d,]*\], StrideOrder: \[[\d,]*\], )?Datatype: (?P<dtype>\w+), Format: [^{}]* \}"
-)
-_TENSORS = r"\[(?: \{ [^{}]* \}(?:, \{ [^{}]* \})*)?\]"
-_KERNEL = re.compile(
-    r"Name: (?P<name>.+?), LayerType: (?P<kind>\w+), "
-    rf"Inputs: (?P<inputs>{_TENSORS}), (?:Constants: (?P<constants>{_TENSORS}), )?Outputs: (?P<outputs>{_TENSORS})"
-    r"(?P<fields>(?:, \w+: (?:\[[^\]]*\]|[^,\[]*))*), Metadata: (?P<metadata>(?:\x1f?\[ONNX Layer: [^\]]*\])*)"
-)
-_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_TACTIC = re.compile(r", TacticName: ([^,\[]*)")
-_PROFILE = re.compile(r" \[profile (\d+)\]")
 _FUSION = re.compile(r"__myl_([A-Za-z]+)_0x[0-9a-f]+")
 """Tactic of a fusion: four letters of every operation in it, in order."""
 _WORD = re.compile(r"[A-Z][a-z]*")
 _MOVES = frozenset({"Cast", "Conc", "Move", "Resh", "Slic", "Tran"})
-_GROUP = re.compile(r"_myl(\d+)_\d+$")
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,7 @@ class Kernel:
 
         Fusions of kind ``kgen`` and ``runtime_fusion`` may read INT8 too, but widen it before they multiply.
         """
-        operands = [*self.inputs[:1], *self.constants[:1]]
+        operands = [*self.inputs[:1], *(self.constants or self.inputs[1:])[:1]]
         return self.is_gemm and len(operands) == 2 and all(t.dtype == "Int8" for t in operands)
 
     @property
@@ -92,12 +76,12 @@ class Kernel:
     def only_moves(self) -> bool:
         """Whether it computes nothing: a copy, a cast, another layout."""
         words = _WORD.findall(tactic.group(1)) if (tactic := _FUSION.fullmatch(self.tactic)) else []
-        return bool(words) and _MOVES.issuperset(words)
+        return self.kind == "Reformat" or (bool(words) and _MOVES.issuperset(words))
 
     @property
     def is_fused_attention(self) -> bool:
         """Whether it is a whole attention: scores, softmax and context in one kernel."""
-        return "_mha" in self.tactic
+        return "_mha" in self.tactic or "_mha" in self.name
 
 
 @dataclass(frozen=True)
@@ -108,11 +92,13 @@ class GraphLinear:
         node: name of the ONNX node.
         site: Site of its input.
         linears: linears of the model that it packs.
+        broken: the Q/DQ rule that keeps it from INT8; empty for none.
     """
 
     node: str
     site: Site
     linears: int
+    broken: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,10 +109,19 @@ class Fallback:
     profile: int
     kernels: tuple[str, ...]
 
+    @property
+    def reason(self) -> str:
+        """The Q/DQ rule that is broken, or that none is."""
+        return self.linear.broken or "no Q/DQ rule is broken: the builder chose another kernel"
+
     def __str__(self) -> str:
-        """Name the Site, the node, the profile and the kernels."""
+        """Name the Site, the node, the profile, the reason and the kernels."""
         where = ", ".join(self.kernels) or "no kernel names it"
-        return f"{self.linear.site} ({self.linear.node}) in profile {self.profile}: {where}"
+        return f"{self.linear.site} ({self.linear.node}) in profile {self.profile}: {self.reason} ({where})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return {"site": self.linear.site, "profile": self.profile, "reason": self.reason, "kernels": list(self.kernels)}
 
 
 @dataclass(frozen=True)
@@ -182,91 +177,3 @@ class PlanReport:
     def _count(self, profiles: Iterable[int]) -> tuple[int, ...]:
         found = list(profiles)
         return tuple(found.count(profile) for profile in range(self.profiles))
-
-
-def read_plan(listing: str, version: str) -> PlanReport:
-    """Parse the builder's ``Layers:`` message.
-
-    Args:
-        listing: the whole message.
-        version: of the library that wrote it, for the error.
-
-    Raises:
-        CheckFailed: a line cannot be read, or the sections are not those of the supported version.
-    """
-    lines = listing.split("\n")
-    if lines[0] != "Layers:":
-        raise _unreadable(1, lines[0], version)
-    end = next((i for i, line in enumerate(lines) if not line), len(lines))
-    rows = [_match(number, line, version) for number, line in enumerate(lines[1:end], start=2)]
-    profile_of = _profiles_of_groups(rows)
-    kernels = tuple(_kernel(row, profile_of, number, version) for number, row in enumerate(rows, start=2))
-    return PlanReport(kernels, _num_profiles(lines[end:], end, version))
-
-
-def _match(number: int, line: str, version: str) -> re.Match[str]:
-    found = _KERNEL.fullmatch(line)
-    if found is None:
-        raise _unreadable(number, line, version)
-    return found
-
-
-def _profiles_of_groups(rows: Sequence[re.Match[str]]) -> Mapping[str, int]:
-    """Return the profile of each group of kernels.
-
-    Kernels are numbered in groups, ``_myl<group>_<index>``. Some kernels and tensors of a group carry the words
-    ``[profile N]``, those of profile 0 never do.
-    """
-    found: dict[str, int] = {}
-    for row in rows:
-        group, profile = _GROUP.search(row["name"]), _PROFILE.search(row.string)
-        if group and profile:
-            found[group[1]] = max(found.get(group[1], 0), int(profile[1]))
-    return found
-
-
-def _kernel(row: re.Match[str], profile_of: Mapping[str, int], number: int, version: str) -> Kernel:
-    group, own = _GROUP.search(row["name"]), _PROFILE.search(row["name"])
-    tactic = _TACTIC.search(row["fields"])
-    inputs, constants, outputs = (
-        _tensors(row[part] or "", number, row.string, version) for part in ("inputs", "constants", "outputs")
-    )
-    return Kernel(
-        name=row["name"],
-        kind=row["kind"],
-        tactic=tactic[1] if tactic else "",
-        profile=profile_of.get(group[1], 0) if group else int(own[1]) if own else 0,
-        inputs=inputs,
-        constants=constants,
-        outputs=outputs,
-        nodes=tuple(_PROFILE.sub("", node) for node in _NODE.findall(row["metadata"])),
-    )
-
-
-def _tensors(text: str, number: int, line: str, version: str) -> tuple[KernelTensor, ...]:
-    found = tuple(
-        KernelTensor(t["name"], t["dtype"], tuple(int(d) for d in t["dimensions"].split(",") if d))
-        for t in _TENSOR.finditer(text)
-    )
-    if len(found) != text.count("{"):
-        raise _unreadable(number, line, version)
-    return found
-
-
-def _num_profiles(lines: Sequence[str], offset: int, version: str) -> int:
-    """Return the number of profiles: entries of ``ProfileInfo`` of the first input or output."""
-    for number, line in enumerate(lines, start=offset + 1):
-        if line.startswith(" Name: "):
-            _, separator, entries = line.partition(", ProfileInfo: [")
-            if not separator or "{" not in entries:
-                raise _unreadable(number, line, version)
-            return entries.count("{")
-    raise _unreadable(offset + 1, "(no section 'I/O Tensors')", version)
-
-
-def _unreadable(number: int, line: str, version: str) -> CheckFailed:
-    return CheckFailed(
-        f"line {number} of the layer listing of TensorRT-RTX {version} cannot be read: {line[:300]!r}",
-        hint=f"this reader knows the listing of version {SUPPORTED_VERSION}; "
-        f"install it with pip install 'tensorrt-rtx-cu13=={SUPPORTED_VERSION}.*'",
-    )

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cushion_deploy.engines.base import Engine
+from cushion_deploy.engines.flavours import RTX, STANDARD
 from cushion_deploy.engines.onnxruntime import OnnxRuntimeCpu
-from cushion_deploy.engines.tensorrt_rtx import TensorRtRtx
+from cushion_deploy.engines.tensorrt import TensorRt
 from cushion_deploy.errors import MissingDependency, unknown_choice
 
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (OnnxRuntimeCpu(), TensorRtRtx())}
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (OnnxRuntimeCpu(), TensorRt(RTX), TensorRt(STANDARD))}
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ def availabilities() -> tuple[Availability, ...]:
 
 
 def _availability(engine: Engine) -> Availability:
-    reason = engine.unavailable()
-    if reason is not None:
-        return Availability(engine.name, False, "", (), f"{reason}; pip install 'cushion-deploy[{engine.extra}]'")
+    missing = why_missing(engine)
+    if missing is not None:
+        return Availability(engine.name, False, "", (), f"{missing.message}; {missing.hint}")
     gpus = engine.gpus()
     note = "compiles and runs here"
     if gpus is not None and not gpus:
@@ -56,14 +57,20 @@ def choose_engines(names: Sequence[str] | None) -> list[Engine]:
         MissingDependency: an engine was asked for that cannot compile here, with the install line.
     """
     if names is None:
-        return [engine for engine in ENGINES.values() if engine.unavailable() is None]
+        return [engine for engine in ENGINES.values() if why_missing(engine) is None]
     chosen = []
     for name in names:
         if name not in ENGINES:
             raise unknown_choice("engine", name, sorted(ENGINES))
-        engine = ENGINES[name]
-        reason = engine.unavailable()
-        if reason is not None:
-            raise MissingDependency(reason, hint=f"pip install 'cushion-deploy[{engine.extra}]'")
-        chosen.append(engine)
+        ENGINES[name].require()
+        chosen.append(ENGINES[name])
     return chosen
+
+
+def why_missing(engine: Engine) -> MissingDependency | None:
+    """Return why an engine cannot compile here, or None where it can."""
+    try:
+        engine.require()
+    except MissingDependency as e:
+        return e
+    return None

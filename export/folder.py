@@ -33,7 +33,7 @@ from cushion_deploy.weights import WeightSource
 
 MIN_OPSET, MAX_OPSET = 17, 22
 """17 serves every TensorRT from 10.3 on; above 22 the operators of the graph change meaning or are untested."""
-DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
 def export_graph(

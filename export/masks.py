@@ -15,7 +15,7 @@ from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.families import Family
 from cushion_deploy.types import FloatArray, ModelSpec
 
-MASKED = {ir.DataType.FLOAT: -1e9, ir.DataType.FLOAT16: -3e4}
+MASKED = {ir.DataType.FLOAT: -1e9, ir.DataType.FLOAT16: -3e4, ir.DataType.BFLOAT16: -1e9}
 """Additive mask: exp() of it is 0, and a score added to it stays finite in its type."""
 
 

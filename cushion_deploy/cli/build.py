@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from cushion_deploy.cli.options import (
-    limit_options,
     make_recipe,
     make_workspace,
+    plan_options,
     recipe_options,
     split_targets,
     target_option,
@@ -33,7 +33,7 @@ from cushion_deploy.errors import ExitCode
 )
 @click.option("--engine", "engines", multiple=True, help="Engine to compile; repeatable. Default: all available.")
 @target_option
-@limit_options
+@plan_options
 @click.option("--allow-float-linears", type=int, default=0, help="Linears that may stay in floating point.")
 @click.option("--print-config", is_flag=True, help="Print the complete recipe as YAML and stop.")
 @click.option("--dry-run", is_flag=True, help="Check the input, say what would run, and stop.")

@@ -8,25 +8,25 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.cli.options import limit_options, make_workspace, run_options, split_targets, target_option
+from cushion_deploy.cli.options import make_workspace, plan_options, run_options, split_targets, target_option
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import ENGINES, choose_engines
 from cushion_deploy.errors import UsageError
-from cushion_deploy.pipeline.compiling import add_engine
+from cushion_deploy.pipeline.compiling import add_engine, compile_options
 from cushion_deploy.progress import Progress, elapsed
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
 from cushion_deploy.store import MANIFEST_NAME
-from cushion_deploy.types import EngineArtifact
+from cushion_deploy.types import Dtype, EngineArtifact
 
 
 @click.command("engine")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--engine", "name", required=True, help=f"One of: {', '.join(ENGINES)}.")
 @target_option
-@limit_options
+@plan_options
 @click.option("--allow-float-linears", type=int, default=0, help="Linears that may stay in floating point.")
 @click.option("--model", help="The original model of a bundle; default: the one that its recipe names.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder; or the bundle.")
@@ -37,6 +37,8 @@ def command(
     targets: tuple[str, ...],
     max_batch: int | None,
     max_context: int | None,
+    max_prefill: int | None,
+    plan_dtype: Dtype | None,
     allow_float_linears: int,
     model: str | None,
     output: Path,
@@ -50,14 +52,21 @@ def command(
     where the engine wants another floating-point type than the bundle's graph, the original model is needed.
     """
     (engine,) = choose_engines([name])
-    limits = {"tensorrt.max_batch": max_batch, "tensorrt.max_context": max_context, "model": model}
-    changes = {setting: value for setting, value in limits.items() if value is not None}
+    if plan_dtype and plan_dtype not in engine.dtypes:
+        raise UsageError(
+            f"engine '{name}' compiles {', '.join(engine.dtypes)} graphs, not {plan_dtype}", hint="leave --dtype out"
+        )
+    wanted = {
+        "tensorrt.max_batch": max_batch,
+        "tensorrt.max_context": max_context,
+        "tensorrt.max_prefill": max_prefill,
+        "tensorrt.dtype": plan_dtype,
+        "model": model,
+    }
+    changes = {setting: value for setting, value in wanted.items() if value is not None}
 
     def options(recipe: Recipe) -> CompileOptions:
-        admitted = recipe.tensorrt
-        return CompileOptions(
-            split_targets(targets), admitted.max_batch, admitted.max_context, allow_float_linears=allow_float_linears
-        )
+        return compile_options(recipe, split_targets(targets), allow_float_linears)
 
     with progress(quiet) as report:
         if os.path.lexists(folder / MANIFEST_NAME):
@@ -67,7 +76,7 @@ def command(
             ws = make_workspace(Recipe.from_bundle(bundle.manifest.recipe).merged(changes), work_dir, report)
             artifact = add_engine(ws, bundle, engine, options(ws.recipe), output)
         else:
-            artifact = _compile_graph(folder, engine, options(Recipe().merged(changes)), output, report)
+            artifact = _compile_graph(folder, engine, options(Recipe().merged(changes)), plan_dtype, output, report)
     if as_json:
         click.echo(json.dumps(artifact.to_json()))
         return
@@ -80,21 +89,24 @@ def command(
         click.echo(str(artifact.details.get("not_run", "not run")))
     if hazards := artifact.details.get("half_accumulators"):
         click.echo(f"warning: {len(hazards)} INT8 products are written as half and may overflow: {hazards[0]} ...")
+    if command_line := artifact.details.get("command"):
+        click.echo(f"the same plan by the vendor's tool:\n  {command_line}")
     click.echo(f"written: {output}")
 
 
 def _compile_graph(
-    folder: Path, engine: Engine, options: CompileOptions, output: Path, report: Progress
+    folder: Path, engine: Engine, options: CompileOptions, dtype: Dtype | None, output: Path, report: Progress
 ) -> EngineArtifact:
     require_new_folder(output)
     graph = read_graph(folder)
     # A folder of `export` has no manifest but the digest of its graph: no engine sees a byte that was not compared.
     verify_graph(graph)
-    if engine.graph_dtype != graph.contract.dtype:
+    found = graph.contract.dtype
+    if found not in engine.dtypes or (dtype and dtype != found):
+        wanted = dtype or engine.dtypes[0]
         raise UsageError(
-            f"engine '{engine.name}' compiles {engine.graph_dtype} graphs, the one in {folder} is "
-            f"{graph.contract.dtype}",
-            hint=f"write one with `cushion-deploy export --dtype {engine.graph_dtype}`",
+            f"engine '{engine.name}' shall compile a {wanted} graph, the one in {folder} is {found}",
+            hint=f"write one with `cushion-deploy export --dtype {wanted}`",
         )
     with elapsed(report, f"compiling for {engine.name}"), new_folder(output) as staged:
         return engine.compile(graph, staged, options)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cushion_deploy.artifacts import read_prefix, read_scales, read_smoothing
-from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.options import dtype_option, make_recipe, make_workspace, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import UsageError
@@ -25,13 +25,7 @@ from cushion_deploy.errors import UsageError
     type=click.Path(path_type=Path),
     help="smoothing.safetensors that the scales were calibrated under; only with --scales.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Type of what stays in floating point.",
-)
+@dtype_option("dtype", "Type of what stays in floating point.", default="fp32")
 @click.option("--float", "float_twin", is_flag=True, help="Write the floating-point twin, without Q/DQ nodes.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the graph.")
 def command(

@@ -15,7 +15,7 @@ from cushion_deploy.progress import Progress
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.schemes import PRECISIONS
 from cushion_deploy.store import StageStore
-from cushion_deploy.types import ESTIMATORS
+from cushion_deploy.types import ESTIMATORS, Dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
 WORK_DIR = Path(".cushion-work")
@@ -37,6 +37,8 @@ FLAGS: dict[str, str] = {
     "objective": "search.objective",
     "max_batch": "tensorrt.max_batch",
     "max_context": "tensorrt.max_context",
+    "max_prefill": "tensorrt.max_prefill",
+    "plan_dtype": "tensorrt.dtype",
 }
 """Flag to the recipe setting that it overrides; everything else is reached with --set."""
 
@@ -113,11 +115,30 @@ def split_targets(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(target.strip() for text in given for target in text.split(",") if target.strip())
 
 
-def limit_options(function: F) -> F:
-    """Add the options of the optimization profiles of TensorRT; what is not given is left to the recipe."""
+DTYPES: dict[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""Short names of floating-point types, as ``--dtype`` takes them; it takes the long ones too."""
+
+
+def dtype_option(name: str, help_text: str, default: str | None = None) -> Callable[[F], F]:
+    """Return ``--dtype`` as an option that hands over long names."""
+    return click.option(
+        *("--dtype", name),
+        type=click.Choice([*DTYPES, *DTYPES.values()]),
+        metavar="fp16|bf16|fp32",
+        default=default,
+        show_default=default is not None,
+        callback=lambda _, __, value: DTYPES.get(value, value),
+        help=help_text,
+    )
+
+
+def plan_options(function: F) -> F:
+    """Add the options of TensorRT plans: type and optimization profiles; what is not given is left to the recipe."""
     for option in (
+        click.option("--max-prefill", type=int, help="Longest prompt piece of TensorRT profiles. Default: as above."),
         click.option("--max-context", type=int, help="Longest context of TensorRT profiles. Default: the recipe's."),
         click.option("--max-batch", type=int, help="Largest batch of TensorRT profiles. Default: the recipe's."),
+        dtype_option("plan_dtype", "Floating-point type of TensorRT plans. Default: the recipe's, fp16."),
     ):
         function = option(function)
     return function

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from cushion_deploy.artifacts import read_cached_prefix
 from cushion_deploy.engines.onnxruntime import SESSION_CONFIG
 from cushion_deploy.fakequant import dequantize, quantize
+from cushion_deploy.parity.widened import widen
 from cushion_deploy.runtime.session import first_caches, past_names
 from cushion_deploy.store import place
 from cushion_deploy.types import ActivationScales, ExportedGraph, FloatArray, IntArray, Site
@@ -83,8 +84,10 @@ def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: K
         place(data, Path(name) / data.name)
         path = Path(name) / graph.path.name
         model = ir.load(graph.path)
+        if graph.contract.dtype == "bfloat16":
+            widen(model)
         edit(model)
-        ir.save(model, path)
+        ir.save(model, path, external_data=f"{graph.path.name}.widened" if graph.contract.dtype == "bfloat16" else None)
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

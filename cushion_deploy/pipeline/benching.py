@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.flavours import FLAVOURS
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, peak_memory, time_sessions
@@ -18,7 +19,7 @@ from cushion_deploy.pipeline.prepare import read_deployed
 from cushion_deploy.pipeline.stages import export
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.runtime.engine import MODULES, REPORT, open_engine, open_plan, read_engine
+from cushion_deploy.runtime.engine import REPORT, open_engine, open_plan, read_engine
 from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.session import DecoderSession
 
@@ -133,7 +134,7 @@ def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, st
     """Return a session of every plan in a bundle that can run here, and why the others cannot."""
     opened: dict[str, DecoderSession] = {}
     reasons: dict[str, str] = {}
-    for engine in MODULES:
+    for engine in FLAVOURS:
         if f"engines/{engine}/{REPORT}" in bundle.manifest.files:
             try:
                 opened[engine] = open_engine(bundle, engine)

@@ -15,12 +15,11 @@ from cushion_deploy.artifacts import (
     write_smoothing,
 )
 from cushion_deploy.calib.corpora import SAMPLED
-from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
-from cushion_deploy.pipeline.compiling import compile_engine, place_engine
+from cushion_deploy.pipeline.compiling import compile_engine, compile_options, graph_for, place_engine
 from cushion_deploy.pipeline.limits import longest_prefix, require_positions
-from cushion_deploy.pipeline.parity import check_parity, half_graph
+from cushion_deploy.pipeline.parity import check_parity, narrow_graphs
 from cushion_deploy.pipeline.prepare import prepare
 from cushion_deploy.pipeline.reporting import assemble_report
 from cushion_deploy.pipeline.stages import evaluate, export, model_files, model_spec, search_prefix
@@ -45,7 +44,7 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
         CushionError: anything that stops the build; nothing is left at ``output`` then, and finished stages stay
             in the store for the next run.
     """
-    options = compile_options(ws, targets, allow_float_linears)
+    options = compile_options(ws.recipe, targets, allow_float_linears)
     require_modules("torch", "transformers", "onnx_ir", "onnxruntime", "matplotlib", "jinja2")
     recover(output)
     require_publishable(output)
@@ -57,13 +56,10 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
         found, trace = search_prefix(ws)
         deployed = prepare(ws, found)
         graph = export(ws, deployed, dtype="float32")
-        half = half_graph(ws, deployed, engines)
-        compiled = [
-            compile_engine(ws, engine, half if half and engine.graph_dtype == "float16" else graph, options)
-            for engine in engines
-        ]
+        graphs = [graph_for(ws, deployed, engine, graph) for engine in engines]
+        compiled = [compile_engine(ws, engine, of, options) for engine, of in zip(engines, graphs, strict=True)]
         evaluation = evaluate(ws, deployed)
-        parity = check_parity(ws, deployed, graph, half)
+        parity = check_parity(ws, deployed, graph, narrow_graphs(graphs))
         report = assemble_report(
             ws, spec, trace, deployed, evaluation, graph, [artifact for artifact, _ in compiled], parity
         )
@@ -106,12 +102,6 @@ def _require_other_text(ws: Workspace) -> None:
             f"{evaluation} is the calibration text too, so its perplexity would flatter the result",
             hint="give other text with --eval-data, or leave it out",
         )
-
-
-def compile_options(ws: Workspace, targets: Sequence[str], allow_float_linears: int) -> CompileOptions:
-    """Return what the engines of a build are asked for; the limits are the recipe's."""
-    limits = ws.recipe.tensorrt
-    return CompileOptions(tuple(targets), limits.max_batch, limits.max_context, allow_float_linears=allow_float_linears)
 
 
 def plan(ws: Workspace, output: Path) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.errors import UntrustedArtifact, require_modules
-from cushion_deploy.pipeline.prepare import read_deployed, require_model_of
+from cushion_deploy.pipeline.prepare import Deployed, read_deployed, require_model_of
 from cushion_deploy.pipeline.reporting import engine_row
 from cushion_deploy.pipeline.stages import export
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.progress import elapsed
+from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import REPORT_JSON, read_report
 from cushion_deploy.report.document import Engine as EngineRow
 from cushion_deploy.report.write import write_report
@@ -21,6 +23,20 @@ from cushion_deploy.types import EngineArtifact, ExportedGraph
 
 LINKED_BYTES = 64 << 20
 """An engine's file of this size or more shares its bytes with the work folder; smaller ones may be edited: copied."""
+
+
+def compile_options(recipe: Recipe, targets: Sequence[str], allow_float_linears: int) -> CompileOptions:
+    """Return what engines are asked for; the limits are the recipe's."""
+    plans = recipe.tensorrt
+    limits = plans.max_batch, plans.max_context, plans.max_prefill
+    return CompileOptions(tuple(targets), *limits, allow_float_linears=allow_float_linears)
+
+
+def graph_for(ws: Workspace, deployed: Deployed, engine: Engine, graph: ExportedGraph) -> ExportedGraph:
+    """Return the graph that an engine compiles: ``graph``, or one in the recipe's type of plans, exported for it."""
+    wanted = ws.recipe.tensorrt.dtype
+    dtype = wanted if wanted in engine.dtypes else engine.dtypes[0]
+    return graph if dtype == graph.contract.dtype else export(ws, deployed, dtype=dtype, name=dtype)
 
 
 def compile_engine(
@@ -75,10 +91,9 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
     require_publishable(output)
     with ws.store.lock():
         graph = bundle.graph
-        if graph.contract.dtype != engine.graph_dtype:
+        if engine.dtypes != (graph.contract.dtype,):
             require_model_of(ws, bundle.path)
-            deployed = read_deployed(ws, bundle.path, graph)
-            graph = export(ws, deployed, dtype=engine.graph_dtype, name=engine.graph_dtype)
+            graph = graph_for(ws, read_deployed(ws, bundle.path, graph), engine, graph)
         artifact, folder = compile_engine(ws, engine, graph, options)
         own = f"engines/{engine.name}/"
         with staging_area(output) as staged:

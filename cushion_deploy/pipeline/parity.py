@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cushion_deploy.engines.base import Engine
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.pipeline.prepare import Deployed, read_deployed, require_model_of
 from cushion_deploy.pipeline.stages import evaluation_windows, export, export_deployed
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.store import require_space
-from cushion_deploy.types import EngineArtifact, ExportedGraph, ParityCheck, ParityReport, Site
+from cushion_deploy.types import Dtype, EngineArtifact, ExportedGraph, ParityCheck, ParityReport, Site
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def check_parity(
     ws: Workspace,
     deployed: Deployed,
     graph: ExportedGraph,
-    half: ExportedGraph | None = None,
+    narrow: Sequence[ExportedGraph] = (),
     *,
     reuse: bool = True,
 ) -> ParityResult:
@@ -40,7 +39,7 @@ def check_parity(
 
     Args:
         ws, deployed, graph: what was built.
-        half: the float16 graph that an engine was compiled from; None where there is none, and no rung for it then.
+        narrow: graphs of 16-bit types that engines were compiled from; each has a rung.
         reuse: take a kept result of an earlier run, and keep this one.
     """
     config, evaluation = ws.recipe.parity, ws.recipe.evaluation
@@ -54,19 +53,19 @@ def check_parity(
         "perplexity corpus": ws.corpus(evaluation.data, "evaluation").digest,
         "parity": config.model_dump(mode="json", exclude={"data"}),
         "evaluation": evaluation.model_dump(mode="json", exclude={"data"}),
-        "float16 graph": half.digest if half else None,
+        "narrow graphs": [written.digest for written in narrow],
     }
 
     def make(out: Path) -> None:
         with TemporaryDirectory(dir=out) as twin:
-            result = _climb(ws, deployed, graph, half, corpus.name, Path(twin))
+            result = _climb(ws, deployed, graph, narrow, corpus.name, Path(twin))
         (out / "parity.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
     if reuse:
         data = json.loads((ws.stage("parity", parents, make) / "parity.json").read_text())
     else:
         with TemporaryDirectory(prefix="cushion-parity-") as twin:
-            data = _climb(ws, deployed, graph, half, corpus.name, Path(twin))
+            data = _climb(ws, deployed, graph, narrow, corpus.name, Path(twin))
     return ParityResult(read_parity(data["parity"]), data["engine_perplexity"], data["float_bytes"])
 
 
@@ -74,7 +73,7 @@ def _climb(
     ws: Workspace,
     deployed: Deployed,
     graph: ExportedGraph,
-    half: ExportedGraph | None,
+    narrow: Sequence[ExportedGraph],
     corpus: str,
     folder: Path,
 ) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def _climb(
         decode_rung,
         engine_rung,
         float_rung,
-        half_rung,
+        narrow_rung,
         segment_decode_rung,
         segment_rung,
     )
@@ -99,20 +98,20 @@ def _climb(
     tokens = min(config.decode_tokens, ids.shape[1] // 2)
     reference = torch_reference(model, prefix, scales, scheme, ids, windows, ws.progress, ws.model)
     checks: list[ParityCheck] = []
-    for name, written in (("graph", graph), ("float16 graph", half)):
-        if written:
-            checks += scale_rung(f"scales in the {name} against scales.json", written, scales)
-            weights = linear_codes(model, scheme)
-            checks += weight_rung(f"weights in the {name} against fake-quant", written, weights)
+    for written in (graph, *narrow):
+        name = "graph" if written is graph else f"{written.contract.dtype} graph"
+        checks += scale_rung(f"scales in the {name} against scales.json", written, scales)
+        checks += weight_rung(f"weights in the {name} against fake-quant", written, linear_codes(model, scheme))
     require_space(folder, 4 * model.spec.parameters)
     twin = export_deployed(ws, deployed, folder, dtype="float32", name="float", quantized=False, opset=graph.opset)
     checks += float_rung(reference, twin, lambda: float_inputs(model, prefix, ids))
     checks += decode_rung("float graph: decode against prefill", ids, open_session(twin), tokens)
     literal = SegmentRun(graph, scales, "literal")
     checks += segment_rung("canonical ONNX against fake-quant", reference, literal)
-    if half:
-        other = SegmentRun(half, scales, "literal")
-        checks += half_rung("float16 graph against the float32 graph", reference, literal, other)
+    for written in narrow:
+        other = SegmentRun(written, scales, "literal")
+        rung = f"{written.contract.dtype} graph against the float32 graph"
+        checks += narrow_rung(rung, reference, literal, other)
         del other
     del literal
     fused = SegmentRun(graph, scales, "fused")
@@ -133,23 +132,22 @@ def _climb(
     }
 
 
-def half_graph(ws: Workspace, deployed: Deployed, engines: Iterable[Engine]) -> ExportedGraph | None:
-    """Return the float16 graph that one of the engines is compiled from, or None where none takes float16."""
-    if all(engine.graph_dtype == "float32" for engine in engines):
-        return None
-    return export(ws, deployed, dtype="float16", name="float16")
+def narrow_graphs(graphs: Iterable[ExportedGraph]) -> tuple[ExportedGraph, ...]:
+    """Return the graphs of 16-bit types among those that engines are compiled from, each once."""
+    return tuple({g.digest: g for g in graphs if g.contract.dtype != "float32"}.values())
 
 
-def _half_behind(ws: Workspace, deployed: Deployed, bundle: Path) -> ExportedGraph | None:
-    """Export the float16 graph behind an engine of a bundle again; None where there is none.
+def _narrow_behind(ws: Workspace, deployed: Deployed, bundle: Path) -> tuple[ExportedGraph, ...]:
+    """Export the 16-bit graphs behind the engines of a bundle again.
 
-    A bundle carries the compiled engine alone. None too where the exporter writes another graph than the engine was
-    compiled from (a later version of it): a check of that graph would say nothing of the engine.
+    A bundle carries the compiled engines alone. Left out is a graph that the exporter writes otherwise than the engine
+    was compiled from (a later version of it): a check of that graph would say nothing of the engine.
     """
-    files = {name: bundle / "engines" / name / "engine.json" for name in ENGINES}
-    made = {name: EngineArtifact.from_json(json.loads(f.read_text())) for name, f in files.items() if f.is_file()}
-    half = half_graph(ws, deployed, [ENGINES[name] for name in made])
-    return half if half and any(a.parents["graph"] == half.digest for a in made.values()) else None
+    files = [file for name in ENGINES if (file := bundle / "engines" / name / "engine.json").is_file()]
+    made = [EngineArtifact.from_json(json.loads(file.read_text())) for file in files]
+    types: list[Dtype] = sorted({a.details.get("dtype", "float32") for a in made})
+    graphs = narrow_graphs(export(ws, deployed, dtype=t, name=t) for t in types if t != "float32")
+    return tuple(g for g in graphs if any(a.parents["graph"] == g.digest for a in made))
 
 
 def read_parity(data: dict[str, Any]) -> ParityReport:
@@ -178,5 +176,5 @@ def check_bundle(ws: Workspace, bundle: Path, graph: ExportedGraph, *, reuse: bo
     require_model_of(ws, bundle)
     deployed = read_deployed(ws, bundle, graph)
     with ws.store.lock():
-        half = _half_behind(ws, deployed, bundle)
-        return check_parity(ws, deployed, graph, half, reuse=reuse).report
+        narrow = _narrow_behind(ws, deployed, bundle)
+        return check_parity(ws, deployed, graph, narrow, reuse=reuse).report

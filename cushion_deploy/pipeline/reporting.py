@@ -18,7 +18,10 @@ from cushion_deploy.report import Report
 from cushion_deploy.store.manifest import tool_version
 from cushion_deploy.types import EngineArtifact, ExportedGraph, ModelSpec
 
-PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "onnx-ir", "numpy"),
+    *("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt"),
+)
 
 
 def assemble_report(

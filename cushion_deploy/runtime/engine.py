@@ -6,6 +6,7 @@ import hashlib
 import json
 
 from cushion_deploy.engines.compatibility import require_runnable
+from cushion_deploy.engines.flavours import FLAVOURS
 from cushion_deploy.engines.probe import probe
 from cushion_deploy.errors import UntrustedArtifact, UsageError, unknown_choice
 from cushion_deploy.runtime.bundle import Bundle
@@ -14,9 +15,7 @@ from cushion_deploy.runtime.session import DecoderSession, cached_prefix
 from cushion_deploy.runtime.tensorrt import TensorRtSession
 from cushion_deploy.types import EngineArtifact, ExportedGraph
 
-MODULES = {"tensorrt-rtx": "tensorrt_rtx"}
-"""Engines that run plans, with the module of each."""
-ENGINES = (*PROVIDERS, *MODULES)
+ENGINES = (*PROVIDERS, *FLAVOURS)
 REPORT = "engine.json"
 
 
@@ -39,14 +38,15 @@ def open_engine(bundle: Bundle, engine: str = "onnxruntime", threads: int | None
     if engine in PROVIDERS:
         return open_session(bundle.graph, threads=threads, provider=PROVIDERS[engine])
     artifact = read_engine(bundle, engine)
-    install = f"pip install 'cushion-deploy[{engine.removeprefix('tensorrt-')},cuda]'"
-    require_runnable(artifact, probe(MODULES[engine]), install)
+    flavour = FLAVOURS[engine]
+    install = f"pip install 'cushion-deploy[{flavour.extra},cuda]'"
+    require_runnable(artifact, bundle.graph, probe(flavour.module), install)
     return open_plan(engine, _read_plan(bundle, artifact), bundle.graph)
 
 
 def open_plan(engine: str, plan: bytes, graph: ExportedGraph) -> TensorRtSession:
     """Return a session of a plan that is known to be what was compiled from a graph."""
-    return TensorRtSession(plan, graph.contract, MODULES[engine], cached_prefix(graph))
+    return TensorRtSession(plan, graph.contract, FLAVOURS[engine].module, cached_prefix(graph))
 
 
 def read_engine(bundle: Bundle, engine: str) -> EngineArtifact:

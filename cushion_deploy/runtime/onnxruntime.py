@@ -31,7 +31,7 @@ PROVIDERS = {
     "onnxruntime-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 """Engines of ONNX Runtime and the provider of each. Providers of a GPU leave nodes to the CPU that they do not have."""
-TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 _GPU = "pip uninstall onnxruntime, then pip install 'cushion-deploy[gpu]'"
 _INSTALL = {
     CPU: "pip install 'cushion-deploy[cpu]'",

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract, IntArray, Prefix
 
 NeedLogits = Literal["all", "last", "none"]
-NUMPY_TYPES = {"float32": np.float32, "float16": np.float16}
+NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float32}
+"""Types of caches in host memory; numpy has no bfloat16, which takes float32 there."""
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -107,6 +109,12 @@ def first_caches(contract: GraphContract, prefix: Prefix | None, batch: int) -> 
         return [np.zeros((batch, contract.num_kv_heads, 0, contract.head_dim), dtype)] * (2 * contract.num_layers)
     layers = (part[i] for i in range(contract.num_layers) for part in (prefix.keys, prefix.values))
     return [np.ascontiguousarray(np.broadcast_to(x.astype(dtype), (batch, *x.shape))) for x in layers]
+
+
+def bfloat16_bits(x: FloatArray) -> npt.NDArray[np.uint16]:
+    """Return the bit patterns of finite float32 values rounded to bfloat16, half to even."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def count_positions(mask: IntArray, new: int) -> IntArray:

@@ -19,8 +19,8 @@ from cushion_deploy.runtime.cuda import Cuda, DeviceBuffer
 from cushion_deploy.runtime.profiles import CACHE, Profile, read_profiles
 from cushion_deploy.runtime.session import (
     INPUTS,
-    NUMPY_TYPES,
     NeedLogits,
+    bfloat16_bits,
     checked_inputs,
     first_caches,
     past_names,
@@ -29,7 +29,8 @@ from cushion_deploy.runtime.session import (
 from cushion_deploy.types import Dtype, FloatArray, GraphContract, IntArray, Prefix
 
 REBUILD = "compile the engine again here: `cushion-deploy build ... --engine {engine}`"
-_TYPES: dict[str, Dtype] = {"HALF": "float16", "FLOAT": "float32"}
+_TYPES: dict[str, Dtype] = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16"}
+_BYTES: dict[Dtype, int] = {"float16": 2, "float32": 4, "bfloat16": 2}
 
 
 class TensorRtSession:
@@ -198,8 +199,7 @@ class TensorRtSession:
         c = self.contract
         batch, total = (max(p.batch for p in self.profiles), max(p.total for p in self.profiles))
         sequence = max(p.sequence for p in self.profiles)
-        self._cache_type = np.dtype(NUMPY_TYPES[c.dtype])
-        cache = batch * c.num_kv_heads * total * c.head_dim * self._cache_type.itemsize
+        cache = batch * c.num_kv_heads * total * c.head_dim * _BYTES[c.dtype]
         lengths = zip(INPUTS, (sequence, total, sequence), strict=True)
         self._inputs = {name: self._new(8 * batch * length) for name, length in lengths}
         self._logits = self._new(4 * batch * sequence * c.vocab_size)
@@ -223,7 +223,7 @@ class TensorRtSession:
     def _seed(self, batch: int) -> None:
         """Begin the caches of a new batch: with the prefix, where it is not in the graph."""
         for buffer, array in zip(self._caches[0], first_caches(self.contract, self._prefix, batch), strict=True):
-            self._cuda.upload(array, buffer)
+            self._cuda.upload(bfloat16_bits(array) if self.contract.dtype == "bfloat16" else array, buffer)
         self._cuda.synchronize()
 
     def _step(
@@ -236,7 +236,7 @@ class TensorRtSession:
         for name, array in zip(INPUTS, (ids, mask, positions), strict=True):
             self._cuda.upload(array, self._inputs[name])
             self._bind_input(context, name, array.shape, self._inputs[name].at(array.nbytes))
-        size = batch * c.num_kv_heads * c.head_dim * self._cache_type.itemsize
+        size = batch * c.num_kv_heads * c.head_dim * _BYTES[c.dtype]
         for i, (source, target) in enumerate(zip(*self._caches, strict=True)):
             self._bind_input(context, self._past[i], cache_shape, source.at(past * size))
             self._bind(context, self._present[i], target.at((past + new) * size))
@@ -275,7 +275,7 @@ class TensorRtSession:
     def _keep(self, length: int) -> None:
         """Copy the first ``length`` tokens of every head into the other set of caches, and go on with that."""
         c, rows = self.contract, (self._rows or 0) * self.contract.num_kv_heads
-        token = c.head_dim * self._cache_type.itemsize
+        token = c.head_dim * _BYTES[c.dtype]
         pitch, width = ((c.prefix_slots + n) * token for n in (self._length, length))
         for source, target in zip(*self._caches, strict=True):
             self._cuda.copy_rows(source, pitch, target, width, rows)

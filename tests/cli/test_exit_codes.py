@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import shutil
@@ -233,9 +234,12 @@ def test_onnxruntime_asked_for_but_not_installed(build: Any, monkeypatch: pytest
 
 
 def test_tensorrt_rtx_asked_for_but_not_installed(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cushion_deploy.engines.tensorrt_rtx as rtx
+    from cushion_deploy.engines import registry
+    from cushion_deploy.engines.flavours import RTX
+    from cushion_deploy.engines.tensorrt import TensorRt
 
-    monkeypatch.setattr(rtx, "_MODULE", "tensorrt_rtx_is_not_here")
+    absent = TensorRt(dataclasses.replace(RTX, module="tensorrt_rtx_is_not_here"))
+    monkeypatch.setitem(registry.ENGINES, "tensorrt-rtx", absent)
     expect(build("--engine", "tensorrt-rtx"), 3, "pip install 'cushion-deploy[rtx]'")
 
 

@@ -231,8 +231,8 @@ def test_without_the_library_the_install_line_is_told(
     tiny_graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "version", no_such_distribution)
-    reason = OnnxRuntimeCpu().unavailable()
-    assert reason == "engine 'onnxruntime' needs onnxruntime, which is not installed"
+    with pytest.raises(MissingDependency, match="engine 'onnxruntime' needs onnxruntime, which is not installed"):
+        OnnxRuntimeCpu().require()
     with pytest.raises(MissingDependency) as caught:
         OnnxRuntimeCpu().compile(tiny_graphs["int8"], tmp_path, STRICT)
     assert caught.value.exit_code == ExitCode.MISSING
@@ -244,7 +244,7 @@ def test_the_gpu_build_of_the_library_serves_as_well(monkeypatch: pytest.MonkeyP
         return "1.2.3" if name == "onnxruntime-gpu" else no_such_distribution(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    assert OnnxRuntimeCpu().unavailable() is None
+    OnnxRuntimeCpu().require()
     assert OnnxRuntimeCpu().version() == "1.2.3"
 
 

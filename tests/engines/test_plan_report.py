@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import re
 from pathlib import Path
 
 import pytest
 
-from cushion_deploy.engines.plan_report import SUPPORTED_VERSION, GraphLinear, read_plan
+from cushion_deploy.engines.layer_log import SUPPORTED_VERSION, read_plan
+from cushion_deploy.engines.plan_report import GraphLinear
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.types import Site
 
@@ -96,7 +98,10 @@ def test_a_linear_that_lost_int8_is_named_with_its_site_and_the_kernels_that_sta
     fallbacks = report.fallbacks([linear, other])
     assert report.int8_linears([linear, other]) == 1
     assert [(f.linear.site, f.profile) for f in fallbacks] == [(linear.site, 0), (linear.site, 1)]
-    assert "layers.0.mlp.gate_up (layers.0.mlp/MatMul_90) in profile 0: runtime_fusion" in str(fallbacks[0])
+    assert "layers.0.mlp.gate_up (layers.0.mlp/MatMul_90) in profile 0: no Q/DQ rule is broken" in str(fallbacks[0])
+    assert "(runtime_fusion __myl_" in str(fallbacks[0])
+    told = report.fallbacks([dataclasses.replace(linear, broken="weight-scales: on the contracting axis")])
+    assert told[0].reason == "weight-scales: on the contracting axis"
 
 
 def test_a_linear_that_no_kernel_names_counts_as_floating_point() -> None:

@@ -6,15 +6,19 @@ import pytest
 
 from cushion_deploy.engines.onnxruntime import OnnxRuntimeCpu
 from cushion_deploy.engines.registry import ENGINES, choose_engines
-from cushion_deploy.engines.tensorrt_rtx import TensorRtRtx
+from cushion_deploy.engines.tensorrt import TensorRt
 from cushion_deploy.errors import ExitCode, MissingDependency, UsageError
 
 
 @pytest.fixture
 def only_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let TensorRT-RTX be missing."""
-    monkeypatch.setattr(OnnxRuntimeCpu, "unavailable", lambda self: None)
-    monkeypatch.setattr(TensorRtRtx, "unavailable", lambda self: "the library is not there")
+
+    def missing(engine: TensorRt) -> None:
+        raise MissingDependency("the library is not there", hint=engine.flavour.install)
+
+    monkeypatch.setattr(OnnxRuntimeCpu, "require", lambda self: None)
+    monkeypatch.setattr(TensorRt, "require", missing)
 
 
 def test_names_are_the_keys() -> None:
@@ -25,8 +29,8 @@ def test_names_are_the_keys() -> None:
 @pytest.mark.usefixtures("only_onnxruntime")
 def test_without_a_wish_every_available_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [e.name for e in choose_engines(None)] == ["onnxruntime"]
-    monkeypatch.setattr(TensorRtRtx, "unavailable", lambda self: None)
-    assert [e.name for e in choose_engines(None)] == ["onnxruntime", "tensorrt-rtx"]
+    monkeypatch.setattr(TensorRt, "require", lambda self: None)
+    assert [e.name for e in choose_engines(None)] == ["onnxruntime", "tensorrt-rtx", "tensorrt"]
 
 
 @pytest.mark.usefixtures("only_onnxruntime")
@@ -40,7 +44,7 @@ def test_an_unknown_engine_lists_the_valid_ones() -> None:
     with pytest.raises(UsageError, match="unknown engine 'tensorflow'") as caught:
         choose_engines(["onnxruntime", "tensorflow"])
     assert caught.value.exit_code == ExitCode.USAGE
-    assert caught.value.hint == "choose one of: onnxruntime, tensorrt-rtx"
+    assert caught.value.hint == "choose one of: onnxruntime, tensorrt, tensorrt-rtx"
 
 
 @pytest.mark.usefixtures("only_onnxruntime")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cushion_deploy.engines.flavours import RTX
 from cushion_deploy.engines.probe import probe
-from cushion_deploy.engines.tensorrt_rtx import TARGETS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +26,6 @@ def target() -> str:
         pytest.skip("not run: no GPU")
     pytest.importorskip("cuda.bindings.runtime", reason="not run: cuda-bindings is not installed")
     found = gpus[0].partition(" ")[0]
-    if found not in TARGETS:
+    if found not in RTX.targets:
         pytest.skip(f"not run: TensorRT-RTX builds no plan for {gpus[0]}")
     return found

@@ -23,7 +23,8 @@ from cushion_deploy.artifacts import (
     write_smoothing,
 )
 from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.pipeline.parity import check_bundle, check_parity, half_graph
+from cushion_deploy.pipeline.compiling import graph_for
+from cushion_deploy.pipeline.parity import check_bundle, check_parity, narrow_graphs
 from cushion_deploy.pipeline.prepare import Deployed, prepare
 from cushion_deploy.pipeline.stages import export, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
@@ -86,8 +87,7 @@ def built(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     prefix, _ = search_prefix(ws)
     deployed = prepare(ws, prefix)
     graph = export(ws, deployed, dtype="float32")
-    half = half_graph(ws, deployed, ENGINES.values())
-    assert half is not None
+    half = export(ws, deployed, dtype="float16", name="float16")
     return Built(workspace, deployed, graph, half)
 
 
@@ -96,15 +96,16 @@ def rungs(report: ParityReport) -> list[str]:
 
 
 def climb(built: Built, half: ExportedGraph | None, **options: Any) -> ParityReport:
-    return check_parity(built.workspace(), built.deployed, built.graph, half, **options).report
+    return check_parity(built.workspace(), built.deployed, built.graph, [half] if half else [], **options).report
 
 
-def test_only_an_engine_of_float16_has_a_float16_graph(built: Built) -> None:
+def test_an_engine_compiles_the_graph_of_its_type(built: Built) -> None:
     ws = built.workspace()
-    assert half_graph(ws, built.deployed, [ENGINES["onnxruntime"]]) is None
-    assert half_graph(ws, built.deployed, []) is None
-    assert built.half.contract.dtype == "float16"
-    assert built.half == export(ws, built.deployed, dtype="float16", name="float16")
+    chosen = [graph_for(ws, built.deployed, ENGINES[name], built.graph) for name in ("onnxruntime", "tensorrt-rtx")]
+    assert chosen == [built.graph, built.half]
+    assert narrow_graphs([*chosen, built.half]) == (built.half,)
+    ws.recipe = ws.recipe.merged({"tensorrt.dtype": "float32"})
+    assert graph_for(ws, built.deployed, ENGINES["tensorrt-rtx"], built.graph) == built.graph
 
 
 def test_the_float16_graph_has_rungs_of_its_own_and_is_part_of_the_key(built: Built) -> None:
@@ -137,7 +138,9 @@ def test_a_bundle_is_checked_with_the_graph_that_its_engine_was_compiled_from(
     write_smoothing(built.deployed.smoothing, tmp_path / SMOOTHING_FILE)
     digest = built.half.digest if compiled_from == "half" else "0" * 64
     parents = {"graph": digest}
-    artifact = EngineArtifact("tensorrt-rtx", ("sm86",), "key", ("engine.json",), 22, 22, 0, False, {}, parents)
+    artifact = EngineArtifact(
+        "tensorrt-rtx", ("sm86",), "key", ("engine.json",), 22, 22, 0, False, {"dtype": "float16"}, parents
+    )
     engine = tmp_path / "engines" / "tensorrt-rtx" / "engine.json"
     engine.parent.mkdir(parents=True)
     engine.write_text(json.dumps(artifact.to_json()))

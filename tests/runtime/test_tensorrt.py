@@ -15,7 +15,7 @@ from fake_gpu import Context, Engine, FakeCuda, FakeTensorRt
 
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.probe import Probe
-from cushion_deploy.engines.tensorrt_rtx import Limits, profiles
+from cushion_deploy.engines.profiles import Limits, profiles
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.runtime.bundle import open_bundle
@@ -224,7 +224,7 @@ def bundle(graph: ExportedGraph, hf_folder: Path, tiny: Any, tmp_path: Path) -> 
     artifact = EngineArtifact(
         engine="tensorrt-rtx", targets=("sm80", "sm86"), key="k", files=("sm80+sm86.engine", "engine.json"),
         linears=0, int8_linears=0, fused_attention=0, ran=False, details={},
-        parents={"graph": graph.digest, "tensorrt-rtx": "1.7.1.116"},
+        parents={**tiny.graph.parents, "graph": graph.digest, "tensorrt-rtx": "1.7.1.116"},
     )  # fmt: skip
     with staging_area(out) as staged:
         for source in tiny.graph.files:
@@ -261,7 +261,11 @@ def test_every_mismatch_is_one_sentence_with_its_remedy(bundle: Path, monkeypatc
         open_engine(opened, "tensorrt-rtx")
     assert "made by tensorrt-rtx 1.7.1.116 and 1.8.0 is installed" in caught.value.message
     assert "for sm80, sm86 and this device is sm89 NVIDIA GeForce RTX 4090" in caught.value.message
-    assert "--target sm89" in caught.value.hint
+    assert "cushion-deploy engine BUNDLE --engine tensorrt-rtx --targets sm89" in caught.value.hint
+    other = replace(opened, graph=replace(opened.graph, parents={**opened.graph.parents, "scales": "0" * 64}))
+    here(monkeypatch, "1.7.1.116", "sm86 x")
+    with pytest.raises(CheckFailed, match=r"^the plan was made of another scales than this bundle's$"):
+        open_engine(other, "tensorrt-rtx")
     here(monkeypatch, "1.7.1.116")
     with pytest.raises(MissingDependency, match="there is none here") as missing:
         open_engine(opened, "tensorrt-rtx")

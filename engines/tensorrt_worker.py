@@ -1,4 +1,4 @@
-"""Both ends of the child process that drives TensorRT-RTX: parse an ONNX file, build one plan, tell what was made.
+"""Both ends of the child process that drives TensorRT: parse an ONNX file, build one plan, tell what was made.
 
 It runs apart from the tool because a fault of a native library ends a process, and because a build inside native
 code hears no Ctrl-C: the parent kills it instead. The request is one line of JSON on stdin; stdin then stays open,
@@ -20,26 +20,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cushion_deploy.engines.flavours import Flavour
+from cushion_deploy.engines.network import ParsedNetwork
 from cushion_deploy.engines.probe import child_environment, how_it_ended, package_root
 from cushion_deploy.errors import CheckFailed
 
-OUTCOME, PLAN, LAYERS = "outcome.json", "plan.partial", "layers.txt"
+OUTCOME, PLAN, LAYERS, INSPECTION = "outcome.json", "plan.partial", "layers.txt", "layers.json"
 """File names inside the scratch folder of the request."""
-_CONVERSIONS = frozenset({"SHUFFLE", "CAST", "IDENTITY", "DEQUANTIZE"})
-_DEPTH = 4
 _TAIL = 15
 """Log lines of a failed build that the error shows."""
 
 
-def run_worker(request: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
+def run_worker(flavour: Flavour, request: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     """Build in a child process and return its outcome; the child dies with this call, whatever ends it.
+
+    Args:
+        flavour: whose library builds.
+        request: see :func:`build`; the module is added.
+        scratch: empty folder.
 
     Raises:
         CheckFailed: the parser refused the graph, the builder failed, or the library crashed.
         OSError: the plan could not be written.
     """
     log = scratch / "log.txt"
-    command = [sys.executable, "-m", "cushion_deploy.engines.tensorrt_rtx_worker"]
+    command = [sys.executable, "-m", "cushion_deploy.engines.tensorrt_worker"]
     with open(log, "wb") as stderr:
         child = subprocess.Popen(
             command,
@@ -51,7 +56,7 @@ def run_worker(request: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
             start_new_session=True,  # Ctrl-C reaches this process alone, which kills the child
         )
         try:
-            _send(child, request)
+            _send(child, {**request, "module": flavour.module, "scratch": str(scratch.resolve())})
             code = child.wait()
         finally:
             child.kill()
@@ -63,9 +68,9 @@ def run_worker(request: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     outcome_file = scratch / OUTCOME
     if code != 0 or not outcome_file.exists():
         raise CheckFailed(
-            f"TensorRT-RTX ended the build ({how_it_ended(code)}); its last log lines:\n{_tail(log)}",
+            f"{flavour.product} ended the build ({how_it_ended(code)}); its last log lines:\n{_tail(log)}",
             hint="if it was killed (SIGKILL), free memory: a build takes about four times the weights; "
-            "otherwise report the lines above to https://github.com/NVIDIA/TensorRT-RTX",
+            f"otherwise report the lines above to {flavour.issues}",
         )
     outcome: dict[str, Any] = json.loads(outcome_file.read_text(encoding="utf-8"))
     if "os_error" in outcome:
@@ -73,15 +78,26 @@ def run_worker(request: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     if "errors" in outcome:
         lines = [f"{e['node'] or 'graph'} ({e['operator'] or 'no operator'}): {e['text']}" for e in outcome["errors"]]
         raise CheckFailed(
-            f"TensorRT-RTX cannot read the graph, {len(lines)} errors:\n" + "\n".join(lines),
+            f"{flavour.product} cannot read the graph, {len(lines)} errors:\n" + "\n".join(lines),
             hint="export the model again with this version of cushion-deploy",
         )
     if not outcome["built"]:
         raise CheckFailed(
-            f"TensorRT-RTX built nothing; its last log lines:\n{_tail(log)}",
+            f"{flavour.product} built nothing; its last log lines:\n{_tail(log)}",
             hint="lower max_context, max_prefill or max_batch, or report the lines above",
         )
     return outcome
+
+
+def read_inspection_file(scratch: Path) -> str:
+    """Return what the engine inspector said of a plan; raises CheckFailed when the plan could not be opened."""
+    file = scratch / INSPECTION
+    if not file.exists():
+        raise CheckFailed(
+            "the plan was built and cannot be opened here, so its INT8 coverage cannot be counted",
+            hint="see what `nvidia-smi` says; free device memory",
+        )
+    return file.read_text(encoding="utf-8")
 
 
 def read_listing(scratch: Path) -> str:
@@ -91,7 +107,7 @@ def read_listing(scratch: Path) -> str:
     if len(listings) != 1:
         raise CheckFailed(
             f"the builder wrote {len(listings)} layer listings, expected one",
-            hint="the INT8 coverage of this plan cannot be counted; use the supported version of TensorRT-RTX",
+            hint="the INT8 coverage of this plan cannot be counted; use the supported version of the library",
         )
     return listings[0]
 
@@ -110,15 +126,15 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Build the plan of a request.
 
     Args:
-        request: ``onnx`` (path), ``targets`` (names of compute capabilities) and ``profiles`` (list of input name
-            to [min, opt, max] shapes).
-        scratch: folder for the plan and the layer listing.
+        request: ``module`` of the library, ``onnx`` (path), ``targets`` (names of compute capabilities; none for the
+            device here) and ``profiles`` (list of input name to [min, opt, max] shapes).
+        scratch: folder for the plan and the listing of its layers.
 
     Returns:
-        ``errors`` of the parser (then nothing was built), or ``os_error``, or what was built: ``linears``
-        (node, weight), ``attention`` (matmuls of two computed operands), seconds, bytes.
+        ``errors`` of the parser (then nothing was built), or ``os_error``, or what was built: what
+        :meth:`~cushion_deploy.engines.network.ParsedNetwork.matmuls` tells, seconds, bytes.
     """
-    trt: Any = importlib.import_module("tensorrt_rtx")
+    trt: Any = importlib.import_module(request["module"])
     started = time.monotonic()
     logger = _logger(trt, scratch / LAYERS)
     builder = trt.Builder(logger)
@@ -128,60 +144,49 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
         return {"errors": [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]}
     parsed = time.monotonic()
     writer = _writer(trt, scratch / PLAN)
-    config = _config(trt, builder, network, request)
-    built = builder.build_serialized_network_to_stream(network, config, writer)
+    built = _write_plan(builder, network, _config(trt, builder, network, request), writer)
     size = writer.close()
     if writer.error is not None:
         return {"os_error": [writer.error.errno, writer.error.strerror]}
+    finished = time.monotonic()
+    if built and not request["targets"]:
+        _inspect(trt, logger, scratch)
     return {
-        "built": bool(built),
+        "built": built,
         "version": str(trt.__version__),
         "plan_bytes": size,
         "parse_seconds": round(parsed - started, 3),
-        "build_seconds": round(time.monotonic() - parsed, 3),
+        "build_seconds": round(finished - parsed, 3),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        **matmuls(network),
+        **ParsedNetwork(trt, network).matmuls(),
     }
 
 
-def matmuls(network: Any) -> dict[str, Any]:
-    """Return the matrix products of a parsed network, sorted into linears and attention.
-
-    A linear has a constant operand, perhaps behind a DQ; the name of that constant leads to its Site.
-    """
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    producers = {layer.get_output(j).name: layer for layer in layers for j in range(layer.num_outputs)}
-    linears, attention = [], []
-    for layer in layers:
-        if layer.type.name != "MATRIX_MULTIPLY":
-            continue
-        weights = [name for i in range(2) if (name := _constant_behind(producers, layer.get_input(i))) is not None]
-        if weights:
-            linears.append({"node": layer.name, "weight": weights[-1]})
-        else:
-            attention.append(layer.name)
-    return {"linears": linears, "attention": attention}
+def _write_plan(builder: Any, network: Any, config: Any, writer: Any) -> bool:
+    """Build and write the plan, piece by piece where the library can: older ones hold it in memory."""
+    if hasattr(builder, "build_serialized_network_to_stream"):
+        return bool(builder.build_serialized_network_to_stream(network, config, writer))
+    plan = builder.build_serialized_network(network, config)
+    if plan is not None:
+        writer.write(plan)
+    return plan is not None
 
 
-def _constant_behind(producers: dict[str, Any], tensor: Any) -> str | None:
-    """Return the constant that an operand is made of by layers which only convert it; None when it is computed."""
-    for _ in range(_DEPTH):
-        layer = producers.get(tensor.name)
-        if layer is None:
-            return None
-        if layer.type.name == "CONSTANT":
-            return str(layer.name)
-        if layer.type.name not in _CONVERSIONS:
-            return None
-        tensor = layer.get_input(0)
-    return None
+def _inspect(trt: Any, logger: Any, scratch: Path) -> None:
+    """Write what the engine inspector says of the plan that was just built on the device here."""
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine((scratch / PLAN).read_bytes())
+    if engine is not None:
+        found = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        (scratch / INSPECTION).write_text(found, encoding="utf-8")
 
 
 def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> Any:
     config = builder.create_builder_config()
     # Only at this verbosity does the builder list its kernels with their types.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.num_compute_capabilities = len(request["targets"])
+    if request["targets"]:
+        config.num_compute_capabilities = len(request["targets"])
     for i, target in enumerate(request["targets"]):
         config.set_compute_capability(trt.ComputeCapability.__members__[target.upper()], i)
     for shapes in request["profiles"]:
@@ -208,11 +213,13 @@ def _logger(trt: Any, layers: Path) -> Any:
 
 
 def _writer(trt: Any, path: Path) -> Any:
-    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+    base: Any = getattr(trt, "IStreamWriter", object)
+
+    class Writer(base):  # type: ignore[misc]
         """Writes the plan as it comes, so that it never lies in memory a second time."""
 
         def __init__(self) -> None:
-            trt.IStreamWriter.__init__(self)
+            base.__init__(self)
             self.error: OSError | None = None
             self._file = open(path, "xb")  # noqa: SIM115 - closed by close()
 

@@ -21,20 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from cushion_deploy.engines import tensorrt_rtx
+from cushion_deploy.engines import tensorrt
 from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.coverage import graph_linears
+from cushion_deploy.engines.flavours import RTX, STANDARD, Flavour
 from cushion_deploy.engines.probe import Probe, child_environment
-from cushion_deploy.engines.tensorrt_rtx import (
-    DEFAULT_TARGETS,
-    Limits,
-    TensorRtRtx,
-    check_targets,
-    compatibility_key,
-    graph_linears,
-    profiles,
-    why_not_run,
-)
-from cushion_deploy.engines.tensorrt_rtx_worker import run_worker
+from cushion_deploy.engines.profiles import Limits, profiles
+from cushion_deploy.engines.tensorrt import TensorRt, compatibility_key, why_not_run
+from cushion_deploy.engines.tensorrt_worker import run_worker
 from cushion_deploy.errors import CheckFailed, MissingDependency, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.families import get_family
@@ -131,10 +125,10 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> ExportedGraph:
 
 
 @pytest.fixture
-def rtx() -> TensorRtRtx:
+def rtx() -> TensorRt:
     """Return the engine where its library is installed."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is an optional extra: pip install 'cushion-deploy[rtx]'")
-    return TensorRtRtx()
+    return TensorRt(RTX)
 
 
 def edited(graph: ExportedGraph, folder: Path, edit: Callable[[onnx.ModelProto], None]) -> ExportedGraph:
@@ -162,7 +156,7 @@ def scale_the_contracting_axis(model: onnx.ModelProto) -> None:
 
 
 def test_a_plan_holds_every_linear_in_int8_and_fused_attention(
-    rtx: TensorRtRtx, graph: ExportedGraph, tmp_path: Path
+    rtx: TensorRt, graph: ExportedGraph, tmp_path: Path
 ) -> None:
     options = dataclasses.replace(LIMITS, targets=(), max_batch=2)
     artifact = rtx.compile(graph, tmp_path, options)
@@ -170,7 +164,7 @@ def test_a_plan_holds_every_linear_in_int8_and_fused_attention(
     assert sorted(os.listdir(tmp_path)) == ["engine.json", name]
     assert artifact.files == (name, "engine.json")
     assert (tmp_path / name).stat().st_size == artifact.details["plan_bytes"] > 1_000_000
-    assert artifact.targets == DEFAULT_TARGETS
+    assert artifact.targets == RTX.default_targets
     # Per layer q, k, v, o, gate, up, down in four packed products; and the head.
     assert (artifact.linears, artifact.int8_linears) == (7 * LAYERS + 1, 7 * LAYERS + 1)
     assert artifact.details["int8_gemms"] == [4 * LAYERS + 1] * 2
@@ -187,7 +181,7 @@ def test_a_plan_holds_every_linear_in_int8_and_fused_attention(
     }
 
 
-def test_a_head_left_in_floating_point_is_named_and_not_missed(rtx: TensorRtRtx, tmp_path: Path) -> None:
+def test_a_head_left_in_floating_point_is_named_and_not_missed(rtx: TensorRt, tmp_path: Path) -> None:
     (tmp_path / "graph").mkdir()
     (tmp_path / "engine").mkdir()
     artifact = rtx.compile(export(tmp_path / "graph", quantize_head=False), tmp_path / "engine", LIMITS)
@@ -197,21 +191,22 @@ def test_a_head_left_in_floating_point_is_named_and_not_missed(rtx: TensorRtRtx,
 
 
 def test_a_linear_that_silently_lost_int8_fails_the_build_unless_permitted(
-    rtx: TensorRtRtx, graph: ExportedGraph, tmp_path: Path
+    rtx: TensorRt, graph: ExportedGraph, tmp_path: Path
 ) -> None:
     broken = edited(graph, tmp_path, scale_the_contracting_axis)
     folder = tmp_path / "engine"
     folder.mkdir()
-    with pytest.raises(CheckFailed, match=r"13 of 15 linears .*layers\.1\.mlp\.gate_up") as caught:
+    with pytest.raises(CheckFailed, match=r"13 of 15 linears .*layers\.1\.mlp\.gate_up.*contracting axis 0") as caught:
         rtx.compile(broken, folder, LIMITS)
     assert "--allow-float-linears 2" in caught.value.hint
     assert list(folder.iterdir()) == []
     artifact = rtx.compile(broken, folder, dataclasses.replace(LIMITS, allow_float_linears=2))
     assert (artifact.linears, artifact.int8_linears) == (15, 13)
     assert artifact.details["float_linears"] == ["layers.1.mlp.gate_up"]
+    assert {fallback["reason"].partition(":")[0] for fallback in artifact.details["fallbacks"]} == {"weight-scales"}
 
 
-def test_errors_of_the_parser_name_the_node(rtx: TensorRtRtx, graph: ExportedGraph, tmp_path: Path) -> None:
+def test_errors_of_the_parser_name_the_node(rtx: TensorRt, graph: ExportedGraph, tmp_path: Path) -> None:
     def shift(model: onnx.ModelProto) -> None:
         replace_tensor(model, "zero_point", np.array(3, np.int8))
 
@@ -222,9 +217,7 @@ def test_errors_of_the_parser_name_the_node(rtx: TensorRtRtx, graph: ExportedGra
     assert not list(tmp_path.glob("*.engine"))
 
 
-def test_a_disk_without_room_for_the_plan_is_a_usage_error(
-    rtx: TensorRtRtx, graph: ExportedGraph, tmp_path: Path
-) -> None:
+def test_a_disk_without_room_for_the_plan_is_a_usage_error(rtx: TensorRt, graph: ExportedGraph, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
@@ -237,7 +230,7 @@ def test_a_disk_without_room_for_the_plan_is_a_usage_error(
 
 def test_importing_the_engine_imports_neither_the_library_nor_onnx() -> None:
     code = (
-        "import sys, cushion_deploy.engines.tensorrt_rtx; print([m for m in sys.modules if m in ('tensorrt_rtx', "
+        "import sys, cushion_deploy.engines.tensorrt; print([m for m in sys.modules if m in ('tensorrt_rtx', "
         "'tensorrt', 'onnx', 'onnx_ir', 'torch', 'cushion_deploy.families')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=child_environment())
@@ -247,10 +240,9 @@ def test_importing_the_engine_imports_neither_the_library_nor_onnx() -> None:
 def test_without_the_library_the_install_line_is_told(
     graph: ExportedGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt_rtx, "probe", lambda module: Probe(module, problem=f"No module named '{module}'"))
-    assert TensorRtRtx().unavailable() == "No module named 'tensorrt_rtx'"
+    monkeypatch.setattr(tensorrt, "probe", lambda module: Probe(module, problem=f"No module named '{module}'"))
     with pytest.raises(MissingDependency) as caught:
-        TensorRtRtx().compile(graph, tmp_path, LIMITS)
+        TensorRt(RTX).compile(graph, tmp_path, LIMITS)
     assert caught.value.hint == "pip install 'cushion-deploy[rtx]'"
 
 
@@ -259,13 +251,13 @@ def test_a_target_that_cannot_be_built_lists_the_valid_ones(
     name: str, words: str, graph: ExportedGraph, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        TensorRtRtx().compile(graph, tmp_path, dataclasses.replace(LIMITS, targets=("sm86", name)))
+        TensorRt(RTX).compile(graph, tmp_path, dataclasses.replace(LIMITS, targets=("sm86", name)))
     assert "sm80, sm86, sm89, sm120, sm121" in caught.value.hint
 
 
 def test_targets_are_ordered_and_told_once() -> None:
-    assert check_targets(["SM121", "sm86", "sm80", "sm86"]) == ("sm80", "sm86", "sm121")
-    assert check_targets([]) == DEFAULT_TARGETS
+    assert RTX.choose_targets(["SM121", "sm86", "sm80", "sm86"], ()) == ("sm80", "sm86", "sm121")
+    assert RTX.choose_targets([], ()) == RTX.default_targets
 
 
 @pytest.fixture
@@ -287,20 +279,20 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 def test_a_crash_of_the_library_is_an_error_with_its_last_log_lines(stand_in: Callable[[str], Path]) -> None:
     scratch = stand_in('for i in $(seq 1 40); do echo "INFO: step $i." >&2; done; kill -SEGV $$')
     with pytest.raises(CheckFailed, match="SIGSEGV") as caught:
-        run_worker({}, scratch)
+        run_worker(RTX, {}, scratch)
     assert "INFO: step 40." in caught.value.message
     assert "INFO: step 9." not in caught.value.message
 
 
 def test_a_worker_that_ends_without_an_outcome_is_an_error(stand_in: Callable[[str], Path]) -> None:
     with pytest.raises(CheckFailed, match="exit code 0"):
-        run_worker({}, stand_in("exit 0"))
+        run_worker(RTX, {}, stand_in("exit 0"))
 
 
 def test_a_full_disk_in_the_worker_is_raised_here(stand_in: Callable[[str], Path]) -> None:
     scratch = stand_in(f'echo \'{{"os_error": [{errno.ENOSPC}, "No space left on device"]}}\' > outcome.json')
     with pytest.raises(OSError, match="No space left") as caught:
-        run_worker({}, scratch)
+        run_worker(RTX, {}, scratch)
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -313,7 +305,7 @@ def test_an_interrupt_kills_the_worker_at_once(stand_in: Callable[[str], Path]) 
     previous = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_worker({}, scratch)
+            run_worker(RTX, {}, scratch)
     finally:
         signal.signal(signal.SIGUSR1, previous)
     with pytest.raises(ProcessLookupError):
@@ -323,7 +315,7 @@ def test_an_interrupt_kills_the_worker_at_once(stand_in: Callable[[str], Path]) 
 def test_the_worker_leaves_when_its_parent_is_gone() -> None:
     code = (
         "import threading, time\n"
-        "from cushion_deploy.engines.tensorrt_rtx_worker import _leave_with_parent\n"
+        "from cushion_deploy.engines.tensorrt_worker import _leave_with_parent\n"
         "threading.Thread(target=_leave_with_parent, daemon=True).start()\n"
         "time.sleep(60)\n"
     )
@@ -381,9 +373,9 @@ def test_a_prefix_that_leaves_no_position_is_refused() -> None:
 
 def test_a_site_without_exactly_one_product_is_refused() -> None:
     sites = {Site("layers.0.attn.qkv"): 3, Site("layers.0.mlp.down"): 1}
-    first = {"node": "a", "weight": "layers.0.attn.qkv.weight_codes"}
-    second = {"node": "b", "weight": "layers.0.mlp.down.weight"}
-    embedding = {"node": "c", "weight": "model.embed_tokens.weight"}
+    first = {"node": "a", "weight": "layers.0.attn.qkv.weight_codes", "broken": ""}
+    second = {"node": "b", "weight": "layers.0.mlp.down.weight", "broken": ""}
+    embedding = {"node": "c", "weight": "model.embed_tokens.weight", "broken": ""}
     found = graph_linears([first, second, embedding], sites)
     assert [(x.node, x.site, x.linears) for x in found] == [
         ("a", "layers.0.attn.qkv", 3),
@@ -397,16 +389,19 @@ def test_a_site_without_exactly_one_product_is_refused() -> None:
 
 def test_the_key_changes_with_everything_that_decides_about_a_plan(graph: ExportedGraph) -> None:
     def key(
+        flavour: Flavour = RTX,
         of: ExportedGraph = graph,
         version: str = "1.7.1.116",
         targets: tuple[str, ...] = ("sm86",),
         options: CompileOptions = LIMITS,
     ) -> str:
-        return compatibility_key(of, version, targets, profiles(of.contract, Limits.of(options, of.contract)), options)
+        shapes = profiles(of.contract, Limits.of(options, of.contract))
+        return compatibility_key(flavour, of, version, targets, shapes, options)
 
     keys = [
         key(),
         key(of=dataclasses.replace(graph, digest="0" * 64)),
+        key(flavour=STANDARD),
         key(version="1.7.2"),
         key(targets=("sm86", "sm89")),
         key(options=dataclasses.replace(LIMITS, max_context=65)),
@@ -419,4 +414,4 @@ def test_the_key_changes_with_everything_that_decides_about_a_plan(graph: Export
 def test_why_a_plan_was_not_run_follows_from_the_devices() -> None:
     assert why_not_run([], ["sm86"]) == "not run: no NVIDIA GPU on this machine"
     assert "sm75 NVIDIA T4 is none of the targets sm86" in why_not_run(["sm75 NVIDIA T4"], ["sm86"])
-    assert "ahead of time" in why_not_run(["sm86 NVIDIA GeForce RTX 3090"], ["sm86"])
+    assert "executes nothing" in why_not_run(["sm86 NVIDIA GeForce RTX 3090"], ["sm86"])

@@ -1,0 +1,113 @@
+"""What TensorRT-RTX and standard TensorRT do differently, in one place; everything else is the same code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cushion_deploy.errors import MissingDependency, UsageError
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the two libraries.
+
+    Attributes:
+        name: of the engine.
+        module: Python module of the library.
+        product: its name in prose.
+        extra: the pip extra that installs it.
+        oldest: first version that is supported.
+        ahead_of_time: whether plans are built without a device, for any of :attr:`targets`; otherwise on the device
+            that they run on, and for nothing else.
+        targets: compute capabilities that it builds for ahead of time; none where it needs the device.
+        default_targets: of :attr:`targets`, where none is asked for.
+        tool: the vendor's command line tool that builds the same plan.
+        issues: where its faults are reported.
+    """
+
+    name: str
+    module: str
+    product: str
+    extra: str
+    oldest: tuple[int, int]
+    ahead_of_time: bool
+    targets: tuple[str, ...]
+    default_targets: tuple[str, ...]
+    tool: str
+    issues: str
+
+    @property
+    def install(self) -> str:
+        """The line that installs it."""
+        return f"pip install 'cushion-deploy[{self.extra}]'"
+
+    def require_version(self, version: str) -> None:
+        """Check a version of the library; raises MissingDependency for one that is too old."""
+        found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        if found < self.oldest:
+            wanted = ".".join(map(str, self.oldest))
+            raise MissingDependency(f"{self.product} {version} is older than {wanted}", hint=self.install)
+
+    def choose_targets(self, names: Sequence[str], gpus: Sequence[str]) -> tuple[str, ...]:
+        """Return the targets to build for, in ascending order, without repetition; the default for none.
+
+        Args:
+            names: what was asked for, such as ``sm86``.
+            gpus: devices here, ``sm<major><minor> <name>``; the first is built for where the library needs it.
+
+        Raises:
+            UsageError: an unknown target, or another than the device here; the hint lists the valid ones.
+        """
+        chosen = {name.lower() for name in names}
+        if not self.ahead_of_time:
+            here = gpus[0].partition(" ")[0] if gpus else ""
+            for name in sorted(chosen - {here}):
+                raise UsageError(
+                    f"{self.product} builds for the device here alone, {gpus[0] if gpus else 'and there is none'}, "
+                    f"not for {name}",
+                    hint=f"leave --targets out, and build on a machine with {name}; engine 'tensorrt-rtx' builds "
+                    "ahead of time",
+                )
+            return (here,)
+        chosen = chosen or set(self.default_targets)
+        for name in sorted(chosen - set(self.targets)):
+            known = f"choose among: {', '.join(self.targets)}"
+            if name == "sm75":
+                raise UsageError(
+                    f"target 'sm75' (Turing) is not supported: {self.product} has no FP32 or BF16 matrix products for "
+                    "it, and the INT8 linears of this graph are scaled in FP32",
+                    hint=known,
+                )
+            raise UsageError(f"unknown target '{name}'", hint=known)
+        return tuple(target for target in self.targets if target in chosen)
+
+
+RTX = Flavour(
+    name="tensorrt-rtx",
+    module="tensorrt_rtx",
+    product="TensorRT-RTX",
+    extra="rtx",
+    oldest=(1, 7),
+    ahead_of_time=True,
+    # Ampere, Ada and Blackwell. The library lists no sm87 (Orin), sm90 or sm100.
+    targets=("sm80", "sm86", "sm89", "sm120", "sm121"),
+    default_targets=("sm80", "sm86", "sm89", "sm120"),
+    tool="tensorrt_rtx",
+    issues="https://github.com/NVIDIA/TensorRT-RTX",
+)
+STANDARD = Flavour(
+    name="tensorrt",
+    module="tensorrt",
+    product="TensorRT",
+    extra="tensorrt",
+    # Strong typing with Q/DQ as it is used here; JetPack 6 ships 10.3.
+    oldest=(10, 3),
+    ahead_of_time=False,
+    targets=(),
+    default_targets=(),
+    tool="trtexec",
+    issues="https://github.com/NVIDIA/TensorRT",
+)
+FLAVOURS = {flavour.name: flavour for flavour in (RTX, STANDARD)}

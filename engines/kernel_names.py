@@ -1,0 +1,37 @@
+"""What the names of a plan's kernels tell: the optimization profile that each serves, and the ONNX nodes behind it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_PROFILE = re.compile(r" \[profile (\d+)\]")
+_GROUP = re.compile(r"_myl(\d+)_\d+$")
+
+
+def onnx_nodes(metadata: str) -> tuple[str, ...]:
+    """Return the ONNX nodes that a kernel's metadata names."""
+    return tuple(_PROFILE.sub("", node) for node in _NODE.findall(metadata))
+
+
+def kernel_profiles(kernels: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+    """Return the optimization profile of each kernel.
+
+    Kernels are numbered in groups, ``_myl<group>_<index>``. Some kernels and tensors of a group carry the words
+    ``[profile N]``, those of profile 0 never do.
+
+    Args:
+        kernels: name of each, and everything that is told of it.
+    """
+    of_group: dict[str, int] = {}
+    for name, text in kernels:
+        group, profile = _GROUP.search(name), _PROFILE.search(text)
+        if group and profile:
+            of_group[group[1]] = max(of_group.get(group[1], 0), int(profile[1]))
+
+    def profile_of(name: str) -> int:
+        group, own = _GROUP.search(name), _PROFILE.search(name)
+        return of_group.get(group[1], 0) if group else int(own[1]) if own else 0
+
+    return tuple(profile_of(name) for name, _ in kernels)
