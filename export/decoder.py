@@ -39,6 +39,7 @@ class DecoderGraph:
         dtype: floating-point type of activations.
         scales: activation scale per Site to quantize; empty for the float twin. A Site without a scale stays
             in floating point.
+        scale_dtype: type of scales and of quantized products.
     """
 
     g: GraphBuilder
@@ -48,6 +49,7 @@ class DecoderGraph:
     prefix: PrefixKv
     dtype: ir.DataType
     scales: Mapping[Site, float]
+    scale_dtype: ir.DataType = ir.DataType.FLOAT
 
     def build(self) -> ir.Model:
         """Return the finished model."""
@@ -238,7 +240,8 @@ class DecoderGraph:
 
     def _linear(self, site: Site, x: ir.Value) -> ir.Value:
         linears = self.family.linears(self.spec, head=True)[site]
-        return add_linear(self.g, x, PackedLinear(site, linears, self.weights), self.dtype, self.scales.get(site))
+        packed = PackedLinear(site, linears, self.weights)
+        return add_linear(self.g, x, packed, self.dtype, self.scales.get(site), self.scale_dtype)
 
     def _head(self, x: ir.Value) -> ir.Value:
         """Return logits float32; a float head that is tied reads the embedding itself (stored once)."""
@@ -247,7 +250,7 @@ class DecoderGraph:
         path = self.family.embedding if tied else self.family.head
         if HEAD_SITE in self.scales:
             linear = PackedLinear(HEAD_SITE, (path,), self.weights)
-            logits = add_linear(g, x, linear, self.dtype, self.scales[HEAD_SITE])
+            logits = add_linear(g, x, linear, self.dtype, self.scales[HEAD_SITE], self.scale_dtype)
         elif tied:
             rows = g.op("Reshape", x, g.ints(-1, spec.embedding_size or spec.hidden_size))
             scores = g.op("Gemm", rows, self._embedding(), transB=1)

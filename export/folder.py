@@ -49,6 +49,7 @@ def export_graph(
     dtype: Dtype = "float32",
     prefix_in_cache: bool = False,
     opset: int = MIN_OPSET,
+    scale_dtype: Dtype = "float32",
 ) -> ExportedGraph:
     """Write ``<name>.onnx`` and ``<name>.onnx.data``, and the prefix beside them where it belongs into the cache.
 
@@ -64,6 +65,8 @@ def export_graph(
         prefix_in_cache: leave the prefix out of the graph and write it beside it as ``prefix.safetensors``: whoever
             runs the graph begins every cache with it.
         opset: default-domain opset.
+        scale_dtype: type of scales and of quantized products. Not float32 is an experiment: a half accumulator can
+            overflow, which the plan report tells.
 
     Raises:
         UsageError: a scheme that is not deployable, parents that do not belong together, a Site without scale,
@@ -82,10 +85,11 @@ def export_graph(
     element = DTYPES[dtype]
     inside = Prefix.empty(spec) if prefix_in_cache else prefix
     decoder = DecoderGraph(GraphBuilder(opset), spec, family, weights, PrefixKv(inside, element), element, chosen)
+    decoder.scale_dtype = DTYPES[scale_dtype]
     model = decoder.build()
     path = folder / f"{name}.onnx"
     ir.save(model, path, external_data=f"{name}.onnx.data", alignment=4096)
-    rules = check_graph(ir.load(path), set(chosen)) if scales is not None else []
+    rules = check_graph(ir.load(path), set(chosen), decoder.scale_dtype) if scales is not None else []
     graph = ExportedGraph(
         path=path,
         contract=GraphContract(

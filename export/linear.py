@@ -80,12 +80,19 @@ class PackedLinear:
             begin += count
 
 
-def add_linear(g: GraphBuilder, x: ir.Value, linear: PackedLinear, dtype: ir.DataType, scale: float | None) -> ir.Value:
+def add_linear(
+    g: GraphBuilder,
+    x: ir.Value,
+    linear: PackedLinear,
+    dtype: ir.DataType,
+    scale: float | None,
+    scale_dtype: ir.DataType = ir.DataType.FLOAT,
+) -> ir.Value:
     """Append a packed linear.
 
     With ``scale`` None it is a floating-point MatMul. Otherwise Q -> DQ stands on the input and DQ on an INT8
     weight ``[in, out]`` with a scale per output channel, as TensorRT and ONNX Runtime fuse them. Scales,
-    accumulator and product stay float32 in a float16 graph: a half accumulator can overflow.
+    accumulator and product stay float32 in a float16 graph by default: a half accumulator can overflow.
 
     Args:
         g: the graph.
@@ -93,6 +100,7 @@ def add_linear(g: GraphBuilder, x: ir.Value, linear: PackedLinear, dtype: ir.Dat
         linear: the packed linears.
         dtype: floating-point type of the graph.
         scale: static activation scale, or None.
+        scale_dtype: type of scales, and with it of the product.
 
     Returns:
         ``[batch, sequence, sum(out)]`` of type ``dtype``.
@@ -102,20 +110,20 @@ def add_linear(g: GraphBuilder, x: ir.Value, linear: PackedLinear, dtype: ir.Dat
         weight = g.lazy(f"{linear.site}.weight", dtype, size, lambda: linear.weight(dtype.numpy()))
         y = g.op("MatMul", x, weight, name="MatMul")
         return _add_bias(g, y, linear, dtype)
-    wide = x if dtype == ir.DataType.FLOAT else g.op("Cast", x, to=int(ir.DataType.FLOAT))
+    wide = x if dtype == scale_dtype else g.op("Cast", x, to=int(scale_dtype))
     zero = g.constant(np.array(0, dtype=np.int8), "zero_point")
-    step = g.constant(np.array(scale, dtype=np.float32), f"{linear.site}.scale")
+    step = g.constant(np.array(scale, dtype=scale_dtype.numpy()), f"{linear.site}.scale")
     codes = g.op("QuantizeLinear", wide, step, zero, name="Q")
     codes.name = codes_name(linear.site)
     inputs = g.op("DequantizeLinear", codes, step, zero, name="DQ")
     weight_codes = g.lazy(f"{linear.site}.weight_codes", ir.DataType.INT8, size, linear.codes)
-    weight_scales = g.constant(linear.scales(), f"{linear.site}.weight_scales")
+    weight_scales = g.constant(linear.scales().astype(scale_dtype.numpy()), f"{linear.site}.weight_scales")
     # Not shared between weights: ONNX Runtime's conversion to uint8 weights fails on a shared zero point.
     weight_zeros = g.constant(np.zeros(size[1], dtype=np.int8), f"{linear.site}.weight_zero_points")
     weight = g.op("DequantizeLinear", weight_codes, weight_scales, weight_zeros, name="weight_DQ", axis=1)
     y = g.op("MatMul", inputs, weight, name="MatMul")
-    y = _add_bias(g, y, linear, ir.DataType.FLOAT)
-    return y if dtype == ir.DataType.FLOAT else g.op("Cast", y, to=int(dtype))
+    y = _add_bias(g, y, linear, scale_dtype)
+    return y if dtype == scale_dtype else g.op("Cast", y, to=int(dtype))
 
 
 def codes_name(site: Site) -> str:

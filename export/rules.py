@@ -47,6 +47,7 @@ class QuantizedGraph:
 
     model: ir.Model
     sites: frozenset[Site]
+    scale_dtype: ir.DataType = ir.DataType.FLOAT
 
     @cached_property
     def nodes(self) -> list[ir.Node]:
@@ -76,12 +77,13 @@ class QuantizedGraph:
 Rule = Callable[[QuantizedGraph], Iterator[Violation]]
 
 
-def check_graph(model: ir.Model, sites: set[Site]) -> list[str]:
+def check_graph(model: ir.Model, sites: set[Site], scale_dtype: ir.DataType = ir.DataType.FLOAT) -> list[str]:
     """Check a finished graph against every rule.
 
     Args:
         model: the graph as it was read back from disk; weights themselves are not read.
         sites: Sites that must be quantized, no more and no fewer.
+        scale_dtype: type that all scales must have.
 
     Returns:
         Names of the rules that were checked and hold.
@@ -89,7 +91,7 @@ def check_graph(model: ir.Model, sites: set[Site]) -> list[str]:
     Raises:
         CheckFailed: the message lists every violation with node, finding and remedy.
     """
-    graph = QuantizedGraph(model, frozenset(sites))
+    graph = QuantizedGraph(model, frozenset(sites), scale_dtype)
     broken = [f"[{name}] {violation}" for name, rule in RULES.items() for violation in rule(graph)]
     if broken:
         raise CheckFailed(
@@ -164,14 +166,15 @@ def zero_points(graph: QuantizedGraph) -> Iterator[Violation]:
 
 
 def activation_scales(graph: QuantizedGraph) -> Iterator[Violation]:
-    """The scale of an activation is one stored float32 scalar, the same on Q and DQ."""
+    """The scale of an activation is one stored scalar, the same on Q and DQ."""
     for node in graph.activations:
         tensor = _stored(node.inputs[1])
         if tensor is None:
             yield Violation(_name(node), "takes its scale from a computed value or a graph input", "store the scale")
             continue
-        if tensor.dtype != ir.DataType.FLOAT:
-            yield Violation(_name(node), f"has a scale of type {tensor.dtype.name}", "store the scale as float32")
+        if tensor.dtype != graph.scale_dtype:
+            remedy = f"store the scale as {graph.scale_dtype.name}"
+            yield Violation(_name(node), f"has a scale of type {tensor.dtype.name}", remedy)
         if len(tensor.shape) != 0:
             shape = list(tensor.shape.numpy())
             yield Violation(_name(node), f"has a scale of shape {shape}", "use one scalar scale for the whole tensor")
@@ -197,14 +200,15 @@ def weight_codes(graph: QuantizedGraph) -> Iterator[Violation]:
 
 
 def weight_scales(graph: QuantizedGraph) -> Iterator[Violation]:
-    """The scale of a weight is stored float32, one for each output channel, along the output axis."""
+    """The scale of a weight is stored, one for each output channel, along the output axis."""
     for product, dq in graph.weights:
         codes, scale = _stored(dq.inputs[0]), _stored(dq.inputs[1])
         if scale is None:
             yield Violation(_name(dq), "takes its scale from a computed value or a graph input", "store the scales")
             continue
-        if scale.dtype != ir.DataType.FLOAT:
-            yield Violation(_name(dq), f"has scales of type {scale.dtype.name}", "store the scales as float32")
+        if scale.dtype != graph.scale_dtype:
+            remedy = f"store the scales as {graph.scale_dtype.name}"
+            yield Violation(_name(dq), f"has scales of type {scale.dtype.name}", remedy)
         output_axis = 0 if _int(product, "transB", 0) else 1
         if len(scale.shape) != 1:
             yield Violation(_name(dq), f"has a scale of {len(scale.shape)} dimensions", "use one per output channel")

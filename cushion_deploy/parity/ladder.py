@@ -38,11 +38,13 @@ GREEDY_TOKENS = 32
 # identical in SmolLM2; in tiny random models 97.8 %, and 96.6 % where every operator rounds (ONNX Runtime on the CPU
 # skips roundings between float16 operators), with a largest difference of 2. A scale that is 5 % wrong leaves half.
 #
-# bfloat16 keeps 8 bits: everything moves 8 times as far. Norms, embedding and every narrowed value are rounded so, in
-# between float32 computes (widened.py). Measured in SmolLM2: see the numbers behind the limits.
+# bfloat16 keeps 8 bits: everything moves 8 times as far, and the limits lie 8 times as far off. Measured in SmolLM2:
+# 94.8 % identical at the lowest Site, largest difference 2, logits 0.25 % (widened.py says how it is run).
+#
+# Logits: a quantized head rounds once, 2^-11; one in floating point reads a residual stream that every layer rounds
+# (0.07 % measured in SmolLM2, which has 60 such additions).
 NARROW = {"float16": (0.95, 2, 2**-8), "bfloat16": (0.6, 16, 2**-5)}
-"""As a share of the largest logit: a quantized head rounds once, 2^-11; one in floating point reads a residual stream
-that every layer rounds (0.07 % measured in SmolLM2, which has 60 such additions)."""
+"""By type: least share of identical codes, largest code difference, largest logit difference over largest logit."""
 
 
 @dataclass(frozen=True)

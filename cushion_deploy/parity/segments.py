@@ -80,14 +80,15 @@ def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: K
     for key, value in (LITERAL_CONFIG if kernels == "literal" else SESSION_CONFIG).items():
         options.add_session_config_entry(key, value)
     with tempfile.TemporaryDirectory(prefix="cushion-parity-") as name:
-        data = graph.files[1]
-        place(data, Path(name) / data.name)
+        data, widened = graph.files[1], graph.contract.dtype == "bfloat16"
+        # Copied where it is read here: the library takes a second hard link of external data for an attack.
+        place(data, Path(name) / data.name, link=not widened)
         path = Path(name) / graph.path.name
         model = ir.load(graph.path)
-        if graph.contract.dtype == "bfloat16":
+        if widened:
             widen(model)
         edit(model)
-        ir.save(model, path, external_data=f"{graph.path.name}.widened" if graph.contract.dtype == "bfloat16" else None)
+        ir.save(model, path, external_data="widened.data" if widened else None)
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -7,12 +7,14 @@ import errno
 import json
 import os
 import resource
+import shlex
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -104,8 +106,8 @@ class RandomWeights:
         return self._tensors[name][start:stop]
 
 
-def export(folder: Path, *, quantize_head: bool = True) -> ExportedGraph:
-    """Export the tiny decoder in float16 with a prefix of two positions."""
+def export(folder: Path, *, quantize_head: bool = True, dtype: Any = "float16", **options: Any) -> ExportedGraph:
+    """Export the tiny decoder with a prefix of two positions."""
     rng = np.random.default_rng(1)
     shape = (LAYERS, KV_HEADS, 2, HEAD_DIM)
     keys, values = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
@@ -115,7 +117,7 @@ def export(folder: Path, *, quantize_head: bool = True) -> ExportedGraph:
     scales = ActivationScales(
         dict.fromkeys(sites, 0.02), "max", SPEC.weights_digest, prefix.digest, corpus_digest="c", tokens=1
     )
-    return export_graph(SPEC, RandomWeights(), prefix, scales, scheme, folder, dtype="float16")
+    return export_graph(SPEC, RandomWeights(), prefix, scales, scheme, folder, dtype=dtype, **options)
 
 
 @pytest.fixture(scope="module")
@@ -415,3 +417,121 @@ def test_why_a_plan_was_not_run_follows_from_the_devices() -> None:
     assert why_not_run([], ["sm86"]) == "not run: no NVIDIA GPU on this machine"
     assert "sm75 NVIDIA T4 is none of the targets sm86" in why_not_run(["sm75 NVIDIA T4"], ["sm86"])
     assert "executes nothing" in why_not_run(["sm86 NVIDIA GeForce RTX 3090"], ["sm86"])
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [("bfloat16", LAYERS), ("float32", 0)])
+def test_plans_of_other_types_run_every_linear_in_int8(rtx: TensorRt, dtype: Any, fused: int, tmp_path: Path) -> None:
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "engine").mkdir()
+    artifact = rtx.compile(export(tmp_path / "graph", dtype=dtype), tmp_path / "engine", LIMITS)
+    assert artifact.int8_linears == 7 * LAYERS + 1
+    # FP32 graphs have no fused attention.
+    assert (artifact.fused_attention, artifact.details["dtype"]) == (fused, dtype)
+    assert artifact.details["half_accumulators"] == []
+    assert artifact.details["linears_without_site"] == []
+
+
+def test_the_command_of_the_vendors_tool_is_kept_with_the_plan(
+    rtx: TensorRt, graph: ExportedGraph, tmp_path: Path
+) -> None:
+    words = shlex.split(rtx.compile(graph, tmp_path, LIMITS).details["command"])
+    assert words[:3] == ["tensorrt_rtx", "--onnx=model.onnx", "--saveEngine=sm86.engine"]
+    largest = next(word for word in reversed(words) if word.startswith("--maxShapes="))
+    assert "past_key_values.1.value:1x2x63x16" in largest.split(",")
+
+
+def per_channel_activation(model: onnx.ModelProto) -> None:
+    """Scale an activation per channel: valid ONNX, no INT8."""
+    name = "layers.1.mlp.gate_up"
+    for node in model.graph.node:
+        if f"{name}.scale" in node.input:
+            node.input[1], node.input[2] = f"{name}.many", f"{name}.zeros"
+            node.attribute.append(onnx.helper.make_attribute("axis", 2))
+    model.graph.initializer.append(numpy_helper.from_array(np.full(HIDDEN, 0.02, np.float32), f"{name}.many"))
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(HIDDEN, np.int8), f"{name}.zeros"))
+
+
+def float_weight(model: onnx.ModelProto) -> None:
+    """Leave a weight in floating point behind a quantized activation: valid ONNX, no INT8."""
+    name = "layers.1.mlp.gate_up"
+    dq = next(n for n in model.graph.node if f"{name}.weight_codes" in n.input)
+    product = next(n for n in model.graph.node if dq.output[0] in n.input)
+    product.input[1] = f"{name}.weight"
+    model.graph.node.remove(dq)
+    model.graph.initializer.append(
+        numpy_helper.from_array(np.full((HIDDEN, 2 * INNER), 0.01, np.float32), f"{name}.weight")
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "rule"),
+    [
+        (per_channel_activation, "activation-scales: the activation has more than one scale"),
+        (float_weight, "both-operands: the weight is not quantized"),
+        (scale_the_contracting_axis, "weight-scales: the scale of the weight lies on the contracting axis 0"),
+    ],
+)
+def test_a_fallback_names_the_rule_that_its_linear_breaks(
+    rtx: TensorRt, graph: ExportedGraph, edit: Any, rule: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    options = dataclasses.replace(LIMITS, allow_float_linears=2)
+    artifact = rtx.compile(edited(graph, tmp_path, edit), folder, options)
+    assert artifact.int8_linears == 13
+    found = [(f["site"], f["profile"], f["reason"]) for f in artifact.details["fallbacks"]]
+    assert found == [("layers.1.mlp.gate_up", 0, rule), ("layers.1.mlp.gate_up", 1, rule)]
+
+
+@pytest.fixture
+def standard(rtx: TensorRt, monkeypatch: pytest.MonkeyPatch) -> TensorRt:
+    """Return standard TensorRT on a device sm86, its library a stand-in around the real parser and builder."""
+    stand_in = Path(__file__).parents[1] / "fakes" / "standard"
+    monkeypatch.setenv("PYTHONPATH", str(stand_in), prepend=os.pathsep)
+    monkeypatch.setattr(tensorrt, "probe", lambda module: Probe(module, "11.0.0.99", ("sm86 NVIDIA A10",)))
+    return TensorRt(STANDARD)
+
+
+def test_standard_tensorrt_is_built_by_the_same_code_and_counted_by_the_inspector(
+    rtx: TensorRt, standard: TensorRt, graph: ExportedGraph, tmp_path: Path
+) -> None:
+    for name in ("rtx", "standard"):
+        (tmp_path / name).mkdir()
+    found = standard.compile(graph, tmp_path / "standard", dataclasses.replace(LIMITS, targets=()))
+    assert sorted(os.listdir(tmp_path / "standard")) == ["engine.json", "sm86.engine"]
+    assert (found.engine, found.targets, found.int8_linears) == ("tensorrt", ("sm86",), 7 * LAYERS + 1)
+    assert found.parents["tensorrt"] == "11.0.0.99"
+    # Listing and inspector are two accounts of one build: every count is the same.
+    ahead = rtx.compile(graph, tmp_path / "rtx", LIMITS)
+    for count in ("kernels", "int8_gemms", "moves", "half_accumulators", "attention_matmuls", "unknown_gemms"):
+        assert found.details[count] == ahead.details[count], count
+    assert found.fused_attention == ahead.fused_attention == LAYERS
+    assert found.details["command"].startswith("trtexec ")
+
+
+def test_standard_tensorrt_fails_where_int8_was_lost(standard: TensorRt, graph: ExportedGraph, tmp_path: Path) -> None:
+    broken = edited(graph, tmp_path, scale_the_contracting_axis)
+    with pytest.raises(CheckFailed, match=r"13 of 15 linears .*gate_up.*contracting axis 0"):
+        standard.compile(broken, tmp_path, dataclasses.replace(LIMITS, targets=()))
+    assert not list(tmp_path.glob("*.engine"))
+
+
+def test_standard_tensorrt_needs_its_device(
+    graph: ExportedGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "probe", lambda module: Probe(module, "11.0.0.99"))
+    with pytest.raises(MissingDependency, match="there is none here") as caught:
+        TensorRt(STANDARD).compile(graph, tmp_path, LIMITS)
+    assert "--engine tensorrt-rtx" in caught.value.hint
+    monkeypatch.setattr(tensorrt, "probe", lambda module: Probe(module, "10.2.0", ("sm86 NVIDIA A10",)))
+    with pytest.raises(MissingDependency, match=r"TensorRT 10\.2\.0 is older than 10\.3"):
+        TensorRt(STANDARD).require()
+
+
+def test_scales_in_half_show_their_hazard_in_the_plan_report(rtx: TensorRt, tmp_path: Path) -> None:
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "engine").mkdir()
+    artifact = rtx.compile(export(tmp_path / "graph", scale_dtype="float16"), tmp_path / "engine", LIMITS)
+    assert artifact.int8_linears == 7 * LAYERS + 1
+    # Every packed product of both profiles: channels are scaled behind it, and its sum is written as half.
+    assert len(artifact.details["half_accumulators"]) == 2 * (4 * LAYERS + 1)

@@ -37,6 +37,7 @@ class Deployed:
     graph: ExportedGraph
     twin: ExportedGraph
     half: ExportedGraph
+    brain: ExportedGraph
     reference: TorchReference
 
 
@@ -54,9 +55,10 @@ def deployed(tiny_model: LoadedModel, plain_ids: np.ndarray, tmp_path_factory: p
     graph = export_graph(*parents, scales, scheme, folder)
     twin = export_graph(*parents, None, scheme, folder, name="float")
     half = export_graph(*parents, scales, scheme, folder, name="float16", dtype="float16")
+    brain = export_graph(*parents, scales, scheme, folder, name="bfloat16", dtype="bfloat16")
     ids = plain_ids[None, 500:564]
     reference = torch_reference(tiny_model, prefix, scales, scheme, ids, windows[:4])
-    return Deployed(tiny_model, prefix, scales, scheme, graph, twin, half, reference)
+    return Deployed(tiny_model, prefix, scales, scheme, graph, twin, half, brain, reference)
 
 
 @pytest.fixture

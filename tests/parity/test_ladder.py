@@ -18,7 +18,7 @@ from cushion_deploy.parity.ladder import (
     first_diverging,
     float_rung,
     greedy_tokens,
-    half_rung,
+    narrow_rung,
     segment_decode_rung,
     segment_rung,
 )
@@ -208,7 +208,7 @@ def test_the_engine_rung_points_to_the_segments(site: Any, words: str, deployed)
 
 def run_half(d: Any, half: Any) -> list[ParityCheck]:
     runs = (SegmentRun(graph, d.scales, "literal") for graph in (d.graph, half))
-    return half_rung("half", d.reference, *runs)
+    return narrow_rung("half", d.reference, *runs)
 
 
 def test_the_half_rung_holds_and_sees_the_rounding(deployed) -> None:
@@ -223,6 +223,17 @@ def test_the_half_rung_holds_and_sees_the_rounding(deployed) -> None:
     assert checks[2].value == pytest.approx(expected, rel=0.05)
 
 
+def test_the_bfloat16_rung_sees_its_rounding_and_no_more(deployed) -> None:
+    checks = run_half(deployed, deployed.brain)
+    assert passed(checks) == [True, True, True]
+    half = run_half(deployed, deployed.half)
+    assert checks[0].value < half[0].value
+    # One rounding of the logits to 8 bits: torch rounds them to the same values.
+    logits = torch.from_numpy(deployed.reference.quantized_logits)
+    expected = float((logits.bfloat16().float() - logits).abs().max() / logits.abs().max())
+    assert checks[2].value == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("name", "site"),
     [
@@ -233,11 +244,14 @@ def test_the_half_rung_holds_and_sees_the_rounding(deployed) -> None:
         ("head.weight_scales", "head"),
     ],
 )
-def test_the_half_rung_names_the_first_site_behind_another_tensor(name: str, site: str, deployed, sabotaged) -> None:
+@pytest.mark.parametrize(("kind", "factor"), [("half", 1.3), ("brain", 3.0)])
+def test_the_narrow_rung_names_the_first_site_behind_another_tensor(
+    name: str, site: str, kind: str, factor: float, deployed, sabotaged
+) -> None:
     def edit(tensors: dict[str, np.ndarray]) -> None:
-        tensors[name] = (tensors[name] * np.float32(1.3)).astype(tensors[name].dtype)
+        tensors[name] = (tensors[name] * np.float32(factor)).astype(tensors[name].dtype)
 
-    checks = run_half(deployed, sabotaged(deployed.half, edit))
+    checks = run_half(deployed, sabotaged(getattr(deployed, kind), edit))
     assert {c.site for c in checks if not c.passed} == {site}
 
 

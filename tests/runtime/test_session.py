@@ -11,12 +11,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.modeling.forward import logits as torch_logits
 from cushion_deploy.runtime.onnxruntime import OnnxRuntimeSession, open_session, session_options
-from cushion_deploy.runtime.session import context_limit, count_positions
+from cushion_deploy.runtime.session import bfloat16_bits, context_limit, count_positions
 
 
 def test_logits_equal_transformers_behind_the_prefix(tiny: Any, session: Any, ids: Any) -> None:
@@ -275,3 +276,11 @@ def test_repetition_is_exact(session: Any, ids: Any) -> None:
     first = session.run(ids, need_logits="all")
     session.reset()
     np.testing.assert_array_equal(session.run(ids, need_logits="all"), first)
+
+
+def test_bfloat16_bits_are_those_of_torch() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal(4096) * 10.0 ** rng.integers(-30, 30, 4096)).astype(np.float32)
+    x[:4] = [0.0, -0.0, 1.00390625, 1.01171875]  # two ties, one to each side
+    expected = torch.from_numpy(x).bfloat16().view(torch.uint16).numpy()
+    np.testing.assert_array_equal(bfloat16_bits(x), expected)
