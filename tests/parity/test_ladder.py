@@ -234,17 +234,24 @@ def test_the_bfloat16_rung_sees_its_rounding_and_no_more(deployed) -> None:
     assert checks[2].value == pytest.approx(expected, rel=0.05)
 
 
+BEHIND = {
+    "layers.1.attn.out.scale": "layers.1.mlp.gate_up",
+    "layers.0.attn.qkv.weight_scales": "layers.0.attn.out",
+    "model.layers.1.post_attention_layernorm.weight": "layers.1.mlp.gate_up",
+    "prefix.2.value": "layers.2.attn.out",
+    "head.weight_scales": "head",
+}
+"""Tensors, and the first Site behind each."""
+
+
 @pytest.mark.parametrize(
-    ("name", "site"),
+    ("kind", "factor", "name", "site"),
     [
-        ("layers.1.attn.out.scale", "layers.1.mlp.gate_up"),
-        ("layers.0.attn.qkv.weight_scales", "layers.0.attn.out"),
-        ("model.layers.1.post_attention_layernorm.weight", "layers.1.mlp.gate_up"),
-        ("prefix.2.value", "layers.2.attn.out"),
-        ("head.weight_scales", "head"),
+        *(("half", 1.3, name, site) for name, site in BEHIND.items()),
+        # A coarser grid drowns in the rounding of bfloat16; the rung of written scales sees it bit by bit.
+        *(("brain", 2.0, name, site) for name, site in BEHIND.items() if not name.endswith(".out.scale")),
     ],
 )
-@pytest.mark.parametrize(("kind", "factor"), [("half", 1.3), ("brain", 3.0)])
 def test_the_narrow_rung_names_the_first_site_behind_another_tensor(
     name: str, site: str, kind: str, factor: float, deployed, sabotaged
 ) -> None:
