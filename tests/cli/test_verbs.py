@@ -125,6 +125,35 @@ def test_a_plan_for_a_bundle_that_has_none(cli: Any, planted_bundle: Any, tmp_pa
     assert not (tmp_path / "f").exists()
 
 
+@pytest.mark.parametrize(("short", "dtype"), [("bf16", "bfloat16"), ("fp32", "float32")])
+def test_a_plan_of_another_type_climbs_the_ladder(
+    cli: Any, planted_bundle: Any, short: str, dtype: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    more = ("--engine", "tensorrt-rtx", "--targets", "sm86", "--max-context", 64, "--max-prefill", 16)
+    done = cli(
+        "engine", planted_bundle.bundle, *more, "--dtype", short, "--work-dir", tmp_path / "w", "-o", tmp_path / "e"
+    )
+    assert done.code == 0, done.err
+    assert "22 of 22 linears in INT8" in done.out
+    assert "tensorrt_rtx --onnx=" in done.out
+    artifact = json.loads((tmp_path / "e" / "engines" / "tensorrt-rtx" / "engine.json").read_text())
+    assert (artifact["details"]["dtype"], artifact["details"]["limits"]["prefill"]) == (dtype, 16)
+    climbed = cli("parity", tmp_path / "e", "--work-dir", tmp_path / "w", "--json")
+    assert climbed.code == 0, climbed.err
+    rungs = {check["rung"] for check in climbed.json["checks"]}
+    assert (f"{dtype} graph against the float32 graph" in rungs) == (dtype == "bfloat16")
+
+
+def test_an_engine_refuses_a_type_that_it_does_not_compile(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    done = cli("engine", planted_bundle.bundle, "--engine", "onnxruntime", "--dtype", "bf16", "-o", tmp_path / "e")
+    assert done.code == 2
+    assert "compiles float32 graphs, not bfloat16" in done.err
+    missing = cli("engine", planted_bundle.bundle, "--engine", "tensorrt", "-o", tmp_path / "e")
+    assert missing.code == 3
+    assert "TensorRT cannot be used" in missing.err
+
+
 @pytest.mark.parametrize("kind", ["prefix", "scales"])
 def test_what_belongs_to_another_model_is_refused(
     cli: Any, planted_bundle: Any, tiny_bundle: Any, tmp_path: Path, kind: str
