@@ -45,10 +45,10 @@ def mismatches(artifact: EngineArtifact, graph: ExportedGraph, version: str, gpu
                 f"install {made_with}, or run {rebuild}",
             )
         )
-    if here not in artifact.targets:
-        found.append(
-            Mismatch(f"the plan is for {', '.join(artifact.targets)} and this device is {gpus[0]}", f"run {rebuild}")
-        )
+    device = artifact.details.get("device") or ""
+    if here not in artifact.targets or device not in ("", gpus[0]):
+        made_for = device or ", ".join(artifact.targets)
+        found.append(Mismatch(f"the plan is for {made_for} and this device is {gpus[0]}", f"run {rebuild}"))
     return found
 
 

@@ -97,6 +97,8 @@ class TensorRt:
                 details={
                     **coverage_details(plan, linears if graph.quantized else (), outcome),
                     "dtype": graph.contract.dtype,
+                    # A plan that was tuned on a device belongs to that model of it.
+                    "device": "" if flavour.ahead_of_time else found.gpus[0],
                     "limits": asdict(limits),
                     "profiles": {name: brief(shape) for name, shape in shapes.items()},
                     "command": vendor_command(flavour, graph.path.name, name, targets, shapes),

@@ -14,13 +14,14 @@ import pytest
 from fake_gpu import Context, Engine, FakeCuda, FakeTensorRt
 
 from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.compatibility import mismatches
 from cushion_deploy.engines.probe import Probe
 from cushion_deploy.engines.profiles import Limits, profiles
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.runtime.cuda import Cuda
-from cushion_deploy.runtime.engine import open_engine
+from cushion_deploy.runtime.engine import open_engine, read_engine
 from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.tensorrt import TensorRtSession
 from cushion_deploy.schemes import QuantScheme
@@ -266,6 +267,10 @@ def test_every_mismatch_is_one_sentence_with_its_remedy(bundle: Path, monkeypatc
     here(monkeypatch, "1.7.1.116", "sm86 x")
     with pytest.raises(CheckFailed, match=r"^the plan was made of another scales than this bundle's$"):
         open_engine(other, "tensorrt-rtx")
+    artifact = replace(read_engine(opened, "tensorrt-rtx"), details={"device": "sm86 NVIDIA A10"})
+    (tuned,) = mismatches(artifact, opened.graph, "1.7.1.116", ["sm86 NVIDIA A40"])
+    assert tuned.sentence == "the plan is for sm86 NVIDIA A10 and this device is sm86 NVIDIA A40"
+    assert mismatches(artifact, opened.graph, "1.7.1.116", ["sm86 NVIDIA A10"]) == []
     here(monkeypatch, "1.7.1.116")
     with pytest.raises(MissingDependency, match="there is none here") as missing:
         open_engine(opened, "tensorrt-rtx")
