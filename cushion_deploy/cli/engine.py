@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from pathlib import Path
 
 import click
@@ -20,6 +21,9 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
 from cushion_deploy.store import MANIFEST_NAME
 from cushion_deploy.types import Dtype, EngineArtifact
+
+SHOWN = 2000
+"""Characters of the vendor's command that are printed; with 30 layers it has 20,000."""
 
 
 @click.command("engine")
@@ -90,7 +94,8 @@ def command(
     if hazards := artifact.details.get("half_accumulators"):
         click.echo(f"warning: {len(hazards)} INT8 products are written as half and may overflow: {hazards[0]} ...")
     if command_line := artifact.details.get("command"):
-        click.echo(f"the same plan by the vendor's tool:\n  {command_line}")
+        shown = textwrap.shorten(command_line, SHOWN, placeholder=" ... (the whole line stands in engine.json)")
+        click.echo(f"the same plan by the vendor's tool:\n  {shown}")
     click.echo(f"written: {output}")
 
 

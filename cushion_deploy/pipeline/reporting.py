@@ -155,7 +155,7 @@ def engine_row(artifact: EngineArtifact) -> dict[str, Any]:
         "fused_attention": artifact.fused_attention,
         "ran": artifact.ran,
         "note": str(artifact.details.get("not_run", "")).removeprefix("not run: "),
-        "details": artifact.details,
+        "details": {name: value for name, value in artifact.details.items() if name != "command"},
     }
 
 

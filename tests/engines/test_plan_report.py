@@ -20,6 +20,7 @@ SMOLLM2 = "smollm2-135m"
 FLOAT_HEAD = "tiny-float16-float-head"
 FLOAT32 = "tiny-float32"
 CONTRACTING = "tiny-contracting-axis-scale"
+GEMMA2 = "gemma2-tiny-bfloat16"
 
 
 def listing(name: str) -> str:
@@ -33,7 +34,7 @@ def gemm_nodes(text: str) -> list[str]:
     return [re.sub(r"_U\d+_myl\d+_\d+$", "", name) for name in names]
 
 
-@pytest.mark.parametrize("name", [SMOLLM2, FLOAT_HEAD, FLOAT32, CONTRACTING])
+@pytest.mark.parametrize("name", [SMOLLM2, FLOAT_HEAD, FLOAT32, CONTRACTING, GEMMA2])
 def test_every_line_of_a_real_listing_becomes_a_kernel(name: str) -> None:
     text = listing(name)
     report = read_plan(text, VERSION)
@@ -44,8 +45,14 @@ def test_every_line_of_a_real_listing_becomes_a_kernel(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "int8_gemms", "fused"),
-    # 4 packed linears a layer, and the head where it is quantized; FP32 graphs have no fused attention.
-    [(SMOLLM2, 4 * 30 + 1, 30), (FLOAT_HEAD, 4 * 2, 2), (FLOAT32, 4 * 2 + 1, 0), (CONTRACTING, 4 * 2 + 1 - 1, 2)],
+    # 4 packed linears a layer, and the head where it is quantized; FP32 graphs and soft caps have no fused attention.
+    [
+        (SMOLLM2, 4 * 30 + 1, 30),
+        (FLOAT_HEAD, 4 * 2, 2),
+        (FLOAT32, 4 * 2 + 1, 0),
+        (CONTRACTING, 4 * 2 + 1 - 1, 2),
+        (GEMMA2, 4 * 3 + 1, 0),
+    ],
 )
 def test_int8_gemms_and_fused_attention_are_counted_in_each_profile(name: str, int8_gemms: int, fused: int) -> None:
     report = read_plan(listing(name), VERSION)
