@@ -44,6 +44,8 @@ class Engine(Protocol):
     """The pip extra that installs it."""
     graph_dtype: Dtype
     """Type of activations of the graph it wants."""
+    in_place_cache: bool
+    """Whether it updates a static cache in place (KVCacheUpdate); one that grows is copied at every step."""
 
     def unavailable(self) -> str | None:
         """Return why the engine cannot compile here, or None when it can."""

@@ -57,6 +57,7 @@ class OnnxRuntimeCpu:
     name = "onnxruntime"
     extra = "cpu"
     graph_dtype: Dtype = "float32"
+    in_place_cache = False
 
     def unavailable(self) -> str | None:
         """Return why it cannot compile here, or None."""

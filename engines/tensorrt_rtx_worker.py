@@ -110,8 +110,8 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Build the plan of a request.
 
     Args:
-        request: ``onnx`` (path), ``targets`` (names of compute capabilities) and ``profiles`` (list of input name
-            to [min, opt, max] shapes).
+        request: ``onnx`` (path), ``targets`` (names of compute capabilities), ``profiles`` (list of input name
+            to [min, opt, max] shapes) and ``user_allocation`` (whether a CUDA graph shall be captured of the plan).
         scratch: folder for the plan and the layer listing.
 
     Returns:
@@ -181,6 +181,8 @@ def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> An
     config = builder.create_builder_config()
     # Only at this verbosity does the builder list its kernels with their types.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if request["user_allocation"]:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.num_compute_capabilities = len(request["targets"])
     for i, target in enumerate(request["targets"]):
         config.set_compute_capability(trt.ComputeCapability.__members__[target.upper()], i)

@@ -39,6 +39,7 @@ class DecoderGraph:
         dtype: floating-point type of activations.
         scales: activation scale per Site to quantize; empty for the float twin. A Site without a scale stays
             in floating point.
+        capacity: slots of a static cache that is updated in place; 0 for a cache that grows.
     """
 
     g: GraphBuilder
@@ -48,14 +49,16 @@ class DecoderGraph:
     prefix: PrefixKv
     dtype: ir.DataType
     scales: Mapping[Site, float]
+    capacity: int = 0
 
     def build(self) -> ir.Model:
         """Return the finished model."""
         g, spec = self.g, self.spec
         ids = g.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
-        mask = g.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
+        mask = g.input("attention_mask", ir.DataType.INT64, ["batch", self.capacity or "total"])
         positions = g.input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
-        cache_shape: list[int | str] = ["batch", spec.num_kv_heads, "past", spec.head_dim]
+        self.write_indices = g.input("write_indices", ir.DataType.INT64, ["batch"]) if self.capacity else None
+        cache_shape: list[int | str] = ["batch", spec.num_kv_heads, self.capacity or "past", spec.head_dim]
         past = [
             tuple(g.input(f"past_key_values.{i}.{part}", self.dtype, cache_shape) for part in ("key", "value"))
             for i in range(spec.num_layers)
@@ -68,15 +71,15 @@ class DecoderGraph:
             for name, rotary in (("rotary", spec.rotary), ("local_rotary", spec.local_rotary))
             if rotary is not None
         }
-        self.biases = AttentionMasks(g, spec, self.family, self.dtype).add(ids, self.prefix.extend_mask(g, mask))
+        kept = self.prefix.extend_mask(g, mask)
+        self.biases = AttentionMasks(g, spec, self.family, self.dtype).add(ids, kept, self.write_indices)
         self.prefix_shape = self.prefix.batch_shape(g, mask)
         x = self._embed(ids, positions)  # [B, S, hidden]
         for i, (past_key, past_value) in enumerate(past):
             x = self._attention(i, x, past_key, past_value)
             x = self._mlp(i, x)
         g.scope("head")
-        if self.dtype == ir.DataType.FLOAT:
-            # The float16 graph is for engines that take no optional inputs.
+        if self._skips_head:
             start = g.optional_input("logits_start", np.zeros(1, dtype=np.int64))
             x = g.op("Slice", x, start, g.ints(np.iinfo(np.int64).max), g.ints(1))
         if f"{self.family.final_norm}.weight" in self.weights.names():
@@ -86,6 +89,11 @@ class DecoderGraph:
         # Graph outputs in the order that runtimes expect: logits first, then present keys and values.
         g.outputs.insert(0, g.outputs.pop())
         return g.build(spec.family)
+
+    @property
+    def _skips_head(self) -> bool:
+        """Whether there is ``logits_start``: float16 and static graphs are for engines that take no optional inputs."""
+        return self.dtype == ir.DataType.FLOAT and not self.capacity
 
     def _embed(self, ids: ir.Value, positions: ir.Value) -> ir.Value:
         """Return the first hidden states ``[B, S, hidden]``; ``positions`` count the prefix."""
@@ -133,17 +141,22 @@ class DecoderGraph:
         # Group the query heads of one key head as rows: keys and values need no repetition.
         query = g.op("Mul", query, self._scalar(spec.attention_scale))
         query = g.op("Reshape", query, g.ints(0, kv, -1, size))  # [B, K, G * S, D]
-        present_key = g.op("Concat", past_key, key, axis=2)  # [B, K, T, D]
-        present_value = g.op("Concat", past_value, value, axis=2)
+        present_key, present_value = self._update(past_key, key), self._update(past_value, value)  # [B, K, T, D]
         context = self.prefix.attend(
             g, i, query, present_key, present_value, self.biases[spec.window(i)], self.prefix_shape, spec.score_cap
         )  # [B, K, G * S, D]
         rows = g.op("Transpose", g.op("Reshape", context, g.ints(0, heads, -1, size)), perm=[0, 2, 1, 3])
         joined = g.op("Reshape", rows, g.ints(0, 0, heads * size))
         for part, value_ in (("key", present_key), ("value", present_value)):
-            g.output(value_, f"present.{i}.{part}", self.dtype, ["batch", kv, "total", size])
+            g.output(value_, f"present.{i}.{part}", self.dtype, ["batch", kv, self.capacity or "total", size])
         out = self._linear(layer_site(i, "attn.out"), joined)
         return self._add_block(x, out, f"{layer}.{family.attention_norm}", family.attention_post_norm, layer)
+
+    def _update(self, past: ir.Value, new: ir.Value) -> ir.Value:
+        """Return the cache with the keys or values ``[B, K, S, D]`` of the new tokens: joined, or in their slots."""
+        if self.write_indices is None:
+            return self.g.op("Concat", past, new, axis=2)
+        return self.g.op("TensorScatter", past, new, self.write_indices, axis=2, mode="linear")
 
     def _query_key_value(self, i: int, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return queries and keys ``[B, H + K, S, D]``, normed where the family does, and values ``[B, K, S, D]``."""
@@ -252,8 +265,8 @@ class DecoderGraph:
             rows = g.op("Reshape", x, g.ints(-1, spec.embedding_size or spec.hidden_size))
             scores = g.op("Gemm", rows, self._embedding(), transB=1)
             shape = g.op("Concat", g.op("Shape", x, start=0, end=2), g.ints(spec.vocab_size), axis=0)
-            # allowzero: logits_start may leave no row at all; engines of the float16 graph never see that.
-            logits = g.op("Reshape", scores, shape, allowzero=int(self.dtype == ir.DataType.FLOAT))
+            # allowzero: logits_start may leave no row at all; engines of other graphs never see that.
+            logits = g.op("Reshape", scores, shape, allowzero=int(self._skips_head))
         else:
             logits = add_linear(g, x, PackedLinear(HEAD_SITE, (path,), self.weights), self.dtype, None)
         if spec.logit_cap:

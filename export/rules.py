@@ -22,7 +22,8 @@ Q, DQ = "QuantizeLinear", "DequantizeLinear"
 PRODUCTS = frozenset({"MatMul", "Gemm"})
 REJECTED = frozenset({"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"})
 MOVERS = frozenset(
-    {"Cast", "Concat", "Expand", "Identity", "Mul", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+    {"Cast", "Concat", "Expand", "Identity", "Mul", "Reshape", "Slice", "Split", "Squeeze", "TensorScatter"}
+    | {"Transpose", "Unsqueeze"}
 )
 """Operators that may stand between a DQ and an attention MatMul without making it another tensor's business."""
 TINY = float(np.finfo(np.float32).tiny)
