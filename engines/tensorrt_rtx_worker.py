@@ -127,6 +127,7 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     if not parser.parse_from_file(request["onnx"]):
         return {"errors": [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]}
     parsed = time.monotonic()
+    _allow_decomposition(trt, network)
     writer = _writer(trt, scratch / PLAN)
     config = _config(trt, builder, network, request)
     built = builder.build_serialized_network_to_stream(network, config, writer)
@@ -161,6 +162,15 @@ def matmuls(network: Any) -> dict[str, Any]:
         else:
             attention.append(layer.name)
     return {"linears": linears, "attention": attention}
+
+
+def _allow_decomposition(trt: Any, network: Any) -> None:
+    """Let attention fall apart into products where no kernel takes its size or type; the build would fail there."""
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type.name == "ATTENTION_OUTPUT":
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
 
 
 def _constant_behind(producers: dict[str, Any], tensor: Any) -> str | None:

@@ -23,6 +23,7 @@ from cushion_deploy.export.linear import PackedLinear, add_linear
 from cushion_deploy.export.masks import AttentionMasks
 from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain, turning_channels
+from cushion_deploy.export.static_cache import StaticCache
 from cushion_deploy.families import Family
 from cushion_deploy.types import HEAD_SITE, ModelSpec, RotaryScaling, Site, layer_site
 from cushion_deploy.weights import WeightSource, blocks
@@ -57,7 +58,8 @@ class DecoderGraph:
         ids = g.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         mask = g.input("attention_mask", ir.DataType.INT64, ["batch", self.capacity or "total"])
         positions = g.input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
-        self.write_indices = g.input("write_indices", ir.DataType.INT64, ["batch"]) if self.capacity else None
+        write_indices = g.input("write_indices", ir.DataType.INT64, ["batch"]) if self.capacity else None
+        self.static = StaticCache(g, spec, write_indices) if write_indices else None
         cache_shape: list[int | str] = ["batch", spec.num_kv_heads, self.capacity or "past", spec.head_dim]
         past = [
             tuple(g.input(f"past_key_values.{i}.{part}", self.dtype, cache_shape) for part in ("key", "value"))
@@ -72,7 +74,8 @@ class DecoderGraph:
             if rotary is not None
         }
         kept = self.prefix.extend_mask(g, mask)
-        self.biases = AttentionMasks(g, spec, self.family, self.dtype).add(ids, kept, self.write_indices)
+        grouped = self.static is None or not self.static.one_operator
+        self.biases = AttentionMasks(g, spec, self.family, self.dtype, grouped).add(ids, kept, write_indices)
         self.prefix_shape = self.prefix.batch_shape(g, mask)
         x = self._embed(ids, positions)  # [B, S, hidden]
         for i, (past_key, past_value) in enumerate(past):
@@ -141,22 +144,23 @@ class DecoderGraph:
         # Group the query heads of one key head as rows: keys and values need no repetition.
         query = g.op("Mul", query, self._scalar(spec.attention_scale))
         query = g.op("Reshape", query, g.ints(0, kv, -1, size))  # [B, K, G * S, D]
-        present_key, present_value = self._update(past_key, key), self._update(past_value, value)  # [B, K, T, D]
-        context = self.prefix.attend(
-            g, i, query, present_key, present_value, self.biases[spec.window(i)], self.prefix_shape, spec.score_cap
-        )  # [B, K, G * S, D]
+        bias = self.biases[spec.window(i)]
+        if self.static:
+            present_key, present_value = self.static.update(past_key, key), self.static.update(past_value, value)
+        else:
+            present_key = g.op("Concat", past_key, key, axis=2)  # [B, K, T, D]
+            present_value = g.op("Concat", past_value, value, axis=2)
+        if self.static and self.static.one_operator:
+            context = self.static.attend(query, present_key, present_value, bias)
+        else:
+            given = query, present_key, present_value, bias, self.prefix_shape, spec.score_cap
+            context = self.prefix.attend(g, i, *given)  # [B, K, G * S, D]
         rows = g.op("Transpose", g.op("Reshape", context, g.ints(0, heads, -1, size)), perm=[0, 2, 1, 3])
         joined = g.op("Reshape", rows, g.ints(0, 0, heads * size))
         for part, value_ in (("key", present_key), ("value", present_value)):
             g.output(value_, f"present.{i}.{part}", self.dtype, ["batch", kv, self.capacity or "total", size])
         out = self._linear(layer_site(i, "attn.out"), joined)
         return self._add_block(x, out, f"{layer}.{family.attention_norm}", family.attention_post_norm, layer)
-
-    def _update(self, past: ir.Value, new: ir.Value) -> ir.Value:
-        """Return the cache with the keys or values ``[B, K, S, D]`` of the new tokens: joined, or in their slots."""
-        if self.write_indices is None:
-            return self.g.op("Concat", past, new, axis=2)
-        return self.g.op("TensorScatter", past, new, self.write_indices, axis=2, mode="linear")
 
     def _query_key_value(self, i: int, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return queries and keys ``[B, H + K, S, D]``, normed where the family does, and values ``[B, K, S, D]``."""

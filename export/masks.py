@@ -22,18 +22,22 @@ MASKED = {ir.DataType.FLOAT: -1e9, ir.DataType.FLOAT16: -3e4}
 
 @dataclass(frozen=True)
 class AttentionMasks:
-    """Builds the additive masks of one graph: one for each window that its layers have."""
+    """Builds the additive masks of one graph: one for each window that its layers have.
+
+    ``grouped`` repeats their rows for the G query heads that share a key head.
+    """
 
     g: GraphBuilder
     spec: ModelSpec
     family: Family
     dtype: ir.DataType
+    grouped: bool = True
 
     def add(self, ids: ir.Value, mask: ir.Value, write_indices: ir.Value | None = None) -> dict[int, ir.Value]:
         """Return the additive mask ``[B, 1 or H, G * S, L]`` for each window that a layer has; 0 looks at everything.
 
-        Causal, and closed on padding; one row block per group. Windows and ALiBi count tokens, those of the prefix too
-        and padding not, so that padding changes nothing.
+        Causal, and closed on padding; one row block per group where ``grouped``, else ``[B, 1 or H, S, L]``. Windows
+        and ALiBi count tokens, those of the prefix too and padding not, so that padding changes nothing.
 
         Args:
             ids: token ids ``[B, S]``.
@@ -62,7 +66,7 @@ class AttentionMasks:
             distance = self._distance(places, here)
         if counted:
             alibi = self._alibi(distance)
-        group = self.spec.num_heads // self.spec.num_kv_heads
+        group = self.spec.num_heads // self.spec.num_kv_heads if self.grouped else 1
         found: dict[int, ir.Value] = {}
         for window in windows:
             allowed = g.op("And", causal, kept)  # [B, 1, S, L]

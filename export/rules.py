@@ -236,8 +236,8 @@ def both_operands(graph: QuantizedGraph) -> Iterator[Violation]:
 
 
 def float_attention(graph: QuantizedGraph) -> Iterator[Violation]:
-    """Neither attention MatMul has Q/DQ on an input: it would break the fused attention kernel."""
-    for node in graph.of("MatMul"):
+    """No attention has Q/DQ on an input, as two MatMul or as one operator: it would break the fused kernel."""
+    for node in graph.of("MatMul", "Attention"):
         if not _is_attention(node):
             continue
         for value in node.inputs:
