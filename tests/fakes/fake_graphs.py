@@ -92,8 +92,8 @@ class FakeGraphs:
         return (Status.cudaSuccess,)
 
     def cudaGraphExecDestroy(self, executable: int) -> tuple[Status]:
-        assert not self.queue, "a graph was destroyed while work was queued"
-        del self.executables[executable]
+        work = self.executables.pop(executable)
+        assert not any(item.run in self.queue for item in work), "a graph was destroyed while it was queued"
         return (Status.cudaSuccess,)
 
     def cudaGetLastError(self) -> tuple[int]:
