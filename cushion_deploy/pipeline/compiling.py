@@ -9,7 +9,7 @@ from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.errors import UntrustedArtifact, require_modules
 from cushion_deploy.pipeline.prepare import read_deployed, require_model_of
 from cushion_deploy.pipeline.reporting import engine_row
-from cushion_deploy.pipeline.stages import export
+from cushion_deploy.pipeline.stages import plan_graph
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.progress import elapsed
 from cushion_deploy.report.document import REPORT_JSON, read_report
@@ -78,7 +78,7 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
         if graph.contract.dtype != engine.graph_dtype:
             require_model_of(ws, bundle.path)
             deployed = read_deployed(ws, bundle.path, graph)
-            graph = export(ws, deployed, dtype=engine.graph_dtype, name=engine.graph_dtype)
+            graph = plan_graph(ws, deployed, engine, options.max_context)
         artifact, folder = compile_engine(ws, engine, graph, options)
         own = f"engines/{engine.name}/"
         with staging_area(output) as staged:

@@ -13,7 +13,7 @@ from typing import Any
 from cushion_deploy.engines.base import Engine
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.pipeline.prepare import Deployed, read_deployed, require_model_of
-from cushion_deploy.pipeline.stages import evaluation_windows, export, export_deployed
+from cushion_deploy.pipeline.stages import evaluation_windows, export_deployed, plan_graph
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.store import require_space
 from cushion_deploy.types import EngineArtifact, ExportedGraph, ParityCheck, ParityReport, Site
@@ -133,11 +133,18 @@ def _climb(
     }
 
 
-def half_graph(ws: Workspace, deployed: Deployed, engines: Iterable[Engine]) -> ExportedGraph | None:
-    """Return the float16 graph that one of the engines is compiled from, or None where none takes float16."""
-    if all(engine.graph_dtype == "float32" for engine in engines):
-        return None
-    return export(ws, deployed, dtype="float16", name="float16")
+def half_graph(
+    ws: Workspace, deployed: Deployed, engines: Iterable[Engine], context: int | None = None
+) -> ExportedGraph | None:
+    """Return the float16 graph that one of the engines is compiled from, or None where none takes float16.
+
+    Args:
+        ws, deployed: what is built.
+        engines: that are compiled for.
+        context: longest context of the plan; None for the recipe's.
+    """
+    engine = next((engine for engine in engines if engine.graph_dtype == "float16"), None)
+    return plan_graph(ws, deployed, engine, context or ws.recipe.tensorrt.max_context) if engine else None
 
 
 def _half_behind(ws: Workspace, deployed: Deployed, bundle: Path) -> ExportedGraph | None:
@@ -148,8 +155,11 @@ def _half_behind(ws: Workspace, deployed: Deployed, bundle: Path) -> ExportedGra
     """
     files = {name: bundle / "engines" / name / "engine.json" for name in ENGINES}
     made = {name: EngineArtifact.from_json(json.loads(f.read_text())) for name, f in files.items() if f.is_file()}
-    half = half_graph(ws, deployed, [ENGINES[name] for name in made])
-    return half if half and any(a.parents["graph"] == half.digest for a in made.values()) else None
+    for name, artifact in made.items():
+        half = half_graph(ws, deployed, [ENGINES[name]], artifact.details.get("limits", {}).get("context"))
+        if half and artifact.parents["graph"] == half.digest:
+            return half
+    return None
 
 
 def read_parity(data: dict[str, Any]) -> ParityReport:
