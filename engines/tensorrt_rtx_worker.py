@@ -116,7 +116,7 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
     Returns:
         ``errors`` of the parser (then nothing was built), or ``os_error``, or what was built: ``linears``
-        (node, weight), ``attention`` (matmuls of two computed operands), seconds, bytes.
+        (node, weight), ``attention`` (see :func:`matmuls`), seconds, bytes.
     """
     trt: Any = importlib.import_module("tensorrt_rtx")
     started = time.monotonic()
@@ -148,12 +148,15 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
 def matmuls(network: Any) -> dict[str, Any]:
     """Return the matrix products of a parsed network, sorted into linears and attention.
 
-    A linear has a constant operand, perhaps behind a DQ; the name of that constant leads to its Site.
+    A linear has a constant operand, perhaps behind a DQ; the name of that constant leads to its Site. Attention that
+    is one operator counts as one product.
     """
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     producers = {layer.get_output(j).name: layer for layer in layers for j in range(layer.num_outputs)}
     linears, attention = [], []
     for layer in layers:
+        if layer.type.name == "ATTENTION_OUTPUT":
+            attention.append(layer.name.removesuffix("_AttentionOutput"))
         if layer.type.name != "MATRIX_MULTIPLY":
             continue
         weights = [name for i in range(2) if (name := _constant_behind(producers, layer.get_input(i))) is not None]
