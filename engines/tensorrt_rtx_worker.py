@@ -194,8 +194,9 @@ def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> An
     config = builder.create_builder_config()
     # Only at this verbosity does the builder list its kernels with their types.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if request["user_allocation"]:
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # standard TensorRT has none
+    if request["user_allocation"] and flag is not None:
+        config.set_flag(flag)
     config.num_compute_capabilities = len(request["targets"])
     for i, target in enumerate(request["targets"]):
         config.set_compute_capability(trt.ComputeCapability.__members__[target.upper()], i)

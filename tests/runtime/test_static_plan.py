@@ -227,6 +227,14 @@ def test_a_plan_that_cannot_be_recorded_decodes_plainly_after_one_warning(
     assert (device.cuda.recorded, device.cuda.launched) == (0, 0)
 
 
+def test_a_launch_on_memory_that_is_gone_is_found(session: Any, ids: Any) -> None:
+    for i in range(3):
+        session.run(ids[:, i : i + 1], need_logits="none")
+    session._inputs["position_ids"].free()
+    with pytest.raises(AssertionError, match="illegal access"):
+        session._cuda.launch(session._graph._recorded)
+
+
 def test_standard_tensorrt_has_fewer_calls(
     graphs: Any, tiny: Any, expected: Any, ids: Any, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
