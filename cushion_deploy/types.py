@@ -315,6 +315,8 @@ class GraphContract:
     ``position_ids`` int64 [batch, sequence], ``past_key_values.N.key/value``
     [batch, kv_heads, past, head_dim] -> ``logits`` [batch, sequence, vocab],
     ``present.N.key/value`` [batch, kv_heads, past + sequence, head_dim].
+    With ``cache_capacity`` C the cache is static: every ``past + sequence`` above is C, ``past`` is C as well,
+    ``write_indices`` int64 [batch] are the slots of the first new tokens, and ``present`` is ``past`` updated there.
     A session counts its caller's tokens only. The prefix is in the graph, which adds it itself, or, with
     ``prefix_in_cache``, in the first slots of every past; mask and positions then count it.
     """
@@ -327,6 +329,7 @@ class GraphContract:
     dtype: Dtype
     prefix_length: int
     prefix_in_cache: bool = False
+    cache_capacity: int = 0
 
     @property
     def prefix_mode(self) -> PrefixMode:
@@ -383,8 +386,11 @@ class ExportedGraph:
         return sum(file.stat().st_size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict; the path is reduced to its file name."""
-        return {**asdict(self), "path": self.path.name, "parents": dict(self.parents)}
+        """Return a JSON-ready dict; the path is its file name, the capacity of a growing cache left out."""
+        data = {**asdict(self), "path": self.path.name, "parents": dict(self.parents)}
+        if not self.contract.cache_capacity:
+            del data["contract"]["cache_capacity"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], folder: Path) -> ExportedGraph:

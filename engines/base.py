@@ -44,6 +44,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def in_place_cache(self) -> bool:
+        """Whether it updates a static cache in place (KVCacheUpdate); one that grows is copied at every step."""
+        ...
+
+    @property
     def dtypes(self) -> tuple[Dtype, ...]:
         """Floating-point types of the graphs that it compiles, its default first."""
         ...

@@ -19,6 +19,7 @@ class Flavour:
         product: its name in prose.
         extra: the pip extra that installs it.
         oldest: first version that is supported.
+        cache_update: first version whose parser reads TensorScatter and makes KVCacheUpdate of it.
         ahead_of_time: whether plans are built without a device, for any of :attr:`targets`; otherwise on the device
             that they run on, and for nothing else.
         targets: compute capabilities that it builds for ahead of time; none where it needs the device.
@@ -32,6 +33,7 @@ class Flavour:
     product: str
     extra: str
     oldest: tuple[int, int]
+    cache_update: tuple[int, int]
     ahead_of_time: bool
     targets: tuple[str, ...]
     default_targets: tuple[str, ...]
@@ -45,10 +47,13 @@ class Flavour:
 
     def require_version(self, version: str) -> None:
         """Check a version of the library; raises MissingDependency for one that is too old."""
-        found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-        if found < self.oldest:
+        if _numbers(version) < self.oldest:
             wanted = ".".join(map(str, self.oldest))
             raise MissingDependency(f"{self.product} {version} is older than {wanted}", hint=self.install)
+
+    def has_cache_update(self, version: str) -> bool:
+        """Return whether a version updates a static cache in place."""
+        return _numbers(version) >= self.cache_update
 
     def choose_targets(self, names: Sequence[str], gpus: Sequence[str]) -> tuple[str, ...]:
         """Return the targets to build for, in ascending order, without repetition; the default for none.
@@ -84,12 +89,17 @@ class Flavour:
         return tuple(target for target in self.targets if target in chosen)
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 RTX = Flavour(
     name="tensorrt-rtx",
     module="tensorrt_rtx",
     product="TensorRT-RTX",
     extra="rtx",
     oldest=(1, 7),
+    cache_update=(1, 7),
     ahead_of_time=True,
     # Ampere, Ada and Blackwell. The library lists no sm87 (Orin), sm90 or sm100.
     targets=("sm80", "sm86", "sm89", "sm120", "sm121"),
@@ -104,6 +114,8 @@ STANDARD = Flavour(
     extra="tensorrt",
     # Strong typing with Q/DQ as it is used here; JetPack 6 ships 10.3.
     oldest=(10, 3),
+    # Its parser reads opset 24 from then on.
+    cache_update=(11, 0),
     ahead_of_time=False,
     targets=(),
     default_targets=(),

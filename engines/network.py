@@ -11,6 +11,7 @@ from typing import Any
 
 _CONVERSIONS = frozenset({"SHUFFLE", "CAST", "IDENTITY"})
 _DEPTH = 4
+_ATTENTION = "ATTENTION_OUTPUT"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class ParsedNetwork:
     def matmuls(self) -> dict[str, Any]:
         """Return the matrix products, sorted into linears and attention.
 
-        A linear has a constant operand, perhaps behind a DQ; the name of that constant leads to its Site.
+        A linear has a constant operand, perhaps behind a DQ; the name of that constant leads to its Site. Attention
+        that is one operator counts as one product.
 
         Returns:
             ``linears``: node, weight, and ``broken``, the Q/DQ rule that keeps it from INT8 (empty for none);
@@ -46,6 +48,8 @@ class ParsedNetwork:
         """
         linears, attention = [], []
         for layer in self.layers:
+            if kind(layer) == _ATTENTION:
+                attention.append(layer.name.removesuffix("_AttentionOutput"))
             if kind(layer) != "MATRIX_MULTIPLY":
                 continue
             weights = [i for i in range(2) if self._constant(layer.get_input(i)) is not None]
@@ -61,6 +65,13 @@ class ParsedNetwork:
             else:
                 attention.append(layer.name)
         return {"linears": linears, "attention": attention}
+
+    def allow_decomposition(self) -> None:
+        """Let attention fall apart into products where no kernel takes its size or type; the build would fail there."""
+        for layer in self.layers:
+            if kind(layer) == _ATTENTION:
+                layer.__class__ = self.trt.IAttentionOutputLayer
+                layer.attention.decomposable = True
 
     def _broken_rule(self, product: Any, weight_side: int) -> str:
         """Return the first rule of INT8 products that this one breaks, in words; empty where none is."""

@@ -56,6 +56,7 @@ class OnnxRuntimeCpu:
 
     name = "onnxruntime"
     dtypes: tuple[Dtype, ...] = ("float32",)
+    in_place_cache = False
 
     def require(self) -> None:
         """Check that it can compile here; raises MissingDependency where ONNX Runtime is not installed."""

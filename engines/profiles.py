@@ -38,7 +38,7 @@ class Limits:
         for name in ("max_batch", "max_context", "max_prefill"):
             if getattr(options, name) < 1:
                 raise UsageError(f"{name} is {getattr(options, name)}", hint="give at least 1")
-        context = min(options.max_context, contract.max_positions - contract.prefix_length)
+        context = min(options.max_context, (contract.cache_capacity or contract.max_positions) - contract.prefix_length)
         if context < 1:
             raise UsageError(
                 f"a prefix of {contract.prefix_length} leaves nothing of {contract.max_positions} positions",
@@ -52,17 +52,19 @@ def profiles(contract: GraphContract, limits: Limits) -> dict[str, Shapes]:
 
     Prefill takes 1 to ``limits.prefill`` tokens after 0 to ``limits.context - 1`` past ones, so that a prompt can
     be cut anywhere; decode takes one token. Every input keeps past + sequence = total at each of the three points.
-    A past begins with the prefix where that is not in the graph.
+    A past begins with the prefix where that is not in the graph. A static cache has its capacity at every point.
     """
+    capacity = contract.cache_capacity
 
     def at(batch: int, sequence: int, past: int) -> dict[str, list[int]]:
         past += contract.prefix_slots
-        cache = [batch, contract.num_kv_heads, past, contract.head_dim]
+        cache = [batch, contract.num_kv_heads, capacity or past, contract.head_dim]
         layers = range(contract.num_layers)
         return {
             "input_ids": [batch, sequence],
-            "attention_mask": [batch, past + sequence],
+            "attention_mask": [batch, capacity or past + sequence],
             "position_ids": [batch, sequence],
+            **({"write_indices": [batch]} if capacity else {}),
             **{f"past_key_values.{i}.{part}": cache for i in layers for part in ("key", "value")},
         }
 

@@ -41,6 +41,12 @@ class TensorRt:
         """Name on the command line and of the folder in the bundle."""
         return self.flavour.name
 
+    @property
+    def in_place_cache(self) -> bool:
+        """Whether the library here updates a static cache in place."""
+        found = probe(self.flavour.module)
+        return found.importable and self.flavour.has_cache_update(found.version)
+
     def require(self) -> None:
         """Check that plans can be built here; raises MissingDependency where the library or its device is not there."""
         if not (self._importable().gpus or self.flavour.ahead_of_time):
@@ -79,6 +85,8 @@ class TensorRt:
                 "onnx": str(graph.path.resolve()),
                 "targets": targets if flavour.ahead_of_time else (),
                 "profiles": list(shapes.values()),
+                # A captured step must not allocate.
+                "user_allocation": graph.contract.cache_capacity > 0,
             }
             outcome = run_worker(flavour, request, scratch)
             plan = self._read_kernels(scratch, len(shapes), found.version)
@@ -99,6 +107,7 @@ class TensorRt:
                     "dtype": graph.contract.dtype,
                     # A plan that was tuned on a device belongs to that model of it.
                     "device": "" if flavour.ahead_of_time else found.gpus[0],
+                    "cache_capacity": graph.contract.cache_capacity,
                     "limits": asdict(limits),
                     "profiles": {name: brief(shape) for name, shape in shapes.items()},
                     "command": vendor_command(flavour, graph.path.name, name, targets, shapes),

@@ -127,7 +127,8 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
     Args:
         request: ``module`` of the library, ``onnx`` (path), ``targets`` (names of compute capabilities; none for the
-            device here) and ``profiles`` (list of input name to [min, opt, max] shapes).
+            device here), ``profiles`` (list of input name to [min, opt, max] shapes) and ``user_allocation`` (whether
+            a CUDA graph shall be captured of the plan).
         scratch: folder for the plan and the listing of its layers.
 
     Returns:
@@ -143,6 +144,8 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     if not parser.parse_from_file(request["onnx"]):
         return {"errors": [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]}
     parsed = time.monotonic()
+    found = ParsedNetwork(trt, network)
+    found.allow_decomposition()
     writer = _writer(trt, scratch / PLAN)
     built = _write_plan(builder, network, _config(trt, builder, network, request), writer)
     size = writer.close()
@@ -158,7 +161,7 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
         "parse_seconds": round(parsed - started, 3),
         "build_seconds": round(finished - parsed, 3),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        **ParsedNetwork(trt, network).matmuls(),
+        **found.matmuls(),
     }
 
 
@@ -185,6 +188,9 @@ def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> An
     config = builder.create_builder_config()
     # Only at this verbosity does the builder list its kernels with their types.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # standard TensorRT has none
+    if request["user_allocation"] and flag is not None:
+        config.set_flag(flag)
     if request["targets"]:
         config.num_compute_capabilities = len(request["targets"])
     for i, target in enumerate(request["targets"]):

@@ -23,6 +23,7 @@ from cushion_deploy.export.linear import PackedLinear, add_linear
 from cushion_deploy.export.masks import AttentionMasks
 from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain, turning_channels
+from cushion_deploy.export.static_cache import StaticCache
 from cushion_deploy.families import Family
 from cushion_deploy.types import HEAD_SITE, ModelSpec, RotaryScaling, Site, layer_site
 from cushion_deploy.weights import WeightSource, blocks
@@ -40,6 +41,7 @@ class DecoderGraph:
         scales: activation scale per Site to quantize; empty for the float twin. A Site without a scale stays
             in floating point.
         scale_dtype: type of scales and of quantized products.
+        capacity: slots of a static cache that is updated in place; 0 for a cache that grows.
     """
 
     g: GraphBuilder
@@ -50,14 +52,17 @@ class DecoderGraph:
     dtype: ir.DataType
     scales: Mapping[Site, float]
     scale_dtype: ir.DataType = ir.DataType.FLOAT
+    capacity: int = 0
 
     def build(self) -> ir.Model:
         """Return the finished model."""
         g, spec = self.g, self.spec
         ids = g.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
-        mask = g.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
+        mask = g.input("attention_mask", ir.DataType.INT64, ["batch", self.capacity or "total"])
         positions = g.input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
-        cache_shape: list[int | str] = ["batch", spec.num_kv_heads, "past", spec.head_dim]
+        write_indices = g.input("write_indices", ir.DataType.INT64, ["batch"]) if self.capacity else None
+        self.static = StaticCache(g, spec, write_indices) if write_indices else None
+        cache_shape: list[int | str] = ["batch", spec.num_kv_heads, self.capacity or "past", spec.head_dim]
         past = [
             tuple(g.input(f"past_key_values.{i}.{part}", self.dtype, cache_shape) for part in ("key", "value"))
             for i in range(spec.num_layers)
@@ -70,15 +75,16 @@ class DecoderGraph:
             for name, rotary in (("rotary", spec.rotary), ("local_rotary", spec.local_rotary))
             if rotary is not None
         }
-        self.biases = AttentionMasks(g, spec, self.family, self.dtype).add(ids, self.prefix.extend_mask(g, mask))
+        kept = self.prefix.extend_mask(g, mask)
+        grouped = self.static is None or not self.static.one_operator
+        self.biases = AttentionMasks(g, spec, self.family, self.dtype, grouped).add(ids, kept, write_indices)
         self.prefix_shape = self.prefix.batch_shape(g, mask)
         x = self._embed(ids, positions)  # [B, S, hidden]
         for i, (past_key, past_value) in enumerate(past):
             x = self._attention(i, x, past_key, past_value)
             x = self._mlp(i, x)
         g.scope("head")
-        if self.dtype == ir.DataType.FLOAT:
-            # The float16 graph is for engines that take no optional inputs.
+        if self._skips_head:
             start = g.optional_input("logits_start", np.zeros(1, dtype=np.int64))
             x = g.op("Slice", x, start, g.ints(np.iinfo(np.int64).max), g.ints(1))
         if f"{self.family.final_norm}.weight" in self.weights.names():
@@ -88,6 +94,11 @@ class DecoderGraph:
         # Graph outputs in the order that runtimes expect: logits first, then present keys and values.
         g.outputs.insert(0, g.outputs.pop())
         return g.build(spec.family)
+
+    @property
+    def _skips_head(self) -> bool:
+        """Whether there is ``logits_start``: float16 and static graphs are for engines that take no optional inputs."""
+        return self.dtype == ir.DataType.FLOAT and not self.capacity
 
     def _embed(self, ids: ir.Value, positions: ir.Value) -> ir.Value:
         """Return the first hidden states ``[B, S, hidden]``; ``positions`` count the prefix."""
@@ -135,15 +146,21 @@ class DecoderGraph:
         # Group the query heads of one key head as rows: keys and values need no repetition.
         query = g.op("Mul", query, self._scalar(spec.attention_scale))
         query = g.op("Reshape", query, g.ints(0, kv, -1, size))  # [B, K, G * S, D]
-        present_key = g.op("Concat", past_key, key, axis=2)  # [B, K, T, D]
-        present_value = g.op("Concat", past_value, value, axis=2)
-        context = self.prefix.attend(
-            g, i, query, present_key, present_value, self.biases[spec.window(i)], self.prefix_shape, spec.score_cap
-        )  # [B, K, G * S, D]
+        bias = self.biases[spec.window(i)]
+        if self.static:
+            present_key, present_value = self.static.update(past_key, key), self.static.update(past_value, value)
+        else:
+            present_key = g.op("Concat", past_key, key, axis=2)  # [B, K, T, D]
+            present_value = g.op("Concat", past_value, value, axis=2)
+        if self.static and self.static.one_operator:
+            context = self.static.attend(query, present_key, present_value, bias)
+        else:
+            given = query, present_key, present_value, bias, self.prefix_shape, spec.score_cap
+            context = self.prefix.attend(g, i, *given)  # [B, K, G * S, D]
         rows = g.op("Transpose", g.op("Reshape", context, g.ints(0, heads, -1, size)), perm=[0, 2, 1, 3])
         joined = g.op("Reshape", rows, g.ints(0, 0, heads * size))
         for part, value_ in (("key", present_key), ("value", present_value)):
-            g.output(value_, f"present.{i}.{part}", self.dtype, ["batch", kv, "total", size])
+            g.output(value_, f"present.{i}.{part}", self.dtype, ["batch", kv, self.capacity or "total", size])
         out = self._linear(layer_site(i, "attn.out"), joined)
         return self._add_block(x, out, f"{layer}.{family.attention_norm}", family.attention_post_norm, layer)
 
@@ -255,8 +272,8 @@ class DecoderGraph:
             rows = g.op("Reshape", x, g.ints(-1, spec.embedding_size or spec.hidden_size))
             scores = g.op("Gemm", rows, self._embedding(), transB=1)
             shape = g.op("Concat", g.op("Shape", x, start=0, end=2), g.ints(spec.vocab_size), axis=0)
-            # allowzero: logits_start may leave no row at all; engines of the float16 graph never see that.
-            logits = g.op("Reshape", scores, shape, allowzero=int(self.dtype == ir.DataType.FLOAT))
+            # allowzero: logits_start may leave no row at all; engines of other graphs never see that.
+            logits = g.op("Reshape", scores, shape, allowzero=int(self._skips_head))
         else:
             logits = add_linear(g, x, PackedLinear(HEAD_SITE, (path,), self.weights), self.dtype, None)
         if spec.logit_cap:

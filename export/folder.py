@@ -33,6 +33,10 @@ from cushion_deploy.weights import WeightSource
 
 MIN_OPSET, MAX_OPSET = 17, 22
 """17 serves every TensorRT from 10.3 on; above 22 the operators of the graph change meaning or are untested."""
+STATIC_OPSET = 24
+"""Brought TensorScatter, which updates a static cache. What else changed since 22 (Cast, Reshape, Shape, Transpose,
+Squeeze, Unsqueeze, Identity, QuantizeLinear, DequantizeLinear) is new types, and attributes that the graph leaves at
+their default; so a static graph is written for it, and no other graph."""
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
@@ -48,6 +52,7 @@ def export_graph(
     name: str = "model",
     dtype: Dtype = "float32",
     prefix_in_cache: bool = False,
+    capacity: int = 0,
     opset: int = MIN_OPSET,
     scale_dtype: Dtype = "float32",
 ) -> ExportedGraph:
@@ -64,17 +69,22 @@ def export_graph(
         dtype: type of activations, caches and floating-point weights.
         prefix_in_cache: leave the prefix out of the graph and write it beside it as ``prefix.safetensors``: whoever
             runs the graph begins every cache with it.
+        capacity: slots of a static cache, those of the prefix included, that the graph updates in place; 0 for a cache
+            that grows. The opset is then ``STATIC_OPSET``.
         opset: default-domain opset.
         scale_dtype: type of scales and of quantized products. Not float32 is an experiment: a half accumulator can
             overflow, which the plan report tells.
 
     Raises:
         UsageError: a scheme that is not deployable, parents that do not belong together, a Site without scale,
-            an opset out of range.
+            an opset out of range, a capacity that the prefix or the model does not allow.
         CheckFailed: the finished graph breaks a rule that TensorRT needs.
     """
     _check_deployable(scheme, scales)
     _check_parents(spec, prefix, scales, smoothing, opset)
+    if capacity:
+        _check_capacity(spec, prefix, prefix_in_cache, capacity)
+        opset = STATIC_OPSET
     family = get_family(spec.family)
     if smoothing:
         weights = FoldedWeights(weights, family, spec, smoothing)
@@ -84,8 +94,10 @@ def export_graph(
         chosen = scales.of(sites)
     element = DTYPES[dtype]
     inside = Prefix.empty(spec) if prefix_in_cache else prefix
-    decoder = DecoderGraph(GraphBuilder(opset), spec, family, weights, PrefixKv(inside, element), element, chosen)
-    decoder.scale_dtype = DTYPES[scale_dtype]
+    decoder = DecoderGraph(
+        GraphBuilder(opset), spec, family, weights, PrefixKv(inside, element), element, chosen, DTYPES[scale_dtype]
+    )
+    decoder.capacity = capacity
     model = decoder.build()
     path = folder / f"{name}.onnx"
     ir.save(model, path, external_data=f"{name}.onnx.data", alignment=4096)
@@ -101,6 +113,7 @@ def export_graph(
             dtype=dtype,
             prefix_length=prefix.length,
             prefix_in_cache=prefix_in_cache and prefix.length > 0,
+            cache_capacity=capacity,
         ),
         quantized=scales is not None,
         sites={site: len(paths) for site, paths in sites.items()},
@@ -128,6 +141,20 @@ def _check_deployable(scheme: QuantScheme, scales: ActivationScales | None) -> N
         raise UsageError(
             f"scheme {scheme.name} cannot be exported: {reason}",
             hint="export w8a8 with symmetric 8-bit scales; everything else is for evaluation alone",
+        )
+
+
+def _check_capacity(spec: ModelSpec, prefix: Prefix, prefix_in_cache: bool, capacity: int) -> None:
+    if prefix.length and not prefix_in_cache:
+        raise UsageError(
+            "a static cache cannot be joined with a prefix inside of the graph",
+            hint="put the prefix into the cache: --set export.prefix=cache",
+        )
+    if not prefix.length < capacity <= spec.max_positions:
+        raise UsageError(
+            f"a static cache of {capacity} slots does not fit a prefix of {prefix.length} and a model of "
+            f"{spec.max_positions} positions",
+            hint=f"give {prefix.length + 1} to {spec.max_positions} slots, by tensorrt.max_context",
         )
 
 

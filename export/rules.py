@@ -22,7 +22,8 @@ Q, DQ = "QuantizeLinear", "DequantizeLinear"
 PRODUCTS = frozenset({"MatMul", "Gemm"})
 REJECTED = frozenset({"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"})
 MOVERS = frozenset(
-    {"Cast", "Concat", "Expand", "Identity", "Mul", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+    {"Cast", "Concat", "Expand", "Identity", "Mul", "Reshape", "Slice", "Split", "Squeeze", "TensorScatter"}
+    | {"Transpose", "Unsqueeze"}
 )
 """Operators that may stand between a DQ and an attention MatMul without making it another tensor's business."""
 TINY = float(np.finfo(np.float32).tiny)
@@ -239,8 +240,8 @@ def both_operands(graph: QuantizedGraph) -> Iterator[Violation]:
 
 
 def float_attention(graph: QuantizedGraph) -> Iterator[Violation]:
-    """Neither attention MatMul has Q/DQ on an input: it would break the fused attention kernel."""
-    for node in graph.of("MatMul"):
+    """No attention has Q/DQ on an input, as two MatMul or as one operator: it would break the fused kernel."""
+    for node in graph.of("MatMul", "Attention"):
         if not _is_attention(node):
             continue
         for value in node.inputs:

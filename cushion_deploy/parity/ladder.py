@@ -43,7 +43,11 @@ GREEDY_TOKENS = 32
 #
 # Logits: a quantized head rounds once, 2^-11; one in floating point reads a residual stream that every layer rounds
 # (0.07 % measured in SmolLM2, which has 60 such additions).
-NARROW = {"float16": (0.95, 2, 2**-8), "bfloat16": (0.6, 16, 2**-5)}
+PLAN_LIMITS = {
+    "float32": (IDENTICAL_CODES, CODE_DIFFERENCE, 2**-16),
+    "float16": (0.95, 2, 2**-8),
+    "bfloat16": (0.6, 16, 2**-5),
+}
 """By type: least share of identical codes, largest code difference, largest logit difference over largest logit."""
 
 
@@ -106,16 +110,19 @@ def segment_rung(rung: str, reference: TorchReference, run: SegmentRun) -> list[
     return _segment_checks(logit_check, distances)
 
 
-def narrow_rung(rung: str, reference: TorchReference, run: SegmentRun, narrow: SegmentRun) -> list[ParityCheck]:
-    """Compare a graph of a 16-bit type with the float32 graph ``run`` Site by Site, from identical codes.
+def plan_rung(rung: str, reference: TorchReference, run: SegmentRun, plan: SegmentRun) -> list[ParityCheck]:
+    """Compare the graph of a plan with the bundle's graph ``run`` Site by Site, from identical codes.
 
-    It proves structure and constants of that graph; the arithmetic of a GPU is not run here.
+    It proves structure and constants of that graph; the arithmetic of a GPU is not run here. Of a text that is longer
+    than a static cache, the beginning is compared.
     """
-    logits, codes, _ = run(reference.ids, reference.codes)
-    identical, largest, of_logits = NARROW[narrow.graph.contract.dtype]
-    narrow_logits, narrow_codes, _ = narrow(reference.ids, reference.codes)
-    distances = compare_codes(codes, narrow_codes)
-    distance = compare_logits(logits, narrow_logits)
+    identical, largest, of_logits = PLAN_LIMITS[plan.graph.contract.dtype]
+    room = plan.room
+    ids, forced = reference.ids[:, :room], {site: c[:, :room] for site, c in reference.codes.items()}
+    logits, codes, _ = run(ids, forced)
+    plan_logits, plan_codes, _ = plan(ids, forced)
+    distances = compare_codes(codes, plan_codes)
+    distance = compare_logits(logits, plan_logits)
     share = distance.maximum / max(float(np.abs(logits).max()), 1e-30)
     metric = "max |logit difference| / max |logit|"
     logit_check = ParityCheck(rung, metric, share, of_logits, "at most", note=distance.words())

@@ -44,6 +44,12 @@ class SegmentRun:
         self.sites = tuple(graph.sites)
         self.session = edited_session(graph, lambda model: _cut(model, self.sites), kernels)
 
+    @property
+    def room(self) -> int | None:
+        """Tokens that fit behind the prefix into a static cache; None for a cache that grows."""
+        contract = self.graph.contract
+        return contract.cache_capacity - contract.prefix_slots if contract.cache_capacity else None
+
     def __call__(
         self, ids: IntArray, codes: SiteCodes, past: Mapping[str, FloatArray] | None = None
     ) -> tuple[FloatArray, SiteCodes, dict[str, FloatArray]]:
@@ -52,20 +58,26 @@ class SegmentRun:
         Args:
             ids: int64 ``[1, n]``.
             codes: int8 ``[1, n, features]`` that shall enter each Site.
-            past: ``past_key_values.*`` for the tokens before; None for what every cache begins with.
+            past: ``past_key_values.*`` for the tokens before and no more slots, of a static cache too; None for what
+                every cache begins with.
 
         Returns:
             logits ``[1, n, vocab]``, the codes that each segment computes for the Site at its end, and the
-            ``present.*`` tensors.
+            ``present.*`` tensors, without the free slots of a static cache.
         """
         feed: dict[str, npt.NDArray[Any]] = dict(past or first_past(self.graph))
-        feed.update(token_inputs(ids, next(iter(feed.values())).shape[2]))
+        before = next(iter(feed.values())).shape[2]
+        feed.update(token_inputs(ids, before))
+        if capacity := self.graph.contract.cache_capacity:
+            _give_slots(feed, before, capacity)
         for site in self.sites:
             feed[f"{site}.forced"] = dequantize(codes[site], self.scales.scales[site])
         names = [output.name for output in self.session.get_outputs()]
         out = dict(zip(names, self.session.run(names, feed), strict=True))
         computed = {site: quantize(out[f"{site}.input"], self.scales.scales[site]) for site in self.sites}
-        return out["logits"], computed, {name: value for name, value in out.items() if name.startswith("present.")}
+        end = before + ids.shape[1]
+        present = {name: value[:, :, :end] for name, value in out.items() if name.startswith("present.")}
+        return out["logits"], computed, present
 
 
 def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: Kernels) -> Any:
@@ -116,6 +128,16 @@ def first_past(graph: ExportedGraph) -> dict[str, FloatArray]:
     """Return the ``past_key_values.*`` that one row begins with: the prefix where it belongs there, or nothing."""
     prefix = read_cached_prefix(graph)
     return dict(zip(past_names(graph.contract), first_caches(graph.contract, prefix, 1), strict=True))
+
+
+def _give_slots(feed: dict[str, npt.NDArray[Any]], before: int, capacity: int) -> None:
+    """Make the inputs of a growing cache those of a static one: free slots, and where the first token belongs."""
+    for name, value in feed.items():
+        if name.startswith("past_key_values."):
+            feed[name] = np.pad(value, ((0, 0), (0, 0), (0, capacity - before), (0, 0)))
+    mask = feed["attention_mask"]
+    feed["attention_mask"] = np.pad(mask, ((0, 0), (0, capacity - mask.shape[1])))
+    feed["write_indices"] = np.full(len(mask), before, dtype=np.int64)
 
 
 def _cut(model: Any, sites: tuple[Site, ...]) -> None:

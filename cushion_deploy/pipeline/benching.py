@@ -147,7 +147,8 @@ def _float_plan(ws: Workspace, bundle: Bundle, engine: str, like: DecoderSession
     """Compile the same model without INT8 for the same engine and targets, within the same limits, and open it."""
     artifact, dtype = read_engine(bundle, engine), like.contract.dtype
     deployed = read_deployed(ws, bundle.path, bundle.graph)
-    graph = export(ws, deployed, dtype=dtype, name=f"{dtype}-twin", quantized=False)
+    form = like.contract.cache_capacity
+    graph = export(ws, deployed, dtype=dtype, name=f"{dtype}-twin", quantized=False, capacity=form)
     limits = artifact.details["limits"]
     options = CompileOptions(artifact.targets, limits["batch"], limits["context"], limits["prefill"])
     # Compiled anew and in a folder of its own: opening a plan runs code, and a work folder may be anybody's.

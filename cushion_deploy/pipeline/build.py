@@ -17,12 +17,12 @@ from cushion_deploy.artifacts import (
 from cushion_deploy.calib.corpora import SAMPLED
 from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
-from cushion_deploy.pipeline.compiling import compile_engine, compile_options, graph_for, place_engine
+from cushion_deploy.pipeline.compiling import compile_engine, compile_options, place_engine
 from cushion_deploy.pipeline.limits import longest_prefix, require_positions
-from cushion_deploy.pipeline.parity import check_parity, narrow_graphs
+from cushion_deploy.pipeline.parity import check_parity, plan_graphs
 from cushion_deploy.pipeline.prepare import prepare
 from cushion_deploy.pipeline.reporting import assemble_report
-from cushion_deploy.pipeline.stages import evaluate, export, model_files, model_spec, search_prefix
+from cushion_deploy.pipeline.stages import evaluate, export, model_files, model_spec, plan_graph, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.report import Report, write_report
 from cushion_deploy.runtime.bundle import TEXT_NAME
@@ -56,10 +56,10 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
         found, trace = search_prefix(ws)
         deployed = prepare(ws, found)
         graph = export(ws, deployed, dtype="float32")
-        graphs = [graph_for(ws, deployed, engine, graph) for engine in engines]
+        graphs = [plan_graph(ws, deployed, engine, graph, options.max_context) for engine in engines]
         compiled = [compile_engine(ws, engine, of, options) for engine, of in zip(engines, graphs, strict=True)]
         evaluation = evaluate(ws, deployed)
-        parity = check_parity(ws, deployed, graph, narrow_graphs(graphs))
+        parity = check_parity(ws, deployed, graph, plan_graphs(graphs, graph))
         report = assemble_report(
             ws, spec, trace, deployed, evaluation, graph, [artifact for artifact, _ in compiled], parity
         )

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.errors import UntrustedArtifact, require_modules
-from cushion_deploy.pipeline.prepare import Deployed, read_deployed, require_model_of
+from cushion_deploy.pipeline.prepare import read_deployed, require_model_of
 from cushion_deploy.pipeline.reporting import engine_row
-from cushion_deploy.pipeline.stages import export
+from cushion_deploy.pipeline.stages import plan_graph
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.progress import elapsed
 from cushion_deploy.recipe import Recipe
@@ -30,13 +30,6 @@ def compile_options(recipe: Recipe, targets: Sequence[str], allow_float_linears:
     plans = recipe.tensorrt
     limits = plans.max_batch, plans.max_context, plans.max_prefill
     return CompileOptions(tuple(targets), *limits, allow_float_linears=allow_float_linears)
-
-
-def graph_for(ws: Workspace, deployed: Deployed, engine: Engine, graph: ExportedGraph) -> ExportedGraph:
-    """Return the graph that an engine compiles: ``graph``, or one in the recipe's type of plans, exported for it."""
-    wanted = ws.recipe.tensorrt.dtype
-    dtype = wanted if wanted in engine.dtypes else engine.dtypes[0]
-    return graph if dtype == graph.contract.dtype else export(ws, deployed, dtype=dtype, name=dtype)
 
 
 def compile_engine(
@@ -93,7 +86,8 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
         graph = bundle.graph
         if engine.dtypes != (graph.contract.dtype,):
             require_model_of(ws, bundle.path)
-            graph = graph_for(ws, read_deployed(ws, bundle.path, graph), engine, graph)
+            deployed = read_deployed(ws, bundle.path, graph)
+            graph = plan_graph(ws, deployed, engine, graph, options.max_context)
         artifact, folder = compile_engine(ws, engine, graph, options)
         own = f"engines/{engine.name}/"
         with staging_area(output) as staged:

@@ -15,7 +15,7 @@ from cushion_deploy.pipeline.prepare import Deployed, read_deployed, require_mod
 from cushion_deploy.pipeline.stages import evaluation_windows, export, export_deployed
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.store import require_space
-from cushion_deploy.types import Dtype, EngineArtifact, ExportedGraph, ParityCheck, ParityReport, Site
+from cushion_deploy.types import EngineArtifact, ExportedGraph, ParityCheck, ParityReport, Site
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def check_parity(
     ws: Workspace,
     deployed: Deployed,
     graph: ExportedGraph,
-    narrow: Sequence[ExportedGraph] = (),
+    plans: Sequence[ExportedGraph] = (),
     *,
     reuse: bool = True,
 ) -> ParityResult:
@@ -39,7 +39,7 @@ def check_parity(
 
     Args:
         ws, deployed, graph: what was built.
-        narrow: graphs of 16-bit types that engines were compiled from; each has a rung.
+        plans: other graphs that engines were compiled from; each has a rung.
         reuse: take a kept result of an earlier run, and keep this one.
     """
     config, evaluation = ws.recipe.parity, ws.recipe.evaluation
@@ -53,19 +53,19 @@ def check_parity(
         "perplexity corpus": ws.corpus(evaluation.data, "evaluation").digest,
         "parity": config.model_dump(mode="json", exclude={"data"}),
         "evaluation": evaluation.model_dump(mode="json", exclude={"data"}),
-        "narrow graphs": [written.digest for written in narrow],
+        "plan graphs": [written.digest for written in plans],
     }
 
     def make(out: Path) -> None:
         with TemporaryDirectory(dir=out) as twin:
-            result = _climb(ws, deployed, graph, narrow, corpus.name, Path(twin))
+            result = _climb(ws, deployed, graph, plans, corpus.name, Path(twin))
         (out / "parity.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
     if reuse:
         data = json.loads((ws.stage("parity", parents, make) / "parity.json").read_text())
     else:
         with TemporaryDirectory(prefix="cushion-parity-") as twin:
-            data = _climb(ws, deployed, graph, narrow, corpus.name, Path(twin))
+            data = _climb(ws, deployed, graph, plans, corpus.name, Path(twin))
     return ParityResult(read_parity(data["parity"]), data["engine_perplexity"], data["float_bytes"])
 
 
@@ -73,7 +73,7 @@ def _climb(
     ws: Workspace,
     deployed: Deployed,
     graph: ExportedGraph,
-    narrow: Sequence[ExportedGraph],
+    plans: Sequence[ExportedGraph],
     corpus: str,
     folder: Path,
 ) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _climb(
         decode_rung,
         engine_rung,
         float_rung,
-        narrow_rung,
+        plan_rung,
         segment_decode_rung,
         segment_rung,
     )
@@ -98,8 +98,8 @@ def _climb(
     tokens = min(config.decode_tokens, ids.shape[1] // 2)
     reference = torch_reference(model, prefix, scales, scheme, ids, windows, ws.progress, ws.model)
     checks: list[ParityCheck] = []
-    for written in (graph, *narrow):
-        name = "graph" if written is graph else f"{written.contract.dtype} graph"
+    for written in (graph, *plans):
+        name = "graph" if written is graph else _kind(written)
         checks += scale_rung(f"scales in the {name} against scales.json", written, scales)
         checks += weight_rung(f"weights in the {name} against fake-quant", written, linear_codes(model, scheme))
     require_space(folder, 4 * model.spec.parameters)
@@ -108,10 +108,10 @@ def _climb(
     checks += decode_rung("float graph: decode against prefill", ids, open_session(twin), tokens)
     literal = SegmentRun(graph, scales, "literal")
     checks += segment_rung("canonical ONNX against fake-quant", reference, literal)
-    for written in narrow:
+    for written in plans:
         other = SegmentRun(written, scales, "literal")
-        rung = f"{written.contract.dtype} graph against the float32 graph"
-        checks += narrow_rung(rung, reference, literal, other)
+        rung = f"{_kind(written)} against the float32 graph"
+        checks += plan_rung(rung, reference, literal, other)
         del other
     del literal
     fused = SegmentRun(graph, scales, "fused")
@@ -132,22 +132,32 @@ def _climb(
     }
 
 
-def narrow_graphs(graphs: Iterable[ExportedGraph]) -> tuple[ExportedGraph, ...]:
-    """Return the graphs of 16-bit types among those that engines are compiled from, each once."""
-    return tuple({g.digest: g for g in graphs if g.contract.dtype != "float32"}.values())
+def _kind(graph: ExportedGraph) -> str:
+    """Return what a graph of a plan is called: its type, and whether its cache is static."""
+    return f"{graph.contract.dtype} graph" + (" with a static cache" if graph.contract.cache_capacity else "")
 
 
-def _narrow_behind(ws: Workspace, deployed: Deployed, bundle: Path) -> tuple[ExportedGraph, ...]:
-    """Export the 16-bit graphs behind the engines of a bundle again.
+def plan_graphs(graphs: Iterable[ExportedGraph], graph: ExportedGraph) -> tuple[ExportedGraph, ...]:
+    """Return those that are another graph than the bundle's own, each once: what plans are compiled from."""
+    return tuple({g.digest: g for g in graphs if g.digest != graph.digest}.values())
 
-    A bundle carries the compiled engines alone. Left out is a graph that the exporter writes otherwise than the engine
-    was compiled from (a later version of it): a check of that graph would say nothing of the engine.
+
+def _plan_graphs_behind(
+    ws: Workspace, deployed: Deployed, bundle: Path, graph: ExportedGraph
+) -> tuple[ExportedGraph, ...]:
+    """Export the graphs behind the plans of a bundle again.
+
+    A bundle carries the compiled plans alone. Left out is a graph that the exporter writes otherwise than the plan was
+    compiled from (a later version of it): a check of that graph would say nothing of the plan.
     """
-    files = [file for name in ENGINES if (file := bundle / "engines" / name / "engine.json").is_file()]
-    made = [EngineArtifact.from_json(json.loads(file.read_text())) for file in files]
-    types: list[Dtype] = sorted({a.details.get("dtype", "float32") for a in made})
-    graphs = narrow_graphs(export(ws, deployed, dtype=t, name=t) for t in types if t != "float32")
-    return tuple(g for g in graphs if any(a.parents["graph"] == g.digest for a in made))
+    graphs = []
+    for file in (bundle / "engines" / name / "engine.json" for name in ENGINES):
+        artifact = EngineArtifact.from_json(json.loads(file.read_text())) if file.is_file() else None
+        if artifact and "dtype" in artifact.details and artifact.parents["graph"] != graph.digest:
+            dtype, capacity = artifact.details["dtype"], artifact.details.get("cache_capacity", 0)
+            found = export(ws, deployed, dtype=dtype, name=dtype, capacity=capacity)
+            graphs += [found] if artifact.parents["graph"] == found.digest else []
+    return plan_graphs(graphs, graph)
 
 
 def read_parity(data: dict[str, Any]) -> ParityReport:
@@ -176,5 +186,5 @@ def check_bundle(ws: Workspace, bundle: Path, graph: ExportedGraph, *, reuse: bo
     require_model_of(ws, bundle)
     deployed = read_deployed(ws, bundle, graph)
     with ws.store.lock():
-        narrow = _narrow_behind(ws, deployed, bundle)
-        return check_parity(ws, deployed, graph, narrow, reuse=reuse).report
+        plans = _plan_graphs_behind(ws, deployed, bundle, graph)
+        return check_parity(ws, deployed, graph, plans, reuse=reuse).report

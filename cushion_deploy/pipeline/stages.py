@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cushion_deploy.artifacts import read_prefix, write_prefix
+from cushion_deploy.engines.base import Engine
 from cushion_deploy.families import get_family
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
@@ -110,8 +111,24 @@ def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
     return result
 
 
+def plan_graph(ws: Workspace, deployed: Deployed, engine: Engine, graph: ExportedGraph, context: int) -> ExportedGraph:
+    """Return the graph that an engine compiles: ``graph``, or one of the recipe's type of plans, in its stage folder.
+
+    Where the prefix is in the cache and the engine updates it in place, the cache is static: as long as ``context``
+    (without the prefix) and the model's positions allow.
+    """
+    prefix, capacity = deployed.prefix, 0
+    if ws.recipe.export.prefix == "cache" and prefix.length and engine.in_place_cache:
+        capacity = min(context + prefix.length, model_spec(ws).max_positions)
+    wanted = ws.recipe.tensorrt.dtype
+    dtype = wanted if wanted in engine.dtypes else engine.dtypes[0]
+    if dtype == graph.contract.dtype and not capacity:
+        return graph
+    return export(ws, deployed, dtype=dtype, name=dtype, capacity=capacity)
+
+
 def export(
-    ws: Workspace, deployed: Deployed, *, dtype: Dtype, name: str = "model", quantized: bool = True
+    ws: Workspace, deployed: Deployed, *, dtype: Dtype, name: str = "model", quantized: bool = True, capacity: int = 0
 ) -> ExportedGraph:
     """Return the exported graph, or its float twin, in its stage folder."""
     from cushion_deploy.export.folder import MIN_OPSET
@@ -127,11 +144,14 @@ def export(
         "opset": opset,
         "name": name,
         "prefix_mode": ws.recipe.export.prefix,
+        **({"capacity": capacity} if capacity else {}),
     }
 
     def make(out: Path) -> None:
         with elapsed(ws.progress, f"exporting the {dtype} graph"):
-            graph = export_deployed(ws, deployed, out, dtype=dtype, name=name, quantized=quantized, opset=opset)
+            graph = export_deployed(
+                ws, deployed, out, dtype=dtype, name=name, quantized=quantized, opset=opset, capacity=capacity
+            )
         write_json(out / "export.json", graph.to_json())
 
     stage = {"model": "export", "float": "export-float-twin"}.get(name, f"export-{name}")
@@ -140,7 +160,15 @@ def export(
 
 
 def export_deployed(
-    ws: Workspace, deployed: Deployed, folder: Path, *, dtype: Dtype, name: str, quantized: bool, opset: int
+    ws: Workspace,
+    deployed: Deployed,
+    folder: Path,
+    *,
+    dtype: Dtype,
+    name: str,
+    quantized: bool,
+    opset: int,
+    capacity: int = 0,
 ) -> ExportedGraph:
     """Write a graph into a folder and return it."""
     from cushion_deploy.export.folder import export_graph
@@ -157,6 +185,7 @@ def export_deployed(
         dtype=dtype,
         opset=opset,
         prefix_in_cache=ws.recipe.export.prefix == "cache",
+        capacity=capacity,
     )
 
 

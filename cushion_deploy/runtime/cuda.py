@@ -1,8 +1,10 @@
-"""The few calls of the CUDA runtime that a session makes: device memory, copies, one stream; errors as exceptions."""
+"""The few calls of the CUDA runtime that a session makes: memory, copies, one stream, graphs; errors as exceptions."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,22 @@ class Cuda:
         self._pending.append(array)
         self._copy(target.at(array.nbytes), array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
 
+    def upload_rows(self, array: npt.NDArray[Any], target: DeviceBuffer, pitch: int) -> None:
+        """Queue a copy of a host array ``[rows, ...]`` to the begin of every ``pitch`` bytes of a buffer."""
+        if not array.size:
+            return
+        array, rows = np.ascontiguousarray(array), len(array)
+        width = array.nbytes // rows
+        self._pending.append(array)
+        there = target.at(pitch * (rows - 1) + width)
+        self._copy_rows(there, pitch, array.ctypes.data, width, width, rows, "cudaMemcpyHostToDevice")
+
+    def clear_rows(self, target: DeviceBuffer, offset: int, pitch: int, width: int, rows: int) -> None:
+        """Queue zeros for ``width`` bytes from ``offset`` on, in every ``pitch`` bytes of a buffer."""
+        if width and rows:
+            address = target.at(offset + pitch * (rows - 1) + width) + offset
+            self._call("cudaMemset2DAsync", address, pitch, 0, width, rows, self.stream)
+
     def download_rows(self, source: DeviceBuffer, offset: int, pitch: int, array: npt.NDArray[Any]) -> None:
         """Queue a copy of rows of bytes into a host array, which may be read after the next :meth:`synchronize`.
 
@@ -77,6 +95,38 @@ class Cuda:
         """Wait for everything queued; raises CheckFailed when something of it failed."""
         self._call("cudaStreamSynchronize", self.stream)
         self._pending.clear()
+
+    def record(self, enqueue: Callable[[], None]) -> Any:
+        """Return what ``enqueue`` queues as an executable graph; none of it runs.
+
+        Raises:
+            CheckFailed: it cannot be recorded; the stream is as it was before.
+        """
+        mode = self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal  # other threads may do what they like
+        graph = None
+        try:
+            self._call("cudaStreamBeginCapture", self.stream, mode)
+            try:
+                enqueue()
+            finally:
+                graph = self._call("cudaStreamEndCapture", self.stream)
+            return self._call("cudaGraphInstantiate", graph, 0)
+        except BaseException:
+            # TensorRT would take the error that is left behind for one of its next kernel.
+            self._api.cudaGetLastError()
+            raise
+        finally:
+            if graph is not None:
+                with suppress(CheckFailed):
+                    self._call("cudaGraphDestroy", graph)
+
+    def launch(self, recorded: Any) -> None:
+        """Queue a recorded graph; the memory that it was recorded with is still there."""
+        self._call("cudaGraphLaunch", recorded, self.stream)
+
+    def destroy(self, recorded: Any) -> None:
+        """Give a recorded graph back."""
+        self._call("cudaGraphExecDestroy", recorded)
 
     def free(self, address: int) -> None:
         """Give device memory back."""

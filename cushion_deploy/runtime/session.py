@@ -16,6 +16,8 @@ from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract, IntAr
 NeedLogits = Literal["all", "last", "none"]
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float32}
 """Types of caches in host memory; numpy has no bfloat16, which takes float32 there."""
+CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of one number of a cache in device memory."""
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 

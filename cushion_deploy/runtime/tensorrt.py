@@ -5,40 +5,30 @@ Shapes in comments: B batch, S new tokens, T tokens in the cache after the step,
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact, UsageError
+from cushion_deploy.errors import CheckFailed, UsageError
+from cushion_deploy.runtime.caches import Caches, GrowingCaches, InPlaceCaches
 from cushion_deploy.runtime.cuda import Cuda, DeviceBuffer
-from cushion_deploy.runtime.profiles import CACHE, Profile, read_profiles
-from cushion_deploy.runtime.session import (
-    INPUTS,
-    NeedLogits,
-    bfloat16_bits,
-    checked_inputs,
-    first_caches,
-    past_names,
-    require_kept,
-)
-from cushion_deploy.types import Dtype, FloatArray, GraphContract, IntArray, Prefix
-
-REBUILD = "compile the engine again here: `cushion-deploy build ... --engine {engine}`"
-_TYPES: dict[str, Dtype] = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16"}
-_BYTES: dict[Dtype, int] = {"float16": 2, "float32": 4, "bfloat16": 2}
+from cushion_deploy.runtime.cuda_graph import StepGraph
+from cushion_deploy.runtime.plan import WRITE_INDICES, Plan
+from cushion_deploy.runtime.profiles import Profile
+from cushion_deploy.runtime.session import INPUTS, NeedLogits, checked_inputs, first_caches, require_kept
+from cushion_deploy.types import FloatArray, GraphContract, IntArray, Prefix
 
 
 class TensorRtSession:
     """A plan on an NVIDIA GPU (implements ``DecoderSession``).
 
-    Device memory is allocated once, for the largest shapes of the profiles. Keys and values lie in two sets of
-    buffers: a step reads one and writes the other. A CUDA graph would have to be captured anew at each step, because
-    the cache grows; none is used.
+    Device memory is allocated once, for the largest shapes of the profiles. A plan with a static cache updates it in
+    place, and its decode steps are launched as one CUDA graph. Otherwise keys and values lie in two sets of buffers: a
+    step reads one and writes the other, and no step has the shapes of the one before.
 
     Args:
         plan: bytes of a plan whose digest stood in a verified manifest; deserializing runs code.
@@ -58,29 +48,19 @@ class TensorRtSession:
         self._contexts: dict[int, Any] = {}
         self._prefix, self._length = prefix, 0
         self._rows: int | None = None
-        self._past = past_names(contract)
-        self._present = [name.replace("past_key_values", "present") for name in self._past]
-        self._trt = _import(module)
+        self._plan: Plan | None = None
+        self._graph: StepGraph | None = None
         self._cuda = Cuda()
         self._open = True
         try:
-            self._logger = self._trt.Logger(self._trt.Logger.WARNING)
-            self._runtime = self._trt.Runtime(self._logger)
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
-            if self._engine is None:
-                raise CheckFailed(
-                    f"{module} {self._trt.__version__} refuses the plan: made by another version or for another GPU",
-                    hint=REBUILD.format(engine=module.replace("_", "-")),
-                )
-            dtype = self._check_contract(contract)
-            self.profiles = read_profiles(self._engine)
-            # A plan may hold fewer tokens than the model has positions for: whoever asks for the limit hears that one.
-            room = max(profile.past[1] for profile in self.profiles) + 1 - contract.prefix_slots
-            positions = min(contract.max_positions, room + contract.prefix_length)
-            self.contract = replace(contract, dtype=dtype, max_positions=positions)
+            self._plan = Plan(plan, contract, module)
+            self.contract, self.profiles = self._plan.contract, self._plan.profiles
             first_caches(self.contract, prefix, 1)
-            self._contexts = {profile.index: self._context(profile) for profile in self.profiles}
-            self._allocate()
+            scratch = self._new(self._plan.scratch_bytes)
+            self._contexts = {p.index: self._plan.context(p, self._cuda, scratch) for p in self.profiles}
+            if self.contract.cache_capacity:
+                self._graph = StepGraph(self._cuda)
+            self._caches = self._allocate()
         except BaseException:
             self.close()
             raise
@@ -100,7 +80,7 @@ class TensorRtSession:
         if length == 0:
             self.reset()
         elif length < self._length and self._rows is not None:
-            self._keep(length)
+            self._keep(self._rows, length)
 
     def run(
         self,
@@ -128,7 +108,8 @@ class TensorRtSession:
         # Refused before anything runs.
         used = [self._choose(batch, end - begin, start + begin) for begin, end in pieces]
         if self._rows is None:
-            self._seed(batch)
+            self._caches.seed(batch)
+            self._cuda.synchronize()
         collected: list[FloatArray] = []
         try:
             for (begin, end), profile in zip(pieces, used, strict=True):
@@ -148,8 +129,11 @@ class TensorRtSession:
         # A context that still ran would write into memory that is gone.
         with suppress(CheckFailed):
             self._cuda.synchronize()
+        if self._graph is not None:
+            self._graph.close()
         self._contexts.clear()
-        self._engine = self._runtime = None
+        if self._plan is not None:
+            self._plan.close()
         for buffer in self._buffers:
             with suppress(CheckFailed):
                 buffer.free()
@@ -167,43 +151,16 @@ class TensorRtSession:
         """Close it."""
         self.close()
 
-    def _check_contract(self, contract: GraphContract) -> Dtype:
-        """Return the type of the plan's caches; raises UntrustedArtifact for the plan of another graph."""
-        engine = self._engine
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        expected = {*INPUTS, *self._past, *self._present, "logits"}
-        found = tuple(engine.get_tensor_shape(CACHE)) if CACHE in names else ()
-        wanted = (contract.num_kv_heads, contract.head_dim)
-        if set(names) != expected or (found[1], found[3]) != wanted:
-            differing = sorted(set(names) ^ expected)
-            raise UntrustedArtifact(
-                f"the plan is not of this bundle's graph: {differing[0] if differing else CACHE} does not fit",
-                hint="build the bundle again",
-            )
-        kind = engine.get_tensor_dtype(CACHE).name
-        if kind not in _TYPES:
-            raise UntrustedArtifact(f"the plan keeps its cache as {kind}", hint="build the bundle again")
-        return _TYPES[kind]
-
-    def _context(self, profile: Profile) -> Any:
-        context = self._engine.create_execution_context()
-        if context is None or not context.set_optimization_profile_async(profile.index, self._cuda.stream):
-            raise CheckFailed(
-                f"no execution context for the profile '{profile.name}'",
-                hint="free device memory, or compile the engine with a smaller --max-context",
-            )
-        self._cuda.synchronize()
-        return context
-
-    def _allocate(self) -> None:
+    def _allocate(self) -> Caches:
         c = self.contract
         batch, total = (max(p.batch for p in self.profiles), max(p.total for p in self.profiles))
         sequence = max(p.sequence for p in self.profiles)
-        cache = batch * c.num_kv_heads * total * c.head_dim * _BYTES[c.dtype]
-        lengths = zip(INPUTS, (sequence, total, sequence), strict=True)
-        self._inputs = {name: self._new(8 * batch * length) for name, length in lengths}
+        lengths = {**dict(zip(INPUTS, (sequence, total, sequence), strict=True)), WRITE_INDICES: 1}
+        self._inputs = {name: self._new(8 * batch * length) for name, length in lengths.items()}
         self._logits = self._new(4 * batch * sequence * c.vocab_size)
-        self._caches = [[self._new(cache) for _ in self._past] for _ in range(2)]
+        if c.cache_capacity:
+            return InPlaceCaches(self._cuda, self._new, c, self._prefix, batch)
+        return GrowingCaches(self._cuda, self._new, c, self._prefix, batch, total)
 
     def _new(self, size: int) -> DeviceBuffer:
         self._buffers.append(self._cuda.allocate(size))
@@ -220,27 +177,55 @@ class TensorRtSession:
             hint="compile the engine with a larger --max-context or --max-batch; a plan is never rebuilt for a shape",
         )
 
-    def _seed(self, batch: int) -> None:
-        """Begin the caches of a new batch: with the prefix, where it is not in the graph."""
-        for buffer, array in zip(self._caches[0], first_caches(self.contract, self._prefix, batch), strict=True):
-            self._cuda.upload(bfloat16_bits(array) if self.contract.dtype == "bfloat16" else array, buffer)
-        self._cuda.synchronize()
-
     def _step(
         self, profile: Profile, ids: IntArray, mask: IntArray, positions: IntArray, rows: int
     ) -> FloatArray | None:
         """Feed one piece; return the logits of its last ``rows`` tokens, ``[B, rows, vocab]``."""
-        c, context, (batch, new) = self.contract, self._contexts[profile.index], ids.shape
-        past = mask.shape[1] - new
-        cache_shape = (batch, c.num_kv_heads, past, c.head_dim)
-        for name, array in zip(INPUTS, (ids, mask, positions), strict=True):
+        c, (batch, new) = self.contract, ids.shape
+        given = self._given(ids, mask, positions)
+        for name, array in given.items():
             self._cuda.upload(array, self._inputs[name])
+        decoding, kind = self._graph if new == 1 else None, (profile.index, batch)
+        if decoding is None or not decoding.launch(kind):
+            context, enqueue = self._contexts[profile.index], partial(self._enqueue, profile)
+            self._bind_all(context, given, batch, new, mask.shape[1] - new)
+            if decoding is None:
+                enqueue()
+            else:
+                decoding.run(kind, context, enqueue)
+        logits = np.empty((batch, rows, c.vocab_size), dtype=np.float32) if rows else None
+        if logits is not None:
+            line = 4 * c.vocab_size
+            self._cuda.download_rows(self._logits, (new - rows) * line, new * line, logits)
+        self._cuda.synchronize()
+        self._caches.advance()
+        self._length, self._rows = self._length + new, batch
+        return logits
+
+    def _enqueue(self, profile: Profile) -> None:
+        if not self._contexts[profile.index].execute_async_v3(self._cuda.stream):
+            raise CheckFailed(
+                f"the plan refuses to run in profile '{profile.name}'", hint="see the log lines of TensorRT above"
+            )
+
+    def _given(self, ids: IntArray, mask: IntArray, positions: IntArray) -> dict[str, IntArray]:
+        """Return the inputs of a call by name; those of a static cache are as long as it and say where to write."""
+        given = dict(zip(INPUTS, (ids, mask, positions), strict=True))
+        if capacity := self.contract.cache_capacity:
+            given["attention_mask"] = np.zeros((len(ids), capacity), dtype=np.int64)
+            given["attention_mask"][:, : mask.shape[1]] = mask
+            given[WRITE_INDICES] = np.full(len(ids), mask.shape[1] - ids.shape[1], dtype=np.int64)
+        return given
+
+    def _bind_all(self, context: Any, given: Mapping[str, IntArray], batch: int, new: int, past: int) -> None:
+        """Bind every input and output of a call, and check that the plan takes and gives these shapes."""
+        for name, array in given.items():
             self._bind_input(context, name, array.shape, self._inputs[name].at(array.nbytes))
-        size = batch * c.num_kv_heads * c.head_dim * _BYTES[c.dtype]
-        for i, (source, target) in enumerate(zip(*self._caches, strict=True)):
-            self._bind_input(context, self._past[i], cache_shape, source.at(past * size))
-            self._bind(context, self._present[i], target.at((past + new) * size))
-        self._bind(context, "logits", self._logits.at(4 * batch * new * c.vocab_size))
+        for cache in self._caches.bindings(batch, past, new):
+            self._bind_input(context, cache.past, cache.shape, cache.read)
+            self._bind(context, cache.present, cache.written)
+        wanted = (batch, new, self.contract.vocab_size)
+        self._bind(context, "logits", self._logits.at(4 * batch * new * self.contract.vocab_size))
         try:
             missing = context.infer_shapes()
         except RuntimeError as e:
@@ -248,20 +233,8 @@ class TensorRtSession:
         if missing:
             raise CheckFailed(f"shapes that the plan misses: {', '.join(missing)}", hint="build the bundle again")
         shape = tuple(context.get_tensor_shape("logits"))
-        if shape != (batch, new, c.vocab_size):
+        if shape != wanted:
             raise CheckFailed(f"the plan gives logits {list(shape)}", hint="build the bundle again")
-        if not context.execute_async_v3(self._cuda.stream):
-            raise CheckFailed(
-                f"the plan refuses to run in profile '{profile.name}'", hint="see the log lines of TensorRT above"
-            )
-        logits = np.empty((batch, rows, c.vocab_size), dtype=np.float32) if rows else None
-        if logits is not None:
-            line = 4 * c.vocab_size
-            self._cuda.download_rows(self._logits, (new - rows) * line, new * line, logits)
-        self._cuda.synchronize()
-        self._caches.reverse()
-        self._length, self._rows = self._length + new, batch
-        return logits
 
     def _bind_input(self, context: Any, name: str, shape: Sequence[int], address: int) -> None:
         if not context.set_input_shape(name, tuple(shape)):
@@ -272,15 +245,10 @@ class TensorRtSession:
         if not context.set_tensor_address(name, address):
             raise CheckFailed(f"the plan has no {name}", hint="build the bundle again")
 
-    def _keep(self, length: int) -> None:
-        """Copy the first ``length`` tokens of every head into the other set of caches, and go on with that."""
-        c, rows = self.contract, (self._rows or 0) * self.contract.num_kv_heads
-        token = c.head_dim * _BYTES[c.dtype]
-        pitch, width = ((c.prefix_slots + n) * token for n in (self._length, length))
-        for source, target in zip(*self._caches, strict=True):
-            self._cuda.copy_rows(source, pitch, target, width, rows)
+    def _keep(self, rows: int, length: int) -> None:
+        """Go on with the first ``length`` tokens of every row."""
+        self._caches.keep(rows, self._length, length)
         self._cuda.synchronize()
-        self._caches.reverse()
         self._length = length
 
     def _undo(self, length: int, rows: int | None) -> None:
@@ -289,15 +257,5 @@ class TensorRtSession:
         with suppress(CheckFailed):
             if rows is None:
                 self.reset()
-            elif self._length > length:
-                self._keep(length)
-
-
-def _import(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise MissingDependency(
-            f"{module} is not installed",
-            hint=f"pip install 'cushion-deploy[{'rtx' if module == 'tensorrt_rtx' else 'tensorrt'}]'",
-        ) from e
+            else:
+                self._keep(rows, length)

@@ -3,28 +3,23 @@
 Memory is bytes at made-up addresses. Work that is queued on the stream happens at synchronization and not before, so
 that a read too early sees nothing, and a buffer or host array that is gone too early is found. A plan is JSON that
 names an ONNX graph; running it runs that graph in ONNX Runtime, on what lies at the bound addresses at that moment.
+Graphs are in `fake_graphs.py`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
-from enum import Enum, IntEnum
+from enum import Enum
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+from fake_graphs import FakeGraphs, Status, Work
 
 TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64)}
-
-
-class Status(IntEnum):
-    cudaSuccess = 0
-    cudaErrorMemoryAllocation = 2
-    cudaErrorIllegalAddress = 700
 
 
 class Kind(Enum):
@@ -33,16 +28,15 @@ class Kind(Enum):
     cudaMemcpyDeviceToDevice = 3
 
 
-class FakeCuda:
+class FakeCuda(FakeGraphs):
     """`cuda.bindings.runtime` of one device with ``capacity`` bytes."""
 
     cudaMemcpyKind = Kind
 
     def __init__(self, capacity: int = 1 << 30) -> None:
+        super().__init__()
         self.capacity, self.used, self.next = capacity, 0, 0x7000_0000
         self.memory: dict[int, bytearray] = {}
-        self.queue: list[Callable[[], None]] = []
-        self.streams: set[int] = set()
         self.broken = False
 
     def find(self, address: int, size: int) -> memoryview:
@@ -62,6 +56,7 @@ class FakeCuda:
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:
         assert stream in self.streams
+        self.require_not_recording()
         if self.broken:
             self.queue.clear()
             return (Status.cudaErrorIllegalAddress,)
@@ -72,16 +67,18 @@ class FakeCuda:
 
     def cudaMalloc(self, size: int) -> tuple[Status, int]:
         assert size > 0
+        self.require_not_recording()
         if self.used + size > self.capacity:
             return Status.cudaErrorMemoryAllocation, 0
         self.used += size
         address, self.next = self.next, self.next + (size + 0xFFF) // 0x1000 * 0x1000 + 0x1000
-        # Not zeros: what nobody wrote must not look like something.
-        self.memory[address] = bytearray(b"\xa5" * size)
+        # No numbers, in every floating-point type: what nobody wrote must not look like something.
+        self.memory[address] = bytearray(b"\xff" * size)
         return Status.cudaSuccess, address
 
     def cudaFree(self, address: int) -> tuple[Status]:
         assert not self.queue, "memory was freed while work was queued"
+        self.require_not_recording()
         self.used -= len(self.memory.pop(address))
         return (Status.cudaSuccess,)
 
@@ -96,6 +93,7 @@ class FakeCuda:
     ) -> tuple[Status]:
         assert stream in self.streams
         assert width <= min(to, pitch)
+        self.require_not_recording()  # a launch would copy from and to host memory that is gone by then
 
         def copy() -> None:
             for row in range(rows):
@@ -112,6 +110,20 @@ class FakeCuda:
         self.queue.append(copy)
         return (Status.cudaSuccess,)
 
+    def cudaMemset2DAsync(
+        self, address: int, pitch: int, value: int, width: int, height: int, stream: int
+    ) -> tuple[Status]:
+        assert stream in self.streams
+        assert 0 < width <= pitch
+        self.require_not_recording()
+
+        def fill() -> None:
+            for row in range(height):
+                self.find(address + row * pitch, width)[:] = bytes([value]) * width
+
+        self.queue.append(fill)
+        return (Status.cudaSuccess,)
+
 
 class FakeTensorRt:
     """The module `tensorrt_rtx` or `tensorrt` on a :class:`FakeCuda`."""
@@ -121,6 +133,8 @@ class FakeTensorRt:
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
         self.executed: list[int] = []
+        self.records = "yes"
+        """Whether a step can be recorded: ``yes``, ``no`` where it says so, ``fails`` where it turns out so."""
         outer = self
 
         class Logger:
@@ -137,6 +151,17 @@ class FakeTensorRt:
                 return Engine(outer, json.loads(plan)) if plan.startswith(b"{") else None
 
         self.Logger, self.Runtime = Logger, Runtime
+        self.ExecutionContextAllocationStrategy = Enum("Memory", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"])
+        self.DynamicShapesKernelSpecializationStrategy = Enum("Kernels", ["LAZY", "EAGER", "NONE"])
+
+
+class RuntimeConfig:
+    """What an execution context of TensorRT-RTX is created with."""
+
+    dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self._memory = strategy
 
 
 class Engine:
@@ -152,6 +177,17 @@ class Engine:
         self.inputs = {v.name: v for v in graph.input if v.name in {i.name for i in self.session.get_inputs()}}
         self.tensors = {**self.inputs, **{v.name: v for v in graph.output}}
         self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(plan["profiles"])
+        self.aliases = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "TensorScatter"}
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        return 1 << 16
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return self.aliases.get(name)
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]
@@ -167,21 +203,34 @@ class Engine:
         shapes: list[list[int]] = self.plan["profiles"][profile_index][name]
         return shapes
 
-    def create_execution_context(self) -> Context:
-        return Context(self)
+    def create_execution_context(self, wanted: Any) -> Context:
+        memory = wanted._memory if isinstance(wanted, RuntimeConfig) else wanted
+        assert memory is self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        return Context(self, wanted)
 
 
 class Context:
     """An execution context; refuses what the real one refuses, fails the test where that would be silent."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.profile = engine, -1
+    def __init__(self, engine: Engine, wanted: Any) -> None:
+        self.engine, self.wanted, self.profile = engine, wanted, -1
+        self.scratch = (0, 0)
+        self.met: set[tuple[tuple[int, ...], ...]] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self.profile = profile_index
         return 0 <= profile_index < self.engine.num_optimization_profiles
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert self.profile >= 0
+        assert memory % 256 == 0
+        assert size >= self.engine.device_memory_size_v2
+        self.scratch = (memory, size)
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.module.records != "no"
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         least, _, most = self.engine.plan["profiles"][self.profile][name]
@@ -203,24 +252,39 @@ class Context:
         if name == "logits":
             return (batch, new, self.engine.get_tensor_shape("logits")[2])
         b, heads, past, size = self.shapes[name.replace("present", "past_key_values")]
-        return (b, heads, past + new, size)
+        return (b, heads, past if name in self.engine.aliases else past + new, size)
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         cuda = self.engine.module.cuda
         assert stream_handle in cuda.streams
         assert set(self.addresses) == set(self.engine.tensors), "an address is missing"
         assert not self.infer_shapes()
+        if cuda.last_error:  # it looks there behind each of its kernels
+            return False
+        if cuda.recording is not None:
+            assert tuple(self.shapes.values()) in self.met, "recorded before it ran with these shapes"
+            if self.engine.module.records == "fails":
+                cuda.invalidated = True
+                return False
+        self.met.add(tuple(self.shapes.values()))
         shapes, addresses, index = dict(self.shapes), dict(self.addresses), self.profile
         spans = {}
         for name in self.engine.tensors:
             shape = shapes.get(name) or self.get_tensor_shape(name)
             kind = TYPES[self.engine.tensors[name].type.tensor_type.elem_type][1]
             spans[name] = (shape, np.dtype(kind))
-            cuda.find(addresses[name], int(np.prod(shape)) * np.dtype(kind).itemsize)
+        sizes = {name: int(np.prod(shape)) * kind.itemsize for name, (shape, kind) in spans.items()}
+        aliases = self.engine.aliases
+        assert all(addresses[a] == addresses[b] for a, b in aliases.items()), "a static cache is updated in place"
         outputs = [name for name in self.engine.tensors if name not in self.engine.inputs]
-        ranges = sorted((addresses[n], addresses[n] + int(np.prod(s)) * t.itemsize, n) for n, (s, t) in spans.items())
+        ranges = sorted((addresses[n], addresses[n] + size, n) for n, size in sizes.items() if n not in aliases)
         for (_, end, one), (start, _, other) in pairwise(ranges):
             assert end <= start or {one, other} <= set(self.engine.inputs), f"{one} and {other} share memory"
+
+        def check() -> None:
+            cuda.find(*self.scratch)
+            for name, size in sizes.items():
+                cuda.find(addresses[name], size)
 
         def run() -> None:
             feed = {}
@@ -228,10 +292,14 @@ class Context:
                 shape, kind = spans[name]
                 data = cuda.find(addresses[name], int(np.prod(shape)) * kind.itemsize)
                 feed[name] = np.frombuffer(bytes(data), kind).reshape(shape)
+            if aliases:
+                first, new = feed["write_indices"], spans["input_ids"][0][1]
+                capacity = spans[next(iter(aliases))][0][2]
+                assert ((first >= 0) & (first + new <= capacity)).all(), "written outside of the cache"
             for name, value in zip(outputs, self.engine.session.run(outputs, feed), strict=True):
                 assert value.shape == spans[name][0]
                 cuda.find(addresses[name], value.nbytes)[:] = np.ascontiguousarray(value).tobytes()
             self.engine.module.executed.append(index)
 
-        cuda.queue.append(run)
+        cuda.submit(Work(check, run))
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,12 @@ import onnx
 import pytest
 
 from cushion_deploy.artifacts import read_prefix, write_prefix
+from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.pipeline.build import build
+from cushion_deploy.pipeline.compiling import add_engine
+from cushion_deploy.pipeline.parity import check_bundle
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import Report
@@ -113,6 +118,27 @@ def test_a_bundle_with_the_prefix_in_the_cache_is_the_bundle_with_the_prefix_in_
     assert np.abs(expected - found).max() <= 1e-3 * np.abs(expected).max()
     assert [session.length for session in both] == [40, 40]
     assert open_bundle(cached).prefix_mode == "cache"
+    assert not open_bundle(cached).graph.contract.cache_capacity, "other runtimes know a cache that grows"
+
+
+@pytest.mark.skipif(not RTX, reason="tensorrt-rtx is an optional extra: pip install 'cushion-deploy[rtx]'")
+def test_a_plan_updates_a_cache_that_begins_with_the_prefix_in_place(reports: Any, tmp_path: Path) -> None:
+    for prefix in ("baked", "cache"):
+        report, bundle = reports(CACHED, prefix)
+        assert "float16 graph against the float32 graph" in {check.rung for check in report.parity}
+        made = json.loads((bundle / "engines" / "tensorrt-rtx" / "engine.json").read_text())
+        assert ("write_indices" in made["details"]["profiles"]["decode"]) is (prefix == "cache")
+    opened = open_bundle(bundle)
+    ws = Workspace(Recipe.from_bundle(opened.manifest.recipe), StageStore(tmp_path / "work"))
+    # Shorter than the text of the parity checks, of 40 tokens.
+    options = CompileOptions(("sm86",), max_context=20)
+    artifact = add_engine(ws, opened, ENGINES["tensorrt-rtx"], options, tmp_path / "shorter")
+    assert artifact.int8_linears == artifact.linears > 0
+    slots = 20 + opened.graph.contract.prefix_length
+    assert artifact.details["profiles"]["decode"]["past_key_values"][0][2] == slots
+    again = check_bundle(ws, tmp_path / "shorter", opened.graph)
+    assert "float16 graph against the float32 graph" in {check.rung for check in again.checks}
+    assert again.passed
 
 
 def test_a_cache_does_not_begin_with_the_prefix_of_another_bundle(reports: Any, tmp_path: Path) -> None:

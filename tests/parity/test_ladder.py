@@ -18,7 +18,7 @@ from cushion_deploy.parity.ladder import (
     first_diverging,
     float_rung,
     greedy_tokens,
-    narrow_rung,
+    plan_rung,
     segment_decode_rung,
     segment_rung,
 )
@@ -208,7 +208,7 @@ def test_the_engine_rung_points_to_the_segments(site: Any, words: str, deployed)
 
 def run_half(d: Any, half: Any) -> list[ParityCheck]:
     runs = (SegmentRun(graph, d.scales, "literal") for graph in (d.graph, half))
-    return narrow_rung("half", d.reference, *runs)
+    return plan_rung("half", d.reference, *runs)
 
 
 def test_the_half_rung_holds_and_sees_the_rounding(deployed) -> None:
@@ -252,7 +252,7 @@ BEHIND = {
         *(("brain", 2.0, name, site) for name, site in BEHIND.items() if not name.endswith(".out.scale")),
     ],
 )
-def test_the_narrow_rung_names_the_first_site_behind_another_tensor(
+def test_the_plan_rung_names_the_first_site_behind_another_tensor(
     name: str, site: str, kind: str, factor: float, deployed, sabotaged
 ) -> None:
     def edit(tensors: dict[str, np.ndarray]) -> None:

@@ -23,10 +23,9 @@ from cushion_deploy.artifacts import (
     write_smoothing,
 )
 from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.pipeline.compiling import graph_for
-from cushion_deploy.pipeline.parity import check_bundle, check_parity, narrow_graphs
+from cushion_deploy.pipeline.parity import check_bundle, check_parity, plan_graphs
 from cushion_deploy.pipeline.prepare import Deployed, prepare
-from cushion_deploy.pipeline.stages import export, search_prefix
+from cushion_deploy.pipeline.stages import export, plan_graph, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
@@ -101,11 +100,14 @@ def climb(built: Built, half: ExportedGraph | None, **options: Any) -> ParityRep
 
 def test_an_engine_compiles_the_graph_of_its_type(built: Built) -> None:
     ws = built.workspace()
-    chosen = [graph_for(ws, built.deployed, ENGINES[name], built.graph) for name in ("onnxruntime", "tensorrt-rtx")]
-    assert chosen == [built.graph, built.half]
-    assert narrow_graphs([*chosen, built.half]) == (built.half,)
+
+    def chosen(name: str) -> ExportedGraph:
+        return plan_graph(ws, built.deployed, ENGINES[name], built.graph, 64)
+
+    assert (chosen("onnxruntime"), chosen("tensorrt-rtx")) == (built.graph, built.half)
+    assert plan_graphs([built.graph, built.half, built.half], built.graph) == (built.half,)
     ws.recipe = ws.recipe.merged({"tensorrt.dtype": "float32"})
-    assert graph_for(ws, built.deployed, ENGINES["tensorrt-rtx"], built.graph) == built.graph
+    assert chosen("tensorrt-rtx") == built.graph
 
 
 def test_the_float16_graph_has_rungs_of_its_own_and_is_part_of_the_key(built: Built) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import tensorrt_rtx as rtx
 from tensorrt_rtx import (  # noqa: F401 - the module's own names
+    BuilderFlag,
+    IAttentionOutputLayer,
     IDequantizeLayer,
     ILogger,
     IMatrixMultiplyLayer,

@@ -1,0 +1,143 @@
+"""Plans with a static cache on a real device: updated in place, decoded as one CUDA graph, and what that is worth."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.export.folder import export_graph
+from cushion_deploy.modeling.forward import compute_prefix
+from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.source import resolve_source
+from cushion_deploy.runtime.onnxruntime import open_session
+from cushion_deploy.runtime.tensorrt import TensorRtSession
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import ActivationScales, ExportedGraph, Prefix
+
+IDS = np.random.default_rng(0).integers(5, 300, (1, 48))
+CONTEXT = 200
+
+
+def graph_of(model: LoadedModel, prefix: Prefix, folder: Path, dtype: Any, capacity: int) -> ExportedGraph:
+    """Export with the prefix in the cache and constant scales."""
+    digest, sites = model.spec.weights_digest, dict.fromkeys(model.sites, 0.05)
+    scales = ActivationScales(sites, "max", digest, prefix.digest, corpus_digest="none", tokens=1)
+    folder.mkdir()
+    given = model.spec, model.weights, prefix, scales, QuantScheme(quantize_head=True), folder
+    return export_graph(*given, dtype=dtype, prefix_in_cache=True, capacity=capacity)
+
+
+def open_plan(graph: ExportedGraph, prefix: Prefix, folder: Path, target: str) -> TensorRtSession:
+    """Compile a graph for the device and open the plan."""
+    folder.mkdir()
+    options = CompileOptions((target,), max_batch=2, max_context=CONTEXT, max_prefill=64)
+    artifact = ENGINES["tensorrt-rtx"].compile(graph, folder, options)
+    return TensorRtSession((folder / artifact.files[0]).read_bytes(), graph.contract, "tensorrt_rtx", prefix)
+
+
+def apart(found: Any, expected: Any) -> float:
+    """Return how far the logits of the median token are apart, as a share of their size (root mean square)."""
+    distance, size = ((x**2).mean(axis=-1) ** 0.5 for x in (found - expected, expected))
+    return float(np.median(distance / size))
+
+
+@pytest.fixture(scope="module")
+def plan(
+    target: str, tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, TensorRtSession]]:
+    """Return the growing graph in ONNX Runtime, and the plan of the static one."""
+    folder = tmp_path_factory.mktemp("static")
+    prefix = compute_prefix(tiny_model, (7, 1))
+    expected = open_session(graph_of(tiny_model, prefix, folder / "float32", "float32", 0), threads=1)
+    half = graph_of(tiny_model, prefix, folder / "float16", "float16", CONTEXT + prefix.length)
+    with open_plan(half, prefix, folder / "plan", target) as session:
+        yield expected, session
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the graph launches of a test."""
+    from cushion_deploy.runtime.cuda import Cuda
+
+    made: list[Any] = []
+    launch = Cuda.launch
+    monkeypatch.setattr(Cuda, "launch", lambda self, recorded: made.append(recorded) or launch(self, recorded))
+    return made
+
+
+def test_a_static_plan_computes_what_onnxruntime_computes(plan: Any) -> None:
+    for session in plan:
+        session.reset()
+    expected, found = (session.run(IDS, need_logits="all") for session in plan)
+    assert apart(found, expected) <= 0.1
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.8
+
+
+def test_decoding_by_launches_equals_prefill(plan: Any, launches: list[Any], caplog: Any) -> None:
+    session = plan[1]
+    session.reset()
+    whole = session.run(IDS, need_logits="all")
+    session.truncate(30)
+    with caplog.at_level(logging.WARNING):
+        steps = np.concatenate([session.run(IDS[:, i : i + 1]) for i in range(30, 48)], axis=1)
+    assert caplog.messages == [], "the plan cannot be recorded"
+    assert len(launches) >= 17, "the first step runs plainly, every other one is a launch"
+    assert apart(steps, whole[:, 30:]) <= 0.1
+
+
+def test_a_left_padded_batch_is_its_rows(plan: Any) -> None:
+    session = plan[1]
+    batch = np.concatenate([IDS[:, :20], IDS[:, 20:40]])
+    mask = np.ones((2, 30), dtype=np.int64)
+    mask[1, :5] = 0
+    alone = []
+    for row in (IDS[:, :20], IDS[:, 25:40]):
+        session.reset()
+        logits = [session.run(row)]
+        alone.append(np.concatenate([*logits, *(session.run(IDS[:, i : i + 1]) for i in range(4))], axis=1))
+    session.reset()
+    together = [session.run(batch, mask[:, :20])]
+    for i in range(4):
+        together.append(session.run(IDS[:, i : i + 1].repeat(2, axis=0), mask[:, : 21 + i]))
+    for row, found in enumerate(np.concatenate(together, axis=1)):
+        assert apart(found, alone[row][0]) <= 0.1
+
+
+def test_the_speed_of_launches_beside_plain_steps(
+    target: str, tiny_writer: Any, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    folder = tiny_writer(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=64)
+    model = load_folder(folder, resolve_source(str(folder)))
+    prefix = compute_prefix(model, (7, 1))
+    found = {}
+    for name, capacity, graphs in (("launched", 202, True), ("plain", 202, False), ("growing", 0, False)):
+        graph = graph_of(model, prefix, tmp_path / name, "float16", capacity)
+        with open_plan(graph, prefix, tmp_path / f"{name}-plan", target) as session:
+            if not graphs:
+                session._graph = None
+            found[name] = seconds_per_token(session)
+        record_property(name, found[name])
+    with capsys.disabled():
+        print(f"\ndecoding on {target}: " + ", ".join(f"{n} {1e3 * s:.3f} ms" for n, s in found.items()))
+    assert all(seconds > 0 for seconds in found.values())
+
+
+def seconds_per_token(session: TensorRtSession) -> float:
+    """Return the median time of a decode step; the first steps compile and record."""
+    session.run(IDS, need_logits="none")
+    times = []
+    for i in range(60):
+        begin = time.perf_counter()
+        session.run(IDS[:, i % 48 : i % 48 + 1])
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[10:]))
