@@ -177,7 +177,9 @@ def test_set_null_stands_over_the_recipe(cli: Any, tmp_path: Path) -> None:
 def test_the_limits_of_tensorrt_are_settings_and_flags_stand_over_them(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("tensorrt: {max_batch: 3, max_context: 96}\n")
     done = cli("build", "--recipe", tmp_path / "r.yaml", "--max-context", 64, "--print-config")
-    assert yaml.safe_load(done.out)["tensorrt"] == {"max_batch": 3, "max_context": 64}
+    assert yaml.safe_load(done.out)["tensorrt"] == {
+        **{"dtype": "float16", "max_batch": 3, "max_context": 64, "max_prefill": 512}
+    }
     assert cli("build", "--recipe", tmp_path / "r.yaml", "--max-batch", 0, "--print-config").code == 2
 
 
