@@ -27,12 +27,14 @@ IntArray = npt.NDArray[np.int64]
 Dtype = Literal["float32", "float16"]
 Estimator = Literal["max", "percentile", "mse"]
 PrefixMode = Literal["baked", "cache", "none"]
+CacheDtype = Literal["float32", "float16", "int8"]
 
 ESTIMATORS: tuple[Estimator, ...] = ("max", "percentile", "mse")
 BITS = (8, 6, 4)
 """Widths of codes."""
 HEAD_SITE = Site("head")
 PREFIX_FILE = "prefix.safetensors"
+KV_SCALES_FILE = "kv_scales.json"
 
 
 def layer_site(layer: int, kind: str) -> Site:
@@ -317,6 +319,7 @@ class GraphContract:
     ``present.N.key/value`` [batch, kv_heads, past + sequence, head_dim].
     A session counts its caller's tokens only. The prefix is in the graph, which adds it itself, or, with
     ``prefix_in_cache``, in the first slots of every past; mask and positions then count it.
+    Past and present are of type ``dtype``, or, with ``quantized_cache``, int8 codes by the scales beside the graph.
     """
 
     num_layers: int
@@ -327,6 +330,12 @@ class GraphContract:
     dtype: Dtype
     prefix_length: int
     prefix_in_cache: bool = False
+    quantized_cache: bool = False
+
+    @property
+    def cache_dtype(self) -> CacheDtype:
+        """Type of past and present keys and values."""
+        return "int8" if self.quantized_cache else self.dtype
 
     @property
     def prefix_mode(self) -> PrefixMode:
@@ -347,7 +356,7 @@ class ExportedGraph:
 
     Attributes:
         path: the ``.onnx`` file; its weights lie beside it as ``<name>.onnx.data``, a prefix for the cache as
-            ``prefix.safetensors``.
+            ``prefix.safetensors``, scales of an INT8 cache as ``kv_scales.json``.
         contract: what goes in and out.
         quantized: whether Q/DQ nodes stand at Sites (False for the float twin).
         sites: every Site that is quantized (in a float twin: would be), with the linears packed into its MatMul.
@@ -373,8 +382,9 @@ class ExportedGraph:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The graph, its weights, and the prefix where that belongs into the cache."""
+        """The graph, its weights, the prefix where that belongs into the cache, and the scales of an INT8 cache."""
         beside = [PREFIX_FILE] if self.contract.prefix_slots else []
+        beside += [KV_SCALES_FILE] if self.contract.quantized_cache else []
         return self.path, *(self.path.with_name(name) for name in (f"{self.path.name}.data", *beside))
 
     @property
@@ -383,8 +393,11 @@ class ExportedGraph:
         return sum(file.stat().st_size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict; the path is reduced to its file name."""
-        return {**asdict(self), "path": self.path.name, "parents": dict(self.parents)}
+        """Return a JSON-ready dict; the path is its file name, ``quantized_cache`` stands in it only where it is true."""
+        data = {**asdict(self), "path": self.path.name, "parents": dict(self.parents)}
+        if not self.contract.quantized_cache:
+            del data["contract"]["quantized_cache"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], folder: Path) -> ExportedGraph:

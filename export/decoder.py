@@ -19,11 +19,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cushion_deploy.export.builder import GraphBuilder
+from cushion_deploy.export.kv_cache import KvCache
 from cushion_deploy.export.linear import PackedLinear, add_linear
 from cushion_deploy.export.masks import AttentionMasks
 from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain, turning_channels
 from cushion_deploy.families import Family
+from cushion_deploy.kv_scales import KV_PARTS, KvScales
 from cushion_deploy.types import HEAD_SITE, ModelSpec, RotaryScaling, Site, layer_site
 from cushion_deploy.weights import WeightSource, blocks
 
@@ -39,6 +41,7 @@ class DecoderGraph:
         dtype: floating-point type of activations.
         scales: activation scale per Site to quantize; empty for the float twin. A Site without a scale stays
             in floating point.
+        kv: scales of an INT8 cache; None for one in floating point.
     """
 
     g: GraphBuilder
@@ -48,16 +51,18 @@ class DecoderGraph:
     prefix: PrefixKv
     dtype: ir.DataType
     scales: Mapping[Site, float]
+    kv: KvScales | None = None
 
     def build(self) -> ir.Model:
         """Return the finished model."""
         g, spec = self.g, self.spec
+        self.cache = KvCache(self.kv, self.dtype)
         ids = g.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         mask = g.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
         positions = g.input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
         cache_shape: list[int | str] = ["batch", spec.num_kv_heads, "past", spec.head_dim]
         past = [
-            tuple(g.input(f"past_key_values.{i}.{part}", self.dtype, cache_shape) for part in ("key", "value"))
+            tuple(g.input(f"past_key_values.{i}.{part}", self.cache.element, cache_shape) for part in KV_PARTS)
             for i in range(spec.num_layers)
         ]
         g.scope("inputs")
@@ -133,15 +138,16 @@ class DecoderGraph:
         # Group the query heads of one key head as rows: keys and values need no repetition.
         query = g.op("Mul", query, self._scalar(spec.attention_scale))
         query = g.op("Reshape", query, g.ints(0, kv, -1, size))  # [B, K, G * S, D]
-        present_key = g.op("Concat", past_key, key, axis=2)  # [B, K, T, D]
-        present_value = g.op("Concat", past_value, value, axis=2)
+        present_key = self.cache.present(g, i, "key", past_key, key)  # [B, K, T, D]
+        present_value = self.cache.present(g, i, "value", past_value, value)
+        key, value = self.cache.read(g, i, "key", present_key), self.cache.read(g, i, "value", present_value)
         context = self.prefix.attend(
-            g, i, query, present_key, present_value, self.biases[spec.window(i)], self.prefix_shape, spec.score_cap
+            g, i, query, key, value, self.biases[spec.window(i)], self.prefix_shape, spec.score_cap
         )  # [B, K, G * S, D]
         rows = g.op("Transpose", g.op("Reshape", context, g.ints(0, heads, -1, size)), perm=[0, 2, 1, 3])
         joined = g.op("Reshape", rows, g.ints(0, 0, heads * size))
         for part, value_ in (("key", present_key), ("value", present_value)):
-            g.output(value_, f"present.{i}.{part}", self.dtype, ["batch", kv, "total", size])
+            g.output(value_, f"present.{i}.{part}", self.cache.element, ["batch", kv, "total", size])
         out = self._linear(layer_site(i, "attn.out"), joined)
         return self._add_block(x, out, f"{layer}.{family.attention_norm}", family.attention_post_norm, layer)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact, UsageError
+from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.runtime.cuda import Cuda, DeviceBuffer
 from cushion_deploy.runtime.profiles import CACHE, Profile, read_profiles
 from cushion_deploy.runtime.session import (
@@ -44,6 +45,7 @@ class TensorRtSession:
         contract: of the graph that the bundle holds; the plan may have another floating-point type.
         module: ``tensorrt_rtx`` or ``tensorrt``.
         prefix: what every cache begins with, where the contract says so.
+        kv: scales of an INT8 cache, for its prefix.
 
     Raises:
         MissingDependency: the library or a device is not there.
@@ -51,11 +53,18 @@ class TensorRtSession:
         UntrustedArtifact: the plan is not of a graph with this contract.
     """
 
-    def __init__(self, plan: bytes, contract: GraphContract, module: str, prefix: Prefix | None = None) -> None:
+    def __init__(
+        self,
+        plan: bytes,
+        contract: GraphContract,
+        module: str,
+        prefix: Prefix | None = None,
+        kv: KvScales | None = None,
+    ) -> None:
         """Deserialize the plan and allocate; the cache is empty."""
         self._buffers: list[DeviceBuffer] = []
         self._contexts: dict[int, Any] = {}
-        self._prefix, self._length = prefix, 0
+        self._prefix, self._kv, self._length = prefix, kv, 0
         self._rows: int | None = None
         self._past = past_names(contract)
         self._present = [name.replace("past_key_values", "present") for name in self._past]
@@ -77,7 +86,7 @@ class TensorRtSession:
             room = max(profile.past[1] for profile in self.profiles) + 1 - contract.prefix_slots
             positions = min(contract.max_positions, room + contract.prefix_length)
             self.contract = replace(contract, dtype=dtype, max_positions=positions)
-            first_caches(self.contract, prefix, 1)
+            first_caches(self.contract, prefix, 1, kv)
             self._contexts = {profile.index: self._context(profile) for profile in self.profiles}
             self._allocate()
         except BaseException:
@@ -167,7 +176,10 @@ class TensorRtSession:
         self.close()
 
     def _check_contract(self, contract: GraphContract) -> Dtype:
-        """Return the type of the plan's caches; raises UntrustedArtifact for the plan of another graph."""
+        """Return the plan's floating-point type; raises UntrustedArtifact for the plan of another graph.
+
+        An INT8 cache says nothing of it: the contract's own is returned then.
+        """
         engine = self._engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         expected = {*INPUTS, *self._past, *self._present, "logits"}
@@ -180,9 +192,9 @@ class TensorRtSession:
                 hint="build the bundle again",
             )
         kind = engine.get_tensor_dtype(CACHE).name
-        if kind not in _TYPES:
+        if (kind not in _TYPES and kind != "INT8") or contract.quantized_cache != (kind == "INT8"):
             raise UntrustedArtifact(f"the plan keeps its cache as {kind}", hint="build the bundle again")
-        return _TYPES[kind]
+        return _TYPES.get(kind, contract.dtype)
 
     def _context(self, profile: Profile) -> Any:
         context = self._engine.create_execution_context()
@@ -198,7 +210,7 @@ class TensorRtSession:
         c = self.contract
         batch, total = (max(p.batch for p in self.profiles), max(p.total for p in self.profiles))
         sequence = max(p.sequence for p in self.profiles)
-        self._cache_type = np.dtype(NUMPY_TYPES[c.dtype])
+        self._cache_type = np.dtype(NUMPY_TYPES[c.cache_dtype])
         cache = batch * c.num_kv_heads * total * c.head_dim * self._cache_type.itemsize
         lengths = zip(INPUTS, (sequence, total, sequence), strict=True)
         self._inputs = {name: self._new(8 * batch * length) for name, length in lengths}
@@ -222,7 +234,8 @@ class TensorRtSession:
 
     def _seed(self, batch: int) -> None:
         """Begin the caches of a new batch: with the prefix, where it is not in the graph."""
-        for buffer, array in zip(self._caches[0], first_caches(self.contract, self._prefix, batch), strict=True):
+        first = first_caches(self.contract, self._prefix, batch, self._kv)
+        for buffer, array in zip(self._caches[0], first, strict=True):
             self._cuda.upload(array, buffer)
         self._cuda.synchronize()
 
