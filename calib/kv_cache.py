@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, threshold
 from cushion_deploy.errors import UsageError
-from cushion_deploy.fakequant import symmetric_scale
+from cushion_deploy.fakequant import qmax, symmetric_scale
 from cushion_deploy.kv_scales import KV_PARTS, KvGranularity, KvPart, KvScales, kv_site
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.kv_cache import watched_cache
@@ -18,6 +18,8 @@ from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.progress import Progress, silent
 from cushion_deploy.types import Estimator, FloatArray, IntArray, Prefix
 
+TINY = float(np.finfo(np.float32).tiny)
+QMAX = qmax(8)
 Histograms = dict[tuple[int, KvPart], list[MagnitudeHistogram]]
 """Layer and part to the histogram of each head, or of all heads together."""
 
@@ -35,24 +37,21 @@ class CacheObserver:
         """Take one batch ``[batch, kv_heads, length, head_dim]`` and return it as it is.
 
         Raises:
-            UsageError: NaN, infinity, or nothing but zeros or subnormal numbers, naming layer, part and batch.
+            UsageError: NaN or infinity, naming layer, part, head and batch.
         """
         heads = states.transpose(1, 2)[self.mask].abs().transpose(0, 1)  # [kv_heads, tokens, head_dim]
         groups = [heads] if self.granularity == "per-tensor" else list(heads)
         found = self.histograms.setdefault((layer, part), [MagnitudeHistogram() for _ in groups])
         for head, (histogram, magnitudes) in enumerate(zip(found, groups, strict=True)):
             amax = float(magnitudes.max())
-            where = f"{kv_site(layer, part)}, head {head}, calibration batch {self.batch}"
             if not np.isfinite(amax):
                 raise UsageError(
-                    f"{where}: NaN or infinity enters the cache",
+                    f"{kv_site(layer, part)}, head {head}, calibration batch {self.batch}: "
+                    "NaN or infinity enters the cache",
                     hint="the model overflows on this text; check the checkpoint, or calibrate on other text",
                 )
-            if amax < float(np.finfo(np.float32).tiny):
-                raise UsageError(
-                    f"{where}: every value is zero or subnormal, so no scale exists",
-                    hint="this head is dead; check the checkpoint, or build with export.kv_scales=per-tensor",
-                )
+            if amax < TINY:
+                continue  # a dead head: models have some, and their zeros are codes on any scale
             histogram.cover(amax)
             counts = torch.histc(magnitudes, bins=BINS, min=0.0, max=histogram.limit)
             histogram.add(counts.numpy().astype(np.int64))
@@ -119,11 +118,14 @@ def choose_kv_scales(
         own = prefix.keys if part == "key" else prefix.values
         found = np.empty((spec.num_layers, spec.num_kv_heads), dtype=np.float32)
         for layer in range(spec.num_layers):
-            ranges = np.array([threshold(h, estimator, percentile=percentile) for h in histograms[layer, part]])
+            ranges = np.array(
+                [threshold(h, estimator, percentile=percentile) if h.amax else 0.0 for h in histograms[layer, part]]
+            )
             if with_prefix and prefix.length:
                 per_head = np.abs(own[layer]).max(axis=(1, 2))
                 ranges = np.maximum(ranges, per_head.max() if granularity == "per-tensor" else per_head)
-            found[layer] = [symmetric_scale(amax) for amax in ranges] * (spec.num_kv_heads // len(ranges))
+            steps = [symmetric_scale(amax) for amax in _alive(ranges)]
+            found[layer] = steps * (spec.num_kv_heads // len(steps))
         return found
 
     keys, values = (scales(part) for part in KV_PARTS)
@@ -139,3 +141,9 @@ def choose_kv_scales(
         model.smoothing.digest if model.smoothing else "",
         with_prefix and prefix.length > 0,
     )
+
+
+def _alive(ranges: FloatArray) -> FloatArray:
+    """Return the ranges of a layer's heads; a head without any takes the largest, which fits whatever it may carry."""
+    largest = float(ranges.max())
+    return np.where(ranges < QMAX * TINY, largest if largest >= QMAX * TINY else float(QMAX), ranges)

@@ -393,7 +393,7 @@ class ExportedGraph:
         return sum(file.stat().st_size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict; the path is its file name, ``quantized_cache`` stands in it only where it is true."""
+        """Return a JSON-ready dict; the path is its file name, ``quantized_cache`` is left out where it is false."""
         data = {**asdict(self), "path": self.path.name, "parents": dict(self.parents)}
         if not self.contract.quantized_cache:
             del data["contract"]["quantized_cache"]

@@ -167,4 +167,7 @@ def _count(optimized: Any, canonical: Any, sites: set[Site]) -> Coverage:
 
 def _is_dequantized(value: Any) -> bool:
     producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == "DequantizeLinear"
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return False
+    # Attention reads an INT8 cache through one on purpose; what it dequantizes is a graph output.
+    return not producer.inputs[0].is_graph_output()

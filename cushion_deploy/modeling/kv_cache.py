@@ -16,12 +16,12 @@ Entering = Callable[[int, KvPart, Tensor], Tensor]
 """Layer, part and new keys (after rotation) or values ``[batch, kv_heads, length, head_dim]`` to what is stored."""
 
 
-class _WatchedCache(DynamicCache):
+class _WatchedCache(DynamicCache):  # type: ignore[misc]
     """The same cache as another one, its layers shared, behind a transform of what enters it."""
 
     def __init__(self, like: DynamicCache, entering: Entering) -> None:
         """Take over everything that ``like`` holds."""
-        vars(self).update(vars(like))
+        self.__dict__.update(vars(like))
         self._entering = entering
 
     def update(

@@ -21,6 +21,7 @@ from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.engine import MODULES, REPORT, open_engine, open_plan, read_engine
 from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.session import DecoderSession
+from cushion_deploy.types import Dtype
 
 CPU_ENGINE, INT8 = "onnxruntime", "INT8"
 FASTER = 1.02
@@ -106,7 +107,8 @@ def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: 
             found = {f"{engine}, {INT8}": session}
             try:
                 if twin:
-                    found[f"{engine}, {session.contract.dtype}"] = _float_plan(ws, bundle, engine, session)
+                    dtype = _float_dtype(engine, session)
+                    found[f"{engine}, {dtype}"] = _float_plan(ws, bundle, engine, dtype)
                 for each in found.values():
                     each.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64), need_logits="none")
                     each.reset()
@@ -142,9 +144,14 @@ def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, st
     return opened, reasons
 
 
-def _float_plan(ws: Workspace, bundle: Bundle, engine: str, like: DecoderSession) -> DecoderSession:
+def _float_dtype(engine: str, session: DecoderSession) -> Dtype:
+    """Return the floating-point type of a plan: that of its caches, which an INT8 cache does not tell."""
+    return ENGINES[engine].graph_dtype if session.contract.quantized_cache else session.contract.dtype
+
+
+def _float_plan(ws: Workspace, bundle: Bundle, engine: str, dtype: Dtype) -> DecoderSession:
     """Compile the same model without INT8 for the same engine and targets, within the same limits, and open it."""
-    artifact, dtype = read_engine(bundle, engine), like.contract.dtype
+    artifact = read_engine(bundle, engine)
     deployed = read_deployed(ws, bundle.path, bundle.graph)
     graph = export(ws, deployed, dtype=dtype, name=f"{dtype}-twin", quantized=False)
     limits = artifact.details["limits"]

@@ -77,12 +77,14 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
             (staged / "export.json").write_text(json.dumps(graph.to_json(), indent=1) + "\n")
             # Search, calibration and scoring put text right behind the prefix: it has taken the place of <bos>.
             (staged / TEXT_NAME).write_text(json.dumps({"keep_bos": deployed.prefix.length == 0}) + "\n")
-            if not graph.contract.prefix_slots:  # others begin with an empty cache, and would run without the prefix
+            # onnxruntime-genai begins with an empty cache, so it would run without the prefix, and in floating point.
+            if not (graph.contract.prefix_slots or graph.contract.quantized_cache):
                 config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
                 genai = genai_config(
                     graph.contract, config, spec.eos_token_ids, heads=spec.num_heads, hidden_size=spec.hidden_size
                 )
                 (staged / GENAI_NAME).write_text(json.dumps(genai, indent=1) + "\n")
+            if not graph.contract.prefix_slots:
                 write_prefix(deployed.prefix, staged / PREFIX_FILE)
             write_scales(deployed.scales, staged / SCALES_FILE)
             if deployed.smoothing:
@@ -128,6 +130,7 @@ def plan(ws: Workspace, output: Path) -> dict[str, Any]:
         "calibrate": True,
         "sensitivity": any(wish.startswith("auto:") for wish in recipe.export.keep_float),
         "tune": recipe.tuning.enabled and bool(longest_prefix(recipe)),
+        "calibrate-kv": recipe.export.kv_cache == "int8",
         "export": True,
         **{f"engine-{engine.name}": True for engine in engines},
         "evaluate": True,

@@ -81,8 +81,8 @@ def open_session(graph: ExportedGraph, **options: Any) -> OnnxRuntimeSession:
     Raises:
         UsageError, UntrustedArtifact, MissingDependency: see there, and ``read_cached_prefix``, ``read_cached_scales``.
     """
-    beside = {"prefix": cached_prefix(graph), "kv": cached_scales(graph)}
-    return OnnxRuntimeSession(graph.path, graph.contract, **beside, **options)
+    prefix, kv = cached_prefix(graph), cached_scales(graph)
+    return OnnxRuntimeSession(graph.path, graph.contract, prefix=prefix, kv=kv, **options)
 
 
 class OnnxRuntimeSession:
