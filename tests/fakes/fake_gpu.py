@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64)}
+TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64), 3: ("INT8", np.int8)}
 
 
 class Status(IntEnum):
@@ -161,7 +161,7 @@ class Engine:
 
     def get_tensor_dtype(self, name: str) -> Any:
         kind = TYPES[self.tensors[name].type.tensor_type.elem_type][0]
-        return Enum("DataType", ["FLOAT", "HALF", "INT64"])[kind]
+        return Enum("DataType", ["FLOAT", "HALF", "INT64", "INT8"])[kind]
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
         shapes: list[list[int]] = self.plan["profiles"][profile_index][name]
