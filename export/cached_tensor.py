@@ -19,7 +19,7 @@ class CachedTensor:
         quantizer: the node that writes the codes of new tokens.
         present: the graph output.
         joins: operators and graph outputs that take those codes; one Concat with a past in a graph that is right.
-        readers: nodes that read the present.
+        readers: nodes that read the present; where all that does is one Transpose, those that read what it turned.
     """
 
     site: Site
@@ -35,12 +35,15 @@ class CachedTensor:
         name = codes_name(site)
         q = next((n for n in graph if n.op_type == "QuantizeLinear" and n.outputs[0].name == name), None)
         present = next((value for value in graph.outputs if value.name == f"present.{layer}.{part}"), None)
+        readers = tuple(present.consumers()) if present else ()
+        if [reader.op_type for reader in readers] == ["Transpose"]:
+            readers = tuple(readers[0].outputs[0].consumers())
         return cls(
             site,
             q,
             present,
             tuple(q.outputs[0].consumers()) if q else (),
-            tuple(present.consumers()) if present else (),
+            readers,
         )
 
     @property

@@ -140,10 +140,8 @@ class DecoderGraph:
         query = g.op("Reshape", query, g.ints(0, kv, -1, size))  # [B, K, G * S, D]
         present_key = self.cache.present(g, i, "key", past_key, key)  # [B, K, T, D]
         present_value = self.cache.present(g, i, "value", past_value, value)
-        key, value = self.cache.read(g, i, "key", present_key), self.cache.read(g, i, "value", present_value)
-        context = self.prefix.attend(
-            g, i, query, key, value, self.biases[spec.window(i)], self.prefix_shape, spec.score_cap
-        )  # [B, K, G * S, D]
+        given = query, present_key, present_value, self.biases[spec.window(i)], self.prefix_shape, spec.score_cap
+        context = self.prefix.attend(g, i, *given, self.cache)  # [B, K, G * S, D]
         rows = g.op("Transpose", g.op("Reshape", context, g.ints(0, heads, -1, size)), perm=[0, 2, 1, 3])
         joined = g.op("Reshape", rows, g.ints(0, 0, heads * size))
         for part, value_ in (("key", present_key), ("value", present_value)):

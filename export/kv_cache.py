@@ -11,6 +11,8 @@ from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.linear import codes_name
 from cushion_deploy.kv_scales import KvPart, KvScales, kv_site
 
+TURNED = [0, 1, 3, 2]
+
 
 @dataclass(frozen=True)
 class KvCache:
@@ -42,12 +44,20 @@ class KvCache:
         return g.op("Concat", past, new, axis=2)
 
     def read(self, g: GraphBuilder, layer: int, part: KvPart, present: ir.Value) -> ir.Value:
-        """Return what attention reads, ``[B, K, T, D]`` in the graph's floating-point type."""
+        """Return keys or values in the graph's floating-point type, in the axes of ``present``."""
         if self.scales is None:
             return present
         grid, axis = _grid(g, self.scales, layer, part)
         wide = g.op("DequantizeLinear", present, *grid, name="DQ", **axis)
         return wide if self.dtype == ir.DataType.FLOAT else g.op("Cast", wide, to=int(self.dtype))
+
+    def read_turned(self, g: GraphBuilder, layer: int, present: ir.Value) -> ir.Value:
+        """Return keys ``[B, K, D, T]`` in floating point, the codes turned before they become numbers.
+
+        ONNX Runtime puts Q and DQ around a Transpose that stands behind a DQ, over the whole cache at every step:
+        decoding SmolLM2 behind 512 tokens then has 0.75 of the speed of a floating-point cache, and 0.88 like this.
+        """
+        return self.read(g, layer, "key", g.op("Transpose", present, perm=TURNED))
 
 
 def _grid(

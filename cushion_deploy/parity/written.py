@@ -45,12 +45,19 @@ def cache_scale_rung(rung: str, graph: ExportedGraph, kv: KvScales) -> list[Pari
     for layer, part, scales in kv.rows():
         q = nodes.get(f"{kv_site(layer, part)}.codes")
         expected = scales[0] if kv.granularity == "per-tensor" else scales
-        # Q, and behind the Concat with the past its DQ.
-        readers = [reader for join, _ in q.outputs[0].uses() for reader, _ in join.outputs[0].uses()] if q else []
-        users = [q, *readers] if q else []
+        # Q, and behind the Concat with the past, and perhaps a Transpose, its DQ.
+        users = [q, *_readers(q)] if q else []
         if len(users) < 2 or any(_bytes(node.inputs[1]) != expected.tobytes() for node in users):
             differing.append(kv_site(layer, part))
     return [_count(rung, "parts of the cache whose scale differs", differing, 2 * len(kv.keys), "parts")]
+
+
+def _readers(q: Any) -> list[Any]:
+    """Return what reads the present that a Q is joined to."""
+    present = [join.outputs[0] for join, _ in q.outputs[0].uses()]
+    found = [reader for value in present for reader, _ in value.uses()]
+    turned = [reader for node in found if node.op_type == "Transpose" for reader, _ in node.outputs[0].uses()]
+    return [*(node for node in found if node.op_type != "Transpose"), *turned]
 
 
 def weight_rung(rung: str, graph: ExportedGraph, weights: Iterable[LinearWeights]) -> list[ParityCheck]:

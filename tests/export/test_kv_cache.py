@@ -24,7 +24,7 @@ from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.types import ExportedGraph, Prefix, Site
 
 TOKENS = (7, 1, 100)
-KEY, VALUE = kv_site(0, "key"), kv_site(1, "value")
+FIRST, VALUE = kv_site(0, "value"), kv_site(1, "value")
 CACHE = {kv_site(i, part) for i in range(2) for part in ("key", "value")}
 Edit = Callable[[onnx.ModelProto], None]
 
@@ -184,46 +184,51 @@ def tensor(name: str, array: np.ndarray) -> Edit:
 
 def other_scale(model: onnx.ModelProto) -> None:
     tensor("other", np.float32([0.1, 0.2]))(model)
-    reader(model, "present.0.key").input[1] = "other"
+    reader(model, "present.0.value").input[1] = "other"
 
 
 def other_axis(model: onnx.ModelProto) -> None:
-    reader(model, "present.0.key").attribute[0].i = 3
+    reader(model, "present.0.value").attribute[0].i = 3
 
 
 def read_twice(model: onnx.ModelProto) -> None:
-    model.graph.node.append(helper.make_node("Cast", ["present.0.key"], ["cast"], "cast", to=TensorProto.FLOAT))
+    model.graph.node.append(helper.make_node("Cast", ["present.0.value"], ["cast"], "cast", to=TensorProto.FLOAT))
 
 
 def not_read(model: onnx.ModelProto) -> None:
-    dq = reader(model, "present.0.key")
-    dq.input[0] = "past_key_values.0.key"
+    dq = reader(model, "present.0.value")
+    dq.input[0] = "past_key_values.0.value"
 
 
 def past_of_another_layer(model: onnx.ModelProto) -> None:
-    node(model, "present.0.key").input[0] = "past_key_values.1.key"
+    node(model, "present.0.value").input[0] = "past_key_values.1.value"
 
 
 def float_past(model: onnx.ModelProto) -> None:
-    value = next(v for v in model.graph.input if v.name == "past_key_values.0.key")
+    value = next(v for v in model.graph.input if v.name == "past_key_values.0.value")
     value.type.tensor_type.elem_type = TensorProto.FLOAT
 
 
+def read_before_it_is_turned(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Cast", ["present.0.key"], ["cast"], "cast", to=TensorProto.FLOAT))
+
+
 def another_output(model: onnx.ModelProto) -> None:
-    model.graph.output.append(helper.make_tensor_value_info(f"{KEY}.codes", TensorProto.INT8, None))
+    model.graph.output.append(helper.make_tensor_value_info(f"{FIRST}.codes", TensorProto.INT8, None))
 
 
 BROKEN: list[tuple[str, str, Edit]] = [
     ("cache-codes", "has another scale than", other_scale),
     ("cache-codes", "has a scale along another axis", other_axis),
-    ("cache-codes", "has a scale along another axis", tensor(f"{KEY}.scale", np.ones(3, np.float32))),
-    ("cache-codes", "has a scale of type FLOAT16", tensor(f"{KEY}.scale", np.ones(2, np.float16))),
-    ("cache-codes", "has a scale of 0.0", tensor(f"{KEY}.scale", np.zeros(2, np.float32))),
+    ("cache-codes", "has a scale along another axis", tensor(f"{FIRST}.scale", np.ones(3, np.float32))),
+    ("cache-codes", "has a scale of type FLOAT16", tensor(f"{FIRST}.scale", np.ones(2, np.float16))),
+    ("cache-codes", "has a scale of 0.0", tensor(f"{FIRST}.scale", np.zeros(2, np.float32))),
     ("cache-codes", "is read by DequantizeLinear, Cast", read_twice),
     ("cache-codes", "is read by nothing", not_read),
     ("cache-codes", "is not joined to its past", past_of_another_layer),
-    ("cache-codes", "keeps past_key_values.0.key as FLOAT", float_past),
-    ("cache-codes", f"output {KEY}.codes: is int8", another_output),
+    ("cache-codes", "keeps past_key_values.0.value as FLOAT", float_past),
+    ("cache-codes", f"output {FIRST}.codes: is int8", another_output),
+    ("cache-codes", "layers.0.kv.key: is read by Transpose, Cast", read_before_it_is_turned),
     ("float-attention", "", not_read),
 ]
 
