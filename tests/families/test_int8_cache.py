@@ -15,7 +15,7 @@ import torch
 from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
 from cushion_deploy.cli.main import run as command
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
+from cushion_deploy.modeling.forward import compute_prefix, logits, prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 from cushion_deploy.pipeline.build import build
 from cushion_deploy.pipeline.parity import check_bundle
@@ -71,13 +71,13 @@ def test_the_graph_of_every_family_is_torch_with_a_simulated_cache(
     graph = export_graph(model.spec, model.weights, prefix, None, QuantScheme(), tmp_path, kv=kv)
     session = open_session(graph, threads=1, chunk=40)
     found = session.run(ids, need_logits="all")
-    # Almost all codes are the same; one at a tie moves what stands behind it by much less than a code of every token.
-    assert np.median(np.abs(found - expected)) <= 1e-5
-    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+    # Equal to 1e-5, but where a code lies at a tie: that one moves much less than the rounding of all codes does.
+    close = 0.1 * np.abs(logits(model, ids, prefix) - expected).max()
+    assert np.abs(found - expected).max() <= close
     session.reset()
     session.run(ids[:, :36], need_logits="none")
     steps = np.concatenate([session.run(ids[:, i : i + 1]) for i in range(36, 40)], axis=1)
-    assert np.abs(steps - found[:, 36:]).max() <= 0.02 * np.abs(expected).max()
+    assert np.abs(steps - expected[:, 36:]).max() <= close
 
 
 @pytest.fixture(scope="module", params=BUILDS, ids=" ".join)
