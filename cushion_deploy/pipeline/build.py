@@ -77,14 +77,12 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
             (staged / "export.json").write_text(json.dumps(graph.to_json(), indent=1) + "\n")
             # Search, calibration and scoring put text right behind the prefix: it has taken the place of <bos>.
             (staged / TEXT_NAME).write_text(json.dumps({"keep_bos": deployed.prefix.length == 0}) + "\n")
-            # onnxruntime-genai begins with an empty cache, so it would run without the prefix, and in floating point.
-            if not (graph.contract.prefix_slots or graph.contract.quantized_cache):
+            if not graph.contract.prefix_slots:  # others begin with an empty cache, and would run without the prefix
                 config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
                 genai = genai_config(
                     graph.contract, config, spec.eos_token_ids, heads=spec.num_heads, hidden_size=spec.hidden_size
                 )
                 (staged / GENAI_NAME).write_text(json.dumps(genai, indent=1) + "\n")
-            if not graph.contract.prefix_slots:
                 write_prefix(deployed.prefix, staged / PREFIX_FILE)
             write_scales(deployed.scales, staged / SCALES_FILE)
             if deployed.smoothing:

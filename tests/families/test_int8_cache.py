@@ -102,8 +102,7 @@ def test_a_whole_build_passes_every_check(built: tuple[Report, Path, Workspace])
     opened = open_bundle(bundle)
     assert opened.contract.cache_dtype == "int8"
     assert (bundle / "kv_scales.json").is_file()
-    # onnxruntime-genai makes its caches in floating point.
-    assert not (bundle / "genai_config.json").exists()
+    assert (bundle / "genai_config.json").exists() == (ws.recipe.export.prefix == "baked")
     for engine in report.engines:
         assert engine.int8_linears == engine.linears > 0, engine
         assert not any("DequantizeLinear -> MatMul" in left for left in engine.details.get("left_in_float", ()))
@@ -148,6 +147,27 @@ def test_fused_attention_is_what_the_same_graph_has_with_a_floating_point_cache(
     floating = TensorRtRtx().compile(graph, folder, CompileOptions())
     (plan,) = [engine for engine in report.engines if engine.engine == "tensorrt-rtx"]
     assert plan.fused_attention == floating.fused_attention
+
+
+def test_onnxruntime_genai_makes_its_caches_of_the_type_of_the_graph(built: tuple[Report, Path, Workspace]) -> None:
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    _, bundle, ws = built
+    if ws.recipe.export.prefix == "cache":
+        pytest.skip("it begins with an empty cache")
+    session, ids, expected = open_session(open_bundle(bundle).graph, threads=1), np.arange(5, 12)[None], []
+    settings = og.GeneratorParams(model := og.Model(str(bundle)))
+    settings.set_search_options(max_length=7 + 8, do_sample=False)
+    generator = og.Generator(model, settings)
+    generator.append_tokens(ids.astype(np.int32))
+    found = []
+    for _ in range(8):
+        expected.append(int(session.run(ids)[0, -1].argmax()))
+        ids = np.array([expected[-1:]], dtype=np.int64)
+        if not generator.is_done():
+            generator.generate_next_token()
+            found.append(int(generator.get_next_tokens()[0]))
+    assert found == expected[: len(found)]
+    assert len(found) == 8 or found[-1] == 2, "it stopped without an end"
 
 
 def test_inspect_shows_the_cache(built: tuple[Report, Path, Workspace], capsys: pytest.CaptureFixture[str]) -> None:
