@@ -55,7 +55,7 @@ class KvCache:
         """Return keys ``[B, K, D, T]`` in floating point, the codes turned before they become numbers.
 
         ONNX Runtime puts Q and DQ around a Transpose that stands behind a DQ, over the whole cache at every step:
-        decoding SmolLM2 behind 512 tokens then has 0.75 of the speed of a floating-point cache, and 1.17 like this.
+        decoding SmolLM2 behind 1,536 tokens then has 0.92 of the speed of a floating-point cache, and 1.08 like this.
         """
         return self.read(g, layer, "key", g.op("Transpose", present, perm=TURNED))
 
