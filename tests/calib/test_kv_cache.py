@@ -93,3 +93,12 @@ def test_what_is_not_finite_is_named() -> None:
     states[0, 1, 2, 0] = float("inf")
     with pytest.raises(UsageError, match=r"layers\.4\.kv\.value, head 1, calibration batch 5"):
         observer(4, "value", states)
+
+
+def test_padding_counts_for_nothing() -> None:
+    states = torch.ones(2, 2, 3, 4)
+    states[0, :, 2] = 50.0
+    observer = CacheObserver("per-head", torch.tensor([[1, 1, 0], [1, 1, 1]]).bool())
+    assert observer(0, "key", states) is states
+    assert [h.amax for h in observer.histograms[0, "key"]] == [1.0, 1.0]
+    assert [h.counts.sum() for h in observer.histograms[0, "key"]] == [5 * 4] * 2
