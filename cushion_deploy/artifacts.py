@@ -12,8 +12,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.store import replace_file
-from cushion_deploy.types import PREFIX_FILE, ActivationScales, ExportedGraph, Prefix, Site, Smoothing
+from cushion_deploy.types import (
+    KV_SCALES_FILE,
+    PREFIX_FILE,
+    ActivationScales,
+    ExportedGraph,
+    Prefix,
+    Site,
+    Smoothing,
+)
 
 SCALES_FILE = "scales.json"
 SMOOTHING_FILE = "smoothing.safetensors"
@@ -120,3 +129,42 @@ def read_scales(path: Path) -> ActivationScales:
         return ActivationScales.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UntrustedArtifact(f"{path} is no scales file: {e}", hint=hint) from e
+
+
+def write_kv_scales(scales: KvScales, path: Path) -> None:
+    """Write the scales of an INT8 cache as JSON."""
+    replace_file(path, (json.dumps(scales.to_json(), indent=1) + "\n").encode())
+
+
+def read_kv_scales(path: Path) -> KvScales:
+    """Read what :func:`write_kv_scales` wrote.
+
+    Raises:
+        UsageError: no such file.
+        UntrustedArtifact: not a file of cache scales.
+    """
+    hint = "give a kv_scales.json that `cushion-deploy calibrate` wrote"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", hint=hint)
+    try:
+        return KvScales.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UntrustedArtifact(f"{path} is no file of cache scales: {e}", hint=hint) from e
+
+
+def read_cached_scales(graph: ExportedGraph) -> KvScales | None:
+    """Return the scales of a graph's INT8 cache; None where the cache is in floating point.
+
+    Raises:
+        UsageError: the file is not beside the graph.
+        UntrustedArtifact: it is damaged, or of another graph.
+    """
+    if not graph.contract.quantized_cache:
+        return None
+    file = graph.path.with_name(KV_SCALES_FILE)
+    scales = read_kv_scales(file)
+    if scales.digest != graph.parents.get("kv scales"):
+        raise UntrustedArtifact(
+            f"{file} are not the scales that {graph.path.name} was made with", hint="build the bundle again"
+        )
+    return scales

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cushion_deploy.errors import UsageError, unknown_choice
+from cushion_deploy.kv_scales import KvGranularity
 from cushion_deploy.schemes import PRECISIONS
 from cushion_deploy.types import Dtype, Estimator, PrefixMode
 
@@ -133,6 +134,12 @@ class Export(Section):
         default="baked",
         description="Put the prefix into the graph (baked), beside it for the first slots of every cache (cache), "
         "or leave it out (none).",
+    )
+    kv_cache: Literal["float", "int8"] = Field(
+        default="float", description="Keep keys and values of the cache in floating point, or as INT8 codes."
+    )
+    kv_scales: KvGranularity = Field(
+        default="per-head", description="Scales of an INT8 cache: one for each head, or one per-tensor in each layer."
     )
 
 

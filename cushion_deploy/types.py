@@ -27,12 +27,14 @@ IntArray = npt.NDArray[np.int64]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Estimator = Literal["max", "percentile", "mse"]
 PrefixMode = Literal["baked", "cache", "none"]
+CacheDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 ESTIMATORS: tuple[Estimator, ...] = ("max", "percentile", "mse")
 BITS = (8, 6, 4)
 """Widths of codes."""
 HEAD_SITE = Site("head")
 PREFIX_FILE = "prefix.safetensors"
+KV_SCALES_FILE = "kv_scales.json"
 
 
 def layer_site(layer: int, kind: str) -> Site:
@@ -319,6 +321,7 @@ class GraphContract:
     ``write_indices`` int64 [batch] are the slots of the first new tokens, and ``present`` is ``past`` updated there.
     A session counts its caller's tokens only. The prefix is in the graph, which adds it itself, or, with
     ``prefix_in_cache``, in the first slots of every past; mask and positions then count it.
+    Past and present are of type ``dtype``, or, with ``quantized_cache``, int8 codes by the scales beside the graph.
     """
 
     num_layers: int
@@ -330,6 +333,12 @@ class GraphContract:
     prefix_length: int
     prefix_in_cache: bool = False
     cache_capacity: int = 0
+    quantized_cache: bool = False
+
+    @property
+    def cache_dtype(self) -> CacheDtype:
+        """Type of past and present keys and values."""
+        return "int8" if self.quantized_cache else self.dtype
 
     @property
     def prefix_mode(self) -> PrefixMode:
@@ -350,7 +359,7 @@ class ExportedGraph:
 
     Attributes:
         path: the ``.onnx`` file; its weights lie beside it as ``<name>.onnx.data``, a prefix for the cache as
-            ``prefix.safetensors``.
+            ``prefix.safetensors``, scales of an INT8 cache as ``kv_scales.json``.
         contract: what goes in and out.
         quantized: whether Q/DQ nodes stand at Sites (False for the float twin).
         sites: every Site that is quantized (in a float twin: would be), with the linears packed into its MatMul.
@@ -376,8 +385,9 @@ class ExportedGraph:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The graph, its weights, and the prefix where that belongs into the cache."""
+        """The graph, its weights, the prefix where that belongs into the cache, and the scales of an INT8 cache."""
         beside = [PREFIX_FILE] if self.contract.prefix_slots else []
+        beside += [KV_SCALES_FILE] if self.contract.quantized_cache else []
         return self.path, *(self.path.with_name(name) for name in (f"{self.path.name}.data", *beside))
 
     @property
@@ -386,10 +396,11 @@ class ExportedGraph:
         return sum(file.stat().st_size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict; the path is its file name, the capacity of a growing cache left out."""
+        """Return a JSON-ready dict; the path is its file name, forms of the cache that it has not are left out."""
         data = {**asdict(self), "path": self.path.name, "parents": dict(self.parents)}
-        if not self.contract.cache_capacity:
-            del data["contract"]["cache_capacity"]
+        for form in ("cache_capacity", "quantized_cache"):
+            if not data["contract"][form]:
+                del data["contract"][form]
         return data
 
     @classmethod

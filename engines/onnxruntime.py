@@ -163,4 +163,10 @@ def _count(optimized: Any, canonical: Any, sites: set[Site]) -> Coverage:
 
 def _is_dequantized(value: Any) -> bool:
     producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == "DequantizeLinear"
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return False
+    # Attention reads an INT8 cache through one on purpose; what it dequantizes is a graph output, perhaps turned.
+    codes = producer.inputs[0]
+    if (turn := codes.producer()) is not None and turn.op_type == "Transpose":
+        codes = turn.inputs[0]
+    return not codes.is_graph_output()

@@ -19,12 +19,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cushion_deploy.export.builder import GraphBuilder
+from cushion_deploy.export.kv_cache import KvCache
 from cushion_deploy.export.linear import PackedLinear, add_linear
 from cushion_deploy.export.masks import AttentionMasks
 from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain, turning_channels
 from cushion_deploy.export.static_cache import StaticCache
 from cushion_deploy.families import Family
+from cushion_deploy.kv_scales import KV_PARTS, KvScales
 from cushion_deploy.types import HEAD_SITE, ModelSpec, RotaryScaling, Site, layer_site
 from cushion_deploy.weights import WeightSource, blocks
 
@@ -42,6 +44,7 @@ class DecoderGraph:
             in floating point.
         scale_dtype: type of scales and of quantized products.
         capacity: slots of a static cache that is updated in place; 0 for a cache that grows.
+        kv: scales of an INT8 cache, which grows; None for one in floating point.
     """
 
     g: GraphBuilder
@@ -53,10 +56,12 @@ class DecoderGraph:
     scales: Mapping[Site, float]
     scale_dtype: ir.DataType = ir.DataType.FLOAT
     capacity: int = 0
+    kv: KvScales | None = None
 
     def build(self) -> ir.Model:
         """Return the finished model."""
         g, spec = self.g, self.spec
+        self.cache = KvCache(self.kv, self.dtype)
         ids = g.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         mask = g.input("attention_mask", ir.DataType.INT64, ["batch", self.capacity or "total"])
         positions = g.input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
@@ -64,7 +69,7 @@ class DecoderGraph:
         self.static = StaticCache(g, spec, write_indices) if write_indices else None
         cache_shape: list[int | str] = ["batch", spec.num_kv_heads, self.capacity or "past", spec.head_dim]
         past = [
-            tuple(g.input(f"past_key_values.{i}.{part}", self.dtype, cache_shape) for part in ("key", "value"))
+            tuple(g.input(f"past_key_values.{i}.{part}", self.cache.element, cache_shape) for part in KV_PARTS)
             for i in range(spec.num_layers)
         ]
         g.scope("inputs")
@@ -150,17 +155,17 @@ class DecoderGraph:
         if self.static:
             present_key, present_value = self.static.update(past_key, key), self.static.update(past_value, value)
         else:
-            present_key = g.op("Concat", past_key, key, axis=2)  # [B, K, T, D]
-            present_value = g.op("Concat", past_value, value, axis=2)
+            present_key = self.cache.present(g, i, "key", past_key, key)  # [B, K, T, D]
+            present_value = self.cache.present(g, i, "value", past_value, value)
         if self.static and self.static.one_operator:
             context = self.static.attend(query, present_key, present_value, bias)
         else:
             given = query, present_key, present_value, bias, self.prefix_shape, spec.score_cap
-            context = self.prefix.attend(g, i, *given)  # [B, K, G * S, D]
+            context = self.prefix.attend(g, i, *given, self.cache)  # [B, K, G * S, D]
         rows = g.op("Transpose", g.op("Reshape", context, g.ints(0, heads, -1, size)), perm=[0, 2, 1, 3])
         joined = g.op("Reshape", rows, g.ints(0, 0, heads * size))
         for part, value_ in (("key", present_key), ("value", present_value)):
-            g.output(value_, f"present.{i}.{part}", self.dtype, ["batch", kv, self.capacity or "total", size])
+            g.output(value_, f"present.{i}.{part}", self.cache.element, ["batch", kv, self.capacity or "total", size])
         out = self._linear(layer_site(i, "attn.out"), joined)
         return self._add_block(x, out, f"{layer}.{family.attention_norm}", family.attention_post_norm, layer)
 

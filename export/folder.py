@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from cushion_deploy.artifacts import write_prefix
+from cushion_deploy.artifacts import write_kv_scales, write_prefix
 from cushion_deploy.errors import UsageError
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.decoder import DecoderGraph
@@ -15,9 +15,11 @@ from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rules import check_graph
 from cushion_deploy.families import get_family
 from cushion_deploy.folding import FoldedWeights
+from cushion_deploy.kv_scales import KvScales, kv_site
 from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import hash_file
 from cushion_deploy.types import (
+    KV_SCALES_FILE,
     PREFIX_FILE,
     ActivationScales,
     Dtype,
@@ -49,6 +51,7 @@ def export_graph(
     folder: Path,
     *,
     smoothing: Smoothing | None = None,
+    kv: KvScales | None = None,
     name: str = "model",
     dtype: Dtype = "float32",
     prefix_in_cache: bool = False,
@@ -56,7 +59,7 @@ def export_graph(
     opset: int = MIN_OPSET,
     scale_dtype: Dtype = "float32",
 ) -> ExportedGraph:
-    """Write ``<name>.onnx`` and ``<name>.onnx.data``, and the prefix beside them where it belongs into the cache.
+    """Write ``<name>.onnx`` and ``<name>.onnx.data``, and beside them what a caller needs to begin and read a cache.
 
     Args:
         spec, weights: the model.
@@ -65,6 +68,7 @@ def export_graph(
         scheme: what to quantize.
         folder: existing folder.
         smoothing: folded into the weights on the way; the scales must have been calibrated under it.
+        kv: scales of an INT8 cache, which are written as ``kv_scales.json`` too; None for one in floating point.
         name: file stem.
         dtype: type of activations, caches and floating-point weights.
         prefix_in_cache: leave the prefix out of the graph and write it beside it as ``prefix.safetensors``: whoever
@@ -85,6 +89,10 @@ def export_graph(
     if capacity:
         _check_capacity(spec, prefix, prefix_in_cache, capacity)
         opset = STATIC_OPSET
+    if kv is not None:
+        _check_cache(spec, prefix, kv, smoothing, prefix_in_cache)
+        if capacity:
+            raise UsageError("an INT8 cache cannot be static", hint="leave the capacity or export.kv_cache=int8 out")
     family = get_family(spec.family)
     if smoothing:
         weights = FoldedWeights(weights, family, spec, smoothing)
@@ -97,11 +105,13 @@ def export_graph(
     decoder = DecoderGraph(
         GraphBuilder(opset), spec, family, weights, PrefixKv(inside, element), element, chosen, DTYPES[scale_dtype]
     )
-    decoder.capacity = capacity
+    decoder.capacity, decoder.kv = capacity, kv
     model = decoder.build()
     path = folder / f"{name}.onnx"
     ir.save(model, path, external_data=f"{name}.onnx.data", alignment=4096)
-    rules = check_graph(ir.load(path), set(chosen), decoder.scale_dtype) if scales is not None else []
+    cached = {kv_site(layer, part) for layer, part, _ in kv.rows()} if kv is not None else set()
+    checked = scales is not None or cached
+    rules = check_graph(ir.load(path), set(chosen), cached, decoder.scale_dtype) if checked else []
     graph = ExportedGraph(
         path=path,
         contract=GraphContract(
@@ -114,6 +124,7 @@ def export_graph(
             prefix_length=prefix.length,
             prefix_in_cache=prefix_in_cache and prefix.length > 0,
             cache_capacity=capacity,
+            quantized_cache=kv is not None,
         ),
         quantized=scales is not None,
         sites={site: len(paths) for site, paths in sites.items()},
@@ -126,10 +137,13 @@ def export_graph(
             "scales": scales.digest if scales else "",
             "scheme": scheme.digest,
             "smoothing": smoothing.digest if smoothing else "",
+            **({"kv scales": kv.digest} if kv else {}),
         },
     )
     if graph.contract.prefix_slots:
         write_prefix(prefix, folder / PREFIX_FILE)
+    if kv is not None:
+        write_kv_scales(kv, folder / KV_SCALES_FILE)
     return replace(graph, digest=digest_json({file.name: hash_file(file) for file in graph.files}))
 
 
@@ -177,4 +191,23 @@ def _check_parents(
     if scales.prefix_digest != prefix.digest:
         raise UsageError(
             "the scales were calibrated under another prefix", hint="run `cushion-deploy calibrate` with this prefix"
+        )
+
+
+def _check_cache(
+    spec: ModelSpec, prefix: Prefix, kv: KvScales, smoothing: Smoothing | None, prefix_in_cache: bool
+) -> None:
+    shape = (spec.num_layers, spec.num_kv_heads)
+    if kv.model_digest != spec.weights_digest or kv.keys.shape != shape:
+        raise UsageError("the cache scales were made for another model", hint="calibrate the cache for this model")
+    if kv.prefix_digest != prefix.digest or kv.smoothing_digest != (smoothing.digest if smoothing else ""):
+        raise UsageError(
+            "the cache scales were calibrated under another prefix or smoothing",
+            hint="calibrate the cache again, behind this prefix",
+        )
+    if kv.with_prefix != (prefix_in_cache and prefix.length > 0):
+        where = ("inside the graph", "in the cache")
+        raise UsageError(
+            f"the cache scales are for a prefix {where[kv.with_prefix]}, and it is {where[not kv.with_prefix]}",
+            hint="calibrate the cache again with this setting of export.prefix",
         )

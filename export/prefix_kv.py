@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cushion_deploy.export.builder import GraphBuilder
+from cushion_deploy.export.kv_cache import TURNED, KvCache
 from cushion_deploy.types import Prefix
 
 
@@ -47,7 +48,8 @@ class PrefixKv:
         value: ir.Value,
         bias: ir.Value,
         shape: ir.Value | None,
-        cap: float = 0.0,
+        cap: float,
+        cache: KvCache,
     ) -> ir.Value:
         """Append scaled dot-product attention over prefix and context, in floating point.
 
@@ -55,34 +57,51 @@ class PrefixKv:
             g: the graph.
             layer: index of the layer.
             query: ``[B, K, G * S, D]``, already scaled.
-            key, value: ``[B, K, T, D]``, the present without the prefix.
+            key, value: ``[B, K, T, D]``, the present without the prefix, as the cache keeps it.
             bias: additive mask ``[B, 1 or H, G * S, P + T]``.
             shape: of :meth:`batch_shape`.
             cap: soft cap of the scores; 0 for none.
+            cache: reads the present.
 
         Returns:
             ``[B, K, G * S, D]``.
         """
         if self.length and self.dtype == ir.DataType.FLOAT:
-            return self._attend_apart(g, layer, query, key, value, bias, cap)
+            return self._attend_apart(g, layer, query, key, value, bias, cap, cache)
+        if self.dtype == ir.DataType.FLOAT:
+            turned = cache.read_turned(g, layer, key)
+        else:
+            key = cache.read(g, layer, "key", key)
+        value = cache.read(g, layer, "value", value)
         if shape is not None:
             key = g.op("Concat", g.op("Expand", self._constant(g, layer, "key"), shape), key, axis=2)
             value = g.op("Concat", g.op("Expand", self._constant(g, layer, "value"), shape), value, axis=2)
-        scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]), name="scores")
+        if self.dtype != ir.DataType.FLOAT:
+            turned = g.op("Transpose", key, perm=TURNED)
+        scores = g.op("MatMul", query, turned, name="scores")
         weights = g.op("Softmax", g.op("Add", self._capped(g, scores, cap), bias), axis=-1)
         return g.op("MatMul", weights, value, name="context")
 
     def _attend_apart(
-        self, g: GraphBuilder, layer: int, query: ir.Value, key: ir.Value, value: ir.Value, bias: ir.Value, cap: float
+        self,
+        g: GraphBuilder,
+        layer: int,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        bias: ir.Value,
+        cap: float,
+        cache: KvCache,
     ) -> ir.Value:
         """Append the same attention, prefix and context multiplied apart and joined as scores.
 
         A decode step then copies no keys and values for the sake of the prefix; joined, they cost a tenth of it on
         a CPU. The float16 graph joins them all the same: TensorRT fuses only the plain form.
         """
+        turned = g.op("Transpose", self._constant(g, layer, "key"), perm=TURNED)
         parts = [
-            g.op("MatMul", query, g.op("Transpose", k, perm=[0, 1, 3, 2]), name=name)
-            for name, k in (("prefix_scores", self._constant(g, layer, "key")), ("scores", key))
+            g.op("MatMul", query, turned, name="prefix_scores"),
+            g.op("MatMul", query, cache.read_turned(g, layer, key), name="scores"),
         ]
         scores = self._capped(g, g.op("Concat", *parts, axis=-1), cap)
         weights = g.op("Softmax", g.op("Add", scores, bias), axis=-1)
@@ -92,7 +111,7 @@ class PrefixKv:
         return g.op(
             "Add",
             g.op("MatMul", on_prefix, self._constant(g, layer, "value"), name="prefix_context"),
-            g.op("MatMul", on_text, value, name="context"),
+            g.op("MatMul", on_text, cache.read(g, layer, "value", value), name="context"),
         )
 
     def _capped(self, g: GraphBuilder, scores: ir.Value, cap: float) -> ir.Value:

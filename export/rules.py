@@ -6,15 +6,17 @@ Every rule is a function that yields violations; all are run, and all violations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from cushion_deploy.errors import CheckFailed
+from cushion_deploy.export.cached_tensor import CachedTensor
 from cushion_deploy.export.linear import codes_name
 from cushion_deploy.types import Site
 
@@ -44,10 +46,11 @@ class Violation:
 
 @dataclass(frozen=True)
 class QuantizedGraph:
-    """A model with the Sites that it should quantize, sorted for the rules."""
+    """A model with the Sites that it should quantize and the parts of an INT8 cache, sorted for the rules."""
 
     model: ir.Model
     sites: frozenset[Site]
+    cache: frozenset[Site] = frozenset()
     scale_dtype: ir.DataType = ir.DataType.FLOAT
 
     @cached_property
@@ -71,20 +74,37 @@ class QuantizedGraph:
 
     @cached_property
     def activations(self) -> list[ir.Node]:
-        """Every Q, and every DQ that is not on a stored tensor."""
-        return [n for n in self.of(Q, DQ) if n.op_type == Q or _stored(n.inputs[0]) is None]
+        """Every Q, and every DQ that is not on a stored tensor; those of the cache left out."""
+        nodes = [n for n in self.of(Q, DQ) if n not in self.cache_nodes]
+        return [n for n in nodes if n.op_type == Q or _stored(n.inputs[0]) is None]
+
+    @cached_property
+    def cached(self) -> list[CachedTensor]:
+        """Every part of the INT8 cache, as far as it is there."""
+        return [CachedTensor.find(self.model.graph, site) for site in sorted(self.cache)]
+
+    @cached_property
+    def cache_nodes(self) -> frozenset[ir.Node]:
+        """Q and DQ of the cache."""
+        return frozenset(node for tensor in self.cached for node in tensor.nodes)
 
 
 Rule = Callable[[QuantizedGraph], Iterator[Violation]]
 
 
-def check_graph(model: ir.Model, sites: set[Site], scale_dtype: ir.DataType = ir.DataType.FLOAT) -> list[str]:
+def check_graph(
+    model: ir.Model,
+    sites: set[Site],
+    cache: Collection[Site] = (),
+    scale_dtype: ir.DataType = ir.DataType.FLOAT,
+) -> list[str]:
     """Check a finished graph against every rule.
 
     Args:
         model: the graph as it was read back from disk; weights themselves are not read.
         sites: Sites that must be quantized, no more and no fewer.
         scale_dtype: type that all scales must have.
+        cache: names of what must enter an INT8 cache, such as ``layers.3.kv.key``; empty for one in floating point.
 
     Returns:
         Names of the rules that were checked and hold.
@@ -92,7 +112,7 @@ def check_graph(model: ir.Model, sites: set[Site], scale_dtype: ir.DataType = ir
     Raises:
         CheckFailed: the message lists every violation with node, finding and remedy.
     """
-    graph = QuantizedGraph(model, frozenset(sites), scale_dtype)
+    graph = QuantizedGraph(model, frozenset(sites), frozenset(cache), scale_dtype)
     broken = [f"[{name}] {violation}" for name, rule in RULES.items() for violation in rule(graph)]
     if broken:
         raise CheckFailed(
@@ -114,8 +134,8 @@ def standard_operators(graph: QuantizedGraph) -> Iterator[Violation]:
 
 
 def sites_exactly(graph: QuantizedGraph) -> Iterator[Violation]:
-    """Exactly the given Sites have a Q, and each feeds a linear."""
-    expected = {codes_name(site): site for site in graph.sites}
+    """Exactly the given Sites, and parts of the cache, have a Q."""
+    expected = {codes_name(site): site for site in graph.sites | graph.cache}
     found: dict[str, ir.Node] = {}
     for node in graph.of(Q):
         name = node.outputs[0].name or ""
@@ -130,6 +150,8 @@ def sites_exactly(graph: QuantizedGraph) -> Iterator[Violation]:
 def one_consumer(graph: QuantizedGraph) -> Iterator[Violation]:
     """Every Q feeds one DQ and nothing else, and that DQ feeds products only."""
     for node in graph.of(Q):
+        if node in graph.cache_nodes:
+            continue
         users = node.outputs[0].consumers()
         kinds = [user.op_type for user in users] + ["graph output"] * node.outputs[0].is_graph_output()
         if kinds != [DQ]:
@@ -245,8 +267,46 @@ def float_attention(graph: QuantizedGraph) -> Iterator[Violation]:
         if not _is_attention(node):
             continue
         for value in node.inputs:
-            if (dq := _dq_above(value)) is not None:
+            if (dq := _dq_above(value, graph.cache_nodes)) is not None:
                 yield Violation(_name(node), f"reads {_name(dq)}", "leave attention in floating point")
+
+
+def cache_codes(graph: QuantizedGraph) -> Iterator[Violation]:
+    """An INT8 cache is int8 from past to present: new codes are joined to it, and one DQ of equal scale reads it."""
+    known = {tensor.present.name for tensor in graph.cached if tensor.present is not None}
+    for value in graph.model.graph.outputs:
+        if value.dtype == ir.DataType.INT8 and value.name not in known:
+            yield Violation(f"output {value.name}", "is int8, and no part of an INT8 cache", "keep it in float")
+    for tensor in graph.cached:
+        q, present, past = tensor.quantizer, tensor.present, tensor.past
+        if q is None or present is None or past is None or not tensor.joined:
+            yield Violation(tensor.site, "is not joined to its past", "write Concat(past, Q(new)) as the present")
+            continue
+        for end in (past, present):
+            if end.dtype != ir.DataType.INT8:
+                yield Violation(tensor.site, f"keeps {end.name} as {end.dtype}", "declare it as int8")
+        if [reader.op_type for reader in tensor.readers] != [DQ]:
+            kinds = ", ".join(reader.op_type for reader in tensor.readers) or "nothing"
+            yield Violation(tensor.site, f"is read by {kinds}, expected one {DQ}", "let attention read DQ(present)")
+            continue
+        heads = present.shape[1] if present.shape is not None else None
+        yield from _cache_scale(q, tensor.readers[0], heads)
+
+
+def _cache_scale(q: ir.Node, dq: ir.Node, heads: Any) -> Iterator[Violation]:
+    scales = [_stored(node.inputs[1]) for node in (q, dq)]
+    for node, scale in zip((q, dq), scales, strict=True):
+        if scale is None:
+            yield Violation(_name(node), "takes its scale from a computed value or a graph input", "store the scale")
+        elif scale.dtype != ir.DataType.FLOAT:
+            yield Violation(_name(node), f"has a scale of type {scale.dtype.name}", "store the scale as float32")
+        elif tuple(scale.shape.numpy()) not in ((), (heads,)) or (len(scale.shape) and _int(node, "axis", 1) != 1):
+            yield Violation(_name(node), "has a scale along another axis than the heads", "use a scalar, or axis=1")
+        elif problem := _unusable(scale.numpy()):
+            yield Violation(_name(node), f"has {problem}", "calibrate the cache again")
+    first, second = scales
+    if first is not None and second is not None and not np.array_equal(first.numpy(), second.numpy()):
+        yield Violation(_name(dq), f"has another scale than {_name(q)}", "use one scale for both")
 
 
 def no_float_twin(graph: QuantizedGraph) -> Iterator[Violation]:
@@ -273,6 +333,7 @@ RULES: dict[str, Rule] = {
     "weight-scales": weight_scales,
     "both-operands": both_operands,
     "float-attention": float_attention,
+    "cache-codes": cache_codes,
     "no-float-twin": no_float_twin,
 }
 
@@ -314,12 +375,12 @@ def _comes_from_store(value: ir.Value | None) -> bool:
     return False
 
 
-def _dq_above(value: ir.Value | None) -> ir.Node | None:
-    """Return a DQ that reaches a value through operators which only move or scale data."""
+def _dq_above(value: ir.Value | None, besides: Collection[ir.Node] = ()) -> ir.Node | None:
+    """Return a Q or DQ, others than ``besides``, that reaches a value through operators which move or scale data."""
     pending, seen = [value], set[str]()
     while pending:
         producer = None if (current := pending.pop()) is None else current.producer()
-        if producer is None or _name(producer) in seen:
+        if producer is None or producer in besides or _name(producer) in seen:
             continue
         seen.add(_name(producer))
         if producer.op_type in (Q, DQ):

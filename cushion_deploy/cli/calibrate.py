@@ -8,10 +8,18 @@ from typing import Any
 
 import click
 
-from cushion_deploy.artifacts import SCALES_FILE, SMOOTHING_FILE, read_prefix, write_scales, write_smoothing
+from cushion_deploy.artifacts import (
+    SCALES_FILE,
+    SMOOTHING_FILE,
+    read_prefix,
+    write_kv_scales,
+    write_scales,
+    write_smoothing,
+)
 from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
+from cushion_deploy.types import KV_SCALES_FILE
 
 
 @click.command("calibrate")
@@ -28,7 +36,7 @@ from cushion_deploy.cli.progress import progress
     help="File to write.",
 )
 def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
-    """Observe every Site on text behind the prefix; write the scales as JSON, and the smoothing beside them."""
+    """Observe every Site on text behind the prefix; write the scales as JSON, smoothing and cache scales beside."""
     recipe = make_recipe(values)
     require_parent(output)
     from cushion_deploy.pipeline.prepare import prepare
@@ -45,6 +53,9 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     if smoothing:
         written.append(output.with_name(SMOOTHING_FILE))
         write_smoothing(smoothing, written[-1])
+    if deployed.kv:
+        written.append(output.with_name(KV_SCALES_FILE))
+        write_kv_scales(deployed.kv, written[-1])
     if values["as_json"]:
         click.echo(json.dumps(scales.to_json()))
         return

@@ -42,7 +42,7 @@ def command(
     require_new_folder(output)
     if smoothing_file and not scales_file:
         raise UsageError("--smoothing without --scales", hint="give both files of one calibration, or neither")
-    from cushion_deploy.pipeline.prepare import Deployed, prepare
+    from cushion_deploy.pipeline.prepare import Deployed, calibrate_cache, prepare
     from cushion_deploy.pipeline.stages import export, search_prefix
     from cushion_deploy.store import place
 
@@ -52,7 +52,8 @@ def command(
             prefix = read_prefix(prefix_file) if prefix_file else search_prefix(ws)[0]
             if scales_file:
                 smoothing = read_smoothing(smoothing_file) if smoothing_file else None
-                deployed = Deployed(prefix, smoothing, ws.scheme, read_scales(scales_file), {})
+                kv = calibrate_cache(ws, prefix, smoothing)
+                deployed = Deployed(prefix, smoothing, ws.scheme, read_scales(scales_file), {}, kv=kv)
             else:
                 deployed = prepare(ws, prefix)
             graph = export(ws, deployed, dtype=dtype, name="model", quantized=not float_twin)

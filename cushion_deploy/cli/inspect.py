@@ -9,8 +9,10 @@ from typing import Any
 import click
 import numpy as np
 
-from cushion_deploy.artifacts import read_prefix, read_scales
+from cushion_deploy.artifacts import read_kv_scales, read_prefix, read_scales
 from cushion_deploy.errors import UsageError
+from cushion_deploy.kv_scales import KvScales
+from cushion_deploy.types import KV_SCALES_FILE
 
 
 @click.command("inspect")
@@ -41,6 +43,8 @@ def _facts(path: Path) -> dict[str, Any]:
             "model digest": prefix.model_digest,
             "digest": prefix.digest,
         }
+    if path.name == KV_SCALES_FILE:
+        return _kv_scales(read_kv_scales(path))
     if path.suffix == ".json":
         scales = read_scales(path)
         values = list(scales.scales.values())
@@ -55,6 +59,22 @@ def _facts(path: Path) -> dict[str, Any]:
             "prefix digest": scales.prefix_digest,
         }
     raise UsageError(f"{path} is nothing that can be inspected", hint="give a bundle, a .safetensors or a scales.json")
+
+
+def _kv_scales(scales: KvScales) -> dict[str, Any]:
+    both = np.stack([scales.keys, scales.values])
+    return {
+        "kind": "scales of an INT8 key/value cache",
+        "scales": scales.granularity,
+        "shape [layers, kv_heads]": list(scales.keys.shape),
+        "estimator": scales.estimator,
+        "tokens": scales.tokens,
+        "prefix quantized": scales.with_prefix,
+        "smallest scale": float(both.min()),
+        "largest scale": float(both.max()),
+        "model digest": scales.model_digest,
+        "prefix digest": scales.prefix_digest,
+    }
 
 
 def _bundle(path: Path) -> dict[str, Any]:
@@ -72,6 +92,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "opset": graph.opset,
         "prefix": contract.prefix_mode,
         "prefix positions": contract.prefix_length,
+        "key/value cache": contract.cache_dtype,
         "longest context": contract.max_positions - contract.prefix_length,
         "engines": engines,
         "files": len(bundle.manifest.files),

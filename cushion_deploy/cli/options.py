@@ -32,6 +32,7 @@ FLAGS: dict[str, str] = {
     "tune": "tuning.enabled",
     "smooth_alpha": "smoothing.alpha",
     "keep_float": "export.keep_float",
+    "kv_cache": "export.kv_cache",
     "max_length": "search.max_length",
     "seed_tokens": "search.seed_tokens",
     "objective": "search.objective",
@@ -70,6 +71,7 @@ def recipe_options(function: F) -> F:
             metavar="SITE|auto:N",
             help="Site to keep in floating point, or auto:N for the N that cost the most; repeatable.",
         ),
+        click.option("--kv-cache", metavar="NAME", help="Key/value cache: float or int8."),
         click.option("--max-length", type=int, help="Most tokens of the prefix."),
         click.option(
             "--seed-token", "seed_tokens", multiple=True, help="Token that the prefix begins with; repeatable."

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.fakequant import dequantize, levels, qmax, quantize_weight, spread
+from cushion_deploy.kv_scales import KV_PARTS, KvPart, KvScales, kv_site
+from cushion_deploy.modeling.kv_cache import watched_cache
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import replaced
 from cushion_deploy.schemes import QuantScheme
@@ -100,6 +103,7 @@ def simulated(
     scheme: QuantScheme,
     scales: ActivationScales | None,
     on_codes: Callable[[Site, Tensor], None] | None = None,
+    kv: KvScales | None = None,
 ) -> Iterator[None]:
     """Run the model with the weights and Site inputs that the scheme says quantized.
 
@@ -109,7 +113,8 @@ def simulated(
         scales: of a static scheme; None leaves its activations in floating point. A dynamic scheme takes its
             scales from what it sees and does not look at these.
         on_codes: called with the codes ``[batch, length, features]`` that enter each Site, int8 for symmetric and
-            uint8 for asymmetric activations.
+            uint8 for asymmetric activations; and with those that enter an INT8 cache, see ``quantized_cache``.
+        kv: scales of an INT8 cache; None leaves it in floating point.
 
     Raises:
         UsageError: a Site has no scale or no zero point, the scales are of another kind than the scheme, or the
@@ -143,6 +148,8 @@ def simulated(
 
             stack.enter_context(replaced(model, transform, sites))
         stack.enter_context(quantized_weights(sites, scheme.weight_bits, scheme.weight_group))
+        if kv is not None:
+            stack.enter_context(quantized_cache(model, kv, on_codes))
         yield
 
 
@@ -194,3 +201,41 @@ def _dynamic_grids(model: LoadedModel, scheme: QuantScheme) -> Iterator[Callable
         yield grid
     finally:
         handle.remove()
+
+
+@contextmanager
+def quantized_cache(
+    model: LoadedModel, kv: KvScales, on_codes: Callable[[Site, Tensor], None] | None = None
+) -> Iterator[None]:
+    """Run the model with a cache that holds the values of INT8 codes.
+
+    New tokens attend to their own keys and values as codes too, so that decoding gives what prefill gives, and both
+    what the graph computes. A prefix in the cache is quantized like everything there; one that the graph has inside
+    stays as it is.
+
+    Args:
+        model: the model.
+        kv: scales.
+        on_codes: called with ``layers.<i>.kv.<part>`` and the codes of new tokens, int8
+            ``[batch, length, kv_heads, head_dim]``.
+    """
+    steps = {(layer, part): torch.from_numpy(scales)[:, None, None] for layer, part, scales in kv.rows()}
+
+    def entering(layer: int, part: KvPart, states: Tensor) -> Tensor:
+        step = steps[layer, part]
+        codes = quantize_codes(states, step)
+        if on_codes:
+            on_codes(kv_site(layer, part), codes.to(torch.int8).transpose(1, 2))
+        return codes * step
+
+    def held(cache: DynamicCache) -> None:
+        # What came through `entering` stays what it is: the values of codes round to themselves.
+        for i, layer in enumerate(cache.layers):
+            if layer.is_initialized:
+                layer.keys, layer.values = (
+                    quantize_codes(states, steps[i, part]) * steps[i, part]
+                    for part, states in zip(KV_PARTS, (layer.keys, layer.values), strict=True)
+                )
+
+    with watched_cache(model, entering, held if kv.with_prefix else None):
+        yield

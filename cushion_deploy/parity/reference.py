@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cushion_deploy.fakequant import quantize_weight
+from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.modeling.forward import logits, prefix_tensors, run, token_nll
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
@@ -32,6 +33,7 @@ def torch_reference(
     windows: IntArray,
     progress: Progress = silent,
     original: LoadedModel | None = None,
+    kv: KvScales | None = None,
 ) -> TorchReference:
     """Run both torch models.
 
@@ -41,13 +43,14 @@ def torch_reference(
         windows: int64 ``[count, window]`` for perplexity.
         progress: where to report windows done.
         original: the model before folding; floating point is compared with it, so that folding is proven too.
+        kv: scales of an INT8 cache; None for one in floating point.
     """
     plain = logits(original or model, ids, prefix)
     codes: SiteCodes = {}
-    with simulated(model, scheme, scales, lambda site, c: codes.__setitem__(site, c.numpy())):
+    with simulated(model, scheme, scales, lambda site, c: codes.__setitem__(site, c.numpy()), kv):
         quantized = logits(model, ids, prefix)
     losses = []
-    with simulated(model, scheme, scales):
+    with simulated(model, scheme, scales, kv=kv):
         for done, window in enumerate(windows, 1):
             losses.append(token_nll(model, window[None], prefix)[0])
             progress("perplexity of fake-quant", done, len(windows))

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cushion_deploy.artifacts import read_cached_prefix
+from cushion_deploy.artifacts import read_cached_prefix, read_cached_scales
 from cushion_deploy.engines.onnxruntime import SESSION_CONFIG
 from cushion_deploy.fakequant import dequantize, quantize
+from cushion_deploy.kv_scales import kv_site
 from cushion_deploy.parity.widened import widen
 from cushion_deploy.runtime.session import first_caches, past_names
 from cushion_deploy.store import place
@@ -34,6 +35,9 @@ LITERAL_CONFIG = {"session.disable_quant_qdq": "1", "session.set_denormal_as_zer
 class SegmentRun:
     """A graph cut open before every Q node: the Site's input comes from outside, what would enter it goes out.
 
+    The Q nodes of an INT8 cache are cut too, under the names of ``kv_site``: a code there that flips at a tie changes
+    what attention reads, as one in a linear's input changes its product.
+
     ``literal`` runs every node as its definition says, without any optimization; ``fused`` runs the integer
     kernels that the ONNX Runtime engine runs.
     """
@@ -41,7 +45,10 @@ class SegmentRun:
     def __init__(self, graph: ExportedGraph, scales: ActivationScales, kernels: Kernels) -> None:
         """Open the cut graph."""
         self.graph, self.scales = graph, scales
-        self.sites = tuple(graph.sites)
+        kv = read_cached_scales(graph)
+        # Axes of a cache are [1, kv_heads, n, head_dim], those of its codes here [1, n, kv_heads, head_dim].
+        self.cached = {kv_site(i, part): s[:, None, None] for i, part, s in kv.rows()} if kv else {}
+        self.sites = (*graph.sites, *self.cached)
         self.session = edited_session(graph, lambda model: _cut(model, self.sites), kernels)
 
     @property
@@ -51,13 +58,14 @@ class SegmentRun:
         return contract.cache_capacity - contract.prefix_slots if contract.cache_capacity else None
 
     def __call__(
-        self, ids: IntArray, codes: SiteCodes, past: Mapping[str, FloatArray] | None = None
-    ) -> tuple[FloatArray, SiteCodes, dict[str, FloatArray]]:
+        self, ids: IntArray, codes: SiteCodes, past: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> tuple[FloatArray, SiteCodes, dict[str, npt.NDArray[Any]]]:
         """Run every segment on the reference's codes.
 
         Args:
             ids: int64 ``[1, n]``.
-            codes: int8 ``[1, n, features]`` that shall enter each Site.
+            codes: int8 ``[1, n, features]`` that shall enter each Site, and ``[1, n, kv_heads, head_dim]`` for the
+                parts of an INT8 cache.
             past: ``past_key_values.*`` for the tokens before and no more slots, of a static cache too; None for what
                 every cache begins with.
 
@@ -71,13 +79,18 @@ class SegmentRun:
         if capacity := self.graph.contract.cache_capacity:
             _give_slots(feed, before, capacity)
         for site in self.sites:
-            feed[f"{site}.forced"] = dequantize(codes[site], self.scales.scales[site])
+            forced = codes[site].swapaxes(1, 2) if site in self.cached else codes[site]
+            feed[f"{site}.forced"] = dequantize(forced, self._step(site))
         names = [output.name for output in self.session.get_outputs()]
         out = dict(zip(names, self.session.run(names, feed), strict=True))
-        computed = {site: quantize(out[f"{site}.input"], self.scales.scales[site]) for site in self.sites}
+        computed = {site: quantize(out[f"{site}.input"], self._step(site)) for site in codes if site in self.sites}
+        computed |= {site: computed[site].swapaxes(1, 2) for site in self.cached}
         end = before + ids.shape[1]
         present = {name: value[:, :, :end] for name, value in out.items() if name.startswith("present.")}
         return out["logits"], computed, present
+
+    def _step(self, site: Site) -> FloatArray | float:
+        return self.cached[site] if site in self.cached else self.scales.scales[site]
 
 
 def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: Kernels) -> Any:
@@ -124,10 +137,11 @@ def token_inputs(ids: IntArray, before: int = 0) -> dict[str, npt.NDArray[Any]]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
-def first_past(graph: ExportedGraph) -> dict[str, FloatArray]:
+def first_past(graph: ExportedGraph) -> dict[str, npt.NDArray[Any]]:
     """Return the ``past_key_values.*`` that one row begins with: the prefix where it belongs there, or nothing."""
     prefix = read_cached_prefix(graph)
-    return dict(zip(past_names(graph.contract), first_caches(graph.contract, prefix, 1), strict=True))
+    first = first_caches(graph.contract, prefix, 1, read_cached_scales(graph))
+    return dict(zip(past_names(graph.contract), first, strict=True))
 
 
 def _give_slots(feed: dict[str, npt.NDArray[Any]], before: int, capacity: int) -> None:
@@ -151,7 +165,7 @@ def _cut(model: Any, sites: tuple[Site, ...]) -> None:
         forced = ir.Value(
             name=f"{site}.forced",
             type=ir.TensorType(ir.DataType.FLOAT),
-            shape=ir.Shape(["batch", "sequence", None]),
+            shape=node.inputs[0].shape or ir.Shape(["batch", *[None] * (3 if ".kv." in site else 2)]),
         )
         model.graph.inputs.append(forced)
         node.replace_input_with(0, forced)

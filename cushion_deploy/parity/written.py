@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cushion_deploy.fakequant import Int8Array
+from cushion_deploy.kv_scales import KvScales, kv_site
 from cushion_deploy.types import ActivationScales, ExportedGraph, FloatArray, ParityCheck, Site
 
 LinearWeights = tuple[Site, Int8Array, FloatArray]
@@ -30,6 +31,33 @@ def scale_rung(rung: str, graph: ExportedGraph, scales: ActivationScales) -> lis
         if len(users) < 2 or any(_bytes(node.inputs[1]) != expected for node in users):
             differing.append(site)
     return [_count(rung, "Sites whose scale differs", differing, len(graph.sites), "Sites")]
+
+
+def cache_scale_rung(rung: str, graph: ExportedGraph, kv: KvScales) -> list[ParityCheck]:
+    """Compare the scales of Q and DQ of every part of an INT8 cache with ``kv``, float32 bit for bit; none may differ.
+
+    A per-tensor scale is one number in the graph and the same number for each head in ``kv``.
+    """
+    import onnx_ir as ir
+
+    nodes = {node.outputs[0].name: node for node in ir.load(graph.path).graph if node.op_type == "QuantizeLinear"}
+    differing = []
+    for layer, part, scales in kv.rows():
+        q = nodes.get(f"{kv_site(layer, part)}.codes")
+        expected = scales[0] if kv.granularity == "per-tensor" else scales
+        # Q, and behind the Concat with the past, and perhaps a Transpose, its DQ.
+        users = [q, *_readers(q)] if q else []
+        if len(users) < 2 or any(_bytes(node.inputs[1]) != expected.tobytes() for node in users):
+            differing.append(kv_site(layer, part))
+    return [_count(rung, "parts of the cache whose scale differs", differing, 2 * len(kv.keys), "parts")]
+
+
+def _readers(q: Any) -> list[Any]:
+    """Return what reads the present that a Q is joined to."""
+    present = [join.outputs[0] for join, _ in q.outputs[0].uses()]
+    found = [reader for value in present for reader, _ in value.uses()]
+    turned = [reader for node in found if node.op_type == "Transpose" for reader, _ in node.outputs[0].uses()]
+    return [*(node for node in found if node.op_type != "Transpose"), *turned]
 
 
 def weight_rung(rung: str, graph: ExportedGraph, weights: Iterable[LinearWeights]) -> list[ParityCheck]:

@@ -22,6 +22,7 @@ from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.engine import REPORT, open_engine, open_plan, read_engine
 from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.session import DecoderSession
+from cushion_deploy.types import EngineArtifact
 
 CPU_ENGINE, INT8 = "onnxruntime", "INT8"
 FASTER = 1.02
@@ -107,7 +108,8 @@ def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: 
             found = {f"{engine}, {INT8}": session}
             try:
                 if twin:
-                    found[f"{engine}, {session.contract.dtype}"] = _float_plan(ws, bundle, engine, session)
+                    artifact = read_engine(bundle, engine)
+                    found[f"{engine}, {artifact.details['dtype']}"] = _float_plan(ws, bundle, artifact)
                 for each in found.values():
                     each.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64), need_logits="none")
                     each.reset()
@@ -143,12 +145,11 @@ def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, st
     return opened, reasons
 
 
-def _float_plan(ws: Workspace, bundle: Bundle, engine: str, like: DecoderSession) -> DecoderSession:
+def _float_plan(ws: Workspace, bundle: Bundle, artifact: EngineArtifact) -> DecoderSession:
     """Compile the same model without INT8 for the same engine and targets, within the same limits, and open it."""
-    artifact, dtype = read_engine(bundle, engine), like.contract.dtype
+    engine, dtype, capacity = artifact.engine, artifact.details["dtype"], artifact.details["cache_capacity"]
     deployed = read_deployed(ws, bundle.path, bundle.graph)
-    form = like.contract.cache_capacity
-    graph = export(ws, deployed, dtype=dtype, name=f"{dtype}-twin", quantized=False, capacity=form)
+    graph = export(ws, deployed, dtype=dtype, name=f"{dtype}-twin", quantized=False, capacity=capacity)
     limits = artifact.details["limits"]
     options = CompileOptions(artifact.targets, limits["batch"], limits["context"], limits["prefill"])
     # Compiled anew and in a folder of its own: opening a plan runs code, and a work folder may be anybody's.

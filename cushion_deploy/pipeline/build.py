@@ -118,6 +118,7 @@ def plan(ws: Workspace, output: Path) -> dict[str, Any]:
         "calibrate": True,
         "sensitivity": any(wish.startswith("auto:") for wish in recipe.export.keep_float),
         "tune": recipe.tuning.enabled and bool(longest_prefix(recipe)),
+        "calibrate-kv": recipe.export.kv_cache == "int8",
         "export": True,
         **{f"engine-{engine.name}": True for engine in engines},
         "evaluate": True,

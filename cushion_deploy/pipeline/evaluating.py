@@ -195,7 +195,7 @@ def _column(
     # 'quantized' is the same recipe without a prefix: smoothed and calibrated for that.
     used = built if column == "quantized-prefix" or not built.prefix.length else prepare(ws, empty)
     model = ws.folded(used.smoothing)
-    with simulated(model, used.scheme, used.scales):
+    with simulated(model, used.scheme, used.scales, kv=used.kv):
         yield Scorer(TorchSession(model, used.prefix)), replace(encoding, keep_bos=used.prefix.length == 0)
 
 

@@ -87,7 +87,7 @@ def _climb(
     )
     from cushion_deploy.parity.reference import float_inputs, linear_codes, torch_reference
     from cushion_deploy.parity.segments import SegmentRun
-    from cushion_deploy.parity.written import scale_rung, weight_rung
+    from cushion_deploy.parity.written import cache_scale_rung, scale_rung, weight_rung
     from cushion_deploy.runtime.onnxruntime import open_session
 
     config, model = ws.recipe.parity, ws.folded(deployed.smoothing)
@@ -96,11 +96,13 @@ def _climb(
     text = model.encode(ws.corpus(config.data or ws.recipe.evaluation.data, "evaluation").text)
     ids = text[None, : config.tokens]
     tokens = min(config.decode_tokens, ids.shape[1] // 2)
-    reference = torch_reference(model, prefix, scales, scheme, ids, windows, ws.progress, ws.model)
+    reference = torch_reference(model, prefix, scales, scheme, ids, windows, ws.progress, ws.model, deployed.kv)
     checks: list[ParityCheck] = []
     for written in (graph, *plans):
         name = "graph" if written is graph else _kind(written)
         checks += scale_rung(f"scales in the {name} against scales.json", written, scales)
+        if deployed.kv:
+            checks += cache_scale_rung(f"scales in the {name} against kv_scales.json", written, deployed.kv)
         checks += weight_rung(f"weights in the {name} against fake-quant", written, linear_codes(model, scheme))
     require_space(folder, 4 * model.spec.parameters)
     twin = export_deployed(ws, deployed, folder, dtype="float32", name="float", quantized=False, opset=graph.opset)

@@ -12,14 +12,18 @@ import numpy as np
 from cushion_deploy.artifacts import (
     SCALES_FILE,
     SMOOTHING_FILE,
+    read_cached_scales,
+    read_kv_scales,
     read_prefix,
     read_scales,
     read_smoothing,
+    write_kv_scales,
     write_prefix,
     write_scales,
     write_smoothing,
 )
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
 from cushion_deploy.pipeline.workspace import Workspace
@@ -27,6 +31,7 @@ from cushion_deploy.prefix.trace import TuningTrace
 from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.types import (
     HEAD_SITE,
+    KV_SCALES_FILE,
     PREFIX_FILE,
     ActivationScales,
     ExportedGraph,
@@ -51,6 +56,7 @@ class Deployed:
         scales: static activation scales behind the prefix.
         amax: Site to the largest magnitude seen in calibration.
         tuning: how the prefix was tuned; None where it was not.
+        kv: scales of an INT8 cache behind the prefix; None for one in floating point.
     """
 
     prefix: Prefix
@@ -59,6 +65,7 @@ class Deployed:
     scales: ActivationScales
     amax: Mapping[str, float]
     tuning: TuningTrace | None = None
+    kv: KvScales | None = None
 
 
 def prepare(ws: Workspace, prefix: Prefix, *, tuned: bool = True) -> Deployed:
@@ -78,13 +85,12 @@ def prepare(ws: Workspace, prefix: Prefix, *, tuned: bool = True) -> Deployed:
     scales, amax = calibrate(ws, prefix, smoothing)
     scheme = keep_float(ws, Deployed(prefix, smoothing, ws.scheme, scales, amax))
     deployed = Deployed(prefix, smoothing, scheme, scales, amax)
-    if not (tuned and ws.recipe.tuning.enabled and prefix.length):
-        return deployed
-    deployed = tune(ws, deployed)
-    if not ws.recipe.tuning.scales:
-        scales, amax = calibrate(ws, deployed.prefix, smoothing)
-        deployed = replace(deployed, scales=scales, amax=amax)
-    return deployed
+    if tuned and ws.recipe.tuning.enabled and prefix.length:
+        deployed = tune(ws, deployed)
+        if not ws.recipe.tuning.scales:
+            scales, amax = calibrate(ws, deployed.prefix, smoothing)
+            deployed = replace(deployed, scales=scales, amax=amax)
+    return replace(deployed, kv=calibrate_cache(ws, deployed.prefix, smoothing))
 
 
 def read_deployed(ws: Workspace, bundle: Path, graph: ExportedGraph) -> Deployed:
@@ -103,7 +109,8 @@ def read_deployed(ws: Workspace, bundle: Path, graph: ExportedGraph) -> Deployed
         )
     kept = [s for s in scales.scales if s not in graph.sites and (s != HEAD_SITE or ws.scheme.quantize_head)]
     scheme = replace(ws.scheme, float_sites=tuple(kept))
-    return Deployed(read_prefix(bundle / PREFIX_FILE), smoothing, scheme, scales, {})
+    prefix, kv = read_prefix(bundle / PREFIX_FILE), read_cached_scales(graph)
+    return Deployed(prefix, smoothing, scheme, scales, {}, kv=kv)
 
 
 def require_model_of(ws: Workspace, bundle: Path) -> None:
@@ -157,6 +164,40 @@ def calibrate(ws: Workspace, prefix: Prefix, smoothing: Smoothing | None) -> tup
 
     folder = ws.stage(_stage("calibrate", prefix), parents, make)
     return read_scales(folder / SCALES_FILE), read_json(folder / "amax.json")
+
+
+def calibrate_cache(ws: Workspace, prefix: Prefix, smoothing: Smoothing | None) -> KvScales | None:
+    """Return the scales of an INT8 cache behind a prefix; None where the recipe keeps it in floating point."""
+    config, export = ws.recipe.calibration, ws.recipe.export
+    if export.kv_cache == "float":
+        return None
+    with_prefix = export.prefix == "cache" and prefix.length > 0
+    parents = {
+        **calibration_parents(ws, prefix),
+        "smoothing": smoothing.digest if smoothing else "",
+        "granularity": export.kv_scales,
+        "with prefix": with_prefix,
+    }
+
+    def make(out: Path) -> None:
+        from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
+
+        ids, mask = calibration_windows(ws, prefix)
+        model = ws.folded(smoothing)
+        scales = choose_kv_scales(
+            observe_cache(model, prefix, ids, mask, export.kv_scales, progress=ws.progress),
+            config.estimator,
+            export.kv_scales,
+            percentile=config.percentile,
+            model=model,
+            prefix=prefix,
+            corpus_digest=ws.corpus(config.data, "calibration").digest,
+            tokens=int(mask.sum()),
+            with_prefix=with_prefix,
+        )
+        write_kv_scales(scales, out / KV_SCALES_FILE)
+
+    return read_kv_scales(ws.stage(_stage("calibrate-kv", prefix), parents, make) / KV_SCALES_FILE)
 
 
 def keep_float(ws: Workspace, deployed: Deployed) -> QuantScheme:

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from cushion_deploy.families import get_family
+from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.pipeline.parity import ParityResult
 from cushion_deploy.pipeline.prepare import Deployed
 from cushion_deploy.pipeline.workspace import StageTime, Workspace, installed_versions
@@ -66,6 +67,7 @@ def assemble_report(
                 {"site": site, "scale": scale, "amax": deployed.amax[site]} for site, scale in scales.scales.items()
             ),
         },
+        "kv_cache": _kv_cache(spec, deployed.kv, evaluation["float_cache"]) if deployed.kv else None,
         "export": {
             "opset": graph.opset,
             "linears": graph.linears,
@@ -100,6 +102,18 @@ def _tuning(trace: TuningTrace) -> dict[str, Any]:
         "kept_step": trace.best.step,
         "skipped": trace.skipped,
         "states": [vars(state) for state in trace.states],
+    }
+
+
+def _kv_cache(spec: ModelSpec, kv: KvScales, float_cache: dict[str, Any]) -> dict[str, Any]:
+    values = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+    return {
+        "scales": kv.granularity,
+        "with_prefix": kv.with_prefix,
+        "bytes_a_token": values,
+        "float32_bytes_a_token": 4 * values,
+        "float_perplexity": float_cache["perplexity"],
+        "float_divergence": float_cache["divergence"],
     }
 
 

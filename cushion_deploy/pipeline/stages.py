@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,9 @@ def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
         "corpus": corpus.digest,
         "evaluation": config.model_dump(mode="json", exclude={"data"}),
     }
+    for name, d in (("kv scales", deployed), ("bare kv scales", bare)):
+        if d.kv:
+            parents[name] = d.kv.digest
 
     def make(out: Path) -> None:
         from cushion_deploy.evaluate.perplexity import TextScore
@@ -88,7 +91,7 @@ def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
 
         def measure(d: Deployed, name: str, *, quantized: bool) -> Fidelity:
             model = ws.folded(d.smoothing) if quantized else ws.model
-            with simulated(model, d.scheme, d.scales) if quantized else nullcontext():
+            with simulated(model, d.scheme, d.scales, kv=d.kv) if quantized else nullcontext():
                 return teacher.compare(model, d.prefix, windows, ws.progress, f"perplexity: {name}")
 
         columns = {"fp": measure(bare, "FP", quantized=False)}
@@ -97,6 +100,7 @@ def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
         columns["quantized_prefix"] = (
             measure(deployed, "W8A8 + prefix", quantized=True) if prefix.length else columns["quantized"]
         )
+        plain = measure(replace(deployed, kv=None), "W8A8, float cache", quantized=True) if deployed.kv else None
         magnitudes = {
             "without": layer_magnitudes(ws.model, empty, windows[:1]),
             "with": layer_magnitudes(ws.model, prefix, windows[:1]),
@@ -105,7 +109,11 @@ def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
         finite = {name: _finite(TextScore(f.losses).perplexity) for name, f in columns.items()}
         apart = {name: _finite(f.divergence) for name, f in columns.items()}
         result = {"corpus": corpus.name, "window": config.window, "tokens": scored, **finite, "divergence": apart}
-        write_json(out / "evaluation.json", {"perplexity": result, "magnitudes": magnitudes})
+        found: dict[str, Any] = {"perplexity": result, "magnitudes": magnitudes}
+        if plain:
+            score, divergence = TextScore(plain.losses).perplexity, plain.divergence
+            found["float_cache"] = {"perplexity": _finite(score), "divergence": _finite(divergence)}
+        write_json(out / "evaluation.json", found)
 
     result: dict[str, Any] = read_json(ws.stage("evaluate", parents, make) / "evaluation.json")
     return result
@@ -114,11 +122,11 @@ def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
 def plan_graph(ws: Workspace, deployed: Deployed, engine: Engine, graph: ExportedGraph, context: int) -> ExportedGraph:
     """Return the graph that an engine compiles: ``graph``, or one of the recipe's type of plans, in its stage folder.
 
-    Where the prefix is in the cache and the engine updates it in place, the cache is static: as long as ``context``
-    (without the prefix) and the model's positions allow.
+    Where the prefix is in the cache, that is in floating point, and the engine updates it in place, the cache is
+    static: as long as ``context`` (without the prefix) and the model's positions allow.
     """
     prefix, capacity = deployed.prefix, 0
-    if ws.recipe.export.prefix == "cache" and prefix.length and engine.in_place_cache:
+    if ws.recipe.export.prefix == "cache" and prefix.length and engine.in_place_cache and not deployed.kv:
         capacity = min(context + prefix.length, model_spec(ws).max_positions)
     wanted = ws.recipe.tensorrt.dtype
     dtype = wanted if wanted in engine.dtypes else engine.dtypes[0]
@@ -146,6 +154,8 @@ def export(
         "prefix_mode": ws.recipe.export.prefix,
         **({"capacity": capacity} if capacity else {}),
     }
+    if deployed.kv and quantized:
+        parents["kv scales"] = deployed.kv.digest
 
     def make(out: Path) -> None:
         with elapsed(ws.progress, f"exporting the {dtype} graph"):
@@ -181,6 +191,7 @@ def export_deployed(
         deployed.scheme,
         folder,
         smoothing=deployed.smoothing,
+        kv=deployed.kv if quantized else None,
         name=name,
         dtype=dtype,
         opset=opset,

@@ -237,6 +237,24 @@ class Calibration(Section):
     smoothing_alpha: float | None = None
 
 
+class KvCache(Section):
+    """An INT8 key/value cache; the last column of the perplexity table is measured with it.
+
+    Attributes:
+        scales: per-head or per-tensor.
+        with_prefix: whether the prefix lies in the cache and is quantized too.
+        bytes_a_token, float32_bytes_a_token: size of keys and values of all layers.
+        float_perplexity, float_divergence: the same quantized model with a floating-point cache, same text.
+    """
+
+    scales: Literal["per-head", "per-tensor"]
+    with_prefix: bool
+    bytes_a_token: Count
+    float32_bytes_a_token: Count
+    float_perplexity: PositiveFloat | None
+    float_divergence: Seconds | None = None
+
+
 class Export(Section):
     """The exported graph; ``float_bytes`` is the size of its floating-point twin.
 
@@ -327,6 +345,7 @@ class Report(Section):
     tuning: Tuning | None = None
     magnitudes: Magnitudes | None = None
     calibration: Calibration | None = None
+    kv_cache: KvCache | None = None
     export: Export | None = None
     parity: tuple[ParityRow, ...] = ()
     engines: tuple[Engine, ...] = ()

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cushion_deploy.report.document import Engine, ParityRow, Perplexity, Report, Tuning
-from cushion_deploy.report.wording import listing, model_name, one_line, percent, perplexity, plural, value_and_limit
+from cushion_deploy.report.wording import (
+    listing,
+    model_name,
+    one_line,
+    percent,
+    perplexity,
+    plural,
+    size,
+    value_and_limit,
+)
 
 Status = Literal["passed", "incomplete", "failed"]
 COLUMNS = ("FP", "FP + prefix", "quantized", "quantized + prefix")
@@ -127,6 +136,42 @@ def tuning_sentence(tuning: Tuning) -> str:
     return (
         f"{begin} took the {measure} of the quantized model on held-out text from {losses[0]} to "
         f"{losses[tuning.kept_step]} nats a token; the state after step {tuning.kept_step} was kept."
+    )
+
+
+def cache_sentence(report: Report) -> str:
+    """Say what an INT8 cache costs in perplexity and saves in bytes; empty where the cache is in floating point."""
+    cache = report.kv_cache
+    if cache is None:
+        return ""
+    found = report.perplexity.quantized_prefix if report.perplexity else None
+    after, before = perplexity(found), perplexity(cache.float_perplexity)
+    cost = f"perplexity {before} with a floating-point cache, {after} with this one"
+    if found is not None and cache.float_perplexity is not None:
+        cost += f" ({percent(found / cache.float_perplexity - 1)})"
+    scales = "one scale per head" if cache.scales == "per-head" else "one scale per tensor"
+    prefix = ""
+    if has_prefix(report):
+        prefix = ", the prefix quantized too" if cache.with_prefix else ", the prefix in floating point"
+    return (
+        f"INT8, {scales}{prefix}: {cost}; {size(cache.bytes_a_token)} a token "
+        f"against {size(cache.float32_bytes_a_token)} in float32."
+    )
+
+
+def fused_attention_sentence(report: Report, engine: Engine) -> str:
+    """Say how many attentions of a plan with an INT8 cache are fused; empty where there is nothing to say.
+
+    ONNX Runtime fuses none of them on the CPU, whatever the cache.
+    """
+    if report.kv_cache is None or engine.engine.startswith("onnxruntime"):
+        return ""
+    fused, layers = engine.fused_attention, report.model.layers
+    if fused >= layers:
+        return f"all {layers} attentions are fused kernels, with the INT8 cache too"
+    return (
+        f"{fused} of {layers} attentions are fused kernels with the INT8 cache; "
+        "build with export.kv_cache=float to see whether a floating-point cache keeps more"
     )
 
 

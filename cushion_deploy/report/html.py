@@ -53,6 +53,8 @@ def _context(report: Report, figures: Mapping[str, Drawing]) -> dict[str, Any]:
         ],
         "engines_sentence": findings.engines_sentence(report),
         "coverage": findings.coverage,
+        "cache_sentence": findings.cache_sentence(report),
+        "fused_attention": {e.engine: findings.fused_attention_sentence(report, e) for e in report.engines},
         "not_run_words": findings.not_run_words,
         "total_seconds": sum(stage.seconds for stage in report.stages if not stage.reused),
         "recipe": json.dumps(report.recipe, indent=2, ensure_ascii=False),

@@ -25,6 +25,10 @@ def summary(report: Report) -> RenderableType:
         parts += [_perplexity_table(report.perplexity), Text()]
     parts += [_labelled("prefix", _prefix(report))]
     parts += [_labelled("engine" if not i else "", _engine(e)) for i, e in enumerate(report.engines)]
+    if report.kv_cache is not None:
+        parts.append(_labelled("cache", Text(words.cache_sentence(report))))
+        fused = (words.fused_attention_sentence(report, engine) for engine in report.engines)
+        parts += [_labelled("", Text(sentence)) for sentence in fused if sentence]
     if not report.engines:
         parts.append(_labelled("engine", Text(words.engines_sentence(report))))
     parts.append(_labelled("parity", Text(words.parity_sentence(report))))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
 
+from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.runtime.cuda import Cuda, DeviceBuffer
 from cushion_deploy.runtime.session import CACHE_BYTES, bfloat16_bits, first_caches, past_names
 from cushion_deploy.types import GraphContract, Prefix
@@ -56,22 +57,30 @@ class GrowingCaches:
         allocate: gives device memory of that many bytes.
         contract: of the plan.
         prefix: what every cache begins with, where the contract says so.
+        kv: scales of an INT8 cache, for its prefix.
         batch, total: largest B, and largest length of a cache behind a call.
     """
 
     def __init__(
-        self, cuda: Cuda, allocate: Allocate, contract: GraphContract, prefix: Prefix | None, batch: int, total: int
+        self,
+        cuda: Cuda,
+        allocate: Allocate,
+        contract: GraphContract,
+        prefix: Prefix | None,
+        kv: KvScales | None,
+        batch: int,
+        total: int,
     ) -> None:
         """Allocate both sets."""
-        self._cuda, self._contract, self._prefix = cuda, contract, prefix
+        self._cuda, self._contract, self._prefix, self._kv = cuda, contract, prefix, kv
         self._past = past_names(contract)
-        self._token = contract.head_dim * CACHE_BYTES[contract.dtype]
+        self._token = contract.head_dim * CACHE_BYTES[contract.cache_dtype]
         size = batch * contract.num_kv_heads * total * self._token
         self._sets = [[allocate(size) for _ in self._past] for _ in range(2)]
 
     def seed(self, batch: int) -> None:
         """Queue the prefix, where it is not in the graph."""
-        for buffer, array in zip(self._sets[0], _first(self._contract, self._prefix, batch), strict=True):
+        for buffer, array in zip(self._sets[0], _first(self._contract, self._prefix, batch, self._kv), strict=True):
             self._cuda.upload(array, buffer)
 
     def bindings(self, batch: int, past: int, new: int) -> Iterator[Binding]:
@@ -116,7 +125,7 @@ class InPlaceCaches:
         """Allocate the set."""
         self._cuda, self._contract, self._prefix = cuda, contract, prefix
         self._past = past_names(contract)
-        self._token = contract.head_dim * CACHE_BYTES[contract.dtype]
+        self._token = contract.head_dim * CACHE_BYTES[contract.cache_dtype]
         self._pitch = contract.cache_capacity * self._token
         self._buffers = [allocate(batch * contract.num_kv_heads * self._pitch) for _ in self._past]
         self._seeded = 0
@@ -154,10 +163,12 @@ class InPlaceCaches:
             self._cuda.clear_rows(buffer, offset, self._pitch, self._pitch - offset, rows)
 
 
-def _first(contract: GraphContract, prefix: Prefix | None, batch: int) -> Iterator[npt.NDArray[Any]]:
+def _first(
+    contract: GraphContract, prefix: Prefix | None, batch: int, kv: KvScales | None = None
+) -> Iterator[npt.NDArray[Any]]:
     """Yield what every cache begins with, as it lies in device memory."""
-    for array in first_caches(contract, prefix, batch):
-        yield bfloat16_bits(array) if contract.dtype == "bfloat16" else array
+    for array in first_caches(contract, prefix, batch, kv):
+        yield bfloat16_bits(array) if contract.cache_dtype == "bfloat16" else array
 
 
 def _present(past: str) -> str:

@@ -11,7 +11,7 @@ from cushion_deploy.engines.probe import probe
 from cushion_deploy.errors import UntrustedArtifact, UsageError, unknown_choice
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.onnxruntime import PROVIDERS, open_session
-from cushion_deploy.runtime.session import DecoderSession, cached_prefix
+from cushion_deploy.runtime.session import DecoderSession, cached_prefix, cached_scales
 from cushion_deploy.runtime.tensorrt import TensorRtSession
 from cushion_deploy.types import EngineArtifact, ExportedGraph
 
@@ -46,7 +46,8 @@ def open_engine(bundle: Bundle, engine: str = "onnxruntime", threads: int | None
 
 def open_plan(engine: str, plan: bytes, graph: ExportedGraph) -> TensorRtSession:
     """Return a session of a plan that is known to be what was compiled from a graph."""
-    return TensorRtSession(plan, graph.contract, FLAVOURS[engine].module, cached_prefix(graph))
+    module = FLAVOURS[engine].module
+    return TensorRtSession(plan, graph.contract, module, cached_prefix(graph), cached_scales(graph))
 
 
 def read_engine(bundle: Bundle, engine: str) -> EngineArtifact:

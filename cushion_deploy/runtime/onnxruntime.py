@@ -12,10 +12,12 @@ import numpy as np
 
 from cushion_deploy.engines.onnxruntime import SESSION_CONFIG
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
+from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.runtime.session import (
     INPUTS,
     NeedLogits,
     cached_prefix,
+    cached_scales,
     checked_inputs,
     first_caches,
     past_names,
@@ -31,7 +33,12 @@ PROVIDERS = {
     "onnxruntime-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 """Engines of ONNX Runtime and the provider of each. Providers of a GPU leave nodes to the CPU that they do not have."""
-TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
+TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "int8": "tensor(int8)",
+}
 _GPU = "pip uninstall onnxruntime, then pip install 'cushion-deploy[gpu]'"
 _INSTALL = {
     CPU: "pip install 'cushion-deploy[cpu]'",
@@ -70,16 +77,17 @@ def session_options(*, threads: int | None = None, fused: bool = True) -> Any:
 
 
 def open_session(graph: ExportedGraph, **options: Any) -> OnnxRuntimeSession:
-    """Return a session of a graph, its prefix read from beside it where that belongs into the cache.
+    """Return a session of a graph; what its cache begins with is read from beside it.
 
     Args:
         graph: of a verified bundle, or just written.
         options: of :class:`OnnxRuntimeSession`.
 
     Raises:
-        UsageError, UntrustedArtifact, MissingDependency: see there, and ``read_cached_prefix``.
+        UsageError, UntrustedArtifact, MissingDependency: see there, and ``read_cached_prefix``, ``read_cached_scales``.
     """
-    return OnnxRuntimeSession(graph.path, graph.contract, prefix=cached_prefix(graph), **options)
+    prefix, kv = cached_prefix(graph), cached_scales(graph)
+    return OnnxRuntimeSession(graph.path, graph.contract, prefix=prefix, kv=kv, **options)
 
 
 class OnnxRuntimeSession:
@@ -95,6 +103,7 @@ class OnnxRuntimeSession:
         chunk: longest piece of a prompt that one call feeds; pieces skip most of what the causal mask would discard.
             The last piece is fed whole: its last token alone would be one more step (0 to 10 % slower, measured).
         prefix: what every cache begins with, where the contract says so.
+        kv: scales of an INT8 cache, for its prefix.
         provider: execution provider. On a GPU the cache crosses to it at every step: correct, and not fast.
 
     Raises:
@@ -112,6 +121,7 @@ class OnnxRuntimeSession:
         fused: bool = True,
         chunk: int = 128,
         prefix: Prefix | None = None,
+        kv: KvScales | None = None,
         provider: str = CPU,
     ) -> None:
         """Load the graph; the cache is empty."""
@@ -125,8 +135,8 @@ class OnnxRuntimeSession:
         self.contract = contract
         self.chunk = chunk
         self._session = self._open(model_path, threads, fused, provider)
-        self._prefix = prefix
-        first_caches(contract, prefix, 1)
+        self._prefix, self._kv = prefix, kv
+        first_caches(contract, prefix, 1, kv)
         self._past_names = past_names(contract)
         self._present_names = [f"present.{i}.{part}" for i in range(contract.num_layers) for part in ("key", "value")]
         self._check_contract(model_path)
@@ -163,7 +173,7 @@ class OnnxRuntimeSession:
     def _check_contract(self, model_path: Path) -> None:
         c = self.contract
         past = ["batch", c.num_kv_heads, "past", c.head_dim]
-        cache_type = TYPES[c.dtype]
+        cache_type = TYPES[c.cache_dtype]
         found = {i.name: (i.type, i.shape) for i in self._session.get_inputs()}
         expected = {name: (cache_type, past) for name in self._past_names}
         expected["input_ids"] = expected["position_ids"] = ("tensor(int64)", ["batch", "sequence"])
@@ -256,7 +266,7 @@ class OnnxRuntimeSession:
         return outputs[0].numpy()[:, -rows:] if rows else None
 
     def _empty(self, batch: int) -> list[Any]:
-        return [self._value(array) for array in first_caches(self.contract, self._prefix, batch)]
+        return [self._value(array) for array in first_caches(self.contract, self._prefix, batch, self._kv)]
 
     def _value(self, array: Any) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array)

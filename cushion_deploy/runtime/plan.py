@@ -111,7 +111,10 @@ def import_library(module: str) -> Any:
 
 
 def _check_contract(engine: Any, contract: GraphContract) -> tuple[Dtype, int]:
-    """Return type and capacity of the plan's caches; raises UntrustedArtifact for the plan of another graph."""
+    """Return floating-point type and capacity of a plan; raises UntrustedArtifact for the plan of another graph.
+
+    An INT8 cache says nothing of that type: the contract's own is returned then.
+    """
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     past = past_names(contract)
     present = [name.replace("past_key_values", "present") for name in past]
@@ -131,6 +134,6 @@ def _check_contract(engine: Any, contract: GraphContract) -> tuple[Dtype, int]:
         if static and engine.get_aliased_input_tensor(target) != source:
             raise UntrustedArtifact(f"the plan does not update {source} in place", hint="build the bundle again")
     kind = engine.get_tensor_dtype(CACHE).name
-    if kind not in _TYPES:
+    if (kind not in _TYPES and kind != "INT8") or contract.quantized_cache != (kind == "INT8"):
         raise UntrustedArtifact(f"the plan keeps its cache as {kind}", hint="build the bundle again")
-    return _TYPES[kind], found[2] if static else 0
+    return _TYPES.get(kind, contract.dtype), found[2] if static else 0

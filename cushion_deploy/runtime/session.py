@@ -5,7 +5,7 @@ Shapes in comments: B batch, S new tokens, T tokens in the cache after the step,
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,15 @@ import numpy.typing as npt
 from cushion_deploy.errors import UsageError
 from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract, IntArray, Prefix
 
+if TYPE_CHECKING:
+    from cushion_deploy.kv_scales import KvScales
+
 NeedLogits = Literal["all", "last", "none"]
-NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float32}
+NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float32, "int8": np.int8}
 """Types of caches in host memory; numpy has no bfloat16, which takes float32 there."""
-CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 """Bytes of one number of a cache in device memory."""
+_SCALES = "open the graph with its kv_scales.json beside it"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -94,11 +98,28 @@ def cached_prefix(graph: ExportedGraph) -> Prefix | None:
     return read_cached_prefix(graph)
 
 
-def first_caches(contract: GraphContract, prefix: Prefix | None, batch: int) -> list[FloatArray]:
+def cached_scales(graph: ExportedGraph) -> KvScales | None:
+    """Return the scales of a graph's INT8 cache, None where it is in floating point; see ``artifacts``."""
+    if not graph.contract.quantized_cache:
+        return None
+    from cushion_deploy.artifacts import read_cached_scales
+
+    return read_cached_scales(graph)
+
+
+def first_caches(
+    contract: GraphContract, prefix: Prefix | None, batch: int, kv: KvScales | None = None
+) -> list[npt.NDArray[Any]]:
     """Return what every cache begins with, ``[B, K, P, D]`` by :func:`past_names`: the prefix, or nothing.
 
+    Args:
+        contract: of the graph.
+        prefix: what the cache begins with, where the contract says so.
+        batch: B.
+        kv: scales of an INT8 cache; needed where it begins with a prefix.
+
     Raises:
-        UsageError: the contract wants a prefix there, and none of that length is given.
+        UsageError: the contract wants a prefix there, and none of that length is given, or no scales for it.
     """
     found = prefix.length if prefix else 0
     if found != contract.prefix_slots:
@@ -106,10 +127,15 @@ def first_caches(contract: GraphContract, prefix: Prefix | None, batch: int) -> 
             f"every cache begins with a prefix of {contract.prefix_slots} positions, the given one has {found}",
             hint="open the graph with its prefix.safetensors beside it",
         )
-    dtype = NUMPY_TYPES[contract.dtype]
+    dtype = NUMPY_TYPES[contract.cache_dtype]
     if prefix is None:
         return [np.zeros((batch, contract.num_kv_heads, 0, contract.head_dim), dtype)] * (2 * contract.num_layers)
-    layers = (part[i] for i in range(contract.num_layers) for part in (prefix.keys, prefix.values))
+    parts: tuple[npt.NDArray[Any], npt.NDArray[Any]] = prefix.keys, prefix.values
+    if contract.quantized_cache:
+        if kv is None:
+            raise UsageError("an INT8 cache begins with a prefix, and its scales are missing", hint=_SCALES)
+        parts = kv.codes(prefix)
+    layers = (part[i] for i in range(contract.num_layers) for part in parts)
     return [np.ascontiguousarray(np.broadcast_to(x.astype(dtype), (batch, *x.shape))) for x in layers]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cushion_deploy.errors import CheckFailed, UsageError
+from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.runtime.caches import Caches, GrowingCaches, InPlaceCaches
 from cushion_deploy.runtime.cuda import Cuda, DeviceBuffer
 from cushion_deploy.runtime.cuda_graph import StepGraph
@@ -35,6 +36,7 @@ class TensorRtSession:
         contract: of the graph that the bundle holds; the plan may have another floating-point type.
         module: ``tensorrt_rtx`` or ``tensorrt``.
         prefix: what every cache begins with, where the contract says so.
+        kv: scales of an INT8 cache, for its prefix.
 
     Raises:
         MissingDependency: the library or a device is not there.
@@ -42,11 +44,18 @@ class TensorRtSession:
         UntrustedArtifact: the plan is not of a graph with this contract.
     """
 
-    def __init__(self, plan: bytes, contract: GraphContract, module: str, prefix: Prefix | None = None) -> None:
+    def __init__(
+        self,
+        plan: bytes,
+        contract: GraphContract,
+        module: str,
+        prefix: Prefix | None = None,
+        kv: KvScales | None = None,
+    ) -> None:
         """Deserialize the plan and allocate; the cache is empty."""
         self._buffers: list[DeviceBuffer] = []
         self._contexts: dict[int, Any] = {}
-        self._prefix, self._length = prefix, 0
+        self._prefix, self._kv, self._length = prefix, kv, 0
         self._rows: int | None = None
         self._plan: Plan | None = None
         self._graph: StepGraph | None = None
@@ -55,7 +64,7 @@ class TensorRtSession:
         try:
             self._plan = Plan(plan, contract, module)
             self.contract, self.profiles = self._plan.contract, self._plan.profiles
-            first_caches(self.contract, prefix, 1)
+            first_caches(self.contract, prefix, 1, kv)
             scratch = self._new(self._plan.scratch_bytes)
             self._contexts = {p.index: self._plan.context(p, self._cuda, scratch) for p in self.profiles}
             if self.contract.cache_capacity:
@@ -160,7 +169,7 @@ class TensorRtSession:
         self._logits = self._new(4 * batch * sequence * c.vocab_size)
         if c.cache_capacity:
             return InPlaceCaches(self._cuda, self._new, c, self._prefix, batch)
-        return GrowingCaches(self._cuda, self._new, c, self._prefix, batch, total)
+        return GrowingCaches(self._cuda, self._new, c, self._prefix, self._kv, batch, total)
 
     def _new(self, size: int) -> DeviceBuffer:
         self._buffers.append(self._cuda.allocate(size))

@@ -174,6 +174,10 @@ def test_set_null_stands_over_the_recipe(cli: Any, tmp_path: Path) -> None:
     assert "search.tau is null" in done.err
 
 
+TENSORRT = {"dtype": "float16", "max_batch": 1, "max_context": 2048, "max_prefill": 512}
+"""Defaults of a recipe."""
+
+
 def test_the_limits_of_tensorrt_are_settings_and_flags_stand_over_them(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("tensorrt: {max_batch: 3, max_context: 96}\n")
     done = cli("build", "--recipe", tmp_path / "r.yaml", "--max-context", 64, "--print-config")
@@ -212,7 +216,7 @@ def test_engines_are_compiled_within_the_limits_of_the_recipe(
         *("--output", tmp_path / "b", "--quiet"),
     )
     assert done.code == 0, done.err
-    assert verify_bundle(tmp_path / "b").recipe["tensorrt"] == {"max_batch": 2, "max_context": 96}
+    assert verify_bundle(tmp_path / "b").recipe["tensorrt"] == TENSORRT | {"max_batch": 2, "max_context": 96}
 
     engine = ("engine", tmp_path / "b", "--engine", "onnxruntime", "--work-dir", tiny_bundle.work)
     assert cli(*engine, "--output", tmp_path / "e").code == 0

@@ -118,7 +118,7 @@ class Runner:
         feed: dict[str, Any] = {}
         for i in self.session.get_inputs():
             if i.name.startswith("past"):
-                dtype = np.float16 if "float16" in i.type else np.float32
+                dtype = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(i.type, np.float32)
                 feed[i.name] = np.zeros((ids.shape[0], i.shape[1], 0, i.shape[3]), dtype)
         feed |= past or {}
         before = next(v.shape[2] for k, v in feed.items() if k.startswith("past"))

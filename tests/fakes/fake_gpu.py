@@ -19,7 +19,7 @@ import onnx
 import onnxruntime as ort
 from fake_graphs import FakeGraphs, Status, Work
 
-TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64)}
+TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64), 3: ("INT8", np.int8)}
 
 
 class Kind(Enum):
@@ -197,7 +197,7 @@ class Engine:
 
     def get_tensor_dtype(self, name: str) -> Any:
         kind = TYPES[self.tensors[name].type.tensor_type.elem_type][0]
-        return Enum("DataType", ["FLOAT", "HALF", "INT64"])[kind]
+        return Enum("DataType", ["FLOAT", "HALF", "INT64", "INT8"])[kind]
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
         shapes: list[list[int]] = self.plan["profiles"][profile_index][name]

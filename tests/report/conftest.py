@@ -146,6 +146,7 @@ _DATA: dict[str, Any] = {
         "sites": _sites(),
         "smoothing_alpha": 0.5,
     },
+    "kv_cache": None,
     "export": {
         "opset": 21,
         "linears": 210,

@@ -6,7 +6,9 @@ import pytest
 
 from cushion_deploy.report.document import Report
 from cushion_deploy.report.findings import (
+    cache_sentence,
     engines_sentence,
+    fused_attention_sentence,
     not_run_words,
     parity_sentence,
     perplexity_rows,
@@ -14,6 +16,8 @@ from cushion_deploy.report.findings import (
     tuning_sentence,
     verdict,
 )
+from cushion_deploy.report.html import render_html
+from cushion_deploy.report.terminal import summary_lines
 
 
 def _fail(data: dict[str, Any], index: int, value: float, site: str | None = None) -> None:
@@ -127,3 +131,50 @@ def test_a_tuning_that_brought_nothing_says_so(data: dict[str, Any]) -> None:
         "80 steps of tuning keys and values did not lower the cross-entropy on held-out text, so the prefix stayed as "
         "it was found."
     )
+
+
+def _with_cache(data: dict[str, Any], **changes: Any) -> Report:
+    cache = {
+        "scales": "per-head",
+        "with_prefix": False,
+        "bytes_a_token": 11520,
+        "float32_bytes_a_token": 46080,
+        "float_perplexity": 31.2,
+        **changes,
+    }
+    return Report.model_validate({**data, "kv_cache": cache})
+
+
+def test_an_int8_cache_tells_its_cost_and_its_size(data: dict[str, Any]) -> None:
+    assert cache_sentence(Report.model_validate(data)) == ""
+    # 31.6 / 31.2 = 1.01282
+    assert cache_sentence(_with_cache(data)) == (
+        "INT8, one scale per head, the prefix in floating point: perplexity 31.20 with a floating-point cache, "
+        "31.60 with this one (+1.3 %); 11.5 kB a token against 46.1 kB in float32."
+    )
+    other = cache_sentence(_with_cache(data, scales="per-tensor", with_prefix=True, float_perplexity=None))
+    assert other.startswith("INT8, one scale per tensor, the prefix quantized too: perplexity — with")
+    assert "%" not in other
+
+
+def test_attention_that_an_int8_cache_leaves_unfused_is_told(data: dict[str, Any]) -> None:
+    report = _with_cache(data)
+    onnx, plan = report.engines
+    assert fused_attention_sentence(report, onnx) == ""
+    assert fused_attention_sentence(report, plan) == "all 30 attentions are fused kernels, with the INT8 cache too"
+    data["engines"][1]["fused_attention"] = 28
+    report = _with_cache(data)
+    assert fused_attention_sentence(report, report.engines[1]).startswith("28 of 30 attentions are fused kernels with")
+    floating = Report.model_validate(data)
+    assert fused_attention_sentence(floating, floating.engines[1]) == ""
+
+
+def test_terminal_and_page_show_the_cache(data: dict[str, Any]) -> None:
+    report = _with_cache(data)
+    lines = " ".join(" ".join(summary_lines(report)).split())
+    assert "cache INT8, one scale per head, the prefix in floating point: perplexity 31.20" in lines
+    assert "all 30 attentions are fused kernels" in lines
+    page = render_html(report, {})
+    assert "The key/value cache is INT8, one scale per head" in page
+    assert "All 30 attentions are fused kernels, with the INT8 cache too." in page
+    assert "key/value cache is INT8" not in render_html(Report.model_validate(data), {})

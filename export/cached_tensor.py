@@ -1,0 +1,68 @@
+"""Keys or values of one layer in a finished graph with an INT8 cache: who writes them, who reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from cushion_deploy.export.linear import codes_name
+from cushion_deploy.types import Site
+
+
+@dataclass(frozen=True)
+class CachedTensor:
+    """One present of the cache; what a graph lacks is None or empty.
+
+    Attributes:
+        site: such as ``layers.3.kv.key``.
+        quantizer: the node that writes the codes of new tokens.
+        present: the graph output.
+        joins: operators and graph outputs that take those codes; one Concat with a past in a graph that is right.
+        readers: nodes that read the present; where all that does is one Transpose, those that read what it turned.
+    """
+
+    site: Site
+    quantizer: ir.Node | None
+    present: ir.Value | None
+    joins: tuple[ir.Node, ...]
+    readers: tuple[ir.Node, ...]
+
+    @classmethod
+    def find(cls, graph: ir.Graph, site: Site) -> CachedTensor:
+        """Look one up by its names."""
+        _, layer, _, part = site.split(".")
+        name = codes_name(site)
+        q = next((n for n in graph if n.op_type == "QuantizeLinear" and n.outputs[0].name == name), None)
+        present = next((value for value in graph.outputs if value.name == f"present.{layer}.{part}"), None)
+        readers = tuple(present.consumers()) if present else ()
+        if [reader.op_type for reader in readers] == ["Transpose"]:
+            readers = tuple(readers[0].outputs[0].consumers())
+        return cls(
+            site,
+            q,
+            present,
+            tuple(q.outputs[0].consumers()) if q else (),
+            readers,
+        )
+
+    @property
+    def past(self) -> ir.Value | None:
+        """The graph input that the codes are joined to."""
+        first = self.joins[0].inputs[0] if len(self.joins) == 1 else None
+        return first if first is not None and first.is_graph_input() else None
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """Its own Q and DQ, which rules of linears do not judge."""
+        own = [node for node in self.readers if node.op_type == "DequantizeLinear"]
+        return (*([self.quantizer] if self.quantizer else []), *own)
+
+    @property
+    def joined(self) -> bool:
+        """Whether the codes go behind the past of the same name into the present, and nowhere else."""
+        if self.present is None or self.past is None or len(self.joins) != 1:
+            return False
+        named = (self.present.name or "").replace("present", "past_key_values")
+        concat = self.joins[0]
+        return concat.op_type == "Concat" and concat.outputs[0] is self.present and self.past.name == named
