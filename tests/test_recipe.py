@@ -65,7 +65,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "evaluation": {"data": None, "window": 512, "max_tokens": 4096},
     "parity": {"data": None, "tokens": 256, "decode_tokens": 16},
-    "tensorrt": {"max_batch": 1, "max_context": 2048},
+    "tensorrt": {"dtype": "float16", "max_batch": 1, "max_context": 2048, "max_prefill": 512},
 }
 
 
