@@ -36,7 +36,8 @@ class Bench:
     Attributes:
         workload: what ran.
         times: by engine and type, e.g. ``onnxruntime, INT8``.
-        memory, files: peak resident bytes, and bytes on disk, of those that ran on the CPU.
+        memory: peak resident bytes on the CPU; bytes of device memory on a GPU.
+        files: bytes on disk of those that ran on the CPU.
         ratios: engine to INT8 against floating point on it; empty without float twins.
         not_run: engines of the bundle that did not run, and why.
     """
@@ -118,12 +119,13 @@ def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: 
                 not_run[engine] = f"not run: {e.message}"
                 for each in found.values():
                     each.close()
+    memory = {name: size for name, s in sessions.items() if (size := getattr(s, "device_bytes", 0))}
     try:
         times = time_sessions(sessions, workload, ws.progress)
     finally:
         for session in (*sessions.values(), *plans.values()):
             session.close()
-    memory = {name: peak_memory(graph, workload, threads) for name, graph in graphs.items()}
+    memory |= {name: peak_memory(graph, workload, threads) for name, graph in graphs.items()}
     ratios = {}
     for name in times:
         engine, _, kind = name.partition(", ")

@@ -37,13 +37,17 @@ class Cuda:
             ) from e
         self._pending: list[Any] = []
 
+    def free_bytes(self) -> int:
+        """Return how much device memory is free, as the driver counts it."""
+        return int(self._call("cudaMemGetInfo")[0])
+
     def allocate(self, size: int) -> DeviceBuffer:
         """Return device memory of at least one byte; raises CheckFailed when there is too little."""
         size = max(size, 1)
         try:
             return DeviceBuffer(self, int(self._call("cudaMalloc", size)), size)
         except CheckFailed as e:
-            free = self._call("cudaMemGetInfo")[0]
+            free = self.free_bytes()
             raise CheckFailed(
                 f"{size / 2**20:,.0f} MiB of device memory cannot be had, {free / 2**20:,.0f} MiB are free",
                 hint="compile the engine with a smaller --max-context or --max-batch, or free the device",

@@ -93,6 +93,11 @@ class Plan:
         self._configs.append(config)
         return config
 
+    def inspect(self) -> str:
+        """Return what the engine inspector says of the plan, as JSON."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
     def close(self) -> None:
         """Give the engine back; its contexts are gone before."""
         self._configs.clear()

@@ -31,6 +31,9 @@ class TensorRtSession:
     place, and its decode steps are launched as one CUDA graph. Otherwise keys and values lie in two sets of buffers: a
     step reads one and writes the other, and no step has the shapes of the one before.
 
+    Attributes:
+        device_bytes: device memory that opening took: weights, buffers, scratch.
+
     Args:
         plan: bytes of a plan whose digest stood in a verified manifest; deserializing runs code.
         contract: of the graph that the bundle holds; the plan may have another floating-point type.
@@ -61,6 +64,7 @@ class TensorRtSession:
         self._graph: StepGraph | None = None
         self._cuda = Cuda()
         self._open = True
+        free = self._cuda.free_bytes()
         try:
             self._plan = Plan(plan, contract, module)
             self.contract, self.profiles = self._plan.contract, self._plan.profiles
@@ -70,6 +74,7 @@ class TensorRtSession:
             if self.contract.cache_capacity:
                 self._graph = StepGraph(self._cuda)
             self._caches = self._allocate()
+            self.device_bytes = free - self._cuda.free_bytes()
         except BaseException:
             self.close()
             raise
@@ -78,6 +83,12 @@ class TensorRtSession:
     def length(self) -> int:
         """Tokens in the cache, padding included."""
         return self._length
+
+    def inspect(self) -> str:
+        """Return what the engine inspector says of the plan, for :mod:`cushion_deploy.engines.inspector`."""
+        if self._plan is None:
+            raise UsageError("the session is closed", hint="open the bundle again")
+        return self._plan.inspect()
 
     def reset(self) -> None:
         """Empty the cache."""

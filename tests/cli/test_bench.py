@@ -78,7 +78,8 @@ def test_a_plan_runs_beside_its_own_float_twin_or_says_why_not(
     def int8(bundle: Any, engine: str) -> Any:
         session = open_session(bundle.graph, threads=1)
         half = replace(session.contract, dtype="float16")
-        return SimpleNamespace(contract=half, run=session.run, reset=session.reset, close=session.close)
+        calls = {"run": session.run, "reset": session.reset, "close": session.close}
+        return SimpleNamespace(contract=half, device_bytes=12345, **calls)
 
     monkeypatch.setattr(benching, "open_engine", int8)
     monkeypatch.setattr(benching, "open_plan", stand_in)
@@ -88,6 +89,7 @@ def test_a_plan_runs_beside_its_own_float_twin_or_says_why_not(
     found = done.json
     assert {"tensorrt-rtx, INT8", "tensorrt-rtx, float16"} <= set(found["engines"])
     assert set(found["int8_against_float"]) == {"onnxruntime", "tensorrt-rtx"}
+    assert found["engines"]["tensorrt-rtx, INT8"]["peak_memory_bytes"] == 12345
     assert found["not_run"] == {}
     assert "tensorrt-rtx, float16" in cli("bench", bundle, *work, *SMALL).out
 

@@ -1,7 +1,8 @@
-"""Plans of TensorRT-RTX on a real device: what ONNX Runtime computes, without overflow, and how fast beside FP16."""
+"""Plans of TensorRT on a real device: what ONNX Runtime computes, without overflow, and how fast beside FP16."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,61 +10,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu_plans import IDS, Device, apart, graph_of
 
-from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.engines.inspector import read_inspection
+from cushion_deploy.engines.plan_report import PlanReport
 from cushion_deploy.evaluate.speed import Workload, compare, time_sessions
-from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.session import DecoderSession
 from cushion_deploy.runtime.tensorrt import TensorRtSession
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales, ExportedGraph, Prefix
-
-IDS = np.random.default_rng(0).integers(5, 300, (1, 48))
-LIMITS = {"max_batch": 2, "max_context": 200, "max_prefill": 64}
-
-
-def graph_of(model: LoadedModel, prefix: Prefix, folder: Path, dtype: Any, *, quantized: bool = True) -> ExportedGraph:
-    """Export a model with constant scales: what a plan computes does not depend on how good they are."""
-    scales = None
-    if quantized:
-        sites = dict.fromkeys(model.sites, 0.05)
-        digest = model.spec.weights_digest
-        scales = ActivationScales(sites, "max", digest, prefix.digest, corpus_digest="none", tokens=1)
-    folder.mkdir()
-    return export_graph(model.spec, model.weights, prefix, scales, QuantScheme(quantize_head=True), folder, dtype=dtype)
-
-
-def open_plan(graph: ExportedGraph, folder: Path, target: str) -> TensorRtSession:
-    """Compile a graph for the device and open the plan."""
-    folder.mkdir()
-    artifact = ENGINES["tensorrt-rtx"].compile(graph, folder, CompileOptions((target,), **LIMITS))
-    return TensorRtSession((folder / artifact.files[0]).read_bytes(), graph.contract, "tensorrt_rtx")
-
-
-def apart(found: Any, expected: Any) -> float:
-    """Return how far the logits of the median token are apart, as a share of their size (root mean square).
-
-    The median, because in a free run a single token may fall on the other side of many ties at once.
-    """
-    distance, size = ((x**2).mean(axis=-1) ** 0.5 for x in (found - expected, expected))
-    return float(np.median(distance / size))
+from cushion_deploy.types import Prefix
 
 
 @pytest.fixture(scope="module")
 def sessions(
-    target: str, tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+    device: Device, tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[DecoderSession, TensorRtSession]]:
     """Return the INT8 graph in ONNX Runtime, and its plan."""
     folder = tmp_path_factory.mktemp("plans")
     prefix = compute_prefix(tiny_model, (7, 1))
     expected = open_session(graph_of(tiny_model, prefix, folder / "float32", "float32"), threads=1)
     half = graph_of(tiny_model, prefix, folder / "float16", "float16")
-    with open_plan(half, folder / "plan", target) as session:
+    with device.open_plan(half, folder / "plan") as session:
         yield expected, session
 
 
@@ -84,7 +54,7 @@ def test_decoding_equals_prefill_on_the_device(sessions: Any) -> None:
     assert apart(steps, whole[:, 40:]) <= 0.1
 
 
-def test_no_accumulator_overflows(target: str, tiny_writer: Any, tmp_path: Path) -> None:
+def test_no_accumulator_overflows(device: Device, tiny_writer: Any, tmp_path: Path) -> None:
     def extreme(module: Any) -> None:
         for layer in module.model.layers:
             layer.mlp.down_proj.weight.fill_(0.01)  # every code is 127: a row of products adds up to 260 million
@@ -95,7 +65,7 @@ def test_no_accumulator_overflows(target: str, tiny_writer: Any, tmp_path: Path)
     model = load_folder(folder, resolve_source(str(folder)))
     empty = Prefix.empty(model.spec)
     expected = open_session(graph_of(model, empty, tmp_path / "float32", "float32"), threads=1)
-    with open_plan(graph_of(model, empty, tmp_path / "float16", "float16"), tmp_path / "plan", target) as session:
+    with device.open_plan(graph_of(model, empty, tmp_path / "float16", "float16"), tmp_path / "plan") as session:
         found, wanted = session.run(IDS, need_logits="all"), expected.run(IDS, need_logits="all")
     assert found is not None
     assert np.isfinite(found).all()
@@ -103,7 +73,7 @@ def test_no_accumulator_overflows(target: str, tiny_writer: Any, tmp_path: Path)
 
 
 def test_speed_beside_a_float16_plan(
-    target: str, tiny_writer: Any, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
+    device: Device, tiny_writer: Any, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     folder = tiny_writer(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=64)
@@ -111,15 +81,57 @@ def test_speed_beside_a_float16_plan(
     empty = Prefix.empty(model.spec)
     plain = graph_of(model, empty, tmp_path / "half", "float16", quantized=False)
     with (
-        open_plan(graph_of(model, empty, tmp_path / "int8", "float16"), tmp_path / "a", target) as int8,
-        open_plan(plain, tmp_path / "b", target) as half,
+        device.open_plan(graph_of(model, empty, tmp_path / "int8", "float16"), tmp_path / "a") as int8,
+        device.open_plan(plain, tmp_path / "b") as half,
     ):
         workload = Workload(64, 32, 1, 5)
         times = time_sessions({"int8": int8, "float16": half}, workload)
         ratio = compare(times["int8"], times["float16"], workload)
     for name in ("prefill", "decode"):
         record_property(name, getattr(ratio, name))
+    where = f"{device.flavour.product} on {device.target}"
     with capsys.disabled():
-        print(f"\nINT8 beside float16 on {target}: prefill {ratio.prefill:.2f} x, decode {ratio.decode:.2f} x")
+        print(f"\n{where}, INT8 beside float16: prefill {ratio.prefill:.2f} x, decode {ratio.decode:.2f} x")
     assert ratio.prefill > 0
     assert ratio.decode > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_plans_of_other_types_compute_the_same(
+    device: Device, dtype: str, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    prefix = compute_prefix(tiny_model, (7, 1))
+    expected = open_session(graph_of(tiny_model, prefix, tmp_path / "float32", "float32"), threads=1)
+    with device.open_plan(graph_of(tiny_model, prefix, tmp_path / "graph", dtype), tmp_path / "plan") as session:
+        found = session.run(IDS, need_logits="all")
+        assert session.contract.dtype == dtype
+    assert apart(found, expected.run(IDS, need_logits="all")) <= 0.2
+
+
+def test_scales_in_half_beside_scales_in_float32(
+    device: Device, tiny_model: LoadedModel, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Look here first on standard TensorRT: it may fuse scales otherwise than TensorRT-RTX does."""
+    empty, told = Prefix.empty(tiny_model.spec), {}
+    for scales in ("float32", "float16"):
+        graph = graph_of(tiny_model, empty, tmp_path / scales, "float16", scale_dtype=scales)
+        artifact = device.compile(graph, tmp_path / f"{scales}-plan")
+        details = artifact.details
+        told[scales] = {name: details[name] for name in ("kernels", "int8_gemms", "moves", "half_accumulators")}
+        record_property(scales, json.dumps(told[scales]))
+        assert artifact.int8_linears == artifact.linears
+    with capsys.disabled():
+        print(f"\n{device.flavour.product}, by type of scales: {json.dumps(told)}")
+    # The form that is deployed must never write a bare sum as half.
+    assert told["float32"]["half_accumulators"] == []
+
+
+def test_the_inspector_tells_what_the_build_log_told(device: Device, tiny_model: LoadedModel, tmp_path: Path) -> None:
+    if not device.flavour.ahead_of_time:
+        pytest.skip("the coverage of this flavour is counted by the inspector alone")
+    graph = graph_of(tiny_model, Prefix.empty(tiny_model.spec), tmp_path / "graph", "float16")
+    with device.open_plan(graph, tmp_path / "plan") as session:
+        found: PlanReport = read_inspection(session.inspect(), len(session.profiles), device.flavour.product)
+    details = json.loads((tmp_path / "plan" / "engine.json").read_text())["details"]
+    assert list(found.int8_gemms) == details["int8_gemms"]
+    assert list(found.half_accumulators) == details["half_accumulators"]

@@ -11,56 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu_plans import CONTEXT, IDS, Device, apart, graph_of
 
-from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.tensorrt import TensorRtSession
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales, ExportedGraph, Prefix
-
-IDS = np.random.default_rng(0).integers(5, 300, (1, 48))
-CONTEXT = 200
-
-
-def graph_of(model: LoadedModel, prefix: Prefix, folder: Path, dtype: Any, capacity: int) -> ExportedGraph:
-    """Export with the prefix in the cache and constant scales."""
-    digest, sites = model.spec.weights_digest, dict.fromkeys(model.sites, 0.05)
-    scales = ActivationScales(sites, "max", digest, prefix.digest, corpus_digest="none", tokens=1)
-    folder.mkdir()
-    given = model.spec, model.weights, prefix, scales, QuantScheme(quantize_head=True), folder
-    return export_graph(*given, dtype=dtype, prefix_in_cache=True, capacity=capacity)
-
-
-def open_plan(graph: ExportedGraph, prefix: Prefix, folder: Path, target: str) -> TensorRtSession:
-    """Compile a graph for the device and open the plan."""
-    folder.mkdir()
-    options = CompileOptions((target,), max_batch=2, max_context=CONTEXT, max_prefill=64)
-    artifact = ENGINES["tensorrt-rtx"].compile(graph, folder, options)
-    return TensorRtSession((folder / artifact.files[0]).read_bytes(), graph.contract, "tensorrt_rtx", prefix)
-
-
-def apart(found: Any, expected: Any) -> float:
-    """Return how far the logits of the median token are apart, as a share of their size (root mean square)."""
-    distance, size = ((x**2).mean(axis=-1) ** 0.5 for x in (found - expected, expected))
-    return float(np.median(distance / size))
 
 
 @pytest.fixture(scope="module")
 def plan(
-    target: str, tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+    device: Device, tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Any, TensorRtSession]]:
     """Return the growing graph in ONNX Runtime, and the plan of the static one."""
     folder = tmp_path_factory.mktemp("static")
     prefix = compute_prefix(tiny_model, (7, 1))
-    expected = open_session(graph_of(tiny_model, prefix, folder / "float32", "float32", 0), threads=1)
-    half = graph_of(tiny_model, prefix, folder / "float16", "float16", CONTEXT + prefix.length)
-    with open_plan(half, prefix, folder / "plan", target) as session:
-        yield expected, session
+    growing = graph_of(tiny_model, prefix, folder / "float32", "float32", prefix_in_cache=True)
+    form = {"prefix_in_cache": True, "capacity": CONTEXT + prefix.length}
+    with device.open_plan(
+        graph_of(tiny_model, prefix, folder / "float16", "float16", **form), folder / "plan", prefix
+    ) as session:
+        yield open_session(growing, threads=1), session
 
 
 @pytest.fixture
@@ -113,7 +85,7 @@ def test_a_left_padded_batch_is_its_rows(plan: Any) -> None:
 
 
 def test_the_speed_of_launches_beside_plain_steps(
-    target: str, tiny_writer: Any, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
+    device: Device, tiny_writer: Any, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     folder = tiny_writer(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=64)
@@ -121,14 +93,15 @@ def test_the_speed_of_launches_beside_plain_steps(
     prefix = compute_prefix(model, (7, 1))
     found = {}
     for name, capacity, graphs in (("launched", 202, True), ("plain", 202, False), ("growing", 0, False)):
-        graph = graph_of(model, prefix, tmp_path / name, "float16", capacity)
-        with open_plan(graph, prefix, tmp_path / f"{name}-plan", target) as session:
+        form = {"prefix_in_cache": True, "capacity": capacity}
+        graph = graph_of(model, prefix, tmp_path / name, "float16", **form)
+        with device.open_plan(graph, tmp_path / f"{name}-plan", prefix) as session:
             if not graphs:
                 session._graph = None
             found[name] = seconds_per_token(session)
         record_property(name, found[name])
     with capsys.disabled():
-        print(f"\ndecoding on {target}: " + ", ".join(f"{n} {1e3 * s:.3f} ms" for n, s in found.items()))
+        print(f"\ndecoding on {device.target}: " + ", ".join(f"{n} {1e3 * s:.3f} ms" for n, s in found.items()))
     assert all(seconds > 0 for seconds in found.values())
 
 

@@ -311,6 +311,10 @@ def test_a_bundle_without_the_engine_says_so(tiny: Any, bundle_path: Path) -> No
         open_engine(open_bundle(bundle_path), "tensorrt-rtx")
 
 
+def test_the_device_memory_of_a_session_is_what_the_driver_counts(session: Any, device: FakeTensorRt) -> None:
+    assert session.device_bytes == device.cuda.used > 0
+
+
 def test_the_contract_takes_the_plans_own_type(session: Any, graph: ExportedGraph) -> None:
     # And no more positions than the plan has room for: 60 tokens and the prefix.
     assert session.contract == replace(graph.contract, max_positions=60 + graph.contract.prefix_length)

@@ -1,0 +1,63 @@
+"""What tests for a GPU share: graphs with constant scales, plans for the device, how far logits lie apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.flavours import Flavour
+from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.export.folder import export_graph
+from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.runtime.tensorrt import TensorRtSession
+from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.types import ActivationScales, EngineArtifact, ExportedGraph, Prefix
+
+IDS = np.random.default_rng(0).integers(5, 300, (1, 48))
+CONTEXT = 200
+
+
+@dataclass(frozen=True)
+class Device:
+    """The first GPU, with one flavour of TensorRT on it; ``target`` is its compute capability, e.g. ``sm86``."""
+
+    flavour: Flavour
+    target: str
+
+    def compile(self, graph: ExportedGraph, folder: Path) -> EngineArtifact:
+        """Compile a graph for the device into a new folder."""
+        folder.mkdir()
+        options = CompileOptions((self.target,), max_batch=2, max_context=CONTEXT, max_prefill=64)
+        return ENGINES[self.flavour.name].compile(graph, folder, options)
+
+    def open_plan(self, graph: ExportedGraph, folder: Path, prefix: Prefix | None = None) -> TensorRtSession:
+        """Compile a graph for the device and open the plan; ``prefix`` is what its cache begins with."""
+        artifact = self.compile(graph, folder)
+        plan = (folder / artifact.files[0]).read_bytes()
+        return TensorRtSession(plan, graph.contract, self.flavour.module, prefix)
+
+
+def graph_of(
+    model: LoadedModel, prefix: Prefix, folder: Path, dtype: Any, *, quantized: bool = True, **form: Any
+) -> ExportedGraph:
+    """Export a model with constant scales: what a plan computes does not depend on how good they are."""
+    scales = None
+    if quantized:
+        digest, sites = model.spec.weights_digest, dict.fromkeys(model.sites, 0.05)
+        scales = ActivationScales(sites, "max", digest, prefix.digest, corpus_digest="none", tokens=1)
+    folder.mkdir()
+    given = model.spec, model.weights, prefix, scales, QuantScheme(quantize_head=True), folder
+    return export_graph(*given, dtype=dtype, **form)
+
+
+def apart(found: Any, expected: Any) -> float:
+    """Return how far the logits of the median token are apart, as a share of their size (root mean square).
+
+    The median, because in a free run a single token may fall on the other side of many ties at once.
+    """
+    distance, size = ((x**2).mean(axis=-1) ** 0.5 for x in (found - expected, expected))
+    return float(np.median(distance / size))
