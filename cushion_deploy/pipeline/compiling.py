@@ -10,7 +10,7 @@ from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.errors import UntrustedArtifact, require_modules
 from cushion_deploy.pipeline.prepare import read_deployed, require_model_of
 from cushion_deploy.pipeline.reporting import engine_row
-from cushion_deploy.pipeline.stages import plan_graph
+from cushion_deploy.pipeline.stages import plan_form, plan_graph
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.progress import elapsed
 from cushion_deploy.recipe import Recipe
@@ -63,7 +63,8 @@ def place_engine(artifact: EngineArtifact, folder: Path, bundle: Path) -> None:
 def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOptions, output: Path) -> EngineArtifact:
     """Publish a bundle with one engine more, or with another one in the place of the same engine.
 
-    The graph of another floating-point type is exported again from the original model; nothing else needs that.
+    A graph of another floating-point type, or with a static cache, is exported again from the original model; nothing
+    else needs that.
 
     Args:
         ws: the bundle's recipe; its model is the original.
@@ -84,9 +85,9 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
     require_publishable(output)
     with ws.store.lock():
         graph = bundle.graph
-        if engine.dtypes != (graph.contract.dtype,):
+        deployed = read_deployed(ws, bundle.path, graph)
+        if plan_form(ws, deployed, engine, graph.contract, options.max_context) != (graph.contract.dtype, 0):
             require_model_of(ws, bundle.path)
-            deployed = read_deployed(ws, bundle.path, graph)
             graph = plan_graph(ws, deployed, engine, graph, options.max_context)
         artifact, folder = compile_engine(ws, engine, graph, options)
         own = f"engines/{engine.name}/"

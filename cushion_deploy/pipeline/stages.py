@@ -18,7 +18,7 @@ from cushion_deploy.pipeline.prepare import Deployed, prepare
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import SearchTrace
 from cushion_deploy.progress import elapsed
-from cushion_deploy.types import PREFIX_FILE, Dtype, ExportedGraph, IntArray, ModelSpec, Prefix
+from cushion_deploy.types import PREFIX_FILE, Dtype, ExportedGraph, GraphContract, IntArray, ModelSpec, Prefix
 
 
 def search_prefix(ws: Workspace) -> tuple[Prefix, SearchTrace | None]:
@@ -119,18 +119,29 @@ def evaluate(ws: Workspace, deployed: Deployed) -> dict[str, Any]:
     return result
 
 
-def plan_graph(ws: Workspace, deployed: Deployed, engine: Engine, graph: ExportedGraph, context: int) -> ExportedGraph:
-    """Return the graph that an engine compiles: ``graph``, or one of the recipe's type of plans, in its stage folder.
+def plan_form(
+    ws: Workspace, deployed: Deployed, engine: Engine, contract: GraphContract, context: int
+) -> tuple[Dtype, int]:
+    """Return the floating-point type and the capacity of the cache that an engine's graph shall have; 0 lets it grow.
 
     Where the prefix is in the cache, that is in floating point, and the engine updates it in place, the cache is
     static: as long as ``context`` (without the prefix) and the model's positions allow.
+
+    Args:
+        ws, deployed, engine: what is compiled.
+        contract: of the bundle's graph.
+        context: longest context of the plan.
     """
-    prefix, capacity = deployed.prefix, 0
-    if ws.recipe.export.prefix == "cache" and prefix.length and engine.in_place_cache and not deployed.kv:
-        capacity = min(context + prefix.length, model_spec(ws).max_positions)
-    wanted = ws.recipe.tensorrt.dtype
-    dtype = wanted if wanted in engine.dtypes else engine.dtypes[0]
-    if dtype == graph.contract.dtype and not capacity:
+    wanted, length = ws.recipe.tensorrt.dtype, deployed.prefix.length
+    static = contract.prefix_slots > 0 and engine.in_place_cache and not deployed.kv
+    capacity = min(context + length, contract.max_positions) if static else 0
+    return wanted if wanted in engine.dtypes else engine.dtypes[0], capacity
+
+
+def plan_graph(ws: Workspace, deployed: Deployed, engine: Engine, graph: ExportedGraph, context: int) -> ExportedGraph:
+    """Return the graph that an engine compiles: the bundle's ``graph``, or one of another form, in its stage folder."""
+    dtype, capacity = plan_form(ws, deployed, engine, graph.contract, context)
+    if (dtype, capacity) == (graph.contract.dtype, 0):
         return graph
     return export(ws, deployed, dtype=dtype, name=dtype, capacity=capacity)
 

@@ -145,6 +145,16 @@ def test_a_plan_of_another_type_climbs_the_ladder(
     assert (f"{dtype} graph against the float32 graph" in rungs) == (dtype == "bfloat16")
 
 
+def test_a_float32_plan_needs_no_model(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    more = ("--targets", "sm86", "--max-context", 64, "--dtype", "fp32", "--model", tmp_path / "nowhere")
+    done = cli("engine", planted_bundle.bundle, "--engine", "tensorrt-rtx", *more, "-o", tmp_path / "e")
+    assert done.code == 0, done.err
+    graph = json.loads((planted_bundle.bundle / "export.json").read_text())
+    artifact = json.loads((tmp_path / "e" / "engines" / "tensorrt-rtx" / "engine.json").read_text())
+    assert artifact["parents"]["graph"] == graph["digest"]
+
+
 def test_an_engine_refuses_a_type_that_it_does_not_compile(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
     done = cli("engine", planted_bundle.bundle, "--engine", "onnxruntime", "--dtype", "bf16", "-o", tmp_path / "e")
     assert done.code == 2
