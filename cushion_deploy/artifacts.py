@@ -12,17 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.store import replace_file
-from cushion_deploy.types import (
-    KV_SCALES_FILE,
-    PREFIX_FILE,
-    ActivationScales,
-    ExportedGraph,
-    Prefix,
-    Site,
-    Smoothing,
-)
+from cushion_deploy.types import KV_SCALES_FILE, PREFIX_FILE, ActivationScales, Prefix, Site, Smoothing
 
 SCALES_FILE = "scales.json"
 SMOOTHING_FILE = "smoothing.safetensors"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from cushion_deploy.errors import MissingDependency
-from cushion_deploy.types import Dtype, EngineArtifact, ExportedGraph
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph
+from cushion_deploy.types import Dtype
 
 
 @dataclass(frozen=True)

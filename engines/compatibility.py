@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cushion_deploy.engines.probe import Probe
 from cushion_deploy.errors import CheckFailed, MissingDependency
-from cushion_deploy.types import EngineArtifact, ExportedGraph
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 
 
 @dataclass(frozen=True)

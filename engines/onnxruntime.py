@@ -19,8 +19,9 @@ import numpy as np
 
 from cushion_deploy.engines.base import CompileOptions, version_of
 from cushion_deploy.errors import CheckFailed
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 from cushion_deploy.store import require_space
-from cushion_deploy.types import Dtype, EngineArtifact, ExportedGraph, Site, digest_json
+from cushion_deploy.types import Dtype, Site, digest_json
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 SESSION_CONFIG = {

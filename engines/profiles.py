@@ -8,7 +8,7 @@ from typing import Any
 
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.errors import UsageError
-from cushion_deploy.types import GraphContract
+from cushion_deploy.graphs import GraphContract
 
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 """Shapes of an optimization profile: input name to smallest, optimal and largest."""

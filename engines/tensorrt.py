@@ -20,8 +20,9 @@ from cushion_deploy.engines.probe import Probe, probe
 from cushion_deploy.engines.profiles import Limits, Shapes, brief, profiles
 from cushion_deploy.engines.tensorrt_worker import PLAN, read_inspection_file, read_listing, run_worker
 from cushion_deploy.errors import MissingDependency
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 from cushion_deploy.store.files import disk_errors, replace_file, require_space
-from cushion_deploy.types import Dtype, EngineArtifact, ExportedGraph, digest_json
+from cushion_deploy.types import Dtype, digest_json
 
 REPORT = "engine.json"
 

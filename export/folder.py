@@ -15,6 +15,7 @@ from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rules import check_graph
 from cushion_deploy.families import get_family
 from cushion_deploy.folding import FoldedWeights
+from cushion_deploy.graphs import ExportedGraph, GraphContract
 from cushion_deploy.kv_scales import KvScales, kv_site
 from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import hash_file
@@ -23,8 +24,6 @@ from cushion_deploy.types import (
     PREFIX_FILE,
     ActivationScales,
     Dtype,
-    ExportedGraph,
-    GraphContract,
     ModelSpec,
     Prefix,
     Site,

@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cushion_deploy.checks import ParityCheck, ParityReport
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph, GraphContract
 from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.types import (
     ActivationScales,
-    EngineArtifact,
-    ExportedGraph,
-    GraphContract,
     ModelSpec,
-    ParityCheck,
-    ParityReport,
     Prefix,
     RotaryScaling,
     Site,

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.parity.segments import edited_session, first_past, show_input, token_inputs
-from cushion_deploy.types import HEAD_SITE, ExportedGraph, FloatArray, IntArray, Site
+from cushion_deploy.types import HEAD_SITE, FloatArray, IntArray, Site
 
 SiteInputs = Mapping[Site, FloatArray]
 INPUT_DIFFERENCE = 1e-3

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cushion_deploy.checks import ParityCheck
 from cushion_deploy.fakequant import Int8Array
+from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.kv_scales import KvScales, kv_site
-from cushion_deploy.types import ActivationScales, ExportedGraph, FloatArray, ParityCheck, Site
+from cushion_deploy.types import ActivationScales, FloatArray, Site
 
 LinearWeights = tuple[Site, Int8Array, FloatArray]
 

@@ -15,6 +15,7 @@ from cushion_deploy.engines.flavours import FLAVOURS
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, peak_memory, time_sessions
+from cushion_deploy.graphs import EngineArtifact
 from cushion_deploy.pipeline.prepare import read_deployed
 from cushion_deploy.pipeline.stages import export
 from cushion_deploy.pipeline.workspace import Workspace
@@ -22,7 +23,6 @@ from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.engine import REPORT, open_engine, open_plan, read_engine
 from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.session import DecoderSession
-from cushion_deploy.types import EngineArtifact
 
 CPU_ENGINE, INT8 = "onnxruntime", "INT8"
 FASTER = 1.02

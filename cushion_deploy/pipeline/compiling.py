@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.errors import UntrustedArtifact, require_modules
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 from cushion_deploy.pipeline.prepare import read_deployed, require_model_of
 from cushion_deploy.pipeline.reporting import engine_row
 from cushion_deploy.pipeline.stages import plan_form, plan_graph
@@ -19,7 +20,6 @@ from cushion_deploy.report.document import Engine as EngineRow
 from cushion_deploy.report.write import write_report
 from cushion_deploy.runtime.bundle import Bundle, verify_graph
 from cushion_deploy.store import hash_file, place, publish, recover, require_publishable, staging_area
-from cushion_deploy.types import EngineArtifact, ExportedGraph
 
 LINKED_BYTES = 64 << 20
 """An engine's file of this size or more shares its bytes with the work folder; smaller ones may be edited: copied."""

@@ -10,12 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cushion_deploy.checks import ParityCheck, ParityReport
 from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 from cushion_deploy.pipeline.prepare import Deployed, read_deployed, require_model_of
 from cushion_deploy.pipeline.stages import evaluation_windows, export, export_deployed
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.store import require_space
-from cushion_deploy.types import EngineArtifact, ExportedGraph, ParityCheck, ParityReport, Site
+from cushion_deploy.types import Site
 
 
 @dataclass(frozen=True)

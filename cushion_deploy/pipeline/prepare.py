@@ -23,6 +23,7 @@ from cushion_deploy.artifacts import (
     write_smoothing,
 )
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
@@ -34,7 +35,6 @@ from cushion_deploy.types import (
     KV_SCALES_FILE,
     PREFIX_FILE,
     ActivationScales,
-    ExportedGraph,
     IntArray,
     Prefix,
     Site,

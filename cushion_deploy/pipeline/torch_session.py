@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from cushion_deploy.errors import UsageError
+from cushion_deploy.graphs import GraphContract
 from cushion_deploy.modeling.forward import KeysValues, cache_of, prefix_tensors
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.runtime.session import NeedLogits, context_limit, require_kept
-from cushion_deploy.types import FloatArray, GraphContract, IntArray, Prefix
+from cushion_deploy.types import FloatArray, IntArray, Prefix
 
 
 class TorchSession:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
 
+from cushion_deploy.graphs import GraphContract
 from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.runtime.cuda import Cuda, DeviceBuffer
 from cushion_deploy.runtime.session import CACHE_BYTES, bfloat16_bits, first_caches, past_names
-from cushion_deploy.types import GraphContract, Prefix
+from cushion_deploy.types import Prefix
 
 Allocate = Callable[[int], DeviceBuffer]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cushion_deploy.engines.onnxruntime import SESSION_CONFIG
-from cushion_deploy.types import GraphContract
+from cushion_deploy.graphs import GraphContract
 
 GENAI_NAME = "genai_config.json"
 DECODER = "llama"

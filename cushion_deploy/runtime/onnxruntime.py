@@ -12,6 +12,7 @@ import numpy as np
 
 from cushion_deploy.engines.onnxruntime import SESSION_CONFIG
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
+from cushion_deploy.graphs import ExportedGraph, GraphContract
 from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.runtime.session import (
     INPUTS,
@@ -23,7 +24,7 @@ from cushion_deploy.runtime.session import (
     past_names,
     require_kept,
 )
-from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract, IntArray, Prefix
+from cushion_deploy.types import FloatArray, IntArray, Prefix
 
 CPU = "CPUExecutionProvider"
 PROVIDERS = {

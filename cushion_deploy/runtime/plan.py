@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact
+from cushion_deploy.graphs import GraphContract
 from cushion_deploy.runtime.cuda import Cuda, DeviceBuffer
 from cushion_deploy.runtime.profiles import CACHE, Profile, read_profiles
 from cushion_deploy.runtime.session import INPUTS, past_names
-from cushion_deploy.types import Dtype, GraphContract
+from cushion_deploy.types import Dtype
 
 REBUILD = "compile the engine again here: `cushion-deploy build ... --engine {engine}`"
 WRITE_INDICES = "write_indices"

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.types import ExportedGraph, FloatArray, GraphContract, IntArray, Prefix
+from cushion_deploy.graphs import ExportedGraph, GraphContract
+from cushion_deploy.types import FloatArray, IntArray, Prefix
 
 if TYPE_CHECKING:
     from cushion_deploy.kv_scales import KvScales

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cushion_deploy.errors import CheckFailed, UsageError
+from cushion_deploy.graphs import GraphContract
 from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.runtime.caches import Caches, GrowingCaches, InPlaceCaches
 from cushion_deploy.runtime.cuda import Cuda, DeviceBuffer
@@ -21,7 +22,7 @@ from cushion_deploy.runtime.cuda_graph import StepGraph
 from cushion_deploy.runtime.plan import WRITE_INDICES, Plan
 from cushion_deploy.runtime.profiles import Profile
 from cushion_deploy.runtime.session import INPUTS, NeedLogits, checked_inputs, first_caches, require_kept
-from cushion_deploy.types import FloatArray, GraphContract, IntArray, Prefix
+from cushion_deploy.types import FloatArray, IntArray, Prefix
 
 
 class TensorRtSession:

@@ -20,7 +20,7 @@ from cushion_deploy.engines import onnxruntime as engine_file
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime import SESSION_CONFIG, OnnxRuntimeCpu, read_coverage
 from cushion_deploy.errors import CheckFailed, ExitCode, MissingDependency
-from cushion_deploy.types import EngineArtifact, ExportedGraph
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 
 STRICT = CompileOptions()
 LAYERS = 3

@@ -34,18 +34,9 @@ from cushion_deploy.engines.tensorrt_worker import run_worker
 from cushion_deploy.errors import CheckFailed, MissingDependency, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.families import get_family
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph, GraphContract
 from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import (
-    ActivationScales,
-    EngineArtifact,
-    ExportedGraph,
-    FloatArray,
-    GraphContract,
-    ModelSpec,
-    Prefix,
-    RotaryScaling,
-    Site,
-)
+from cushion_deploy.types import ActivationScales, FloatArray, ModelSpec, Prefix, RotaryScaling, Site
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 2, 4, 2, 16, 64, 128, 256
 LIMITS = CompileOptions(max_context=64, max_prefill=16, targets=("sm86",))

@@ -17,11 +17,12 @@ from onnx import TensorProto, helper
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.export.rules import RULES, check_graph
+from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.kv_scales import KvScales, kv_site
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ExportedGraph, Prefix, Site
+from cushion_deploy.types import Prefix, Site
 
 TOKENS = (7, 1, 100)
 FIRST, VALUE = kv_site(0, "value"), kv_site(1, "value")

@@ -13,9 +13,9 @@ import pytest
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.export.folder import STATIC_OPSET, export_graph
 from cushion_deploy.export.rules import RULES, check_graph
+from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ExportedGraph
 
 TOKENS = (7, 1, 100)
 CAPACITY = 64

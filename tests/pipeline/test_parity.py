@@ -22,14 +22,15 @@ from cushion_deploy.artifacts import (
     write_scales,
     write_smoothing,
 )
+from cushion_deploy.checks import ParityReport
 from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 from cushion_deploy.pipeline.parity import check_bundle, check_parity, plan_graphs
 from cushion_deploy.pipeline.prepare import Deployed, prepare
 from cushion_deploy.pipeline.stages import export, plan_graph, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
-from cushion_deploy.types import EngineArtifact, ExportedGraph, ParityReport
 
 RUNGS = [
     "scales in the graph against scales.json",

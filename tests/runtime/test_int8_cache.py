@@ -14,6 +14,7 @@ from fake_gpu import FakeTensorRt
 from cushion_deploy.artifacts import read_kv_scales, write_kv_scales
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
+from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
@@ -21,7 +22,7 @@ from cushion_deploy.runtime import OnnxRuntimeSession, open_session
 from cushion_deploy.runtime.engine import open_plan
 from cushion_deploy.runtime.session import first_caches
 from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import KV_SCALES_FILE, ExportedGraph
+from cushion_deploy.types import KV_SCALES_FILE
 
 from .test_tensorrt import close, device, plan_of  # noqa: F401 (a fixture)
 

@@ -16,10 +16,10 @@ from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.profiles import Limits, profiles
 from cushion_deploy.errors import CheckFailed, UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
+from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.tensorrt import TensorRtSession
 from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ExportedGraph
 
 pytestmark = pytest.mark.parametrize("tiny", ["cache"], indirect=True)
 CONTEXT = 60

@@ -20,6 +20,7 @@ from cushion_deploy.engines.probe import Probe
 from cushion_deploy.engines.profiles import Limits, profiles
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
+from cushion_deploy.graphs import EngineArtifact, ExportedGraph, GraphContract
 from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.runtime.cuda import Cuda
 from cushion_deploy.runtime.engine import open_engine, read_engine
@@ -27,7 +28,6 @@ from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.tensorrt import TensorRtSession
 from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import publish, staging_area
-from cushion_deploy.types import EngineArtifact, ExportedGraph, GraphContract
 
 ONE = pytest.mark.parametrize(("tiny", "graph"), [("baked", "float16")], indirect=True)
 """For tests of what every bundle has in common."""
