@@ -1,7 +1,7 @@
 """The nouns that stages hand to each other: model, prefix, scales. Standard library and numpy only.
 
-What is exported and compiled stands in ``graphs.py``, what parity says in ``checks.py``. Every artifact records the digests of its parents, so that a stage can refuse an
-input that belongs to another model, prefix or scheme.
+What is exported and compiled stands in ``graphs.py``, what parity says in ``checks.py``. Every artifact records the
+digests of its parents, so that a stage can refuse an input that belongs to another model, prefix or scheme.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,22 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cushion_deploy.errors import CheckFailed
-from cushion_deploy.export.cached_tensor import CachedTensor
 from cushion_deploy.export.linear import codes_name
+from cushion_deploy.export.quantized_graph import (
+    DQ,
+    PRODUCTS,
+    Q,
+    QuantizedGraph,
+    attribute_of,
+    dq_above,
+    dq_of,
+    is_attention,
+    name_of,
+    stored,
+)
 from cushion_deploy.types import Site
 
-Q, DQ = "QuantizeLinear", "DequantizeLinear"
-PRODUCTS = frozenset({"MatMul", "Gemm"})
 REJECTED = frozenset({"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"})
-MOVERS = frozenset(
-    {"Cast", "Concat", "Expand", "Identity", "Mul", "Reshape", "Slice", "Split", "Squeeze", "TensorScatter"}
-    | {"Transpose", "Unsqueeze"}
-)
-"""Operators that may stand between a DQ and an attention MatMul without making it another tensor's business."""
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -42,51 +45,6 @@ class Violation:
     def __str__(self) -> str:
         """Put the three into one line."""
         return f"{self.node}: {self.found}; {self.remedy}"
-
-
-@dataclass(frozen=True)
-class QuantizedGraph:
-    """A model with the Sites that it should quantize and the parts of an INT8 cache, sorted for the rules."""
-
-    model: ir.Model
-    sites: frozenset[Site]
-    cache: frozenset[Site] = frozenset()
-    scale_dtype: ir.DataType = ir.DataType.FLOAT
-
-    @cached_property
-    def nodes(self) -> list[ir.Node]:
-        """Every node, those of subgraphs included."""
-        return list(ir.traversal.RecursiveGraphIterator(self.model.graph))
-
-    def of(self, *op_types: str) -> list[ir.Node]:
-        """Return the nodes of the given operators of the standard domain."""
-        return [node for node in self.nodes if node.op_type in op_types and node.domain == ""]
-
-    @cached_property
-    def products(self) -> list[ir.Node]:
-        """Products with a DQ on at least one operand that are no attention: the quantized linears."""
-        return [node for node in self.of(*PRODUCTS) if not _is_attention(node) and any(map(_dq_of, node.inputs[:2]))]
-
-    @cached_property
-    def weights(self) -> list[tuple[ir.Node, ir.Node]]:
-        """Each quantized product with the DQ of its weight, where it has one."""
-        return [(node, dq) for node in self.products if (dq := _dq_of(node.inputs[1])) is not None]
-
-    @cached_property
-    def activations(self) -> list[ir.Node]:
-        """Every Q, and every DQ that is not on a stored tensor; those of the cache left out."""
-        nodes = [n for n in self.of(Q, DQ) if n not in self.cache_nodes]
-        return [n for n in nodes if n.op_type == Q or _stored(n.inputs[0]) is None]
-
-    @cached_property
-    def cached(self) -> list[CachedTensor]:
-        """Every part of the INT8 cache, as far as it is there."""
-        return [CachedTensor.find(self.model.graph, site) for site in sorted(self.cache)]
-
-    @cached_property
-    def cache_nodes(self) -> frozenset[ir.Node]:
-        """Q and DQ of the cache."""
-        return frozenset(node for tensor in self.cached for node in tensor.nodes)
 
 
 Rule = Callable[[QuantizedGraph], Iterator[Violation]]
@@ -128,9 +86,11 @@ def standard_operators(graph: QuantizedGraph) -> Iterator[Violation]:
         yield Violation(function.name, "is a local function", "write its nodes into the graph")
     for node in graph.nodes:
         if node.domain != "":
-            yield Violation(_name(node), f"is {node.domain}::{node.op_type}", "use operators of the standard domain")
+            yield Violation(name_of(node), f"is {node.domain}::{node.op_type}", "use operators of the standard domain")
         elif node.op_type in REJECTED:
-            yield Violation(_name(node), f"is {node.op_type}", "use QuantizeLinear and DequantizeLinear around MatMul")
+            yield Violation(
+                name_of(node), f"is {node.op_type}", "use QuantizeLinear and DequantizeLinear around MatMul"
+            )
 
 
 def sites_exactly(graph: QuantizedGraph) -> Iterator[Violation]:
@@ -142,7 +102,9 @@ def sites_exactly(graph: QuantizedGraph) -> Iterator[Violation]:
         if name in expected:
             found[name] = node
         else:
-            yield Violation(_name(node), f"quantizes to '{name}', which is no Site's tensor", "quantize at Sites only")
+            yield Violation(
+                name_of(node), f"quantizes to '{name}', which is no Site's tensor", "quantize at Sites only"
+            )
     for name in sorted(expected.keys() - found.keys()):
         yield Violation(f"Site {expected[name]}", f"has no {Q} writing '{name}'", "add Q and DQ before its MatMul")
 
@@ -156,7 +118,7 @@ def one_consumer(graph: QuantizedGraph) -> Iterator[Violation]:
         kinds = [user.op_type for user in users] + ["graph output"] * node.outputs[0].is_graph_output()
         if kinds != [DQ]:
             yield Violation(
-                _name(node),
+                name_of(node),
                 f"has consumers {', '.join(kinds) or '(none)'}, expected one {DQ}",
                 "pack the linears that share this input into one MatMul",
             )
@@ -166,7 +128,7 @@ def one_consumer(graph: QuantizedGraph) -> Iterator[Violation]:
         others = [u for u in node.outputs[0].consumers() if u.op_type not in PRODUCTS]
         if others or not node.outputs[0].consumers():
             kinds = [user.op_type for user in others]
-            yield Violation(_name(node), f"feeds {', '.join(kinds) or 'nothing'}", "let it feed one MatMul")
+            yield Violation(name_of(node), f"feeds {', '.join(kinds) or 'nothing'}", "let it feed one MatMul")
 
 
 def zero_points(graph: QuantizedGraph) -> Iterator[Violation]:
@@ -176,99 +138,101 @@ def zero_points(graph: QuantizedGraph) -> Iterator[Violation]:
         zero = node.inputs[2] if len(node.inputs) > 2 else None
         if zero is None:
             if node.op_type == Q:
-                yield Violation(_name(node), "has no zero point and quantizes to uint8", remedy)
+                yield Violation(name_of(node), "has no zero point and quantizes to uint8", remedy)
             continue
-        tensor = _stored(zero)
+        tensor = stored(zero)
         if tensor is None:
-            yield Violation(_name(node), f"computes its zero point '{zero.name}'", remedy)
+            yield Violation(name_of(node), f"computes its zero point '{zero.name}'", remedy)
         elif tensor.dtype != ir.DataType.INT8:
-            yield Violation(_name(node), f"has a zero point of type {tensor.dtype.name}", remedy)
+            yield Violation(name_of(node), f"has a zero point of type {tensor.dtype.name}", remedy)
         elif tensor.numpy().any():
             worst = int(np.abs(tensor.numpy().astype(np.int64)).max())
-            yield Violation(_name(node), f"has a zero point other than 0 (up to {worst} in magnitude)", remedy)
+            yield Violation(name_of(node), f"has a zero point other than 0 (up to {worst} in magnitude)", remedy)
 
 
 def activation_scales(graph: QuantizedGraph) -> Iterator[Violation]:
     """The scale of an activation is one stored scalar, the same on Q and DQ."""
     for node in graph.activations:
-        tensor = _stored(node.inputs[1])
+        tensor = stored(node.inputs[1])
         if tensor is None:
-            yield Violation(_name(node), "takes its scale from a computed value or a graph input", "store the scale")
+            yield Violation(name_of(node), "takes its scale from a computed value or a graph input", "store the scale")
             continue
         if tensor.dtype != graph.scale_dtype:
             remedy = f"store the scale as {graph.scale_dtype.name}"
-            yield Violation(_name(node), f"has a scale of type {tensor.dtype.name}", remedy)
+            yield Violation(name_of(node), f"has a scale of type {tensor.dtype.name}", remedy)
         if len(tensor.shape) != 0:
             shape = list(tensor.shape.numpy())
-            yield Violation(_name(node), f"has a scale of shape {shape}", "use one scalar scale for the whole tensor")
+            yield Violation(name_of(node), f"has a scale of shape {shape}", "use one scalar scale for the whole tensor")
         if problem := _unusable(tensor.numpy()):
-            yield Violation(_name(node), f"has {problem}", "calibrate this Site again")
+            yield Violation(name_of(node), f"has {problem}", "calibrate this Site again")
         source = node.inputs[0].producer() if node.inputs[0] else None
         if node.op_type == DQ and source is not None and source.op_type == Q:
-            other = _stored(source.inputs[1])
+            other = stored(source.inputs[1])
             if other is not None and not np.array_equal(other.numpy(), tensor.numpy()):
-                yield Violation(_name(node), f"has another scale than {_name(source)}", "use one scale for both")
+                yield Violation(name_of(node), f"has another scale than {name_of(source)}", "use one scale for both")
 
 
 def weight_codes(graph: QuantizedGraph) -> Iterator[Violation]:
     """A quantized weight is stored as int8 ``[in, out]``, never quantized inside the graph."""
     for _, dq in graph.weights:
-        tensor = _stored(dq.inputs[0])
+        tensor = stored(dq.inputs[0])
         if tensor is None:
-            yield Violation(_name(dq), "reads a weight that is not stored", "store the codes as an int8 initializer")
+            yield Violation(name_of(dq), "reads a weight that is not stored", "store the codes as an int8 initializer")
         elif tensor.dtype != ir.DataType.INT8:
-            yield Violation(_name(dq), f"reads a weight of type {tensor.dtype.name}", "store the codes as int8")
+            yield Violation(name_of(dq), f"reads a weight of type {tensor.dtype.name}", "store the codes as int8")
         elif len(tensor.shape) != 2:
-            yield Violation(_name(dq), f"reads a weight of {len(tensor.shape)} dimensions", "store it as [in, out]")
+            yield Violation(name_of(dq), f"reads a weight of {len(tensor.shape)} dimensions", "store it as [in, out]")
 
 
 def weight_scales(graph: QuantizedGraph) -> Iterator[Violation]:
     """The scale of a weight is stored, one for each output channel, along the output axis."""
     for product, dq in graph.weights:
-        codes, scale = _stored(dq.inputs[0]), _stored(dq.inputs[1])
+        codes, scale = stored(dq.inputs[0]), stored(dq.inputs[1])
         if scale is None:
-            yield Violation(_name(dq), "takes its scale from a computed value or a graph input", "store the scales")
+            yield Violation(name_of(dq), "takes its scale from a computed value or a graph input", "store the scales")
             continue
         if scale.dtype != graph.scale_dtype:
             remedy = f"store the scales as {graph.scale_dtype.name}"
-            yield Violation(_name(dq), f"has scales of type {scale.dtype.name}", remedy)
-        output_axis = 0 if _int(product, "transB", 0) else 1
+            yield Violation(name_of(dq), f"has scales of type {scale.dtype.name}", remedy)
+        output_axis = 0 if attribute_of(product, "transB", 0) else 1
         if len(scale.shape) != 1:
-            yield Violation(_name(dq), f"has a scale of {len(scale.shape)} dimensions", "use one per output channel")
+            yield Violation(name_of(dq), f"has a scale of {len(scale.shape)} dimensions", "use one per output channel")
         elif codes is not None and len(codes.shape) == 2:
-            axis = _int(dq, "axis", 1) % 2
+            axis = attribute_of(dq, "axis", 1) % 2
             length, expected = scale.shape[0], codes.shape[output_axis]
             if axis != output_axis:
                 remedy = f"set axis={output_axis}: TensorRT drops INT8 without a word"
-                yield Violation(_name(dq), f"scales the contracting axis {axis}", remedy)
+                yield Violation(name_of(dq), f"scales the contracting axis {axis}", remedy)
             elif length != expected:
-                yield Violation(_name(dq), f"has {length} scales for {expected} output channels", "store one for each")
+                yield Violation(
+                    name_of(dq), f"has {length} scales for {expected} output channels", "store one for each"
+                )
         if problem := _unusable(scale.numpy()):
-            yield Violation(_name(dq), f"has {problem}", "quantize this weight again")
+            yield Violation(name_of(dq), f"has {problem}", "quantize this weight again")
 
 
 def both_operands(graph: QuantizedGraph) -> Iterator[Violation]:
     """A product with one operand behind a DQ has both behind one: activation from a Q, weight stored."""
     for node in graph.products:
         for side, value in zip(("first", "second"), node.inputs[:2], strict=True):
-            if _dq_of(value) is None:
+            if dq_of(value) is None:
                 yield Violation(
-                    _name(node), f"has its {side} operand in floating point", "put DQ on both operands or on none"
+                    name_of(node), f"has its {side} operand in floating point", "put DQ on both operands or on none"
                 )
-        dq = _dq_of(node.inputs[0])
+        dq = dq_of(node.inputs[0])
         source = dq.inputs[0].producer() if dq is not None and dq.inputs[0] is not None else None
         if dq is not None and (source is None or source.op_type != Q):
-            yield Violation(_name(node), "has an activation that no Q wrote", "put Q and DQ on its input")
+            yield Violation(name_of(node), "has an activation that no Q wrote", "put Q and DQ on its input")
 
 
 def float_attention(graph: QuantizedGraph) -> Iterator[Violation]:
     """No attention has Q/DQ on an input, as two MatMul or as one operator: it would break the fused kernel."""
     for node in graph.of("MatMul", "Attention"):
-        if not _is_attention(node):
+        if not is_attention(node):
             continue
         for value in node.inputs:
-            if (dq := _dq_above(value, graph.cache_nodes)) is not None:
-                yield Violation(_name(node), f"reads {_name(dq)}", "leave attention in floating point")
+            if (dq := dq_above(value, graph.cache_nodes)) is not None:
+                yield Violation(name_of(node), f"reads {name_of(dq)}", "leave attention in floating point")
 
 
 def cache_codes(graph: QuantizedGraph) -> Iterator[Violation]:
@@ -294,24 +258,26 @@ def cache_codes(graph: QuantizedGraph) -> Iterator[Violation]:
 
 
 def _cache_scale(q: ir.Node, dq: ir.Node, heads: Any) -> Iterator[Violation]:
-    scales = [_stored(node.inputs[1]) for node in (q, dq)]
+    scales = [stored(node.inputs[1]) for node in (q, dq)]
     for node, scale in zip((q, dq), scales, strict=True):
         if scale is None:
-            yield Violation(_name(node), "takes its scale from a computed value or a graph input", "store the scale")
+            yield Violation(name_of(node), "takes its scale from a computed value or a graph input", "store the scale")
         elif scale.dtype != ir.DataType.FLOAT:
-            yield Violation(_name(node), f"has a scale of type {scale.dtype.name}", "store the scale as float32")
-        elif tuple(scale.shape.numpy()) not in ((), (heads,)) or (len(scale.shape) and _int(node, "axis", 1) != 1):
-            yield Violation(_name(node), "has a scale along another axis than the heads", "use a scalar, or axis=1")
+            yield Violation(name_of(node), f"has a scale of type {scale.dtype.name}", "store the scale as float32")
+        elif tuple(scale.shape.numpy()) not in ((), (heads,)) or (
+            len(scale.shape) and attribute_of(node, "axis", 1) != 1
+        ):
+            yield Violation(name_of(node), "has a scale along another axis than the heads", "use a scalar, or axis=1")
         elif problem := _unusable(scale.numpy()):
-            yield Violation(_name(node), f"has {problem}", "calibrate the cache again")
+            yield Violation(name_of(node), f"has {problem}", "calibrate the cache again")
     first, second = scales
     if first is not None and second is not None and not np.array_equal(first.numpy(), second.numpy()):
-        yield Violation(_name(dq), f"has another scale than {_name(q)}", "use one scale for both")
+        yield Violation(name_of(dq), f"has another scale than {name_of(q)}", "use one scale for both")
 
 
 def no_float_twin(graph: QuantizedGraph) -> Iterator[Violation]:
     """No quantized weight is stored a second time in floating point."""
-    shapes = {tuple(codes.shape.numpy()) for _, dq in graph.weights if (codes := _stored(dq.inputs[0])) is not None}
+    shapes = {tuple(codes.shape.numpy()) for _, dq in graph.weights if (codes := stored(dq.inputs[0])) is not None}
     shapes |= {shape[::-1] for shape in shapes}
     twins = {f"{site}.weight" for site in graph.sites}
     for name, value in graph.model.graph.initializers.items():
@@ -336,58 +302,6 @@ RULES: dict[str, Rule] = {
     "cache-codes": cache_codes,
     "no-float-twin": no_float_twin,
 }
-
-
-def _name(node: ir.Node) -> str:
-    return node.name or f"(unnamed {node.op_type})"
-
-
-def _int(node: ir.Node, attribute: str, default: int) -> int:
-    found = node.attributes.get(attribute)
-    return default if found is None else found.as_int()
-
-
-def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """Return the tensor of a value that is fixed in the file; an initializer that a caller may override is not."""
-    if value is None or value.is_graph_input():
-        return None
-    return ir.convenience.get_const_tensor(value)
-
-
-def _dq_of(value: ir.Value | None) -> ir.Node | None:
-    producer = None if value is None else value.producer()
-    return producer if producer is not None and producer.op_type == DQ and producer.domain == "" else None
-
-
-def _is_attention(node: ir.Node) -> bool:
-    """Whether both operands of a product are computed: neither is stored, nor made from stored codes or a weight."""
-    return not any(_comes_from_store(value) for value in node.inputs[:2])
-
-
-def _comes_from_store(value: ir.Value | None) -> bool:
-    while value is not None:
-        if _stored(value) is not None:
-            return True
-        producer = value.producer()
-        if producer is None or producer.op_type not in {DQ, Q, "Transpose", "Cast", "Identity", "Reshape"}:
-            return False
-        value = producer.inputs[0]
-    return False
-
-
-def _dq_above(value: ir.Value | None, besides: Collection[ir.Node] = ()) -> ir.Node | None:
-    """Return a Q or DQ, others than ``besides``, that reaches a value through operators which move or scale data."""
-    pending, seen = [value], set[str]()
-    while pending:
-        producer = None if (current := pending.pop()) is None else current.producer()
-        if producer is None or producer in besides or _name(producer) in seen:
-            continue
-        seen.add(_name(producer))
-        if producer.op_type in (Q, DQ):
-            return producer
-        if producer.op_type in MOVERS:
-            pending.extend(producer.inputs)
-    return None
 
 
 def _unusable(scales: npt.NDArray[np.generic]) -> str | None:

@@ -1,0 +1,120 @@
+"""A finished graph as its rules see it: quantized products, weights, activations, parts of an INT8 cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+import onnx_ir as ir
+
+from cushion_deploy.export.cached_tensor import CachedTensor
+from cushion_deploy.types import Site
+
+Q, DQ = "QuantizeLinear", "DequantizeLinear"
+PRODUCTS = frozenset({"MatMul", "Gemm"})
+MOVERS = frozenset(
+    {"Cast", "Concat", "Expand", "Identity", "Mul", "Reshape", "Slice", "Split", "Squeeze", "TensorScatter"}
+    | {"Transpose", "Unsqueeze"}
+)
+"""Operators that may stand between a DQ and an attention MatMul without making it another tensor's business."""
+
+
+@dataclass(frozen=True)
+class QuantizedGraph:
+    """A model with the Sites that it should quantize and the parts of an INT8 cache, sorted for the rules."""
+
+    model: ir.Model
+    sites: frozenset[Site]
+    cache: frozenset[Site] = frozenset()
+    scale_dtype: ir.DataType = ir.DataType.FLOAT
+
+    @cached_property
+    def nodes(self) -> list[ir.Node]:
+        """Every node, those of subgraphs included."""
+        return list(ir.traversal.RecursiveGraphIterator(self.model.graph))
+
+    def of(self, *op_types: str) -> list[ir.Node]:
+        """Return the nodes of the given operators of the standard domain."""
+        return [node for node in self.nodes if node.op_type in op_types and node.domain == ""]
+
+    @cached_property
+    def products(self) -> list[ir.Node]:
+        """Products with a DQ on at least one operand that are no attention: the quantized linears."""
+        return [node for node in self.of(*PRODUCTS) if not is_attention(node) and any(map(dq_of, node.inputs[:2]))]
+
+    @cached_property
+    def weights(self) -> list[tuple[ir.Node, ir.Node]]:
+        """Each quantized product with the DQ of its weight, where it has one."""
+        return [(node, dq) for node in self.products if (dq := dq_of(node.inputs[1])) is not None]
+
+    @cached_property
+    def activations(self) -> list[ir.Node]:
+        """Every Q, and every DQ that is not on a stored tensor; those of the cache left out."""
+        nodes = [n for n in self.of(Q, DQ) if n not in self.cache_nodes]
+        return [n for n in nodes if n.op_type == Q or stored(n.inputs[0]) is None]
+
+    @cached_property
+    def cached(self) -> list[CachedTensor]:
+        """Every part of the INT8 cache, as far as it is there."""
+        return [CachedTensor.find(self.model.graph, site) for site in sorted(self.cache)]
+
+    @cached_property
+    def cache_nodes(self) -> frozenset[ir.Node]:
+        """Q and DQ of the cache."""
+        return frozenset(node for tensor in self.cached for node in tensor.nodes)
+
+
+def name_of(node: ir.Node) -> str:
+    """Return the name of a node, or what stands for one."""
+    return node.name or f"(unnamed {node.op_type})"
+
+
+def attribute_of(node: ir.Node, attribute: str, default: int) -> int:
+    """Return an attribute of a node."""
+    found = node.attributes.get(attribute)
+    return default if found is None else found.as_int()
+
+
+def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the tensor of a value that is fixed in the file; an initializer that a caller may override is not."""
+    if value is None or value.is_graph_input():
+        return None
+    return ir.convenience.get_const_tensor(value)
+
+
+def dq_of(value: ir.Value | None) -> ir.Node | None:
+    """Return the DQ that makes a value; None where another operator does."""
+    producer = None if value is None else value.producer()
+    return producer if producer is not None and producer.op_type == DQ and producer.domain == "" else None
+
+
+def is_attention(node: ir.Node) -> bool:
+    """Whether both operands of a product are computed: neither is stored, nor made from stored codes or a weight."""
+    return not any(_comes_from_store(value) for value in node.inputs[:2])
+
+
+def _comes_from_store(value: ir.Value | None) -> bool:
+    while value is not None:
+        if stored(value) is not None:
+            return True
+        producer = value.producer()
+        if producer is None or producer.op_type not in {DQ, Q, "Transpose", "Cast", "Identity", "Reshape"}:
+            return False
+        value = producer.inputs[0]
+    return False
+
+
+def dq_above(value: ir.Value | None, besides: Collection[ir.Node] = ()) -> ir.Node | None:
+    """Return a Q or DQ, others than ``besides``, that reaches a value through operators which move or scale data."""
+    pending, seen = [value], set[str]()
+    while pending:
+        producer = None if (current := pending.pop()) is None else current.producer()
+        if producer is None or producer in besides or name_of(producer) in seen:
+            continue
+        seen.add(name_of(producer))
+        if producer.op_type in (Q, DQ):
+            return producer
+        if producer.op_type in MOVERS:
+            pending.extend(producer.inputs)
+    return None
