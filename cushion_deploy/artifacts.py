@@ -141,7 +141,7 @@ def read_kv_scales(path: Path) -> KvScales:
         raise UsageError(f"{path} does not exist", hint=hint)
     try:
         return KvScales.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError, UsageError) as e:
         raise UntrustedArtifact(f"{path} is no file of cache scales: {e}", hint=hint) from e
 
 

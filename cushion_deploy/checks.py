@@ -36,11 +36,12 @@ class ParityCheck:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every check of the ladder, in order."""
+    """Every check of the ladder, in order; ``unchecked`` says in sentences what it could not look at."""
 
     checks: tuple[ParityCheck, ...]
     corpus: str
     tokens: int
+    unchecked: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -54,4 +55,5 @@ class ParityReport:
             "corpus": self.corpus,
             "tokens": self.tokens,
             "checks": [c.to_json() for c in self.checks],
+            "unchecked": list(self.unchecked),
         }

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from cushion_deploy.errors import UntrustedArtifact
 from cushion_deploy.types import KV_SCALES_FILE, PREFIX_FILE, CacheDtype, Dtype, PrefixMode, Site
 
 
@@ -141,6 +142,21 @@ class EngineArtifact:
     ran: bool
     details: Mapping[str, Any]
     parents: Mapping[str, str]
+
+    @property
+    def form(self) -> tuple[Dtype, int]:
+        """Floating-point type and cache capacity of the graph that it was compiled from.
+
+        Raises:
+            UntrustedArtifact: the details tell something else.
+        """
+        dtype, capacity = self.details.get("dtype", "float32"), self.details.get("cache_capacity", 0)
+        if dtype not in get_args(Dtype) or type(capacity) is not int or capacity < 0:
+            raise UntrustedArtifact(
+                f"engine.json of {self.engine} tells of a graph of type {dtype!r:.40} and a cache of {capacity!r:.40}",
+                hint="build the bundle again",
+            )
+        return dtype, capacity
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""

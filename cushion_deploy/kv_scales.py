@@ -18,6 +18,13 @@ KV_GRANULARITIES: tuple[KvGranularity, ...] = get_args(KvGranularity)
 KV_PARTS: tuple[KvPart, ...] = get_args(KvPart)
 
 
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("granularity", "estimator", "model_digest", "prefix_digest", "corpus_digest"), str),
+    **{"tokens": int, "smoothing_digest": str, "with_prefix": bool},
+}
+"""Types of what stands in a file beside the scales."""
+
+
 def kv_site(layer: int, part: KvPart) -> Site:
     """Return the name of what enters a layer's cache, e.g. ``layers.3.kv.key``."""
     return Site(f"layers.{layer}.kv.{part}")
@@ -96,4 +103,7 @@ class KvScales:
     def from_json(cls, data: Mapping[str, Any]) -> KvScales:
         """Rebuild from :meth:`to_json`."""
         arrays = {name: np.asarray(data[name], dtype=np.float32) for name in ("keys", "values")}
+        for name, kind in _KINDS.items():
+            if type(data[name]) is not kind:
+                raise TypeError(f"{name} is {data[name]!r:.40}, expected {kind.__name__}")
         return cls(**{**data, **arrays})

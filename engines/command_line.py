@@ -7,22 +7,35 @@ from collections.abc import Mapping, Sequence
 
 from cushion_deploy.engines.flavours import Flavour
 from cushion_deploy.engines.profiles import Shapes
+from cushion_deploy.graphs import ExportedGraph
 
 _POINTS = ("min", "opt", "max")
 
 
 def vendor_command(
-    flavour: Flavour, onnx: str, plan: str, targets: Sequence[str], profiles: Mapping[str, Shapes]
+    flavour: Flavour, graph: ExportedGraph, plan: str, targets: Sequence[str], profiles: Mapping[str, Shapes]
 ) -> str:
     """Return the line of ``trtexec`` (standard TensorRT) or ``tensorrt_rtx`` that builds the same plan.
 
+    Empty for a graph with a static cache: its attention is marked as one that may be decomposed, and its memory as the
+    caller's, which no option of the tools does.
+
     Args:
         flavour: which tool.
-        onnx, plan: file names.
+        graph: what is compiled.
+        plan: file name.
         targets: such as ``sm86``.
         profiles: shapes of each optimization profile, in order.
     """
-    parts = [flavour.tool, f"--onnx={onnx}", f"--saveEngine={plan}", "--profilingVerbosity=detailed", "--skipInference"]
+    if graph.contract.cache_capacity:
+        return ""
+    parts = [
+        flavour.tool,
+        f"--onnx={graph.path.name}",
+        f"--saveEngine={plan}",
+        "--profilingVerbosity=detailed",
+        "--skipInference",
+    ]
     if flavour.ahead_of_time:
         # Its networks are always strongly typed.
         parts.append("--computeCapabilities=" + ",".join(target.removeprefix("sm") for target in targets))

@@ -34,9 +34,17 @@ def mismatches(artifact: EngineArtifact, graph: ExportedGraph, version: str, gpu
     found = []
     here = gpus[0].partition(" ")[0]
     rebuild = f"`cushion-deploy engine BUNDLE --engine {artifact.engine} --targets {here} --output NEW`"
-    for part in ("model", "prefix", "scales", "scheme", "smoothing"):
+    for part in ("model", "prefix", "scales", "scheme", "smoothing", "kv scales"):
         if artifact.parents.get(part) != graph.parents.get(part):
             found.append(Mismatch(f"the plan was made of another {part} than this bundle's", f"run {rebuild}"))
+    mode = artifact.details.get("prefix_mode", graph.contract.prefix_mode)
+    if mode != graph.contract.prefix_mode:
+        found.append(
+            Mismatch(
+                f"the plan was made with export.prefix={mode}, this bundle with {graph.contract.prefix_mode}",
+                f"run {rebuild}",
+            )
+        )
     made_with = artifact.parents.get(artifact.engine, "")
     if made_with != version:
         found.append(

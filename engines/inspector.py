@@ -1,8 +1,10 @@
 """Read the kernels of a plan off the engine inspector, which needs the device that the plan is for.
 
 The JSON is that of ``get_engine_information`` of a plan built with detailed profiling. Versions spell the type of a
-tensor in two ways, ``Datatype: Int8`` and ``Format/Datatype: Int8`` (in prose before 10: ``Row major Int8 format``);
-all are read, and a layer that says less is refused: a report of half a plan would call anything INT8.
+tensor in several ways: ``Datatype`` or ``DataType: Int8``, ``Format/Datatype: Int8``, before 10 in prose (``Row major
+Int8 format``). Of tensors whose shape is not known yet some kernels say only ``N/A due to dynamic shapes``: their type
+is unknown then, and never counts as INT8. A matrix product of ours whose operands are unknown is refused, because its
+linear could be neither counted nor blamed.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ _TYPES = {
     "FP8": "FP8",
 }
 """Spellings of types, and the one that :class:`KernelTensor` uses."""
+UNKNOWN = "Unknown"
+_KEYS = ("datatype", "format/datatype")
 _WORD = re.compile(r"[A-Za-z]+\d*")
 
 
@@ -69,7 +73,7 @@ def _kernel(layer: Mapping[str, Any], profile: int, version: str) -> Kernel:
         tuple(_tensor(tensor, name, version) for tensor in _list(layer, part, name, version))
         for part in ("Inputs", "Constants", "Outputs")
     )
-    return Kernel(
+    kernel = Kernel(
         name=name,
         kind=str(layer["LayerType"]),
         tactic=str(layer.get("TacticName", "")),
@@ -79,6 +83,9 @@ def _kernel(layer: Mapping[str, Any], profile: int, version: str) -> Kernel:
         outputs=outputs,
         nodes=onnx_nodes(str(layer.get("Metadata", ""))),
     )
+    if kernel.is_gemm and kernel.nodes and any(operand.dtype == UNKNOWN for operand in kernel.operands):
+        raise _unreadable(name, "a matrix product that does not tell the types of its operands", version)
+    return kernel
 
 
 def _list(layer: Mapping[str, Any], part: str, name: str, version: str) -> Sequence[Any]:
@@ -91,12 +98,12 @@ def _list(layer: Mapping[str, Any], part: str, name: str, version: str) -> Seque
 def _tensor(tensor: Any, name: str, version: str) -> KernelTensor:
     if not isinstance(tensor, dict):
         raise _unreadable(name, f"a tensor is {tensor!r:.60}", version)
-    said = str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")
-    kind = next((_TYPES[word] for word in _WORD.findall(said) if word in _TYPES), None)
-    if kind is None:
-        raise _unreadable(name, f"type {said!r} of tensor {tensor.get('Name')!r}", version)
-    dimensions = tensor.get("Dimensions", [])
-    return KernelTensor(str(tensor.get("Name", "")), kind, tuple(int(d) for d in dimensions))
+    spelled = {key.lower(): value for key, value in tensor.items()}
+    said = " ".join(str(spelled[key]) for key in _KEYS if spelled.get(key))
+    kind = next((_TYPES[word] for word in _WORD.findall(said) if word in _TYPES), UNKNOWN)
+    dimensions = spelled.get("dimensions")
+    sizes = dimensions if isinstance(dimensions, list) and all(isinstance(d, int) for d in dimensions) else []
+    return KernelTensor(str(tensor.get("Name", "")), kind, tuple(sizes))
 
 
 def _unreadable(where: str, found: str, version: str) -> CheckFailed:

@@ -55,12 +55,17 @@ class Kernel:
         return self.kind == "gemm"
 
     @property
+    def operands(self) -> tuple[KernelTensor, ...]:
+        """What it multiplies, where it is a matrix product: its first input by its first constant or second input."""
+        return (*self.inputs[:1], *(self.constants or self.inputs[1:])[:1])
+
+    @property
     def is_int8_gemm(self) -> bool:
         """Whether it multiplies INT8 activations by an INT8 weight.
 
         Fusions of kind ``kgen`` and ``runtime_fusion`` may read INT8 too, but widen it before they multiply.
         """
-        operands = [*self.inputs[:1], *(self.constants or self.inputs[1:])[:1]]
+        operands = self.operands
         return self.is_gemm and len(operands) == 2 and all(t.dtype == "Int8" for t in operands)
 
     @property

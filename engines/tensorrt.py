@@ -109,9 +109,11 @@ class TensorRt:
                     # A plan that was tuned on a device belongs to that model of it.
                     "device": "" if flavour.ahead_of_time else found.gpus[0],
                     "cache_capacity": graph.contract.cache_capacity,
+                    "cache_dtype": graph.contract.cache_dtype,
+                    "prefix_mode": graph.contract.prefix_mode,
                     "limits": asdict(limits),
                     "profiles": {name: brief(shape) for name, shape in shapes.items()},
-                    "command": vendor_command(flavour, graph.path.name, name, targets, shapes),
+                    "command": vendor_command(flavour, graph, name, targets, shapes),
                     "not_run": why_not_run(found.gpus, targets),
                     "plan_bytes": outcome["plan_bytes"],
                     "build_seconds": outcome["parse_seconds"] + outcome["build_seconds"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from cushion_deploy.artifacts import write_kv_scales, write_prefix
@@ -100,6 +101,11 @@ def export_graph(
     if scales is not None:
         chosen = scales.of(sites)
     element = DTYPES[dtype]
+    largest = max((float(np.abs(part).max(initial=0.0)) for part in (prefix.keys, prefix.values)), default=0.0)
+    if dtype == "float16" and largest > np.finfo(np.float16).max:
+        raise UsageError(
+            f"the prefix reaches {largest:,.0f}, and float16 ends at 65,504", hint="compile plans with --dtype bf16"
+        )
     inside = Prefix.empty(spec) if prefix_in_cache else prefix
     decoder = DecoderGraph(
         GraphBuilder(opset), spec, family, weights, PrefixKv(inside, element), element, chosen, DTYPES[scale_dtype]

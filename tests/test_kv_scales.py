@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,3 +76,13 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(UntrustedArtifact, match="no file of cache scales"):
             read_kv_scales(file)
+
+
+@pytest.mark.parametrize(
+    "change", [{"tokens": "many"}, {"with_prefix": "no"}, {"estimator": 7}, {"granularity": "per-channel"}]
+)
+def test_a_file_that_tells_nonsense_is_not_trusted(change: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "kv_scales.json"
+    file.write_text(json.dumps({**scales().to_json(), **change}))
+    with pytest.raises(UntrustedArtifact, match="no file of cache scales"):
+        read_kv_scales(file)

@@ -90,6 +90,10 @@ def command(
         f"{artifact.int8_linears} of {artifact.linears} linears in INT8, "
         f"{artifact.fused_attention} fused attention kernels"
     )
+    if capacity := artifact.details.get("cache_capacity"):
+        click.echo(f"static cache of {capacity:,} slots, updated in place")
+    elif artifact.details.get("prefix_mode") == "cache":
+        click.echo("the cache grows: an INT8 cache, or a library without KVCacheUpdate, is not updated in place")
     if not artifact.ran:
         click.echo(str(artifact.details.get("not_run", "not run")))
     if hazards := artifact.details.get("half_accumulators"):

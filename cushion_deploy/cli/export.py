@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.artifacts import read_prefix, read_scales, read_smoothing
+from cushion_deploy.artifacts import read_kv_scales, read_prefix, read_scales, read_smoothing
 from cushion_deploy.cli.options import dtype_option, make_recipe, make_workspace, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
@@ -25,6 +25,12 @@ from cushion_deploy.errors import UsageError
     type=click.Path(path_type=Path),
     help="smoothing.safetensors that the scales were calibrated under; only with --scales.",
 )
+@click.option(
+    "--kv-scales",
+    "kv_file",
+    type=click.Path(path_type=Path),
+    help="kv_scales.json of the same calibration, for an INT8 cache; only with --scales.",
+)
 @dtype_option("dtype", "Type of what stays in floating point.", default="fp32")
 @click.option("--float", "float_twin", is_flag=True, help="Write the floating-point twin, without Q/DQ nodes.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the graph.")
@@ -32,6 +38,7 @@ def command(
     prefix_file: Path | None,
     scales_file: Path | None,
     smoothing_file: Path | None,
+    kv_file: Path | None,
     dtype: Any,
     float_twin: bool,
     output: Path,
@@ -42,7 +49,13 @@ def command(
     require_new_folder(output)
     if smoothing_file and not scales_file:
         raise UsageError("--smoothing without --scales", hint="give both files of one calibration, or neither")
-    from cushion_deploy.pipeline.prepare import Deployed, calibrate_cache, prepare
+    quantized_cache = recipe.export.kv_cache == "int8"
+    if bool(kv_file) != bool(scales_file and quantized_cache):
+        raise UsageError(
+            "--kv-scales belongs to --scales and --kv-cache int8" if kv_file else "--scales without --kv-scales",
+            hint="give all files of one calibration and --kv-cache int8, or none of them",
+        )
+    from cushion_deploy.pipeline.prepare import Deployed, prepare
     from cushion_deploy.pipeline.stages import export, search_prefix
     from cushion_deploy.store import place
 
@@ -52,8 +65,13 @@ def command(
             prefix = read_prefix(prefix_file) if prefix_file else search_prefix(ws)[0]
             if scales_file:
                 smoothing = read_smoothing(smoothing_file) if smoothing_file else None
-                kv = calibrate_cache(ws, prefix, smoothing)
-                deployed = Deployed(prefix, smoothing, ws.scheme, read_scales(scales_file), {}, kv=kv)
+                kv, scales = read_kv_scales(kv_file) if kv_file else None, read_scales(scales_file)
+                if kv and kv.corpus_digest != scales.corpus_digest:
+                    raise UsageError(
+                        "the cache scales were calibrated on another text than the scales",
+                        hint="give both files of one calibration",
+                    )
+                deployed = Deployed(prefix, smoothing, ws.scheme, scales, {}, kv=kv)
             else:
                 deployed = prepare(ws, prefix)
             graph = export(ws, deployed, dtype=dtype, name="model", quantized=not float_twin)

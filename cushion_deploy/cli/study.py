@@ -57,6 +57,8 @@ def command(
     texts = values.pop("eval_data")
     recipe = make_recipe({**values, "eval_data": texts[0] if texts else None})
     recipe = recipe.merged(scored_text(recipe, window, max_tokens))
+    if recipe.export.kv_cache != "float":
+        raise UsageError("a study compares schemes behind a floating-point cache", hint="leave export.kv_cache out")
     require_new_folder(output)
     chosen = names(only)
     unknown = [name for name in chosen if name not in PARTS]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, peak_memory, time_sessions
 from cushion_deploy.graphs import EngineArtifact
 from cushion_deploy.pipeline.prepare import read_deployed
-from cushion_deploy.pipeline.stages import export
+from cushion_deploy.pipeline.stages import export, plan_form
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.engine import REPORT, open_engine, open_plan, read_engine
@@ -110,7 +110,7 @@ def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: 
             try:
                 if twin:
                     artifact = read_engine(bundle, engine)
-                    found[f"{engine}, {artifact.details['dtype']}"] = _float_plan(ws, bundle, artifact)
+                    found[f"{engine}, {artifact.form[0]}"] = _float_plan(ws, bundle, artifact)
                 for each in found.values():
                     each.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64), need_logits="none")
                     each.reset()
@@ -119,9 +119,9 @@ def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: 
                 not_run[engine] = f"not run: {e.message}"
                 for each in found.values():
                     each.close()
-    memory = {name: size for name, s in sessions.items() if (size := getattr(s, "device_bytes", 0))}
     try:
         times = time_sessions(sessions, workload, ws.progress)
+        memory = {name: size for name, s in sessions.items() if (size := getattr(s, "device_bytes", 0))}
     finally:
         for session in (*sessions.values(), *plans.values()):
             session.close()
@@ -149,10 +149,12 @@ def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, st
 
 def _float_plan(ws: Workspace, bundle: Bundle, artifact: EngineArtifact) -> DecoderSession:
     """Compile the same model without INT8 for the same engine and targets, within the same limits, and open it."""
-    engine, dtype, capacity = artifact.engine, artifact.details["dtype"], artifact.details["cache_capacity"]
-    deployed = read_deployed(ws, bundle.path, bundle.graph)
+    engine, limits = artifact.engine, artifact.details["limits"]
+    # Its cache is what a float build would have: static where it can be, beside an INT8 cache that grows too.
+    deployed = replace(read_deployed(ws, bundle.path, bundle.graph), kv=None)
+    _, capacity = plan_form(ws, deployed, ENGINES[engine], bundle.graph.contract, limits["context"])
+    dtype = artifact.form[0]
     graph = export(ws, deployed, dtype=dtype, name=f"{dtype}-twin", quantized=False, capacity=capacity)
-    limits = artifact.details["limits"]
     options = CompileOptions(artifact.targets, limits["batch"], limits["context"], limits["prefill"])
     # Compiled anew and in a folder of its own: opening a plan runs code, and a work folder may be anybody's.
     with tempfile.TemporaryDirectory(prefix="cushion-bench-") as name:

@@ -19,7 +19,7 @@ from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
 from cushion_deploy.pipeline.compiling import compile_engine, compile_options, place_engine
 from cushion_deploy.pipeline.limits import longest_prefix, require_positions
-from cushion_deploy.pipeline.parity import check_parity, plan_graphs
+from cushion_deploy.pipeline.parity import check_parity, distinct_graphs
 from cushion_deploy.pipeline.prepare import prepare
 from cushion_deploy.pipeline.reporting import assemble_report
 from cushion_deploy.pipeline.stages import evaluate, export, model_files, model_spec, plan_graph, search_prefix
@@ -59,7 +59,7 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
         graphs = [plan_graph(ws, deployed, engine, graph, options.max_context) for engine in engines]
         compiled = [compile_engine(ws, engine, of, options) for engine, of in zip(engines, graphs, strict=True)]
         evaluation = evaluate(ws, deployed)
-        parity = check_parity(ws, deployed, graph, plan_graphs(graphs, graph))
+        parity = check_parity(ws, deployed, graph, distinct_graphs(graphs, graph))
         report = assemble_report(
             ws, spec, trace, deployed, evaluation, graph, [artifact for artifact, _ in compiled], parity
         )

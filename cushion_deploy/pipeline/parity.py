@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -116,6 +116,8 @@ def _climb(
         other = SegmentRun(written, scales, "literal")
         rung = f"{_kind(written)} against the float32 graph"
         checks += plan_rung(rung, reference, literal, other)
+        if written.contract.cache_capacity:
+            checks += segment_decode_rung(f"{_kind(written)}: decode against prefill", reference, other, tokens)
         del other
     del literal
     fused = SegmentRun(graph, scales, "fused")
@@ -141,27 +143,34 @@ def _kind(graph: ExportedGraph) -> str:
     return f"{graph.contract.dtype} graph" + (" with a static cache" if graph.contract.cache_capacity else "")
 
 
-def plan_graphs(graphs: Iterable[ExportedGraph], graph: ExportedGraph) -> tuple[ExportedGraph, ...]:
-    """Return those that are another graph than the bundle's own, each once: what plans are compiled from."""
+def distinct_graphs(graphs: Iterable[ExportedGraph], graph: ExportedGraph) -> tuple[ExportedGraph, ...]:
+    """Return those that are another graph than the bundle's own, each once."""
     return tuple({g.digest: g for g in graphs if g.digest != graph.digest}.values())
 
 
-def _plan_graphs_behind(
+def _graphs_behind(
     ws: Workspace, deployed: Deployed, bundle: Path, graph: ExportedGraph
-) -> tuple[ExportedGraph, ...]:
-    """Export the graphs behind the plans of a bundle again.
+) -> tuple[tuple[ExportedGraph, ...], tuple[str, ...]]:
+    """Export the graphs behind the plans of a bundle again; also return a sentence for each that cannot be checked.
 
-    A bundle carries the compiled plans alone. Left out is a graph that the exporter writes otherwise than the plan was
-    compiled from (a later version of it): a check of that graph would say nothing of the plan.
+    A bundle carries the compiled plans alone. Where the exporter writes another graph than the plan was compiled from
+    (a later version of it), a check of that graph would say nothing of the plan.
     """
-    graphs = []
+    graphs, unchecked = [], []
     for file in (bundle / "engines" / name / "engine.json" for name in ENGINES):
         artifact = EngineArtifact.from_json(json.loads(file.read_text())) if file.is_file() else None
-        if artifact and "dtype" in artifact.details and artifact.parents["graph"] != graph.digest:
-            dtype, capacity = artifact.details["dtype"], artifact.details.get("cache_capacity", 0)
-            found = export(ws, deployed, dtype=dtype, name=dtype, capacity=capacity)
-            graphs += [found] if artifact.parents["graph"] == found.digest else []
-    return plan_graphs(graphs, graph)
+        if artifact is None or artifact.parents["graph"] == graph.digest:
+            continue
+        dtype, capacity = artifact.form
+        found = export(ws, deployed, dtype=dtype, name=dtype, capacity=capacity)
+        if artifact.parents["graph"] == found.digest:
+            graphs.append(found)
+        else:
+            unchecked.append(
+                f"the graph behind the plan of {artifact.engine} is not checked: this version writes another one; "
+                f"compile it again with `cushion-deploy engine`"
+            )
+    return distinct_graphs(graphs, graph), tuple(unchecked)
 
 
 def read_parity(data: dict[str, Any]) -> ParityReport:
@@ -190,5 +199,6 @@ def check_bundle(ws: Workspace, bundle: Path, graph: ExportedGraph, *, reuse: bo
     require_model_of(ws, bundle)
     deployed = read_deployed(ws, bundle, graph)
     with ws.store.lock():
-        plans = _plan_graphs_behind(ws, deployed, bundle, graph)
-        return check_parity(ws, deployed, graph, plans, reuse=reuse).report
+        plans, unchecked = _graphs_behind(ws, deployed, bundle, graph)
+        report = check_parity(ws, deployed, graph, plans, reuse=reuse).report
+    return replace(report, unchecked=unchecked)

@@ -135,12 +135,15 @@ class InPlaceCaches:
         """Queue zeros behind the prefix; the prefix too where more rows begin with it than before."""
         c = self._contract
         if batch <= self._seeded:
-            self._clear(c.prefix_slots)
+            self._clear(c.prefix_slots, self._seeded)
             return
-        self._seeded = batch
-        self._clear(0)
+        # Whatever interrupts this leaves nothing that counts as seeded.
+        self._seeded = 0
+        self._clear(0, batch)
         for buffer, array in zip(self._buffers, _first(c, self._prefix, batch), strict=True):
             self._cuda.upload_rows(array.reshape(batch * c.num_kv_heads, -1), buffer, self._pitch)
+        self._cuda.synchronize()
+        self._seeded = batch
 
     def bindings(self, batch: int, past: int, new: int) -> Iterator[Binding]:
         """Yield each buffer as input and output; ``past`` and ``new`` stand in the inputs of the call."""
@@ -155,11 +158,11 @@ class InPlaceCaches:
 
     def keep(self, batch: int, held: int, length: int) -> None:
         """Queue zeros behind the kept tokens, those of a call that failed included."""
-        self._clear(self._contract.prefix_slots + length)
+        self._clear(self._contract.prefix_slots + length, self._seeded)
 
-    def _clear(self, kept: int) -> None:
-        """Queue zeros behind the first ``kept`` slots of every row that was ever used."""
-        rows, offset = self._seeded * self._contract.num_kv_heads, kept * self._token
+    def _clear(self, kept: int, batch: int) -> None:
+        """Queue zeros behind the first ``kept`` slots of every row of a batch."""
+        rows, offset = batch * self._contract.num_kv_heads, kept * self._token
         for buffer in self._buffers:
             self._cuda.clear_rows(buffer, offset, self._pitch, self._pitch - offset, rows)
 

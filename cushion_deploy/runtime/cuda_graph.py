@@ -32,6 +32,10 @@ class StepGraph:
         self._recorded: Any = None
         self._usable = True
 
+    def has_met(self, kind: Hashable) -> bool:
+        """Return whether a step of a kind ran last: its shapes and addresses are bound then, and stay so."""
+        return kind == self._kind
+
     def launch(self, kind: Hashable) -> bool:
         """Queue the recorded step of a kind; False, and nothing is queued, where there is none.
 

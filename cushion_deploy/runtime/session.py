@@ -136,6 +136,8 @@ def first_caches(
         if kv is None:
             raise UsageError("an INT8 cache begins with a prefix, and its scales are missing", hint=_SCALES)
         parts = kv.codes(prefix)
+    elif contract.dtype == "bfloat16":
+        parts = bfloat16_values(prefix.keys), bfloat16_values(prefix.values)
     layers = (part[i] for i in range(contract.num_layers) for part in parts)
     return [np.ascontiguousarray(np.broadcast_to(x.astype(dtype), (batch, *x.shape))) for x in layers]
 
@@ -144,6 +146,11 @@ def bfloat16_bits(x: FloatArray) -> npt.NDArray[np.uint16]:
     """Return the bit patterns of finite float32 values rounded to bfloat16, half to even."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def bfloat16_values(x: FloatArray) -> FloatArray:
+    """Return finite float32 values rounded to bfloat16, as float32."""
+    return (bfloat16_bits(x).astype(np.uint32) << 16).view(np.float32)
 
 
 def count_positions(mask: IntArray, new: int) -> IntArray:

@@ -32,9 +32,6 @@ class TensorRtSession:
     place, and its decode steps are launched as one CUDA graph. Otherwise keys and values lie in two sets of buffers: a
     step reads one and writes the other, and no step has the shapes of the one before.
 
-    Attributes:
-        device_bytes: device memory that opening took: weights, buffers, scratch.
-
     Args:
         plan: bytes of a plan whose digest stood in a verified manifest; deserializing runs code.
         contract: of the graph that the bundle holds; the plan may have another floating-point type.
@@ -65,7 +62,7 @@ class TensorRtSession:
         self._graph: StepGraph | None = None
         self._cuda = Cuda()
         self._open = True
-        free = self._cuda.free_bytes()
+        self._free_before = self._cuda.free_bytes()
         try:
             self._plan = Plan(plan, contract, module)
             self.contract, self.profiles = self._plan.contract, self._plan.profiles
@@ -75,7 +72,6 @@ class TensorRtSession:
             if self.contract.cache_capacity:
                 self._graph = StepGraph(self._cuda)
             self._caches = self._allocate()
-            self.device_bytes = free - self._cuda.free_bytes()
         except BaseException:
             self.close()
             raise
@@ -84,6 +80,14 @@ class TensorRtSession:
     def length(self) -> int:
         """Tokens in the cache, padding included."""
         return self._length
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory taken since the session was opened: weights, buffers, scratch, kernels compiled in first steps.
+
+        As the driver counts it, so other processes on the device spoil it.
+        """
+        return self._free_before - self._cuda.free_bytes()
 
     def inspect(self) -> str:
         """Return what the engine inspector says of the plan, for :mod:`cushion_deploy.engines.inspector`."""
@@ -209,7 +213,9 @@ class TensorRtSession:
         decoding, kind = self._graph if new == 1 else None, (profile.index, batch)
         if decoding is None or not decoding.launch(kind):
             context, enqueue = self._contexts[profile.index], partial(self._enqueue, profile)
-            self._bind_all(context, given, batch, new, mask.shape[1] - new)
+            if decoding is None or not decoding.has_met(kind):
+                # Not before a recording: shapes that were set anew would want another plain step first.
+                self._bind_all(context, given, batch, new, mask.shape[1] - new)
             if decoding is None:
                 enqueue()
             else:

@@ -340,3 +340,33 @@ def test_no_setting_of_the_recipe_is_dead() -> None:
     for setting in Recipe.settings():
         last = setting.name.rpartition(".")[2]
         assert re.search(rf"\.{last}\b", text), f"{setting.name} is never used"
+
+
+def test_export_takes_the_files_of_one_calibration(cli: Any, tiny_bundle: Any, tmp_path: Path) -> None:
+    options = (*tiny_bundle.options, "--kv-cache", "int8", "--work-dir", tmp_path / "w", "--quiet")
+    made = cli("calibrate", *options, "--output", tmp_path / "scales.json")
+    assert made.code == 0, made.err
+    files = {name: tmp_path / f"{name}.json" for name in ("scales", "kv_scales")}
+    given = ("--scales", files["scales"], "--kv-scales", files["kv_scales"])
+    smoothing = tmp_path / "smoothing.safetensors"
+    given += ("--smoothing", smoothing) if smoothing.exists() else ()
+    done = cli("export", *options, *given, "--output", tmp_path / "g", "--json")
+    assert done.code == 0, done.err
+    read = json.loads(files["kv_scales"].read_text())
+    assert json.loads((tmp_path / "g" / "kv_scales.json").read_text()) == read
+    assert done.json["contract"]["quantized_cache"]
+    # One without the other would mix two calibrations.
+    alone = cli("export", *options, "--scales", files["scales"], "--output", tmp_path / "h")
+    assert alone.code == 2
+    assert "--scales without --kv-scales" in alone.err
+    files["kv_scales"].write_text(json.dumps({**read, "corpus_digest": "0" * 64}))
+    other = cli("export", *options, *given, "--output", tmp_path / "h")
+    assert other.code == 2
+    assert "calibrated on another text" in other.err
+
+
+def test_a_study_refuses_an_int8_cache(cli: Any, tiny_bundle: Any, tmp_path: Path) -> None:
+    model = tiny_bundle.options[list(tiny_bundle.options).index("--model") + 1]
+    done = cli("study", model, "--set", "export.kv_cache=int8", "--output", tmp_path / "s")
+    assert done.code == 2
+    assert "behind a floating-point cache" in done.err

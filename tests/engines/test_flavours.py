@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
 
 from cushion_deploy.engines.command_line import vendor_command
 from cushion_deploy.engines.flavours import RTX, STANDARD
 from cushion_deploy.errors import MissingDependency, UsageError
+from cushion_deploy.graphs import ExportedGraph, GraphContract
 
 GPU = "sm87 Orin"
 SHAPES = {
@@ -36,8 +38,13 @@ def test_versions_before_it_are_refused(version: str) -> None:
         STANDARD.require_version(version)
 
 
+def graph(name: str, capacity: int = 0) -> ExportedGraph:
+    contract = GraphContract(1, 1, 8, 32, 256, "float16", 0, cache_capacity=capacity)
+    return ExportedGraph(Path(name), contract, quantized=True, sites={}, rules=(), opset=17, digest="", parents={})
+
+
 def test_the_vendors_tool_is_told_the_same_plan() -> None:
-    words = shlex.split(vendor_command(STANDARD, "float16.onnx", "sm87.engine", ("sm87",), SHAPES))
+    words = shlex.split(vendor_command(STANDARD, graph("float16.onnx"), "sm87.engine", ("sm87",), SHAPES))
     assert words == [
         "trtexec",
         "--onnx=float16.onnx",
@@ -54,7 +61,9 @@ def test_the_vendors_tool_is_told_the_same_plan() -> None:
         "--optShapes=input_ids:1x1,attention_mask:1x32",
         "--maxShapes=input_ids:2x1,attention_mask:2x64",
     ]
-    ahead = shlex.split(vendor_command(RTX, "m.onnx", "p", ("sm86", "sm120"), SHAPES))
+    ahead = shlex.split(vendor_command(RTX, graph("m.onnx"), "p", ("sm86", "sm120"), SHAPES))
     assert ahead[0] == "tensorrt_rtx"
     assert "--computeCapabilities=86,120" in ahead
     assert "--stronglyTyped" not in ahead
+    # What marks the attention of a static cache has no option: no line is better than one that builds another plan.
+    assert vendor_command(RTX, graph("m.onnx", capacity=64), "p", ("sm86",), SHAPES) == ""

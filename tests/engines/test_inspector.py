@@ -41,6 +41,7 @@ def text(*layers: Any) -> str:
         {},
         {"Inputs": [{"Name": "a", "Datatype": "Int8", "Format": "Linear"}] * 2, "Constants": []},
         {"Inputs": [{"Name": "a", "Format/Datatype": "Row major Int8 format"}]},
+        {"Inputs": [{"Name": "a", "Dimensions": [1, "E0"], "Format": "Linear", "DataType": "Int8"}]},
     ],
 )
 def test_an_int8_product_is_found_in_every_spelling(operands: dict[str, Any]) -> None:
@@ -48,6 +49,21 @@ def test_an_int8_product_is_found_in_every_spelling(operands: dict[str, Any]) ->
     assert report.int8_gemms == (1,)
     assert report.int8_linears([MATMUL]) == 1
     assert report.kernels[0].nodes == ("layers.0.mlp/MatMul_9", "layers.0.mlp/DQ_7")
+
+
+def test_kernels_of_other_kinds_need_not_tell_their_types() -> None:
+    # As TensorRT writes of tensors whose shape is open, and of types that are none of ours.
+    silent = [{"Name": "a", "Dimensions": None, "Format/Datatype": "N/A due to dynamic shapes"}, {"Name": "b"}]
+    report = read_inspection(
+        text(layer("Reformat", Inputs=silent, Constants=[], Metadata=""), layer("kgen", Outputs=silent), layer("gemm")),
+        1,
+        VERSION,
+    )
+    assert report.int8_linears([MATMUL]) == 1
+    assert [tensor.dtype for tensor in report.kernels[0].inputs] == ["Unknown", "Unknown"]
+    # And a product without an operand that is told is not INT8, whatever its tactic is called.
+    other = layer("gemm", Inputs=silent, Metadata="")
+    assert read_inspection(text(other), 1, VERSION).int8_gemms == (0,)
 
 
 @pytest.mark.parametrize("wide", [{"Constants": []}, {"Inputs": [{"Name": "a", "Format/Datatype": "Half"}]}])
@@ -87,7 +103,11 @@ def test_kernels_of_a_second_profile_are_its_own() -> None:
         ("[]", "no JSON object"),
         (text("a name alone"), "names without details"),
         (text(), "kernels of profile -1"),
-        (text(layer("gemm", Inputs=[{"Name": "a", "Format/Datatype": "Q4"}])), "type 'Q4' of tensor 'a'"),
+        (
+            text(layer("gemm", Inputs=[{"Name": "a", "Format/Datatype": "Q4"}])),
+            "does not tell the types of its operands",
+        ),
+        (text(layer("gemm", Inputs=[{"Name": "a", "Dimensions": None}])), "does not tell the types of its operands"),
         (text(layer("gemm", Inputs="a")), "Inputs is no list"),
         (text(layer("gemm", Name="x_myl1_0 [profile 3]")), "kernels of profile 3 in a plan of 2"),
     ],

@@ -16,10 +16,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
+import torch
 from fake_graphs import FakeGraphs, Status, Work
 
-TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64), 3: ("INT8", np.int8)}
+from cushion_deploy.parity.widened import widen
+
+BF16 = 16
+TYPES = {
+    1: ("FLOAT", np.float32),
+    10: ("HALF", np.float16),
+    7: ("INT64", np.int64),
+    3: ("INT8", np.int8),
+    BF16: ("BF16", np.uint16),
+}
 
 
 class Kind(Enum):
@@ -164,6 +175,13 @@ class RuntimeConfig:
         self._memory = strategy
 
 
+def widened(path: str) -> bytes:
+    """Return a bfloat16 graph in float32: ONNX Runtime has no kernels for it on a CPU."""
+    model = ir.load(path)
+    widen(model)
+    return ir.serde.serialize_model(model).SerializeToString()
+
+
 class Engine:
     """An engine over an ONNX graph; ``profiles`` is a list of input name to [min, opt, max]."""
 
@@ -172,8 +190,10 @@ class Engine:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.x64quantprecision", "1")  # a GPU does not saturate
-        self.session = ort.InferenceSession(plan["onnx"], options, providers=["CPUExecutionProvider"])
         graph = onnx.load(plan["onnx"], load_external_data=False).graph
+        narrow = any(v.type.tensor_type.elem_type == BF16 for v in graph.input)
+        runnable = widened(plan["onnx"]) if narrow else plan["onnx"]
+        self.session = ort.InferenceSession(runnable, options, providers=["CPUExecutionProvider"])
         self.inputs = {v.name: v for v in graph.input if v.name in {i.name for i in self.session.get_inputs()}}
         self.tensors = {**self.inputs, **{v.name: v for v in graph.output}}
         self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(plan["profiles"])
@@ -197,7 +217,7 @@ class Engine:
 
     def get_tensor_dtype(self, name: str) -> Any:
         kind = TYPES[self.tensors[name].type.tensor_type.elem_type][0]
-        return Enum("DataType", ["FLOAT", "HALF", "INT64", "INT8"])[kind]
+        return Enum("DataType", ["FLOAT", "HALF", "INT64", "INT8", "BF16"])[kind]
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
         shapes: list[list[int]] = self.plan["profiles"][profile_index][name]
@@ -216,6 +236,7 @@ class Context:
         self.engine, self.wanted, self.profile = engine, wanted, -1
         self.scratch = (0, 0)
         self.met: set[tuple[tuple[int, ...], ...]] = set()
+        self.fresh = False
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
@@ -236,7 +257,7 @@ class Context:
         least, _, most = self.engine.plan["profiles"][self.profile][name]
         fits = all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
         if fits:
-            self.shapes[name] = tuple(shape)
+            self.shapes[name], self.fresh = tuple(shape), True
         return fits
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
@@ -263,10 +284,12 @@ class Context:
             return False
         if cuda.recording is not None:
             assert tuple(self.shapes.values()) in self.met, "recorded before it ran with these shapes"
+            assert not self.fresh, "shapes were set anew, and no plain step ran since"
             if self.engine.module.records == "fails":
                 cuda.invalidated = True
                 return False
         self.met.add(tuple(self.shapes.values()))
+        self.fresh = False
         shapes, addresses, index = dict(self.shapes), dict(self.addresses), self.profile
         spans = {}
         for name in self.engine.tensors:
@@ -291,13 +314,16 @@ class Context:
             for name in self.engine.inputs:
                 shape, kind = spans[name]
                 data = cuda.find(addresses[name], int(np.prod(shape)) * kind.itemsize)
-                feed[name] = np.frombuffer(bytes(data), kind).reshape(shape)
+                value = np.frombuffer(bytes(data), kind).reshape(shape)
+                feed[name] = (value.astype(np.uint32) << 16).view(np.float32) if kind == np.uint16 else value
             if aliases:
                 first, new = feed["write_indices"], spans["input_ids"][0][1]
                 capacity = spans[next(iter(aliases))][0][2]
                 assert ((first >= 0) & (first + new <= capacity)).all(), "written outside of the cache"
             for name, value in zip(outputs, self.engine.session.run(outputs, feed), strict=True):
                 assert value.shape == spans[name][0]
+                if spans[name][1] == np.uint16:
+                    value = torch.from_numpy(value).bfloat16().view(torch.uint16).numpy()
                 cuda.find(addresses[name], value.nbytes)[:] = np.ascontiguousarray(value).tobytes()
             self.engine.module.executed.append(index)
 

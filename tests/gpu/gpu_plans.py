@@ -14,6 +14,7 @@ from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.runtime.engine import open_plan
 from cushion_deploy.runtime.tensorrt import TensorRtSession
 from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.types import ActivationScales, Prefix
@@ -35,11 +36,10 @@ class Device:
         options = CompileOptions((self.target,), max_batch=2, max_context=CONTEXT, max_prefill=64)
         return ENGINES[self.flavour.name].compile(graph, folder, options)
 
-    def open_plan(self, graph: ExportedGraph, folder: Path, prefix: Prefix | None = None) -> TensorRtSession:
-        """Compile a graph for the device and open the plan; ``prefix`` is what its cache begins with."""
+    def open_plan(self, graph: ExportedGraph, folder: Path) -> TensorRtSession:
+        """Compile a graph for the device and open the plan; what its cache begins with lies beside the graph."""
         artifact = self.compile(graph, folder)
-        plan = (folder / artifact.files[0]).read_bytes()
-        return TensorRtSession(plan, graph.contract, self.flavour.module, prefix)
+        return open_plan(self.flavour.name, (folder / artifact.files[0]).read_bytes(), graph)
 
 
 def graph_of(

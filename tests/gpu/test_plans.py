@@ -15,6 +15,7 @@ from gpu_plans import IDS, Device, apart, graph_of
 from cushion_deploy.engines.inspector import read_inspection
 from cushion_deploy.engines.plan_report import PlanReport
 from cushion_deploy.evaluate.speed import Workload, compare, time_sessions
+from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
@@ -106,6 +107,26 @@ def test_plans_of_other_types_compute_the_same(
         found = session.run(IDS, need_logits="all")
         assert session.contract.dtype == dtype
     assert apart(found, expected.run(IDS, need_logits="all")) <= 0.2
+
+
+@pytest.mark.parametrize("in_cache", [False, True], ids=["baked", "cache"])
+def test_a_plan_with_an_int8_cache_computes_the_same(
+    device: Device, in_cache: bool, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    prefix, spec = compute_prefix(tiny_model, (7, 1)), tiny_model.spec
+    scale = np.full((spec.num_layers, spec.num_kv_heads), 0.05, np.float32)
+    parents = spec.weights_digest, prefix.digest, "none", 1
+    kv = KvScales(scale, scale, "per-head", "max", *parents, with_prefix=in_cache)
+    form = {"kv": kv, "prefix_in_cache": in_cache}
+    expected = open_session(graph_of(tiny_model, prefix, tmp_path / "float32", "float32", **form), threads=1)
+    graph = graph_of(tiny_model, prefix, tmp_path / "graph", "float16", **form)
+    with device.open_plan(graph, tmp_path / "plan") as session:
+        whole = session.run(IDS, need_logits="all")
+        assert apart(whole, expected.run(IDS, need_logits="all")) <= 0.1
+        session.truncate(40)
+        steps = np.concatenate([session.run(IDS[:, i : i + 1]) for i in range(40, 48)], axis=1)
+    assert whole is not None
+    assert apart(steps, whole[:, 40:]) <= 0.1
 
 
 def test_scales_in_half_beside_scales_in_float32(

@@ -134,12 +134,15 @@ def test_the_segment_decode_rung_holds(kernels: str, deployed) -> None:
 def test_the_segment_decode_rung_sees_a_damaged_cache(deployed) -> None:
     run = SegmentRun(deployed.graph, deployed.scales, "fused")
 
-    def damaged(ids: Any, codes: Any, past: Any = None) -> Any:
-        if past is not None:
-            past = {**past, "past_key_values.1.value": past["past_key_values.1.value"] * np.float32(0.9)}
-        return run(ids, codes, past)
+    class Damaged:
+        graph, room = run.graph, None
 
-    checks = segment_decode_rung("decode", deployed.reference, damaged, STEPS)
+        def __call__(self, ids: Any, codes: Any, past: Any = None) -> Any:
+            if past is not None:
+                past = {**past, "past_key_values.1.value": past["past_key_values.1.value"] * np.float32(0.9)}
+            return run(ids, codes, past)
+
+    checks = segment_decode_rung("decode", deployed.reference, Damaged(), STEPS)  # type: ignore[arg-type]
     assert not passed(checks)[0]
     assert checks[0].site == "layers.1.attn.out"
 

@@ -25,7 +25,7 @@ from cushion_deploy.artifacts import (
 from cushion_deploy.checks import ParityReport
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.graphs import EngineArtifact, ExportedGraph
-from cushion_deploy.pipeline.parity import check_bundle, check_parity, plan_graphs
+from cushion_deploy.pipeline.parity import check_bundle, check_parity, distinct_graphs
 from cushion_deploy.pipeline.prepare import Deployed, prepare
 from cushion_deploy.pipeline.stages import export, plan_graph, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
@@ -106,7 +106,7 @@ def test_an_engine_compiles_the_graph_of_its_type(built: Built) -> None:
         return plan_graph(ws, built.deployed, ENGINES[name], built.graph, 64)
 
     assert (chosen("onnxruntime"), chosen("tensorrt-rtx")) == (built.graph, built.half)
-    assert plan_graphs([built.graph, built.half, built.half], built.graph) == (built.half,)
+    assert distinct_graphs([built.graph, built.half, built.half], built.graph) == (built.half,)
     ws.recipe = ws.recipe.merged({"tensorrt.dtype": "float32"})
     assert chosen("tensorrt-rtx") == built.graph
 
@@ -149,3 +149,6 @@ def test_a_bundle_is_checked_with_the_graph_that_its_engine_was_compiled_from(
     engine.write_text(json.dumps(artifact.to_json()))
     report = check_bundle(built.workspace(), tmp_path, built.graph, reuse=True)
     assert sorted(rungs(report)) == sorted(expected)
+    # What could not be looked at is told.
+    assert len(report.unchecked) == (compiled_from == "another")
+    assert all("plan of tensorrt-rtx is not checked" in sentence for sentence in report.unchecked)

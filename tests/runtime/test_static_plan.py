@@ -17,6 +17,7 @@ from cushion_deploy.engines.profiles import Limits, profiles
 from cushion_deploy.errors import CheckFailed, UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.graphs import ExportedGraph
+from cushion_deploy.runtime.cuda import Cuda
 from cushion_deploy.runtime.onnxruntime import open_session
 from cushion_deploy.runtime.tensorrt import TensorRtSession
 from cushion_deploy.schemes import QuantScheme
@@ -291,3 +292,19 @@ def test_a_plan_that_copies_its_cache_is_refused(
     monkeypatch.setattr("fake_gpu.Engine.get_aliased_input_tensor", lambda *_: None)
     with pytest.raises(UntrustedArtifact, match=r"does not update past_key_values\.0\.key in place"):
         TensorRtSession(plan_of(graphs[0]), tiny.graph.contract, "tensorrt_rtx", tiny.prefix)
+
+
+def test_a_prefix_that_did_not_arrive_is_sent_again(
+    session: Any, expected: Any, ids: Any, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = Cuda.upload_rows
+
+    def interrupted(self: Cuda, *given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cuda, "upload_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.run(ids[:, :6])
+    assert Cuda.upload_rows is uploads
+    close(session.run(ids[:, :6]), expected.run(ids[:, :6]))

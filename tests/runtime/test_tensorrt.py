@@ -275,6 +275,12 @@ def test_every_mismatch_is_one_sentence_with_its_remedy(bundle: Path, monkeypatc
     here(monkeypatch, "1.7.1.116", "sm86 x")
     with pytest.raises(CheckFailed, match=r"^the plan was made of another scales than this bundle's$"):
         open_engine(other, "tensorrt-rtx")
+    kv = replace(opened, graph=replace(opened.graph, parents={**opened.graph.parents, "kv scales": "0" * 64}))
+    with pytest.raises(CheckFailed, match=r"^the plan was made of another kv scales than this bundle's$"):
+        open_engine(kv, "tensorrt-rtx")
+    cached = replace(read_engine(opened, "tensorrt-rtx"), details={"prefix_mode": "cache"})
+    (mode,) = mismatches(cached, opened.graph, "1.7.1.116", ["sm86 x"])
+    assert mode.sentence == "the plan was made with export.prefix=cache, this bundle with baked"
     artifact = replace(read_engine(opened, "tensorrt-rtx"), details={"device": "sm86 NVIDIA A10"})
     (tuned,) = mismatches(artifact, opened.graph, "1.7.1.116", ["sm86 NVIDIA A40"])
     assert tuned.sentence == "the plan is for sm86 NVIDIA A10 and this device is sm86 NVIDIA A40"
@@ -319,3 +325,21 @@ def test_the_contract_takes_the_plans_own_type(session: Any, graph: ExportedGrap
     # And no more positions than the plan has room for: 60 tokens and the prefix.
     assert session.contract == replace(graph.contract, max_positions=60 + graph.contract.prefix_length)
     assert isinstance(session.contract, GraphContract)
+
+
+@pytest.mark.parametrize("tiny", ["baked", "cache"], indirect=True)
+def test_a_plan_in_bfloat16_keeps_its_cache_so(device: FakeTensorRt, tiny: Any, ids: Any, tmp_path: Path) -> None:
+    loaded, cached = tiny.loaded, tiny.graph.contract.prefix_in_cache
+    given = loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), tmp_path
+    plan = plan_of(export_graph(*given, dtype="bfloat16", prefix_in_cache=cached))
+    expected = open_session(export_graph(*given, name="float", prefix_in_cache=cached), threads=1)
+    with TensorRtSession(plan, tiny.graph.contract, "tensorrt_rtx", tiny.prefix if cached else None) as session:
+        assert session.contract.dtype == "bfloat16"
+        for begin, end in ((0, 12), (12, 13), (13, 14)):
+            found, wanted = (s.run(ids[:, begin:end], need_logits="all") for s in (session, expected))
+            # 8 bits in every layer: far from a wrong prefix, which moves the logits by their own size.
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=0.1 * np.abs(wanted).max())
+        session.truncate(12)
+        expected.truncate(12)
+        found, wanted = (s.run(ids[:, 20:21]) for s in (session, expected))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=0.1 * np.abs(wanted).max())
