@@ -53,8 +53,9 @@ def command(
 ) -> None:
     """Compile FOLDER for an engine and count the linears that run in INT8.
 
-    FOLDER is a graph of `export`, which gives the engine alone, or a bundle, which gives the bundle with that engine;
-    where the engine wants another floating-point type than the bundle's graph, the original model is needed.
+    FOLDER is a graph of `export`, which gives the engine alone, or a bundle, which gives the bundle with that engine.
+    Where the engine compiles another graph than the bundle's (another floating-point type, a static cache), the
+    original model is needed.
     """
     (engine,) = choose_engines([name])
     if plan_dtype and plan_dtype not in engine.dtypes:

@@ -137,7 +137,7 @@ def dtype_option(name: str, help_text: str, default: str | None = None) -> Calla
 def plan_options(function: F) -> F:
     """Add the options of TensorRT plans: type and optimization profiles; what is not given is left to the recipe."""
     for option in (
-        click.option("--max-prefill", type=int, help="Longest prompt piece of TensorRT profiles. Default: as above."),
+        click.option("--max-prefill", type=int, help="Longest piece of a prompt in one call. Default: the recipe's."),
         click.option("--max-context", type=int, help="Longest context of TensorRT profiles. Default: the recipe's."),
         click.option("--max-batch", type=int, help="Largest batch of TensorRT profiles. Default: the recipe's."),
         dtype_option("plan_dtype", "Floating-point type of TensorRT plans. Default: the recipe's, fp16."),

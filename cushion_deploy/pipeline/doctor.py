@@ -255,7 +255,7 @@ def _warnings(ws: Workspace, found: Diagnosis) -> list[str]:
     if found.largest_residual > HALF_RESIDUAL:
         said.append(
             f"the residual stream reaches {found.largest_residual:,.0f} without a prefix, and half ends at 65,504: if "
-            "a prefix does not lower it, TensorRT's float16 graph overflows"
+            "a prefix does not lower it, compile plans with --dtype bf16"
         )
     if not found.prefix_pays and not found.sinks and found.cost.change > 0.1:
         said.append(
