@@ -158,6 +158,16 @@ class EngineArtifact:
             )
         return dtype, capacity
 
+    @property
+    def summary(self) -> str:
+        """Targets, and of a plan its type, limits, cache and size, in one line."""
+        parts, limits = [", ".join(self.targets)], self.details.get("limits")
+        if limits:
+            parts += [f"{self.form[0]}, batch {limits['batch']}, context {limits['context']:,}"]
+            parts += [f"prefill {limits['prefill']:,}", f"{self.details.get('plan_bytes', 0) / 1e6:,.0f} MB"]
+            parts += [f"static cache of {self.form[1]:,} slots"] if self.form[1] else []
+        return "; ".join([*parts, f"{self.int8_linears} of {self.linears} linears in INT8"])
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
         return asdict(self)

@@ -58,6 +58,10 @@ class Engine(Protocol):
         """Check that it can compile here; raises MissingDependency, with what to do, where it cannot."""
         ...
 
+    def check(self, options: CompileOptions) -> None:
+        """Check what is asked for before anything is made for it; raises UsageError where it cannot be compiled."""
+        ...
+
     def version(self) -> str:
         """Return the version of the library; raises MissingDependency when it is not there."""
         ...

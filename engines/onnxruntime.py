@@ -63,6 +63,9 @@ class OnnxRuntimeCpu:
         """Check that it can compile here; raises MissingDependency where ONNX Runtime is not installed."""
         self.version()
 
+    def check(self, options: CompileOptions) -> None:
+        """Targets and limits have no meaning for it."""
+
     def version(self) -> str:
         """Return the version of ONNX Runtime."""
         return version_of(DISTRIBUTIONS, self.name, "cpu")

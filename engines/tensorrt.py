@@ -56,6 +56,10 @@ class TensorRt:
                 hint="build on the device itself, or ahead of time with --engine tensorrt-rtx",
             )
 
+    def check(self, options: CompileOptions) -> None:
+        """Check the targets; raises UsageError for one that cannot be built for."""
+        self.flavour.choose_targets(options.targets, self.gpus())
+
     def version(self) -> str:
         """Return the version of the library; raises MissingDependency when it is not there or too old."""
         return self._importable().version

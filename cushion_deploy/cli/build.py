@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cushion_deploy.cli.options import (
+    float_linears_option,
     make_recipe,
     make_workspace,
     plan_options,
@@ -34,7 +35,7 @@ from cushion_deploy.errors import ExitCode
 @click.option("--engine", "engines", multiple=True, help="Engine to compile; repeatable. Default: all available.")
 @target_option
 @plan_options
-@click.option("--allow-float-linears", type=int, default=0, help="Linears that may stay in floating point.")
+@float_linears_option
 @click.option("--print-config", is_flag=True, help="Print the complete recipe as YAML and stop.")
 @click.option("--dry-run", is_flag=True, help="Check the input, say what would run, and stop.")
 def command(
@@ -58,7 +59,7 @@ def command(
     with progress(values["quiet"]) as report_progress:
         ws = make_workspace(recipe, values["work_dir"], report_progress)
         if dry_run:
-            found = plan(ws, output)
+            found = plan(ws, output, split_targets(targets))
             click.echo(json.dumps(found) if values["as_json"] else "\n".join(plan_lines(found)))
             return ExitCode.OK
         report = build(ws, output, targets=split_targets(targets), allow_float_linears=allow_float_linears)

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.cli.options import make_workspace, plan_options, run_options, split_targets, target_option
+from cushion_deploy.cli.options import (
+    float_linears_option,
+    make_workspace,
+    plan_options,
+    run_options,
+    split_targets,
+    target_option,
+)
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.engines.base import CompileOptions, Engine
@@ -32,7 +39,7 @@ SHOWN = 2000
 @click.option("--engine", "name", required=True, help=f"One of: {', '.join(ENGINES)}.")
 @target_option
 @plan_options
-@click.option("--allow-float-linears", type=int, default=0, help="Linears that may stay in floating point.")
+@float_linears_option
 @click.option("--model", help="The original model of a bundle; default: the one that its recipe names.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder; or the bundle.")
 @run_options
@@ -86,14 +93,9 @@ def command(
     if as_json:
         click.echo(json.dumps(artifact.to_json()))
         return
-    click.echo(
-        f"{artifact.engine} for {', '.join(artifact.targets)}: "
-        f"{artifact.int8_linears} of {artifact.linears} linears in INT8, "
-        f"{artifact.fused_attention} fused attention kernels"
-    )
-    if capacity := artifact.details.get("cache_capacity"):
-        click.echo(f"static cache of {capacity:,} slots, updated in place")
-    elif artifact.details.get("prefix_mode") == "cache":
+    fused = f", {artifact.fused_attention} fused attention kernels" if artifact.details.get("limits") else ""
+    click.echo(f"{artifact.engine}: {artifact.summary}{fused}")
+    if not artifact.form[1] and artifact.details.get("prefix_mode") == "cache":
         click.echo("the cache grows: an INT8 cache, or a library without KVCacheUpdate, is not updated in place")
     if not artifact.ran:
         click.echo(str(artifact.details.get("not_run", "not run")))
@@ -103,6 +105,8 @@ def command(
         shown = textwrap.shorten(command_line, SHOWN, placeholder=" ... (the whole line stands in engine.json)")
         click.echo(f"the same plan by the vendor's tool:\n  {shown}")
     click.echo(f"written: {output}")
+    if os.path.lexists(output / MANIFEST_NAME) and artifact.details.get("limits"):
+        click.echo(f"the graph behind it is checked by: cushion-deploy parity {output} --model MODEL")
 
 
 def _compile_graph(

@@ -79,6 +79,7 @@ def _kv_scales(scales: KvScales) -> dict[str, Any]:
 
 def _bundle(path: Path) -> dict[str, Any]:
     from cushion_deploy.runtime.bundle import open_bundle
+    from cushion_deploy.runtime.engine import read_engine
 
     bundle = open_bundle(path)
     graph, contract = bundle.graph, bundle.contract
@@ -95,6 +96,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "key/value cache": contract.cache_dtype,
         "longest context": contract.max_positions - contract.prefix_length,
         "engines": engines,
+        **{name: read_engine(bundle, name).summary for name in engines},
         "files": len(bundle.manifest.files),
         "bytes": sum(entry.size for entry in bundle.manifest.files.values()),
         **{f"{name} digest": digest for name, digest in bundle.manifest.parents.items()},

@@ -64,7 +64,7 @@ class LazyGroup(click.Group):
 @click.version_option(tool_version(), prog_name="cushion-deploy")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
 def cli(verbose: bool) -> None:
-    r"""Run a language model in static per-tensor INT8 at the edge, with the proof beside it.
+    """Run a language model in static per-tensor INT8 at the edge, with the proof beside it.
 
     \b
     cushion-deploy build --model MODEL --precision w8a8 --output OUT
@@ -72,7 +72,7 @@ def cli(verbose: bool) -> None:
 
     Exit codes: 0 done, 1 a check failed, 2 bad input, 3 something is missing,
     4 corrupt or untrusted file, 70 a bug, 130/143 interrupted.
-    """
+    """  # noqa: D301 - click takes the character for: do not wrap
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "huggingface_hub", "transformers", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -112,6 +112,14 @@ target_option = click.option(
 )
 
 
+float_linears_option = click.option(
+    "--allow-float-linears",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Linears that may stay in floating point.",
+)
+
+
 def split_targets(given: Sequence[str]) -> tuple[str, ...]:
     """Return the targets that :data:`target_option` was given, one by one."""
     return tuple(target.strip() for text in given for target in text.split(",") if target.strip())

@@ -49,6 +49,8 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
     recover(output)
     require_publishable(output)
     engines = choose_engines(ws.recipe.engines)
+    for engine in engines:
+        engine.check(options)
     _require_other_text(ws)
     with ws.store.lock():
         spec = model_spec(ws)
@@ -104,10 +106,12 @@ def _require_other_text(ws: Workspace) -> None:
         )
 
 
-def plan(ws: Workspace, output: Path) -> dict[str, Any]:
+def plan(ws: Workspace, output: Path, targets: Sequence[str] = ()) -> dict[str, Any]:
     """Check the input of a build and return, JSON-ready, what it would do; runs nothing."""
     require_publishable(output)
     engines = choose_engines(ws.recipe.engines)
+    for engine in engines:
+        engine.check(compile_options(ws.recipe, targets, 0))
     calibration = ws.recipe.calibration.data
     corpus = SAMPLED[calibration] if calibration in SAMPLED else ws.corpus(calibration, "calibration").name
     recipe = ws.recipe

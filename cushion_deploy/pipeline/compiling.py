@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from cushion_deploy.engines.base import CompileOptions, Engine
-from cushion_deploy.errors import UntrustedArtifact, require_modules
+from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.errors import UntrustedArtifact, UsageError, require_modules
 from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 from cushion_deploy.pipeline.prepare import read_deployed, require_model_of
 from cushion_deploy.pipeline.reporting import engine_row
@@ -19,8 +21,11 @@ from cushion_deploy.report.document import REPORT_JSON, read_report
 from cushion_deploy.report.document import Engine as EngineRow
 from cushion_deploy.report.write import write_report
 from cushion_deploy.runtime.bundle import Bundle, verify_graph
+from cushion_deploy.runtime.engine import read_engine
 from cushion_deploy.store import hash_file, place, publish, recover, require_publishable, staging_area
 
+_OF_A_PLAN = re.compile(r"float16 graph|graph with a static cache")
+"""Rungs of the ladder that look at the graph behind a plan."""
 LINKED_BYTES = 64 << 20
 """An engine's file of this size or more shares its bytes with the work folder; smaller ones may be edited: copied."""
 
@@ -80,6 +85,9 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
     """
     # Engines are kept by the digest that the graph's own description claims.
     verify_graph(bundle.graph)
+    engine.check(options)
+    if bundle.path.resolve() in output.resolve().parents:
+        raise UsageError(f"{output} lies inside of the bundle", hint="give a folder beside it")
     require_modules("matplotlib", "jinja2")  # the report is written anew, after minutes of compiling
     recover(output)
     require_publishable(output)
@@ -100,14 +108,31 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
                     if hash_file(staged / name) != entry.sha256:
                         raise UntrustedArtifact(f"{name} changed meanwhile", hint="run `cushion-deploy verify`")
             place_engine(artifact, folder, staged)
-            _tell(artifact, staged / "report")
-            publish(staged, output, bundle.manifest.recipe, bundle.manifest.parents)
+            _tell(artifact, staged / "report", checked=graph.digest in _graphs_checked(bundle))
+            # What stands in the recipe of a bundle is what its plans were made with.
+            recipe = {**bundle.manifest.recipe, "tensorrt": ws.recipe.tensorrt.model_dump(mode="json")}
+            publish(
+                staged,
+                output,
+                recipe if engine.dtypes != ("float32",) else bundle.manifest.recipe,
+                bundle.manifest.parents,
+            )
     return artifact
 
 
-def _tell(artifact: EngineArtifact, folder: Path) -> None:
-    """Put an engine into the report in ``folder``, in the place of the same engine."""
+def _graphs_checked(bundle: Bundle) -> set[str]:
+    """Return the digests of the graphs that a bundle's engines were compiled from: what its report says parity of."""
+    names = (name for name in ENGINES if f"engines/{name}/engine.json" in bundle.manifest.files)
+    return {bundle.graph.digest, *(read_engine(bundle, name).parents["graph"] for name in names)}
+
+
+def _tell(artifact: EngineArtifact, folder: Path, *, checked: bool) -> None:
+    """Put an engine into the report in ``folder``, in the place of the same engine.
+
+    Checks of graphs behind plans are left out where this plan was compiled from one that they did not see.
+    """
     report = read_report(folder / REPORT_JSON)
     others = [engine for engine in report.engines if engine.engine != artifact.engine]
     rows = (*others, EngineRow.model_validate(engine_row(artifact)))
-    write_report(report.model_copy(update={"engines": rows}), folder)
+    parity = tuple(row for row in report.parity if checked or not _OF_A_PLAN.search(row.rung))
+    write_report(report.model_copy(update={"engines": rows, "parity": parity}), folder)

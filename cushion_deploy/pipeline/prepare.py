@@ -115,7 +115,13 @@ def read_deployed(ws: Workspace, bundle: Path, graph: ExportedGraph) -> Deployed
 
 def require_model_of(ws: Workspace, bundle: Path) -> None:
     """Check that the model at hand is the one that a bundle was built from; raises UsageError otherwise."""
-    if ws.source.digest != read_scales(bundle / SCALES_FILE).model_digest:
+    try:
+        digest = ws.source.digest
+    except UsageError as e:
+        raise UsageError(
+            f"the model that the bundle was built from is not at hand: {e.message}", hint="give it with --model"
+        ) from e
+    if digest != read_scales(bundle / SCALES_FILE).model_digest:
         raise UsageError(
             f"{ws.source.label} is not the model that the bundle was built from", hint="give the original with --model"
         )

@@ -139,6 +139,14 @@ def test_a_plan_of_another_type_climbs_the_ladder(
     assert "tensorrt_rtx --onnx=" in done.out
     artifact = json.loads((tmp_path / "e" / "engines" / "tensorrt-rtx" / "engine.json").read_text())
     assert (artifact["details"]["dtype"], artifact["details"]["limits"]["prefill"]) == (dtype, 16)
+    # The bundle says so too: in its recipe, to who looks at it, and by telling no parity of a graph that it has not.
+    settings = verify_bundle(tmp_path / "e").recipe["tensorrt"]
+    assert settings == {"dtype": dtype, "max_batch": 1, "max_context": 64, "max_prefill": 16}
+    assert f"sm86; {dtype}, batch 1, context 64; prefill 16" in cli("inspect", tmp_path / "e").out
+    told = {row["rung"] for row in cli("report", tmp_path / "e", "--json").json["parity"]}
+    assert "canonical ONNX against fake-quant" in told
+    assert not any("float16 graph" in rung for rung in told)
+    assert f"cushion-deploy parity {tmp_path / 'e'}" in done.out
     climbed = cli("parity", tmp_path / "e", "--work-dir", tmp_path / "w", "--json")
     assert climbed.code == 0, climbed.err
     rungs = {check["rung"] for check in climbed.json["checks"]}
@@ -148,6 +156,7 @@ def test_a_plan_of_another_type_climbs_the_ladder(
 def test_a_float32_plan_needs_no_model(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     more = ("--targets", "sm86", "--max-context", 64, "--dtype", "fp32", "--model", tmp_path / "nowhere")
+    more += ("--work-dir", tmp_path / "w")
     done = cli("engine", planted_bundle.bundle, "--engine", "tensorrt-rtx", *more, "-o", tmp_path / "e")
     assert done.code == 0, done.err
     graph = json.loads((planted_bundle.bundle / "export.json").read_text())
@@ -370,3 +379,22 @@ def test_a_study_refuses_an_int8_cache(cli: Any, tiny_bundle: Any, tmp_path: Pat
     done = cli("study", model, "--set", "export.kv_cache=int8", "--output", tmp_path / "s")
     assert done.code == 2
     assert "behind a floating-point cache" in done.err
+
+
+def test_what_cannot_be_compiled_is_refused_before_anything_is_made(
+    cli: Any, planted_bundle: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    rtx = ("--engine", "tensorrt-rtx", "--work-dir", tmp_path / "w")
+    dry = cli("build", *planted_bundle.options, *rtx, "--targets", "foo", "--dry-run", "--output", tmp_path / "b")
+    assert dry.code == 2
+    assert "unknown target 'foo'" in dry.err
+    assert cli("engine", planted_bundle.bundle, *rtx, "--allow-float-linears", -1, "-o", tmp_path / "e").code == 2
+    inside = cli("engine", planted_bundle.bundle, *rtx, "-o", planted_bundle.bundle / "sub")
+    assert inside.code == 2
+    assert "lies inside of the bundle" in inside.err
+    verify_bundle(planted_bundle.bundle)
+    absent = cli("engine", planted_bundle.bundle, *rtx, "--model", tmp_path / "nowhere", "-o", tmp_path / "e")
+    assert absent.code == 2
+    assert "the model that the bundle was built from is not at hand" in absent.err
+    assert "give it with --model" in absent.err
