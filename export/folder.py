@@ -101,16 +101,20 @@ def export_graph(
     if scales is not None:
         chosen = scales.of(sites)
     element = DTYPES[dtype]
-    largest = max((float(np.abs(part).max(initial=0.0)) for part in (prefix.keys, prefix.values)), default=0.0)
-    if dtype == "float16" and largest > np.finfo(np.float16).max:
-        raise UsageError(
-            f"the prefix reaches {largest:,.0f}, and float16 ends at 65,504", hint="compile plans with --dtype bf16"
-        )
-    inside = Prefix.empty(spec) if prefix_in_cache else prefix
+    if dtype == "float16":
+        _check_range(prefix)
     decoder = DecoderGraph(
-        GraphBuilder(opset), spec, family, weights, PrefixKv(inside, element), element, chosen, DTYPES[scale_dtype]
+        GraphBuilder(opset),
+        spec,
+        family,
+        weights,
+        PrefixKv(Prefix.empty(spec) if prefix_in_cache else prefix, element),
+        element,
+        chosen,
+        scale_dtype=DTYPES[scale_dtype],
+        capacity=capacity,
+        kv=kv,
     )
-    decoder.capacity, decoder.kv = capacity, kv
     model = decoder.build()
     path = folder / f"{name}.onnx"
     ir.save(model, path, external_data=f"{name}.onnx.data", alignment=4096)
@@ -160,6 +164,14 @@ def _check_deployable(scheme: QuantScheme, scales: ActivationScales | None) -> N
         raise UsageError(
             f"scheme {scheme.name} cannot be exported: {reason}",
             hint="export w8a8 with symmetric 8-bit scales; everything else is for evaluation alone",
+        )
+
+
+def _check_range(prefix: Prefix) -> None:
+    largest = max(float(np.abs(part).max(initial=0.0)) for part in (prefix.keys, prefix.values))
+    if largest > np.finfo(np.float16).max:
+        raise UsageError(
+            f"the prefix reaches {largest:,.0f}, and float16 ends at 65,504", hint="compile plans with --dtype bf16"
         )
 
 

@@ -69,6 +69,6 @@ def command(
             if check.note:
                 click.echo(f"       {check.note}")
         for sentence in report.unchecked:
-            click.echo(f"warning: {sentence}")
+            click.echo(f"not checked: {sentence}")
         click.echo(f"{'passed' if report.passed else 'FAILED'} on {report.tokens} tokens of {report.corpus}")
     return ExitCode.OK if report.passed else ExitCode.CHECK_FAILED

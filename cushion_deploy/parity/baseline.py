@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def compare_baseline(report: ParityReport, baseline: Sequence[Entry]) -> ParityR
         more.append(
             ParityCheck(rung, entry.metric, check.value, entry.value + worse, check.direction, check.site, note)
         )
-    return ParityReport((*report.checks, *more), report.corpus, report.tokens)
+    return replace(report, checks=(*report.checks, *more))
 
 
 def _tolerance(check: ParityCheck) -> float:

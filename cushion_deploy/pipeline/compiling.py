@@ -110,13 +110,10 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
             place_engine(artifact, folder, staged)
             _tell(artifact, staged / "report", checked=graph.digest in _graphs_checked(bundle))
             # What stands in the recipe of a bundle is what its plans were made with.
-            recipe = {**bundle.manifest.recipe, "tensorrt": ws.recipe.tensorrt.model_dump(mode="json")}
-            publish(
-                staged,
-                output,
-                recipe if engine.dtypes != ("float32",) else bundle.manifest.recipe,
-                bundle.manifest.parents,
-            )
+            recipe = dict(bundle.manifest.recipe)
+            if "limits" in artifact.details:
+                recipe["tensorrt"] = ws.recipe.tensorrt.model_dump(mode="json")
+            publish(staged, output, recipe, bundle.manifest.parents)
     return artifact
 
 

@@ -151,7 +151,7 @@ def distinct_graphs(graphs: Iterable[ExportedGraph], graph: ExportedGraph) -> tu
 def _graphs_behind(
     ws: Workspace, deployed: Deployed, bundle: Path, graph: ExportedGraph
 ) -> tuple[tuple[ExportedGraph, ...], tuple[str, ...]]:
-    """Export the graphs behind the plans of a bundle again; also return a sentence for each that cannot be checked.
+    """Export the graphs behind the plans of a bundle again; also say in sentences what cannot be checked.
 
     A bundle carries the compiled plans alone. Where the exporter writes another graph than the plan was compiled from
     (a later version of it), a check of that graph would say nothing of the plan.
@@ -159,6 +159,8 @@ def _graphs_behind(
     graphs, unchecked = [], []
     for file in (bundle / "engines" / name / "engine.json" for name in ENGINES):
         artifact = EngineArtifact.from_json(json.loads(file.read_text())) if file.is_file() else None
+        if artifact and "not_run" in artifact.details:
+            unchecked.append(f"the plan of {artifact.engine} itself was {artifact.details['not_run']}")
         if artifact is None or artifact.parents["graph"] == graph.digest:
             continue
         dtype, capacity = artifact.form

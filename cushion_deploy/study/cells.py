@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from cushion_deploy.artifacts import SCALES_FILE, read_scales, write_scales
 from cushion_deploy.evaluate.perplexity import TextScore, cut_windows
+from cushion_deploy.pipeline.calibrating import calibration_parents, calibration_windows, smooth
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
-from cushion_deploy.pipeline.prepare import Deployed, calibration_parents, calibration_windows, prepare, smooth
+from cushion_deploy.pipeline.prepare import Deployed, prepare
 from cushion_deploy.pipeline.stages import no_prefix, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import SearchTrace

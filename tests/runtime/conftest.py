@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_gpu import FakeCuda, FakeTensorRt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -166,3 +168,13 @@ def bundle_path(tiny: Tiny, hf_folder: Path, tmp_path_factory: pytest.TempPathFa
 def ids() -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return 40 token ids, int64 ``[1, 40]``."""
     return np.random.default_rng(5).integers(3, 380, (1, 40))
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    """Put a device that checks every call in the place of CUDA and TensorRT."""
+    module = FakeTensorRt(FakeCuda())
+    fakes: dict[str, Any] = {"cuda.bindings.runtime": module.cuda, "tensorrt_rtx": module, "tensorrt": module}
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name, *a, **k: fakes.get(name) or real(name, *a, **k))
+    return module

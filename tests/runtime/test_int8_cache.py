@@ -24,7 +24,7 @@ from cushion_deploy.runtime.session import first_caches
 from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.types import KV_SCALES_FILE
 
-from .test_tensorrt import close, device, plan_of  # noqa: F401 (a fixture)
+from .test_tensorrt import close, plan_of
 
 
 def made_up(tiny: Any) -> KvScales:
@@ -108,7 +108,7 @@ def test_every_cache_begins_with_the_codes_of_the_prefix(graph: ExportedGraph, t
 def test_a_plan_keeps_codes_on_the_device(
     graph: ExportedGraph,
     tiny: Any,
-    device: FakeTensorRt,  # noqa: F811
+    device: FakeTensorRt,
     ids: np.ndarray,
 ) -> None:
     reference = open_session(graph, threads=1)
@@ -127,7 +127,7 @@ def test_a_plan_keeps_codes_on_the_device(
     assert not device.cuda.memory
 
 
-def test_a_plan_with_another_cache_is_refused(graph: ExportedGraph, device: FakeTensorRt, tiny: Any) -> None:  # noqa: F811
+def test_a_plan_with_another_cache_is_refused(graph: ExportedGraph, device: FakeTensorRt, tiny: Any) -> None:
     other = replace(graph, contract=replace(graph.contract, quantized_cache=False))
     with pytest.raises(UntrustedArtifact, match="keeps its cache as INT8"):
         open_plan("tensorrt-rtx", plan_of(graph), other)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import Context, FakeCuda, FakeTensorRt
+from fake_gpu import Context, FakeTensorRt
 
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.profiles import Limits, profiles
@@ -41,16 +40,6 @@ def graphs(tiny: Any, request: Any, tmp_path_factory: pytest.TempPathFactory) ->
     options = {"dtype": request.param, "prefix_in_cache": True}
     static = export_graph(*given, name="static", capacity=CONTEXT + tiny.prefix.length, **options)
     return static, export_graph(*given, name="growing", **options)
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
-    """Put the fake modules in the place of the real ones."""
-    module = FakeTensorRt(FakeCuda())
-    fakes: dict[str, Any] = {"cuda.bindings.runtime": module.cuda, "tensorrt_rtx": module, "tensorrt": module}
-    real = importlib.import_module
-    monkeypatch.setattr(importlib, "import_module", lambda name, *a, **k: fakes.get(name) or real(name, *a, **k))
-    return module
 
 
 @pytest.fixture

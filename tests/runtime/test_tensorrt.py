@@ -52,17 +52,6 @@ def graph(tiny: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
-    """Put the fake modules in the place of the real ones."""
-    cuda = FakeCuda()
-    module = FakeTensorRt(cuda)
-    fakes: dict[str, Any] = {"cuda.bindings.runtime": cuda, "tensorrt_rtx": module, "tensorrt": module}
-    real = importlib.import_module
-    monkeypatch.setattr(importlib, "import_module", lambda name, *a, **k: fakes.get(name) or real(name, *a, **k))
-    return module
-
-
-@pytest.fixture
 def session(device: FakeTensorRt, graph: ExportedGraph, tiny: Any) -> Any:
     """Return a session on the fake device; closed afterwards, with nothing left behind."""
     prefix = tiny.prefix if graph.contract.prefix_in_cache else None
