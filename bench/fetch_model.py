@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import subprocess
@@ -39,7 +40,15 @@ def check(file: Path, expected: str) -> None:
         sys.exit(f"{file.name} has SHA-256 {digest}, expected {expected}: not using it")
 
 
+def gguf_path(text: str) -> Path:
+    """Return the target as a path; one that is not named ``*.gguf`` is a usage error."""
+    path = Path(text)
+    if path.suffix != ".gguf":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .gguf")
+    return path
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: fetch_model.py TARGET.gguf")
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", type=gguf_path, metavar="TARGET.gguf", help="file to write; its folder is made")
+    main(parser.parse_args().target)
