@@ -11,14 +11,14 @@ from dataclasses import replace
 
 from common import arguments, workspace
 
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.session import DecoderSession
+from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.evaluate.speed import Workload, compare, peak_memory, time_sessions
-from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.pipeline.prepare import prepare
 from cushion_deploy.pipeline.stages import export, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.runtime.onnxruntime import open_session
-from cushion_deploy.runtime.session import DecoderSession
-from cushion_deploy.types import Prefix
 
 
 def graphs(ws: Workspace, head_ws: Workspace) -> dict[str, ExportedGraph]:

@@ -127,12 +127,13 @@ def _export(model: Path, folder: Path, dtype: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from cushion_deploy.core.prefix import Prefix
+    from cushion_deploy.core.scales import ActivationScales
+    from cushion_deploy.core.schemes import QuantScheme
     from cushion_deploy.export.folder import export_graph
     from cushion_deploy.families import get_family
     from cushion_deploy.modeling.load import SafetensorsWeights, describe
     from cushion_deploy.modeling.source import ModelSource
-    from cushion_deploy.schemes import QuantScheme
-    from cushion_deploy.types import ActivationScales, Prefix
 
     family = get_family("llama")
     with torch.device("meta"):
@@ -153,7 +154,7 @@ def _decode(graph: Any) -> dict[str, Any]:
     """Open the graph in ONNX Runtime and run a prompt and a step."""
     import numpy as np
 
-    from cushion_deploy.runtime.onnxruntime import open_session
+    from cushion_deploy.engines.onnxruntime.session import open_session
 
     begin = time.monotonic()
     session = open_session(graph)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, signed_range, threshold
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.fakequant import asymmetric_range, symmetric_scale
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.scales import ActivationScales, Estimator
+from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.fakequant import asymmetric_range, symmetric_scale
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import ActivationScales, Estimator, IntArray, Prefix, Site
 
 
 @dataclass

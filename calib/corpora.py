@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
-from cushion_deploy.types import IntArray, digest_json
+from cushion_deploy.store.digests import digest_json
 
 Part = Literal["calibration", "evaluation"]
 HUB_CORPORA = {

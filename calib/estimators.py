@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from cushion_deploy.core.fakequant import qmax
+from cushion_deploy.core.scales import Estimator
 from cushion_deploy.errors import UsageError
-from cushion_deploy.fakequant import qmax
-from cushion_deploy.types import Estimator
 
 BINS = 8192
 Counts = npt.NDArray[np.int64]

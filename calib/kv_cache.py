@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, threshold
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.fakequant import qmax, symmetric_scale
+from cushion_deploy.core.kv_scales import KV_PARTS, KvGranularity, KvPart, KvScales, kv_site
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.scales import Estimator
 from cushion_deploy.errors import UsageError
-from cushion_deploy.fakequant import qmax, symmetric_scale
-from cushion_deploy.kv_scales import KV_PARTS, KvGranularity, KvPart, KvScales, kv_site
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.kv_cache import watched_cache
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import Estimator, FloatArray, IntArray, Prefix
 
 TINY = float(np.finfo(np.float32).tiny)
 QMAX = qmax(8)

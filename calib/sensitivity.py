@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import torch
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.modeling.teacher import divergence
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales, IntArray, Prefix, Site
 
 
 @torch.inference_mode()

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cushion_deploy.folding import absorbers
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.sites import Site
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.families.folding import absorbers
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import FloatArray, IntArray, Prefix, Site, Smoothing
 
 SMALLEST = 1e-5
 """The least magnitude that counts of a weight: a channel that nothing reads keeps a finite factor."""

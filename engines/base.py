@@ -8,9 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
+from cushion_deploy.core.dtypes import Dtype
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.errors import MissingDependency
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph
-from cushion_deploy.types import Dtype
 
 
 @dataclass(frozen=True)

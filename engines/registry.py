@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cushion_deploy.engines.base import Engine
-from cushion_deploy.engines.flavours import RTX, STANDARD
-from cushion_deploy.engines.onnxruntime import OnnxRuntimeCpu
-from cushion_deploy.engines.tensorrt import TensorRt
+from cushion_deploy.engines.onnxruntime.compile import OnnxRuntimeCpu
+from cushion_deploy.engines.tensorrt.compile import TensorRt
+from cushion_deploy.engines.tensorrt.flavours import RTX, STANDARD
 from cushion_deploy.errors import MissingDependency, unknown_choice
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (OnnxRuntimeCpu(), TensorRt(RTX), TensorRt(STANDARD))}

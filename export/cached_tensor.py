@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from cushion_deploy.core.sites import Site
 from cushion_deploy.export.linear import codes_name
-from cushion_deploy.types import Site
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cushion_deploy.core.kv_scales import KV_PARTS, KvScales
+from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
+from cushion_deploy.core.sites import HEAD_SITE, Site, layer_site
+from cushion_deploy.core.weights import WeightSource, blocks
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.kv_cache import KvCache
 from cushion_deploy.export.linear import PackedLinear, add_linear
@@ -26,9 +30,6 @@ from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain, turning_channels
 from cushion_deploy.export.static_cache import StaticCache
 from cushion_deploy.families import Family
-from cushion_deploy.kv_scales import KV_PARTS, KvScales
-from cushion_deploy.types import HEAD_SITE, ModelSpec, RotaryScaling, Site, layer_site
-from cushion_deploy.weights import WeightSource, blocks
 
 
 @dataclass

@@ -8,30 +8,26 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from cushion_deploy.artifacts import write_kv_scales, write_prefix
+from cushion_deploy.core.artifacts import write_kv_scales, write_prefix
+from cushion_deploy.core.dtypes import Dtype
+from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales, kv_site
+from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.prefix import PREFIX_FILE, Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import Site
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.core.weights import WeightSource
 from cushion_deploy.errors import UsageError
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.decoder import DecoderGraph
 from cushion_deploy.export.prefix_kv import PrefixKv
 from cushion_deploy.export.rules import check_graph
 from cushion_deploy.families import get_family
-from cushion_deploy.folding import FoldedWeights
-from cushion_deploy.graphs import ExportedGraph, GraphContract
-from cushion_deploy.kv_scales import KvScales, kv_site
-from cushion_deploy.schemes import QuantScheme
+from cushion_deploy.families.folding import FoldedWeights
 from cushion_deploy.store import hash_file
-from cushion_deploy.types import (
-    KV_SCALES_FILE,
-    PREFIX_FILE,
-    ActivationScales,
-    Dtype,
-    ModelSpec,
-    Prefix,
-    Site,
-    Smoothing,
-    digest_json,
-)
-from cushion_deploy.weights import WeightSource
+from cushion_deploy.store.digests import digest_json
 
 MIN_OPSET, MAX_OPSET = 17, 22
 """17 serves every TensorRT from 10.3 on; above 22 the operators of the graph change meaning or are untested."""

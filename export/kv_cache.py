@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cushion_deploy.core.kv_scales import KvPart, KvScales, kv_site
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.linear import codes_name
-from cushion_deploy.kv_scales import KvPart, KvScales, kv_site
 
 TURNED = [0, 1, 3, 2]
 

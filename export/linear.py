@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.fakequant import Int8Array, quantize_weight, weight_scale
+from cushion_deploy.core.sites import Site
+from cushion_deploy.core.weights import WeightSource, blocks, whole
 from cushion_deploy.export.builder import GraphBuilder
-from cushion_deploy.fakequant import Int8Array, quantize_weight, weight_scale
-from cushion_deploy.types import FloatArray, Site
-from cushion_deploy.weights import WeightSource, blocks, whole
 
 
 @dataclass(frozen=True)

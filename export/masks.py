@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.families import Family
-from cushion_deploy.types import FloatArray, ModelSpec
 
 MASKED = {ir.DataType.FLOAT: -1e9, ir.DataType.FLOAT16: -3e4, ir.DataType.BFLOAT16: -1e9}
 """Additive mask: exp() of it is 0, and a score added to it stays finite in its type."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.kv_cache import TURNED, KvCache
-from cushion_deploy.types import Prefix
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import onnx_ir as ir
 
+from cushion_deploy.core.sites import Site
 from cushion_deploy.export.cached_tensor import CachedTensor
-from cushion_deploy.types import Site
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 PRODUCTS = frozenset({"MatMul", "Gemm"})

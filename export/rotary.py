@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from cushion_deploy.types import FloatArray, RotaryScaling
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.model_spec import RotaryScaling
 
 
 def turning_channels(rotary: RotaryScaling | None, head_dim: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.export.linear import codes_name
 from cushion_deploy.export.quantized_graph import (
@@ -28,7 +29,6 @@ from cushion_deploy.export.quantized_graph import (
     name_of,
     stored,
 )
-from cushion_deploy.types import Site
 
 REJECTED = frozenset({"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"})
 TINY = float(np.finfo(np.float32).tiny)

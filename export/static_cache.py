@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.export.builder import GraphBuilder
-from cushion_deploy.types import ModelSpec
 
 
 @dataclass(frozen=True)

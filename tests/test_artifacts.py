@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cushion_deploy.artifacts import (
+from cushion_deploy.core.artifacts import (
     read_prefix,
     read_scales,
     read_smoothing,
@@ -17,8 +17,11 @@ from cushion_deploy.artifacts import (
     write_scales,
     write_smoothing,
 )
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.sites import Site
+from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.types import ActivationScales, Prefix, Site, Smoothing
 
 
 @pytest.fixture

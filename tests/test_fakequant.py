@@ -11,8 +11,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from cushion_deploy.errors import ExitCode, UsageError
-from cushion_deploy.fakequant import (
+from cushion_deploy.core.fakequant import (
     asymmetric_range,
     dequantize,
     dequantize_asymmetric,
@@ -23,6 +22,7 @@ from cushion_deploy.fakequant import (
     spread,
     symmetric_scale,
 )
+from cushion_deploy.errors import ExitCode, UsageError
 
 FLOATS = st.floats(-1e4, 1e4, width=32)
 SCALES = st.floats(2.0**-10, 2.0**10, width=32)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cushion_deploy.artifacts import read_kv_scales, write_kv_scales
+from cushion_deploy.core.artifacts import read_kv_scales, write_kv_scales
+from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.kv_scales import KvScales
-from cushion_deploy.types import Prefix
 
 RNG = np.random.default_rng(2)
 

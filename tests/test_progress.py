@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from cushion_deploy import progress as module
-from cushion_deploy.progress import elapsed
+from cushion_deploy.core import progress as module
+from cushion_deploy.core.progress import elapsed
 
 Seen = list[tuple[str, int, int]]
 

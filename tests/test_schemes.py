@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cushion_deploy.core.schemes import PRECISIONS, PRESETS, QuantScheme, canonical_name, describe, parse_scheme
+from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.schemes import PRECISIONS, PRESETS, QuantScheme, canonical_name, describe, parse_scheme
-from cushion_deploy.types import Site
 
 FIELDS = st.fixed_dictionaries(
     {

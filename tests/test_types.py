@@ -12,20 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cushion_deploy.checks import ParityCheck, ParityReport
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import Site, layer_site
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph, GraphContract
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import (
-    ActivationScales,
-    ModelSpec,
-    Prefix,
-    RotaryScaling,
-    Site,
-    digest_arrays,
-    digest_json,
-    layer_site,
-)
+from cushion_deploy.parity.checks import ParityCheck, ParityReport
+from cushion_deploy.store.digests import digest_arrays, digest_json
 
 SPEC = ModelSpec(
     family="llama",

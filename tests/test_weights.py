@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cushion_deploy import weights as module
+from cushion_deploy.core import weights as module
+from cushion_deploy.core.sites import Site
+from cushion_deploy.core.weights import blocks, whole
 from cushion_deploy.export.linear import PackedLinear
 from cushion_deploy.families import get_family
 from cushion_deploy.modeling.load import SafetensorsWeights
-from cushion_deploy.types import Site
-from cushion_deploy.weights import blocks, whole
 
 NAME = "transformer.h.0.attn.c_attn.weight"
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import click
 
-from cushion_deploy.artifacts import (
+from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.output import require_parent
+from cushion_deploy.cli.progress import progress
+from cushion_deploy.core.artifacts import (
     SCALES_FILE,
     SMOOTHING_FILE,
     read_prefix,
@@ -16,10 +19,7 @@ from cushion_deploy.artifacts import (
     write_scales,
     write_smoothing,
 )
-from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
-from cushion_deploy.cli.output import require_parent
-from cushion_deploy.cli.progress import progress
-from cushion_deploy.types import KV_SCALES_FILE
+from cushion_deploy.core.kv_scales import KV_SCALES_FILE
 
 
 @click.command("calibrate")

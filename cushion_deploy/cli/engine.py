@@ -19,16 +19,16 @@ from cushion_deploy.cli.options import (
 )
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
+from cushion_deploy.core.dtypes import Dtype
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import ENGINES, choose_engines
 from cushion_deploy.errors import UsageError
-from cushion_deploy.graphs import EngineArtifact
 from cushion_deploy.pipeline.compiling import add_engine, compile_options
-from cushion_deploy.progress import Progress, elapsed
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
 from cushion_deploy.store import MANIFEST_NAME
-from cushion_deploy.types import Dtype
 
 SHOWN = 2000
 """Characters of the vendor's command that are printed; with 30 layers it has 20,000."""

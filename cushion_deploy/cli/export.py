@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from cushion_deploy.artifacts import read_kv_scales, read_prefix, read_scales, read_smoothing
 from cushion_deploy.cli.options import dtype_option, make_recipe, make_workspace, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
+from cushion_deploy.core.artifacts import read_kv_scales, read_prefix, read_scales, read_smoothing
 from cushion_deploy.errors import UsageError
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import click
 import numpy as np
 
-from cushion_deploy.artifacts import read_kv_scales, read_prefix, read_scales
+from cushion_deploy.core.artifacts import read_kv_scales, read_prefix, read_scales
+from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
 from cushion_deploy.errors import UsageError
-from cushion_deploy.kv_scales import KvScales
-from cushion_deploy.types import KV_SCALES_FILE
 
 
 @click.command("inspect")

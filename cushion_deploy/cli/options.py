@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+from cushion_deploy.core.dtypes import Dtype
+from cushion_deploy.core.progress import Progress
+from cushion_deploy.core.scales import ESTIMATORS
+from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.errors import UsageError
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.progress import Progress
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.schemes import PRECISIONS
 from cushion_deploy.store import StageStore
-from cushion_deploy.types import ESTIMATORS, Dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
 WORK_DIR = Path(".cushion-work")

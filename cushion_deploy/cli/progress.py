@@ -20,8 +20,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from cushion_deploy.progress import Progress as Report
-from cushion_deploy.progress import silent
+from cushion_deploy.core.progress import Progress as Report
+from cushion_deploy.core.progress import silent
 
 LINE_SECONDS = 20.0
 """Seconds between two lines where stderr is no terminal."""

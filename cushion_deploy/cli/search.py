@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from cushion_deploy.artifacts import write_prefix
 from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
-from cushion_deploy.types import PREFIX_FILE
+from cushion_deploy.core.artifacts import write_prefix
+from cushion_deploy.core.prefix import PREFIX_FILE
 
 
 @click.command("search")

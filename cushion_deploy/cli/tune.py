@@ -8,7 +8,10 @@ from typing import Any
 
 import click
 
-from cushion_deploy.artifacts import (
+from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.output import new_folder, require_new_folder
+from cushion_deploy.cli.progress import progress
+from cushion_deploy.core.artifacts import (
     SCALES_FILE,
     SMOOTHING_FILE,
     read_prefix,
@@ -16,11 +19,8 @@ from cushion_deploy.artifacts import (
     write_scales,
     write_smoothing,
 )
-from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
-from cushion_deploy.cli.output import new_folder, require_new_folder
-from cushion_deploy.cli.progress import progress
+from cushion_deploy.core.prefix import PREFIX_FILE
 from cushion_deploy.errors import UsageError
-from cushion_deploy.types import PREFIX_FILE
 
 
 @click.command("tune")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.chat import ChatTemplate, encode_prompt
-from cushion_deploy.types import IntArray
 
 
 @dataclass(frozen=True)

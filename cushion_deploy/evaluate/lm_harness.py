@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.scorer import Scorer
 from cushion_deploy.evaluate.zeroshot import missing_lm_eval
-from cushion_deploy.progress import Progress, silent
 from cushion_deploy.runtime.generate import generate
 from cushion_deploy.runtime.sampling import SamplingParams
 from cushion_deploy.runtime.text import load

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import FloatArray, IntArray
 
 TokenNll = Callable[[IntArray], FloatArray]
 """Takes token ids int64 ``[1, n]``, returns the negative log likelihoods (nats) of tokens 1..n-1, ``[1, n-1]``."""

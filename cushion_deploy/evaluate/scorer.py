@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.session import DecoderSession, context_limit
 from cushion_deploy.errors import CheckFailed, UsageError
-from cushion_deploy.runtime.session import DecoderSession, context_limit
-from cushion_deploy.types import FloatArray, IntArray
 
 
 def token_losses(logits: FloatArray, targets: IntArray) -> tuple[FloatArray, npt.NDArray[np.bool_]]:

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.session import DecoderSession, context_limit
+from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.probe import child_environment, package_root
 from cushion_deploy.errors import CheckFailed, UsageError
-from cushion_deploy.graphs import ExportedGraph, GraphContract
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.runtime.onnxruntime import open_session
-from cushion_deploy.runtime.session import DecoderSession, context_limit
-from cushion_deploy.types import FloatArray
 
 LATENCIES = (50, 90, 99)
 """Percentiles of a decode step that are told."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cushion_deploy.types import HEAD_SITE, ModelSpec, Site, layer_site
+from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.sites import HEAD_SITE, Site, layer_site
 
 Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
 ACTIVATIONS: Mapping[str, Activation] = {

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from cushion_deploy.folding import FoldedWeights
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.core.weights import whole
+from cushion_deploy.families.folding import FoldedWeights
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import Smoothing
-from cushion_deploy.weights import whole
 
 
 def fold(model: LoadedModel, smoothing: Smoothing) -> LoadedModel:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import FloatArray, IntArray, Prefix
 
 KeysValues = list[tuple[Tensor, Tensor]]
 """Per layer: keys and values, each float32 ``[batch, kv_heads, length, head_dim]``, keys after rotation."""

@@ -6,11 +6,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import CushionError, UntrustedArtifact, UsageError
 from cushion_deploy.families import family_for_model_type
-from cushion_deploy.modeling.bars import reported_bars
 from cushion_deploy.modeling.source import ModelSource
-from cushion_deploy.progress import Progress, silent
+from cushion_deploy.modeling.transformers_progress import reported_bars
 
 MODEL_TYPES = {"gemma3": "gemma3_text"}
 """GGUF architectures that transformers calls otherwise."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from cushion_deploy.kv_scales import KV_PARTS, KvPart
+from cushion_deploy.core.kv_scales import KV_PARTS, KvPart
 from cushion_deploy.modeling.load import LoadedModel
 
 Entering = Callable[[int, KvPart, Tensor], Tensor]

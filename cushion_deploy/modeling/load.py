@@ -13,12 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.sites import Site
+from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.families import ACTIVATIONS, Family
-from cushion_deploy.modeling.bars import reported_bars
 from cushion_deploy.modeling.source import ModelSource, check_config, read_json, weight_files
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import FloatArray, IntArray, ModelSpec, RotaryScaling, Site, Smoothing
+from cushion_deploy.modeling.transformers_progress import reported_bars
 
 UNLIMITED_POSITIONS = 131_072
 """Stands for the context of a model that has no limit of its own (ALiBi); memory ends far below."""

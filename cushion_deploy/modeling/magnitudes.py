@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import IntArray, Prefix
 
 
 @torch.inference_mode()

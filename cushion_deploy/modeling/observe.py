@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import Site
 
 Sites = Mapping[Site, tuple[nn.Linear, ...]]
 

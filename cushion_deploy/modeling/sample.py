@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.progress import Progress, silent
 
 SAMPLES, SAMPLE_TOKENS = 32, 256
 """Documents, and tokens in each. A step of many rows takes hardly longer than one of few."""

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from cushion_deploy.core.fakequant import dequantize, levels, qmax, quantize_weight, spread
+from cushion_deploy.core.kv_scales import KV_PARTS, KvPart, KvScales, kv_site
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.fakequant import dequantize, levels, qmax, quantize_weight, spread
-from cushion_deploy.kv_scales import KV_PARTS, KvPart, KvScales, kv_site
 from cushion_deploy.modeling.kv_cache import watched_cache
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import replaced
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales, Site
 
 Grid = tuple[Tensor, Tensor | None]
 """Scale and, for asymmetric codes, zero point (a whole number); both float32, both broadcast against the input."""

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import FloatArray, IntArray, Prefix
 
 PIECE = 32
 """Tokens whose probabilities are worked on at once: few enough to stay in the processor's cache."""

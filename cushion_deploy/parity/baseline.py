@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cushion_deploy.checks import ParityCheck, ParityReport
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.parity.checks import ParityCheck, ParityReport
 
 SCHEMA = 1
 RELATIVE, OF_LIMIT = 0.5, 0.02

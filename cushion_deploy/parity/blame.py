@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cushion_deploy.graphs import ExportedGraph
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.parity.segments import edited_session, first_past, show_input, token_inputs
-from cushion_deploy.types import HEAD_SITE, FloatArray, IntArray, Site
 
 SiteInputs = Mapping[Site, FloatArray]
 INPUT_DIFFERENCE = 1e-3

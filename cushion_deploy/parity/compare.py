@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cushion_deploy.types import FloatArray, Site
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.sites import Site
 
 
 @dataclass(frozen=True)

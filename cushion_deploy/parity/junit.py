@@ -6,7 +6,7 @@ from pathlib import Path
 
 from junitparser import Failure, JUnitXml, TestCase, TestSuite
 
-from cushion_deploy.checks import ParityReport
+from cushion_deploy.parity.checks import ParityReport
 
 
 def write_junit(report: ParityReport, path: Path) -> None:

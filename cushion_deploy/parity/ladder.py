@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cushion_deploy.checks import ParityCheck
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.fakequant import Int8Array
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.session import DecoderSession
+from cushion_deploy.core.sites import HEAD_SITE, Site
+from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.evaluate.perplexity import nll_of_logits
-from cushion_deploy.fakequant import Int8Array
-from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.parity.blame import SiteInputs, first_differing_input, twin_inputs
+from cushion_deploy.parity.checks import ParityCheck
 from cushion_deploy.parity.compare import CodeDistance, common_prefix, compare_codes, compare_logits
 from cushion_deploy.parity.segments import SegmentRun, SiteCodes
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.runtime.onnxruntime import open_session
-from cushion_deploy.runtime.session import DecoderSession
-from cushion_deploy.types import HEAD_SITE, FloatArray, IntArray, Site
 
 FLOAT_LOGITS = 2e-3
 """Largest difference of float logits, ONNX against transformers."""

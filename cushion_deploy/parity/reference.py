@@ -7,19 +7,22 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from cushion_deploy.fakequant import quantize_weight
-from cushion_deploy.kv_scales import KvScales
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.fakequant import quantize_weight
+from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.forward import logits, prefix_tensors, run, token_nll
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.parity.blame import SiteInputs
+from cushion_deploy.parity.constants import LinearWeights
 from cushion_deploy.parity.ladder import GREEDY_TOKENS, TorchReference
 from cushion_deploy.parity.segments import SiteCodes
-from cushion_deploy.parity.written import LinearWeights
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales, FloatArray, IntArray, Prefix, Site
 
 PROMPT_TOKENS = 32
 

@@ -18,15 +18,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cushion_deploy.artifacts import read_cached_prefix, read_cached_scales
-from cushion_deploy.engines.onnxruntime import SESSION_CONFIG
-from cushion_deploy.fakequant import dequantize, quantize
-from cushion_deploy.graphs import ExportedGraph
-from cushion_deploy.kv_scales import kv_site
-from cushion_deploy.parity.widened import widen
-from cushion_deploy.runtime.session import first_caches, past_names
+from cushion_deploy.core.artifacts import read_cached_prefix, read_cached_scales
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.fakequant import dequantize, quantize
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.kv_scales import kv_site
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.session import first_caches, past_names
+from cushion_deploy.core.sites import Site
+from cushion_deploy.engines.onnxruntime.compile import SESSION_CONFIG
+from cushion_deploy.parity.bfloat16 import widen
 from cushion_deploy.store import place
-from cushion_deploy.types import ActivationScales, FloatArray, IntArray, Site
 
 SiteCodes = dict[Site, npt.NDArray[np.int8]]
 Kernels = Literal["literal", "fused"]

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.flavours import FLAVOURS
+from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.engines.tensorrt.flavours import FLAVOURS
 from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, peak_memory, time_sessions
-from cushion_deploy.graphs import EngineArtifact
 from cushion_deploy.pipeline.prepare import read_deployed
 from cushion_deploy.pipeline.stages import export, plan_form
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.engine import REPORT, open_engine, open_plan, read_engine
-from cushion_deploy.runtime.onnxruntime import open_session
-from cushion_deploy.runtime.session import DecoderSession
 
 CPU_ENGINE, INT8 = "onnxruntime", "INT8"
 FASTER = 1.02

@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cushion_deploy.artifacts import (
-    SCALES_FILE,
-    SMOOTHING_FILE,
-    write_prefix,
-    write_scales,
-    write_smoothing,
-)
 from cushion_deploy.calib.corpora import SAMPLED
+from cushion_deploy.core.artifacts import SCALES_FILE, SMOOTHING_FILE, write_prefix, write_scales, write_smoothing
+from cushion_deploy.core.prefix import PREFIX_FILE
 from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
 from cushion_deploy.pipeline.compiling import compile_engine, compile_options, place_engine
@@ -28,7 +23,6 @@ from cushion_deploy.report import Report, write_report
 from cushion_deploy.runtime.bundle import TEXT_NAME
 from cushion_deploy.runtime.genai import GENAI_NAME, genai_config
 from cushion_deploy.store import place, publish, recover, require_publishable, staging_area
-from cushion_deploy.types import PREFIX_FILE
 
 
 def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_float_linears: int = 0) -> Report:

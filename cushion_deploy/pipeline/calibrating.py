@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cushion_deploy.artifacts import (
+from cushion_deploy.core.artifacts import (
     SCALES_FILE,
     SMOOTHING_FILE,
     read_kv_scales,
@@ -15,17 +15,14 @@ from cushion_deploy.artifacts import (
     write_scales,
     write_smoothing,
 )
-from cushion_deploy.kv_scales import KvScales
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.types import (
-    KV_SCALES_FILE,
-    ActivationScales,
-    IntArray,
-    Prefix,
-    Smoothing,
-)
 
 
 def smooth(ws: Workspace, prefix: Prefix) -> Smoothing | None:

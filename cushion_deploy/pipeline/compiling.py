@@ -7,15 +7,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.progress import elapsed
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UntrustedArtifact, UsageError, require_modules
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 from cushion_deploy.pipeline.prepare import read_deployed, require_model_of
 from cushion_deploy.pipeline.reporting import engine_row
 from cushion_deploy.pipeline.stages import plan_form, plan_graph
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.progress import elapsed
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import REPORT_JSON, read_report
 from cushion_deploy.report.document import Engine as EngineRow

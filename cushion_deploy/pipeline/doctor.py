@@ -12,6 +12,10 @@ from torch import Tensor
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.corpora import python_topics
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.schemes import PRECISIONS
+from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.engines.registry import Availability, availabilities
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import TextScore, score_text
@@ -26,8 +30,6 @@ from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.candidates import obvious_tokens
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.search import draw_text
-from cushion_deploy.schemes import PRECISIONS
-from cushion_deploy.types import HEAD_SITE, FloatArray, IntArray, Prefix, Site
 
 SINK_RATIO = 20.0
 """A token is a sink where it enters a Site at this many times what the median token does."""

@@ -12,7 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cushion_deploy.artifacts import read_prefix
+from cushion_deploy.core.artifacts import read_prefix
+from cushion_deploy.core.prefix import PREFIX_FILE
+from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.evaluate.agreement import Agreement, tasks_agree, texts_agree
 from cushion_deploy.evaluate.encoding import Encoding
@@ -22,8 +24,6 @@ from cushion_deploy.evaluate.zeroshot import Metric, TaskScore, TaskSuite, mean_
 from cushion_deploy.pipeline.prepare import require_model_of
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.runtime.onnxruntime import open_session
-from cushion_deploy.types import PREFIX_FILE
 
 COLUMNS = {
     "fp": "FP",
@@ -179,9 +179,9 @@ def _column(
         yield Scorer(session), Encoding.of_bundle(bundle)
         return
     from cushion_deploy.modeling.forward import compute_prefix
+    from cushion_deploy.modeling.session import TorchSession
     from cushion_deploy.modeling.simulate import simulated
     from cushion_deploy.pipeline.prepare import prepare, read_deployed
-    from cushion_deploy.pipeline.torch_session import TorchSession
 
     empty = compute_prefix(ws.model, ws.model.bare_tokens)
     encoding = _encoding(ws, bundle)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.types import ModelSpec
 
 SECTIONS = ("search", "tuning", "calibration", "evaluation", "parity")
 

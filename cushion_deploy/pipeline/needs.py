@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from cushion_deploy.calib.corpora import SAMPLED
+from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.modeling.forward import run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.sample import SAMPLE_TOKENS, SAMPLES
 from cushion_deploy.pipeline.limits import longest_prefix
 from cushion_deploy.pipeline.workspace import Workspace
-from cushion_deploy.types import IntArray
 
 GIB = 1 << 30
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cushion_deploy.checks import ParityCheck, ParityReport
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph
+from cushion_deploy.parity.checks import ParityCheck, ParityReport
 from cushion_deploy.pipeline.prepare import Deployed, read_deployed, require_model_of
 from cushion_deploy.pipeline.stages import evaluation_windows, export, export_deployed
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.store import require_space
-from cushion_deploy.types import Site
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def _climb(
     corpus: str,
     folder: Path,
 ) -> dict[str, Any]:
+    from cushion_deploy.engines.onnxruntime.session import open_session
+    from cushion_deploy.parity.constants import cache_scale_rung, scale_rung, weight_rung
     from cushion_deploy.parity.ladder import (
         decode_rung,
         engine_rung,
@@ -89,8 +92,6 @@ def _climb(
     )
     from cushion_deploy.parity.reference import float_inputs, linear_codes, torch_reference
     from cushion_deploy.parity.segments import SegmentRun
-    from cushion_deploy.parity.written import cache_scale_rung, scale_rung, weight_rung
-    from cushion_deploy.runtime.onnxruntime import open_session
 
     config, model = ws.recipe.parity, ws.folded(deployed.smoothing)
     prefix, scales, scheme = deployed.prefix, deployed.scales, deployed.scheme

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cushion_deploy.artifacts import (
+from cushion_deploy.core.artifacts import (
     SCALES_FILE,
     SMOOTHING_FILE,
     read_cached_scales,
@@ -18,24 +18,20 @@ from cushion_deploy.artifacts import (
     write_prefix,
     write_scales,
 )
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.prefix import PREFIX_FILE, Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import HEAD_SITE, Site
+from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.graphs import ExportedGraph
-from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.pipeline.calibrating import calibrate, calibrate_cache, smooth
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import TuningTrace
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import (
-    HEAD_SITE,
-    PREFIX_FILE,
-    ActivationScales,
-    IntArray,
-    Prefix,
-    Site,
-    Smoothing,
-)
 
 SENSITIVITY_WINDOWS = (2, 256)
 """Windows of text, and tokens in each, that Sites are compared on."""

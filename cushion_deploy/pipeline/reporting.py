@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.families import get_family
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph
-from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.pipeline.parity import ParityResult
 from cushion_deploy.pipeline.prepare import Deployed
 from cushion_deploy.pipeline.workspace import StageTime, Workspace, installed_versions
 from cushion_deploy.prefix.trace import SearchTrace, TuningTrace
 from cushion_deploy.report import Report
 from cushion_deploy.store.manifest import tool_version
-from cushion_deploy.types import ModelSpec
 
 PACKAGES = (
     *("torch", "transformers", "onnx-ir", "numpy"),

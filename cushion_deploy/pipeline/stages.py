@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from cushion_deploy.artifacts import read_prefix, write_prefix
+from cushion_deploy.core.artifacts import read_prefix, write_prefix
+from cushion_deploy.core.dtypes import Dtype, IntArray
+from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.prefix import PREFIX_FILE, Prefix
+from cushion_deploy.core.progress import elapsed
 from cushion_deploy.engines.base import Engine
 from cushion_deploy.families import get_family
-from cushion_deploy.graphs import ExportedGraph, GraphContract
 from cushion_deploy.pipeline.files import read_json, write_json
 from cushion_deploy.pipeline.limits import require_positions
 from cushion_deploy.pipeline.prepare import Deployed, prepare
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import SearchTrace
-from cushion_deploy.progress import elapsed
-from cushion_deploy.types import PREFIX_FILE, Dtype, IntArray, ModelSpec, Prefix
 
 
 def search_prefix(ws: Workspace) -> tuple[Prefix, SearchTrace | None]:

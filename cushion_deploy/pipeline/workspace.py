@@ -15,14 +15,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
+from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.source import ModelSource, resolve_source
 from cushion_deploy.pipeline.files import read_json, write_json
-from cushion_deploy.progress import Progress, silent
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.schemes import PRECISIONS, QuantScheme
 from cushion_deploy.store import StageStore, hash_file, require_space
-from cushion_deploy.types import Smoothing, digest_json
+from cushion_deploy.store.digests import digest_json
 
 if TYPE_CHECKING:
     from cushion_deploy.calib.corpora import Corpus, Part

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import FloatArray
 
 Source = Literal["obvious", "self-sink", "gradient", "random", "scan"]
 Candidates = dict[int, tuple[Source, ...]]

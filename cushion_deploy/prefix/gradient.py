@@ -18,13 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cushion_deploy.fakequant import qmax
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.fakequant import qmax
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.modeling.forward import KeysValues, cache_of
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.prefix.objective import Objective
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import HEAD_SITE, FloatArray, IntArray, Site
 
 NORM = 16
 """Order of the p-norm that stands for the largest magnitude; even, so that it is smooth at zero."""

@@ -8,12 +8,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cushion_deploy.fakequant import qmax
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.fakequant import qmax
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.modeling.forward import KeysValues, run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import HEAD_SITE, IntArray, Site
 
 Objective = Literal["error", "max"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)

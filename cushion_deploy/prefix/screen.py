@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.forward import KeysValues, run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import FloatArray, Site
 
 DEPTH_SAMPLE = 128
 """Random tokens that decide how many layers the screen has to run."""

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import KeysValues, compute_prefix, prefix_tensors
 from cushion_deploy.modeling.load import LoadedModel
@@ -19,10 +22,8 @@ from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, pos
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth
 from cushion_deploy.prefix.trace import ScoredToken, SearchStep, SearchTrace
-from cushion_deploy.progress import Progress, silent
 from cushion_deploy.recipe import Search
 from cushion_deploy.store import replace_file
-from cushion_deploy.types import IntArray, Prefix
 
 RUNGS = (64, 128)
 """Text lengths of successive halving before the whole text."""

@@ -27,18 +27,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.fakequant import qmax
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.fakequant import qmax
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import replaced
 from cushion_deploy.modeling.simulate import quantized_sites, quantized_weights
 from cushion_deploy.modeling.teacher import Teacher, divergence
 from cushion_deploy.prefix.trace import TuningState, TuningTrace
-from cushion_deploy.progress import Progress, silent
 from cushion_deploy.recipe import Tuning
-from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import replace_file
-from cushion_deploy.types import ActivationScales, IntArray, Prefix, Site
 
 CHECKPOINT_SECONDS = 60
 """Wall time between two checkpoints of a tuning that a kill may interrupt."""

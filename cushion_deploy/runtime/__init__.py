@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from cushion_deploy.core.session import DecoderSession
+from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
 from cushion_deploy.runtime.bundle import Bundle, open_bundle
 from cushion_deploy.runtime.generate import Detokenizer, TokenEvent, Usage, generate
-from cushion_deploy.runtime.onnxruntime import OnnxRuntimeSession, open_session
 from cushion_deploy.runtime.sampling import SamplingParams
-from cushion_deploy.runtime.session import DecoderSession
 from cushion_deploy.runtime.text import Generation, TextGenerator, load
 
 __all__ = [

@@ -9,12 +9,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from cushion_deploy.core.graphs import ExportedGraph, GraphContract, PrefixMode
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.graphs import ExportedGraph, GraphContract
 from cushion_deploy.runtime.chat import ChatTemplate
 from cushion_deploy.store import BundleManifest, hash_file, verify_bundle
+from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.manifest import read_json
-from cushion_deploy.types import PrefixMode, digest_json
 
 CONTRACT_NAME = "export.json"
 GRAPH_NAME = "model.onnx"

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 
-from cushion_deploy.engines.compatibility import require_runnable
-from cushion_deploy.engines.flavours import FLAVOURS
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.session import DecoderSession, cached_prefix, cached_scales
+from cushion_deploy.engines.onnxruntime.session import PROVIDERS, open_session
 from cushion_deploy.engines.probe import probe
+from cushion_deploy.engines.tensorrt.compatibility import require_runnable
+from cushion_deploy.engines.tensorrt.flavours import FLAVOURS
+from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.errors import UntrustedArtifact, UsageError, unknown_choice
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.runtime.onnxruntime import PROVIDERS, open_session
-from cushion_deploy.runtime.session import DecoderSession, cached_prefix, cached_scales
-from cushion_deploy.runtime.tensorrt import TensorRtSession
 
 ENGINES = (*PROVIDERS, *FLAVOURS)
 REPORT = "engine.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cushion_deploy.engines.onnxruntime import SESSION_CONFIG
-from cushion_deploy.graphs import GraphContract
+from cushion_deploy.core.graphs import GraphContract
+from cushion_deploy.engines.onnxruntime.compile import SESSION_CONFIG
 
 GENAI_NAME = "genai_config.json"
 DECODER = "llama"

@@ -10,10 +10,10 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.session import DecoderSession, context_limit
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime.sampling import Sampler, SamplingParams
-from cushion_deploy.runtime.session import DecoderSession, context_limit
-from cushion_deploy.types import FloatArray
 
 FinishReason = Literal["eos", "stop", "length"]
 REPLACEMENT = "\ufffd"

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.errors import CheckFailed, UsageError
-from cushion_deploy.types import FloatArray
 
 Probabilities = npt.NDArray[np.float64]
 

@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.runtime.bundle import Bundle, open_bundle
 from cushion_deploy.runtime.chat import Message, encode_chat, encode_prompt
 from cushion_deploy.runtime.engine import open_engine
 from cushion_deploy.runtime.generate import FinishReason, TokenEvent, Usage, generate
 from cushion_deploy.runtime.sampling import SamplingParams
-from cushion_deploy.runtime.session import DecoderSession
 
 
 @dataclass(frozen=True)

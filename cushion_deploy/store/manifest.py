@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.files import hash_file, list_files
-from cushion_deploy.types import digest_json
 
 MANIFEST_NAME = "cushion.json"
 SCHEMA = 1

@@ -11,7 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cushion_deploy.artifacts import SCALES_FILE, read_scales, write_scales
+from cushion_deploy.core.artifacts import SCALES_FILE, read_scales, write_scales
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import PAPER_ALPHA, QuantScheme, parse_scheme
+from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.evaluate.perplexity import TextScore, cut_windows
 from cushion_deploy.pipeline.calibrating import calibration_parents, calibration_windows, smooth
 from cushion_deploy.pipeline.files import read_json, write_json
@@ -20,9 +25,7 @@ from cushion_deploy.pipeline.prepare import Deployed, prepare
 from cushion_deploy.pipeline.stages import no_prefix, search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.trace import SearchTrace
-from cushion_deploy.schemes import PAPER_ALPHA, QuantScheme, parse_scheme
 from cushion_deploy.study.document import Cell, Score
-from cushion_deploy.types import ActivationScales, IntArray, Prefix, Smoothing
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.teacher import Teacher

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.modeling.forward import cache_of, prefix_tensors, run
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.progress import Progress, silent
-from cushion_deploy.types import IntArray, Prefix
 
 
 @torch.inference_mode()

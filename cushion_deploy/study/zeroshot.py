@@ -61,8 +61,8 @@ class Tasks:
         from cushion_deploy.evaluate.encoding import Encoding
         from cushion_deploy.evaluate.lm_harness import ScorerLM
         from cushion_deploy.evaluate.scorer import Scorer
+        from cushion_deploy.modeling.session import TorchSession
         from cushion_deploy.modeling.simulate import simulated
-        from cushion_deploy.pipeline.torch_session import TorchSession
 
         ws = cells.ws
         model = ws.folded(variant.smoothing)

@@ -12,11 +12,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from cushion_deploy.calib.calibrate import SiteObserver, choose_scales, observe_sites
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.types import ActivationScales, IntArray, Prefix, Site
 
 SITE = Site("layers.1.mlp.down")
 

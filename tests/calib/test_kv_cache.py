@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cushion_deploy.calib.kv_cache import CacheObserver, choose_kv_scales, observe_cache
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.kv_scales import KV_PARTS, KvScales
 from cushion_deploy.errors import UsageError
-from cushion_deploy.kv_scales import KV_PARTS, KvScales
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import IntArray
 
 TOKENS = (7, 1, 100)
 

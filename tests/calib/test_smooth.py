@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from cushion_deploy.calib.smooth import channel_maxima, choose_factors
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.sites import HEAD_SITE, Site
+from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UntrustedArtifact
 from cushion_deploy.modeling.fold import fold
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import HEAD_SITE, Prefix, Site, Smoothing
 
 
 def text(rows: int, seed: int = 0) -> np.ndarray:

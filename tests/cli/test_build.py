@@ -230,7 +230,7 @@ def test_a_failed_check_still_writes_the_bundle_and_exits_1(
     from dataclasses import replace
 
     import cushion_deploy.pipeline.build as build
-    from cushion_deploy.checks import ParityCheck
+    from cushion_deploy.parity.checks import ParityCheck
 
     real = build.check_parity
 

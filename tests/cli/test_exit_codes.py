@@ -18,10 +18,10 @@ import pytest
 
 from cushion_deploy import errors
 from cushion_deploy.calib.corpora import HUB_CORPORA
+from cushion_deploy.core.scales import ESTIMATORS
+from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.families import FAMILIES
-from cushion_deploy.schemes import PRECISIONS
-from cushion_deploy.types import ESTIMATORS
 
 FILES = (
     "chat_template.jinja",
@@ -235,8 +235,8 @@ def test_onnxruntime_asked_for_but_not_installed(build: Any, monkeypatch: pytest
 
 def test_tensorrt_rtx_asked_for_but_not_installed(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from cushion_deploy.engines import registry
-    from cushion_deploy.engines.flavours import RTX
-    from cushion_deploy.engines.tensorrt import TensorRt
+    from cushion_deploy.engines.tensorrt.compile import TensorRt
+    from cushion_deploy.engines.tensorrt.flavours import RTX
 
     absent = TensorRt(dataclasses.replace(RTX, module="tensorrt_rtx_is_not_here"))
     monkeypatch.setitem(registry.ENGINES, "tensorrt-rtx", absent)

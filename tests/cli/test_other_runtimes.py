@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.runtime.bundle import open_bundle
-from cushion_deploy.runtime.onnxruntime import open_session
 
 PROMPT = np.array([[5, 80, 7, 33, 120, 64, 9]], dtype=np.int64)
 TOKENS = 12

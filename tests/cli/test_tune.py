@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cushion_deploy.artifacts import read_prefix
+from cushion_deploy.core.artifacts import read_prefix
 
 TUNING = [
     "--set",

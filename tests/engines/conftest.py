@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import pytest
 
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cushion_deploy.engines.command_line import vendor_command
-from cushion_deploy.engines.flavours import RTX, STANDARD
+from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.engines.tensorrt.command_line import vendor_command
+from cushion_deploy.engines.tensorrt.flavours import RTX, STANDARD
 from cushion_deploy.errors import MissingDependency, UsageError
-from cushion_deploy.graphs import ExportedGraph, GraphContract
 
 GPU = "sm87 Orin"
 SHAPES = {

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cushion_deploy.engines.inspector import read_inspection
-from cushion_deploy.engines.plan_report import GraphLinear
+from cushion_deploy.core.sites import Site
+from cushion_deploy.engines.tensorrt.inspector import read_inspection
+from cushion_deploy.engines.tensorrt.plan_report import GraphLinear
 from cushion_deploy.errors import CheckFailed
-from cushion_deploy.types import Site
 
 VERSION = "10.13.2"
 MATMUL = GraphLinear("layers.0.mlp/MatMul_9", Site("layers.0.mlp.down"), 1)

@@ -16,11 +16,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cushion_deploy.engines import onnxruntime as engine_file
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.onnxruntime import SESSION_CONFIG, OnnxRuntimeCpu, read_coverage
+from cushion_deploy.engines.onnxruntime import compile as engine_file
+from cushion_deploy.engines.onnxruntime.compile import SESSION_CONFIG, OnnxRuntimeCpu, read_coverage
 from cushion_deploy.errors import CheckFailed, ExitCode, MissingDependency
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 
 STRICT = CompileOptions()
 LAYERS = 3

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cushion_deploy.engines.layer_log import SUPPORTED_VERSION, read_plan
-from cushion_deploy.engines.plan_report import GraphLinear
+from cushion_deploy.core.sites import Site
+from cushion_deploy.engines.tensorrt.layer_log import SUPPORTED_VERSION, read_plan
+from cushion_deploy.engines.tensorrt.plan_report import GraphLinear
 from cushion_deploy.errors import CheckFailed
-from cushion_deploy.types import Site
 
 DATA = Path(__file__).parent / "data"
 VERSION = "1.7.1.116"

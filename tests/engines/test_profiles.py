@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.profiles import Limits, profiles
+from cushion_deploy.engines.tensorrt.profiles import Limits, profiles
 from cushion_deploy.errors import UsageError
-from cushion_deploy.graphs import GraphContract
 
 
 @given(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cushion_deploy.engines.onnxruntime import OnnxRuntimeCpu
+from cushion_deploy.engines.onnxruntime.compile import OnnxRuntimeCpu
 from cushion_deploy.engines.registry import ENGINES, choose_engines
-from cushion_deploy.engines.tensorrt import TensorRt
+from cushion_deploy.engines.tensorrt.compile import TensorRt
 from cushion_deploy.errors import ExitCode, MissingDependency, UsageError
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
+from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.flavours import RTX
-from cushion_deploy.engines.profiles import Limits, profiles
-from cushion_deploy.engines.tensorrt import TensorRt
+from cushion_deploy.engines.tensorrt.compile import TensorRt
+from cushion_deploy.engines.tensorrt.flavours import RTX
+from cushion_deploy.engines.tensorrt.profiles import Limits, profiles
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.graphs import ExportedGraph, GraphContract
 from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales
 
 LIMITS = CompileOptions(("sm86",), max_batch=2, max_context=48, max_prefill=16)
 

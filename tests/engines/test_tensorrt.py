@@ -21,20 +21,25 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from cushion_deploy.engines import tensorrt
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.coverage import graph_linears
-from cushion_deploy.engines.flavours import RTX, STANDARD, Flavour
 from cushion_deploy.engines.probe import Probe, child_environment
-from cushion_deploy.engines.profiles import Limits, profiles
-from cushion_deploy.engines.tensorrt import TensorRt, compatibility_key, why_not_run
-from cushion_deploy.engines.tensorrt_worker import run_worker
+from cushion_deploy.engines.tensorrt import compile as tensorrt
+from cushion_deploy.engines.tensorrt.compile import TensorRt, compatibility_key, why_not_run
+from cushion_deploy.engines.tensorrt.coverage import graph_linears
+from cushion_deploy.engines.tensorrt.flavours import RTX, STANDARD, Flavour
+from cushion_deploy.engines.tensorrt.profiles import Limits, profiles
+from cushion_deploy.engines.tensorrt.worker import run_worker
 from cushion_deploy.errors import CheckFailed, MissingDependency, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.families import get_family
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales, FloatArray, ModelSpec, Prefix, RotaryScaling, Site
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 2, 4, 2, 16, 64, 128, 256
 LIMITS = CompileOptions(max_context=64, max_prefill=16, targets=("sm86",))
@@ -221,7 +226,7 @@ def test_a_disk_without_room_for_the_plan_is_a_usage_error(rtx: TensorRt, graph:
 
 def test_importing_the_engine_imports_neither_the_library_nor_onnx() -> None:
     code = (
-        "import sys, cushion_deploy.engines.tensorrt; print([m for m in sys.modules if m in ('tensorrt_rtx', "
+        "import sys, cushion_deploy.engines.tensorrt.compile; print([m for m in sys.modules if m in ('tensorrt_rtx', "
         "'tensorrt', 'onnx', 'onnx_ir', 'torch', 'cushion_deploy.families')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=child_environment())

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.scorer import Scorer
 from cushion_deploy.evaluate.zeroshot import TaskSuite, run_tasks
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.pipeline.torch_session import TorchSession
-from cushion_deploy.types import Prefix
+from cushion_deploy.modeling.session import TorchSession
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import TextScore, cut_windows, nll_of_logits, score_text
 from cushion_deploy.modeling.forward import compute_prefix, token_nll
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import IntArray
 
 
 @pytest.mark.parametrize("tokens", [(), (7, 1)])

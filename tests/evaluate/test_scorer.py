@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.evaluate.perplexity import score_text
 from cushion_deploy.evaluate.scorer import Scorer, token_losses
-from cushion_deploy.graphs import GraphContract
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.pipeline.torch_session import TorchSession
-from cushion_deploy.types import FloatArray, IntArray
+from cushion_deploy.modeling.session import TorchSession
 
 PREFIX = (7, 1, 300)
 

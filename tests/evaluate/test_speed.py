@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate import speed
 from cushion_deploy.evaluate.speed import Times, Workload, compare, time_sessions
-from cushion_deploy.graphs import GraphContract
 
 CONTRACT = GraphContract(1, 1, 4, 50, 64, "float32", 2)
 

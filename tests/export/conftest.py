@@ -13,14 +13,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.families import get_family
-from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, SafetensorsWeights, bind_sites, describe
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales, FloatArray, IntArray, Prefix
 
 BASE: dict[str, Any] = {
     "vocab_size": 199,

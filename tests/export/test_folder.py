@@ -14,13 +14,13 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from safetensors.numpy import load_file
 
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.schemes import QuantScheme, parse_scheme
+from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.export.rules import RULES
-from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.schemes import QuantScheme, parse_scheme
-from cushion_deploy.types import Site
 
 TOKENS = (7, 1, 100)
 KINDS = {

@@ -14,15 +14,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.kv_scales import KvScales, kv_site
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.export.rules import RULES, check_graph
-from cushion_deploy.graphs import ExportedGraph
-from cushion_deploy.kv_scales import KvScales, kv_site
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import Prefix, Site
 
 TOKENS = (7, 1, 100)
 FIRST, VALUE = kv_site(0, "value"), kv_site(1, "value")

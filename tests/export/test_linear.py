@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.sites import Site
+from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UsageError
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.linear import PackedLinear, add_linear
-from cushion_deploy.types import FloatArray, Site
-from cushion_deploy.weights import whole
 
 SITE = Site("layers.0.attn.qkv")
 

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
+from cushion_deploy.core.model_spec import RotaryScaling
 from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain
-from cushion_deploy.types import RotaryScaling
 
 
 def expected(head_dim: int, rule: str, theta: float, parameters: dict[str, float]) -> np.ndarray:

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.export.rules import RULES, check_graph
-from cushion_deploy.types import Site
 
 QKV, HEAD = Site("layers.0.attn.qkv"), Site("head")
 SITES = {QKV, HEAD}

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import pytest
 
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.export.folder import STATIC_OPSET, export_graph
 from cushion_deploy.export.rules import RULES, check_graph
-from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.schemes import QuantScheme
 
 TOKENS = (7, 1, 100)
 CAPACITY = 64

@@ -21,7 +21,7 @@ import onnxruntime as ort
 import torch
 from fake_graphs import FakeGraphs, Status, Work
 
-from cushion_deploy.parity.widened import widen
+from cushion_deploy.parity.bfloat16 import widen
 
 BF16 = 16
 TYPES = {

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.sites import HEAD_SITE
+from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import FAMILIES, family_for_model_type, get_family
-from cushion_deploy.folding import absorbers
+from cushion_deploy.families.folding import absorbers
 from cushion_deploy.modeling.fold import fold
 from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import HEAD_SITE, Prefix, Smoothing
 
 LoadVariant = Callable[[str], LoadedModel]
 

@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix, logits
-from cushion_deploy.schemes import QuantScheme
 
 CLOSE = 1e-4
 PREFIX = (7, 1, 100)

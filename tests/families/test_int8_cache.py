@@ -14,6 +14,8 @@ import torch
 
 from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
 from cushion_deploy.cli.main import run as command
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix, logits, prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
@@ -24,8 +26,6 @@ from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import Report
 from cushion_deploy.runtime.bundle import open_bundle
-from cushion_deploy.runtime.onnxruntime import open_session
-from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import StageStore, verify_bundle
 
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.prefix.search import PrefixSearch
 from cushion_deploy.recipe import Search
-from cushion_deploy.types import IntArray
 
 WIDE = {"sliding_window": 4096}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix, logits
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import Prefix
 
 IDS = np.random.default_rng(2).integers(3, 320, (1, 16))
 

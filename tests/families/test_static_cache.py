@@ -10,10 +10,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import Prefix
 
 TOKENS = (7, 1, 100)
 P, CAPACITY, LENGTH = len(TOKENS), 50, 40

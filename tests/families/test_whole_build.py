@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 import pytest
 
-from cushion_deploy.artifacts import read_prefix, write_prefix
+from cushion_deploy.core.artifacts import read_prefix, write_prefix
 from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.pipeline.build import build
@@ -24,7 +25,6 @@ from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import Report
 from cushion_deploy.runtime.bundle import open_bundle
-from cushion_deploy.runtime.onnxruntime import OnnxRuntimeSession, open_session
 from cushion_deploy.store import StageStore, verify_bundle
 
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from gpu_plans import Device
 
-from cushion_deploy.engines.flavours import FLAVOURS
 from cushion_deploy.engines.probe import probe
 from cushion_deploy.engines.registry import ENGINES, why_missing
+from cushion_deploy.engines.tensorrt.flavours import FLAVOURS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.flavours import Flavour
 from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.engines.tensorrt.flavours import Flavour
+from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.runtime.engine import open_plan
-from cushion_deploy.runtime.tensorrt import TensorRtSession
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales, Prefix
 
 IDS = np.random.default_rng(0).integers(5, 300, (1, 48))
 CONTEXT = 200

@@ -12,17 +12,17 @@ import pytest
 import torch
 from gpu_plans import IDS, Device, apart, graph_of
 
-from cushion_deploy.engines.inspector import read_inspection
-from cushion_deploy.engines.plan_report import PlanReport
+from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.session import DecoderSession
+from cushion_deploy.engines.onnxruntime.session import open_session
+from cushion_deploy.engines.tensorrt.inspector import read_inspection
+from cushion_deploy.engines.tensorrt.plan_report import PlanReport
+from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.evaluate.speed import Workload, compare, time_sessions
-from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.runtime.onnxruntime import open_session
-from cushion_deploy.runtime.session import DecoderSession
-from cushion_deploy.runtime.tensorrt import TensorRtSession
-from cushion_deploy.types import Prefix
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import pytest
 import torch
 from gpu_plans import CONTEXT, IDS, Device, apart, graph_of
 
+from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.runtime.onnxruntime import open_session
-from cushion_deploy.runtime.tensorrt import TensorRtSession
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def plan(
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return the graph launches of a test."""
-    from cushion_deploy.runtime.cuda import Cuda
+    from cushion_deploy.engines.tensorrt.cuda import Cuda
 
     made: list[Any] = []
     launch = Cuda.launch

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.sites import Site
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UsageError
-from cushion_deploy.folding import FoldedWeights, absorbers
+from cushion_deploy.families.folding import FoldedWeights, absorbers
 from cushion_deploy.modeling.fold import fold
 from cushion_deploy.modeling.forward import compute_prefix, logits
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
-from cushion_deploy.types import Prefix, Site, Smoothing
-from cushion_deploy.weights import whole
 
 IDS = np.arange(3, 43, dtype=np.int64)[None]
 

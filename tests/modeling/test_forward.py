@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.modeling.forward import cache_of, compute_prefix, logits, prefix_tensors, run, token_nll
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.types import IntArray, Prefix
 
 TOKENS = (7, 1, 300)
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

@@ -14,11 +14,11 @@ import torch
 from gguf import GGUFReader, GGUFWriter, RopeScalingType, TokenType, dequantize
 from safetensors.numpy import load_file
 
+from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.modeling.gguf import convert_gguf
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.weights import whole
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from cushion_deploy.kv_scales import KvScales
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.kv_cache import watched_cache
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.simulate import quantized_cache
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.types import IntArray
 
 TOKENS = (7, 1, 100)
 

@@ -15,12 +15,12 @@ from safetensors.torch import save_file as save_torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from cushion_deploy.core.sites import HEAD_SITE, layer_site
+from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import SiteRule, get_family
 from cushion_deploy.modeling.load import LoadedModel, SafetensorsWeights, bind_sites, load_folder
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.types import HEAD_SITE, layer_site
-from cushion_deploy.weights import whole
 
 
 def test_the_spec_says_what_the_config_said(tiny_model: LoadedModel, tiny_folder: Path) -> None:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
-from cushion_deploy.types import IntArray, Prefix
 
 
 @pytest.mark.parametrize("tokens", [(), (65, 9)])

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.sites import Site, layer_site
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed, replaced
-from cushion_deploy.types import IntArray, Site, layer_site
 
 
 @pytest.fixture

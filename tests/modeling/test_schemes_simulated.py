@@ -15,6 +15,12 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme, parse_scheme
+from cushion_deploy.core.sites import HEAD_SITE, Site
+from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.load import LoadedModel
@@ -25,8 +31,6 @@ from cushion_deploy.modeling.simulate import (
     quantized_weights,
     simulated,
 )
-from cushion_deploy.schemes import QuantScheme, parse_scheme
-from cushion_deploy.types import HEAD_SITE, ActivationScales, IntArray, Prefix, Site, Smoothing
 
 F = np.float32
 TINY = np.finfo(F).tiny

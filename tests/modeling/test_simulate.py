@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.fakequant import quantize
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import HEAD_SITE, Site, layer_site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.fakequant import quantize
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.simulate import quantize_codes, quantized_sites, simulated
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import HEAD_SITE, ActivationScales, IntArray, Site, layer_site
 
 SCHEME = QuantScheme()
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import CushionError, ExitCode, UntrustedArtifact, UsageError
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.source import ModelSource, resolve_source
-from cushion_deploy.weights import whole
 
 Shard = Callable[[Path], None]
 
@@ -272,8 +272,8 @@ def test_weights_of_another_shape_are_bad_usage(folder: Path) -> None:
 
 
 def test_weights_that_are_not_numbers_are_refused_when_quantized(folder: Path) -> None:
+    from cushion_deploy.core.schemes import QuantScheme
     from cushion_deploy.modeling.simulate import simulated
-    from cushion_deploy.schemes import QuantScheme
 
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan

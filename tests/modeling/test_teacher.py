@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.modeling.forward import compute_prefix, logits, token_nll
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.teacher import Teacher, divergence
-from cushion_deploy.types import IntArray, Prefix
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

@@ -14,14 +14,15 @@ import pytest
 from onnx import numpy_helper
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.parity.ladder import TorchReference
 from cushion_deploy.parity.reference import torch_reference
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales, Prefix
 
 TOKENS = (7, 1, 100)
 Edit = Callable[[dict[str, np.ndarray]], None]

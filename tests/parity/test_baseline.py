@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cushion_deploy.checks import ParityCheck, ParityReport
+from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.parity.baseline import compare_baseline, read_baseline, write_baseline
-from cushion_deploy.types import Site
+from cushion_deploy.parity.checks import ParityCheck, ParityReport
 
 SITE = Site("layers.3.mlp.down")
 CHECKS = (

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import Site
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.parity.blame import INPUT_DIFFERENCE, first_differing_input, twin_inputs
 from cushion_deploy.parity.reference import float_inputs
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import Site
 
 A, B = Site("layers.0.attn.qkv"), Site("head")
 

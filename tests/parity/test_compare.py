@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cushion_deploy.checks import ParityCheck, ParityReport
+from cushion_deploy.core.sites import Site
+from cushion_deploy.parity.checks import ParityCheck, ParityReport
 from cushion_deploy.parity.compare import common_prefix, compare_codes, compare_logits
-from cushion_deploy.types import Site
 
 FINITE = st.integers(-400, 400).map(lambda n: n / 8)
 SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(2, 7))

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.kv_scales import KvScales, kv_site
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.graphs import ExportedGraph
-from cushion_deploy.kv_scales import KvScales, kv_site
+from cushion_deploy.parity.constants import cache_scale_rung
 from cushion_deploy.parity.ladder import TorchReference, plan_rung, segment_decode_rung, segment_rung
 from cushion_deploy.parity.reference import torch_reference
 from cushion_deploy.parity.segments import SegmentRun
-from cushion_deploy.parity.written import cache_scale_rung
 
 SITE = kv_site(1, "value")
 

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from xml.etree import ElementTree
 
-from cushion_deploy.checks import ParityCheck, ParityReport
+from cushion_deploy.core.sites import Site
+from cushion_deploy.parity.checks import ParityCheck, ParityReport
 from cushion_deploy.parity.junit import write_junit
-from cushion_deploy.types import Site
 
 
 def test_every_check_is_a_case_and_failures_say_what_was_found(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from cushion_deploy.checks import ParityCheck
+from cushion_deploy.core.sites import Site
+from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession
+from cushion_deploy.parity.checks import ParityCheck
 from cushion_deploy.parity.compare import CodeDistance
 from cushion_deploy.parity.ladder import (
     decode_rung,
@@ -25,8 +27,6 @@ from cushion_deploy.parity.ladder import (
 )
 from cushion_deploy.parity.reference import float_inputs
 from cushion_deploy.parity.segments import SegmentRun
-from cushion_deploy.runtime.onnxruntime import OnnxRuntimeSession
-from cushion_deploy.types import Site
 
 STEPS = 12
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.parity.compare import compare_codes, compare_logits
 from cushion_deploy.parity.ladder import CODE_DIFFERENCE, IDENTICAL_CODES, plan_rung
 from cushion_deploy.parity.segments import SegmentRun

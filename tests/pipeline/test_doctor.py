@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cushion_deploy.cli.main import run
+from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.pipeline.doctor import SINK_RATIO, diagnose, find_sinks
@@ -20,7 +21,6 @@ from cushion_deploy.pipeline.needs import estimate_needs
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
-from cushion_deploy.types import IntArray
 
 MakeWorkspace = Callable[..., Workspace]
 

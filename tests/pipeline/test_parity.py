@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from cushion_deploy.artifacts import (
+from cushion_deploy.core.artifacts import (
     PREFIX_FILE,
     SCALES_FILE,
     SMOOTHING_FILE,
@@ -22,9 +22,10 @@ from cushion_deploy.artifacts import (
     write_scales,
     write_smoothing,
 )
-from cushion_deploy.checks import ParityReport
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph
+from cushion_deploy.parity.checks import ParityReport
 from cushion_deploy.pipeline.parity import check_bundle, check_parity, distinct_graphs
 from cushion_deploy.pipeline.prepare import Deployed, prepare
 from cushion_deploy.pipeline.stages import export, plan_graph, search_prefix

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cushion_deploy.artifacts import SMOOTHING_FILE, write_smoothing
+from cushion_deploy.core.artifacts import SMOOTHING_FILE, write_smoothing
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import HEAD_SITE
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.observe import observed
@@ -21,9 +23,7 @@ from cushion_deploy.pipeline.stages import search_prefix
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle
-from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import StageStore
-from cushion_deploy.types import HEAD_SITE
 
 SETTINGS: dict[str, object] = {
     "engines": ["onnxruntime"],

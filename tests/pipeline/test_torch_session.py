@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.pipeline.torch_session import TorchSession
-from cushion_deploy.types import FloatArray, IntArray
+from cushion_deploy.modeling.session import TorchSession
 
 
 def whole(model: LoadedModel, prefix: tuple[int, ...], ids: IntArray) -> FloatArray:

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.prefix import gradient
@@ -23,7 +25,6 @@ from cushion_deploy.prefix.gradient import (
     smooth_objective,
 )
 from cushion_deploy.prefix.objective import OBJECTIVES
-from cushion_deploy.types import IntArray, Site
 
 InputsOf = Callable[..., dict[str, np.ndarray]]
 

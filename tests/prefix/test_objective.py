@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.prefix.objective import OBJECTIVES, RowObjective, score_candidates, score_prefix
-from cushion_deploy.types import IntArray, Site
 
 CANDIDATES = [1, 65, 9, 44, 45, 46, 310]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
@@ -17,7 +18,6 @@ from cushion_deploy.prefix import search
 from cushion_deploy.prefix.search import PrefixSearch
 from cushion_deploy.prefix.trace import SearchTrace
 from cushion_deploy.recipe import Search
-from cushion_deploy.types import IntArray
 
 Oracle = Callable[..., dict[str, float]]
 

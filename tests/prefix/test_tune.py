@@ -12,6 +12,10 @@ import pytest
 import torch
 from safetensors.numpy import load
 
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import compute_prefix, logits, token_nll
 from cushion_deploy.modeling.load import LoadedModel
@@ -19,8 +23,6 @@ from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.prefix import tune
 from cushion_deploy.prefix.tune import PrefixTuning, fake_quantize
 from cushion_deploy.recipe import Tuning
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import ActivationScales, IntArray, Prefix
 
 SCHEME = QuantScheme(quantize_head=False)
 MakeTuning = Callable[..., PrefixTuning]

@@ -15,15 +15,15 @@ from fake_gpu import FakeCuda, FakeTensorRt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.graphs import ExportedGraph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.runtime import OnnxRuntimeSession, open_session
-from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import publish, staging_area
-from cushion_deploy.types import Prefix
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog; 14 wizards box 23 jugs of naïve cider.",

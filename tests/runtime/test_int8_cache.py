@@ -11,18 +11,17 @@ import pytest
 import torch
 from fake_gpu import FakeTensorRt
 
-from cushion_deploy.artifacts import read_kv_scales, write_kv_scales
+from cushion_deploy.core.artifacts import read_kv_scales, write_kv_scales
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.session import first_caches
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.graphs import ExportedGraph
-from cushion_deploy.kv_scales import KvScales
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 from cushion_deploy.runtime import OnnxRuntimeSession, open_session
 from cushion_deploy.runtime.engine import open_plan
-from cushion_deploy.runtime.session import first_caches
-from cushion_deploy.schemes import QuantScheme
-from cushion_deploy.types import KV_SCALES_FILE
 
 from .test_tensorrt import close, plan_of
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from cushion_deploy.core.session import bfloat16_bits, context_limit, count_positions
+from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session, session_options
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.modeling.forward import logits as torch_logits
-from cushion_deploy.runtime.onnxruntime import OnnxRuntimeSession, open_session, session_options
-from cushion_deploy.runtime.session import bfloat16_bits, context_limit, count_positions
 
 
 def test_logits_equal_transformers_behind_the_prefix(tiny: Any, session: Any, ids: Any) -> None:
@@ -101,8 +101,8 @@ def test_reference_without_fusion_agrees(tiny: Any, session: Any, ids: Any) -> N
 
 
 def test_float16_cache_follows_the_contract(tiny: Any, tmp_path: Path, ids: Any) -> None:
+    from cushion_deploy.core.schemes import QuantScheme
     from cushion_deploy.export.folder import export_graph
-    from cushion_deploy.schemes import QuantScheme
 
     loaded = tiny.loaded
     half = export_graph(loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), tmp_path, dtype="float16")

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from fake_gpu import Context, FakeTensorRt
 
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.profiles import Limits, profiles
+from cushion_deploy.engines.onnxruntime.session import open_session
+from cushion_deploy.engines.tensorrt.cuda import Cuda
+from cushion_deploy.engines.tensorrt.profiles import Limits, profiles
+from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.errors import CheckFailed, UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.graphs import ExportedGraph
-from cushion_deploy.runtime.cuda import Cuda
-from cushion_deploy.runtime.onnxruntime import open_session
-from cushion_deploy.runtime.tensorrt import TensorRtSession
-from cushion_deploy.schemes import QuantScheme
 
 pytestmark = pytest.mark.parametrize("tiny", ["cache"], indirect=True)
 CONTEXT = 60

@@ -14,19 +14,20 @@ import pytest
 from fake_gpu import Context, Engine, FakeCuda, FakeTensorRt, RuntimeConfig
 from fake_graphs import FakeGraphs, Mode
 
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.compatibility import mismatches
+from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.probe import Probe
-from cushion_deploy.engines.profiles import Limits, profiles
+from cushion_deploy.engines.tensorrt.compatibility import mismatches
+from cushion_deploy.engines.tensorrt.cuda import Cuda
+from cushion_deploy.engines.tensorrt.profiles import Limits, profiles
+from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.graphs import EngineArtifact, ExportedGraph, GraphContract
 from cushion_deploy.runtime.bundle import open_bundle
-from cushion_deploy.runtime.cuda import Cuda
 from cushion_deploy.runtime.engine import open_engine, read_engine
-from cushion_deploy.runtime.onnxruntime import open_session
-from cushion_deploy.runtime.tensorrt import TensorRtSession
-from cushion_deploy.schemes import QuantScheme
 from cushion_deploy.store import publish, staging_area
 
 ONE = pytest.mark.parametrize(("tiny", "graph"), [("baked", "float16")], indirect=True)

@@ -1,0 +1,166 @@
+"""Prefix, smoothing and scales as files that any other tool can read: safetensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
+from cushion_deploy.core.prefix import PREFIX_FILE, Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.sites import Site
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.store import replace_file
+
+SCALES_FILE = "scales.json"
+SMOOTHING_FILE = "smoothing.safetensors"
+_METADATA = "cushion"
+_PREFIX_FORMAT = "cushion-prefix-1"
+_SMOOTHING_FORMAT = "cushion-smoothing-1"
+
+
+def write_prefix(prefix: Prefix, path: Path) -> None:
+    """Write tensors ``keys``, ``values`` (float32) and ``token_ids`` (int64), the model's digest as metadata."""
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "keys": np.ascontiguousarray(prefix.keys),
+        "values": np.ascontiguousarray(prefix.values),
+        "token_ids": np.asarray(prefix.token_ids, dtype=np.int64),
+    }
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    facts = json.dumps({"format": _PREFIX_FORMAT, "model_digest": prefix.model_digest})
+    replace_file(path, save(tensors, metadata={_METADATA: facts}))
+
+
+def read_prefix(path: Path) -> Prefix:
+    """Read what :func:`write_prefix` wrote.
+
+    Raises:
+        UsageError: no such file.
+        UntrustedArtifact: not a prefix file, or damaged.
+    """
+    hint = "give a prefix.safetensors that `cushion-deploy search` wrote"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", hint=hint)
+    try:
+        with safe_open(path, framework="np") as f:
+            metadata = json.loads((f.metadata() or {}).get(_METADATA, "{}"))
+            if metadata.get("format") != _PREFIX_FORMAT:
+                raise UntrustedArtifact(f"{path} is not a prefix file", hint=hint)
+            ids = tuple(int(i) for i in f.get_tensor("token_ids"))
+            return Prefix(ids, f.get_tensor("keys"), f.get_tensor("values"), metadata["model_digest"])
+    except (SafetensorError, AttributeError, KeyError, ValueError) as e:
+        raise UntrustedArtifact(f"{path} is damaged: {e}", hint=hint) from e
+
+
+def read_cached_prefix(graph: ExportedGraph) -> Prefix | None:
+    """Return the prefix that every past of a graph begins with; None where the graph has it inside, or none.
+
+    Raises:
+        UsageError: the file is not beside the graph.
+        UntrustedArtifact: it is damaged, or the prefix of another graph.
+    """
+    if not graph.contract.prefix_slots:
+        return None
+    file = graph.path.with_name(PREFIX_FILE)
+    prefix = read_prefix(file)
+    if prefix.digest != graph.parents["prefix"]:
+        raise UntrustedArtifact(
+            f"{file} is not the prefix that {graph.path.name} was made for", hint="build the bundle again"
+        )
+    return prefix
+
+
+def write_smoothing(smoothing: Smoothing, path: Path) -> None:
+    """Write the factors, one float32 tensor a Site; alpha and the model's digest as metadata."""
+    tensors = {str(site): np.ascontiguousarray(factor) for site, factor in smoothing.factors.items()}
+    facts = {"format": _SMOOTHING_FORMAT, "alpha": smoothing.alpha, "model_digest": smoothing.model_digest}
+    replace_file(path, save(tensors, metadata={_METADATA: json.dumps(facts)}))
+
+
+def read_smoothing(path: Path) -> Smoothing:
+    """Read what :func:`write_smoothing` wrote.
+
+    Raises:
+        UsageError: no such file.
+        UntrustedArtifact: not a smoothing file, or damaged.
+    """
+    hint = "give a smoothing.safetensors that `cushion-deploy calibrate` wrote"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", hint=hint)
+    try:
+        with safe_open(path, framework="np") as f:
+            metadata = json.loads((f.metadata() or {}).get(_METADATA, "{}"))
+            if metadata.get("format") != _SMOOTHING_FORMAT:
+                raise UntrustedArtifact(f"{path} is not a smoothing file", hint=hint)
+            factors = {Site(name): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+            return Smoothing(factors, float(metadata["alpha"]), str(metadata["model_digest"]))
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UntrustedArtifact(f"{path} is damaged: {e}", hint=hint) from e
+
+
+def write_scales(scales: ActivationScales, path: Path) -> None:
+    """Write the scales as JSON."""
+    replace_file(path, (json.dumps(scales.to_json(), indent=1) + "\n").encode())
+
+
+def read_scales(path: Path) -> ActivationScales:
+    """Read what :func:`write_scales` wrote.
+
+    Raises:
+        UsageError: no such file.
+        UntrustedArtifact: not a scales file.
+    """
+    hint = "give a scales.json that `cushion-deploy calibrate` wrote"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", hint=hint)
+    try:
+        return ActivationScales.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UntrustedArtifact(f"{path} is no scales file: {e}", hint=hint) from e
+
+
+def write_kv_scales(scales: KvScales, path: Path) -> None:
+    """Write the scales of an INT8 cache as JSON."""
+    replace_file(path, (json.dumps(scales.to_json(), indent=1) + "\n").encode())
+
+
+def read_kv_scales(path: Path) -> KvScales:
+    """Read what :func:`write_kv_scales` wrote.
+
+    Raises:
+        UsageError: no such file.
+        UntrustedArtifact: not a file of cache scales.
+    """
+    hint = "give a kv_scales.json that `cushion-deploy calibrate` wrote"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", hint=hint)
+    try:
+        return KvScales.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError, UsageError) as e:
+        raise UntrustedArtifact(f"{path} is no file of cache scales: {e}", hint=hint) from e
+
+
+def read_cached_scales(graph: ExportedGraph) -> KvScales | None:
+    """Return the scales of a graph's INT8 cache; None where the cache is in floating point.
+
+    Raises:
+        UsageError: the file is not beside the graph.
+        UntrustedArtifact: it is damaged, or of another graph.
+    """
+    if not graph.contract.quantized_cache:
+        return None
+    file = graph.path.with_name(KV_SCALES_FILE)
+    scales = read_kv_scales(file)
+    if scales.digest != graph.parents.get("kv scales"):
+        raise UntrustedArtifact(
+            f"{file} are not the scales that {graph.path.name} was made with", hint="build the bundle again"
+        )
+    return scales

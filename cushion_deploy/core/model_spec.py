@@ -1,0 +1,95 @@
+"""What a model is: family, dimensions, positions, vocabulary, and the digest of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cushion_deploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """Rotary position parameters: base and, per family, the scaling rule (Hugging Face ``rope_parameters``).
+
+    ``partial`` is the share of a head's channels that turns; the first ones do.
+    """
+
+    theta: float
+    rule: str = "default"
+    parameters: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
+    partial: float = 1.0
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RotaryScaling:
+        """Rebuild from a JSON dict."""
+        parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in data["parameters"].items()}
+        return cls(**{**data, "parameters": parameters})
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model is: family, dimensions, vocabulary, and the digest of its weights.
+
+    Attributes that are not plain:
+        activation: the function of the MLP, by the name that the graph builder knows.
+        rotary: None for a family without rotary positions.
+        local_rotary: of the layers with a window, where it differs.
+        windows: per layer, how many positions a token may look back, itself included; 0 for all. Empty: 0 everywhere.
+        norm_first: whether norms stand before a block; False puts them behind the residual sum.
+        attention_scale: what scores are multiplied by.
+        score_cap, logit_cap: c of c * tanh(x / c) on attention scores and on logits; 0 for none.
+        embedding_size: where it differs from the hidden size; 0 where not.
+    """
+
+    family: str
+    source: str
+    weights_digest: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    activation: str
+    rotary: RotaryScaling | None
+    tied_head: bool
+    parameters: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    attention_scale: float
+    revision: str | None = None
+    local_rotary: RotaryScaling | None = None
+    windows: tuple[int, ...] = ()
+    norm_first: bool = True
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
+    embedding_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UsageError(
+                f"{self.num_heads} attention heads are not a multiple of {self.num_kv_heads} key/value heads",
+                hint="the model's config.json is damaged; fetch it again",
+            )
+
+    def window(self, layer: int) -> int:
+        """Return how far a layer looks back; 0 for everything."""
+        return self.windows[layer] if self.windows else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
+        """Rebuild from :meth:`to_json`."""
+        d = dict(data)
+        for key in ("rotary", "local_rotary"):
+            d[key] = RotaryScaling.from_json(d[key]) if d[key] else None
+        d["eos_token_ids"], d["windows"] = tuple(d["eos_token_ids"]), tuple(d["windows"])
+        return cls(**d)

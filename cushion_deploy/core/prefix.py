@@ -1,0 +1,66 @@
+"""The CushionCache: constant keys and values that stand before every text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.errors import UntrustedArtifact
+from cushion_deploy.store.digests import digest_arrays
+
+PREFIX_FILE = "prefix.safetensors"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A CushionCache: constant keys and values at positions 0..P-1.
+
+    Attributes:
+        token_ids: the tokens that produced it; empty for 'no prefix'.
+        keys: float32 ``[layers, kv_heads, P, head_dim]``, after rotation.
+        values: float32 ``[layers, kv_heads, P, head_dim]``.
+        model_digest: weights digest of the model it belongs to.
+    """
+
+    token_ids: tuple[int, ...]
+    keys: FloatArray
+    values: FloatArray
+    model_digest: str
+
+    def __post_init__(self) -> None:
+        if self.keys.shape != self.values.shape or self.keys.ndim != 4:
+            raise UntrustedArtifact(
+                f"prefix keys {self.keys.shape} and values {self.values.shape} are not two equal 4-D arrays",
+                hint="run `cushion-deploy search` again to make a valid prefix",
+            )
+        if len(self.token_ids) != self.keys.shape[2]:
+            raise UntrustedArtifact(
+                f"prefix of {len(self.token_ids)} token ids but {self.keys.shape[2]} positions",
+                hint="run `cushion-deploy search` again to make a valid prefix",
+            )
+        for name, array in (("keys", self.keys), ("values", self.values)):
+            if not np.isfinite(array).all():
+                raise UntrustedArtifact(
+                    f"prefix {name} contain NaN or infinity", hint="run `cushion-deploy search` again"
+                )
+
+    @property
+    def length(self) -> int:
+        """P, the number of positions it occupies."""
+        return int(self.keys.shape[2])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over token ids, keys and values."""
+        ids = np.asarray(self.token_ids, dtype=np.int64)
+        return digest_arrays([("ids", ids), ("keys", self.keys), ("values", self.values)])
+
+    @classmethod
+    def empty(cls, spec: ModelSpec) -> Prefix:
+        """Return the prefix of length 0 for a model."""
+        shape = (spec.num_layers, spec.num_kv_heads, 0, spec.head_dim)
+        zero = np.zeros(shape, dtype=np.float32)
+        return cls((), zero, zero.copy(), spec.weights_digest)

@@ -1,0 +1,227 @@
+"""Run a decoder graph step by step: the protocol of every engine, and what their sessions share.
+
+Shapes in comments: B batch, S new tokens, T tokens in the cache after the step, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from cushion_deploy.core.kv_scales import KvScales
+
+NeedLogits = Literal["all", "last", "none"]
+NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float32, "int8": np.int8}
+"""Types of caches in host memory; numpy has no bfloat16, which takes float32 there."""
+CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+"""Bytes of one number of a cache in device memory."""
+_SCALES = "open the graph with its kv_scales.json beside it"
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class DecoderSession(Protocol):
+    """A loaded decoder with its cache; the caller counts its own tokens and never sees the prefix."""
+
+    contract: GraphContract
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, padding included."""
+        ...
+
+    def run(
+        self,
+        ids: IntArray,
+        mask: IntArray | None = None,
+        positions: IntArray | None = None,
+        *,
+        need_logits: NeedLogits = "last",
+    ) -> FloatArray | None:
+        """Feed tokens after those in the cache.
+
+        Args:
+            ids: int64 ``[B, S]``.
+            mask: int64 ``[B, length + S]``, 1 on tokens and 0 on left padding; None where nothing is padded.
+            positions: int64 ``[B, S]``, position of each token among its row's own; None to count them by the mask.
+            need_logits: of which of the S tokens logits are wanted.
+
+        Returns:
+            float32 ``[B, S, vocab]`` for ``all``, ``[B, 1, vocab]`` for ``last``, None for ``none``.
+
+        Raises:
+            UsageError: shapes that do not fit each other, or more tokens than the model has positions for.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Keep only the first ``length`` tokens of the cache; raises UsageError when it holds fewer."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the garbage collector does not: the memory of a device."""
+        ...
+
+
+def context_limit(contract: GraphContract) -> int:
+    """Return how many tokens of its own a caller may have in the context: the prefix takes the other positions."""
+    return contract.max_positions - contract.prefix_length
+
+
+def require_kept(length: int, held: int) -> None:
+    """Check that ``length`` tokens of a cache of ``held`` can be kept; raises UsageError where there are fewer."""
+    if not 0 <= length <= held:
+        raise UsageError(f"cannot keep {length} tokens of a cache of {held}", hint="give at most the session's length")
+
+
+def past_names(contract: GraphContract) -> list[str]:
+    """Return the names of the inputs that carry the cache, layer by layer, keys before values."""
+    return [f"past_key_values.{i}.{part}" for i in range(contract.num_layers) for part in ("key", "value")]
+
+
+def cached_prefix(graph: ExportedGraph) -> Prefix | None:
+    """Return the prefix that every cache of a graph begins with, None where there is none; see ``artifacts``."""
+    if not graph.contract.prefix_slots:
+        return None
+    # Here, not above: only a bundle of this kind needs safetensors to run.
+    from cushion_deploy.core.artifacts import read_cached_prefix
+
+    return read_cached_prefix(graph)
+
+
+def cached_scales(graph: ExportedGraph) -> KvScales | None:
+    """Return the scales of a graph's INT8 cache, None where it is in floating point; see ``artifacts``."""
+    if not graph.contract.quantized_cache:
+        return None
+    from cushion_deploy.core.artifacts import read_cached_scales
+
+    return read_cached_scales(graph)
+
+
+def first_caches(
+    contract: GraphContract, prefix: Prefix | None, batch: int, kv: KvScales | None = None
+) -> list[npt.NDArray[Any]]:
+    """Return what every cache begins with, ``[B, K, P, D]`` by :func:`past_names`: the prefix, or nothing.
+
+    Args:
+        contract: of the graph.
+        prefix: what the cache begins with, where the contract says so.
+        batch: B.
+        kv: scales of an INT8 cache; needed where it begins with a prefix.
+
+    Raises:
+        UsageError: the contract wants a prefix there, and none of that length is given, or no scales for it.
+    """
+    found = prefix.length if prefix else 0
+    if found != contract.prefix_slots:
+        raise UsageError(
+            f"every cache begins with a prefix of {contract.prefix_slots} positions, the given one has {found}",
+            hint="open the graph with its prefix.safetensors beside it",
+        )
+    dtype = NUMPY_TYPES[contract.cache_dtype]
+    if prefix is None:
+        return [np.zeros((batch, contract.num_kv_heads, 0, contract.head_dim), dtype)] * (2 * contract.num_layers)
+    parts: tuple[npt.NDArray[Any], npt.NDArray[Any]] = prefix.keys, prefix.values
+    if contract.quantized_cache:
+        if kv is None:
+            raise UsageError("an INT8 cache begins with a prefix, and its scales are missing", hint=_SCALES)
+        parts = kv.codes(prefix)
+    elif contract.dtype == "bfloat16":
+        parts = bfloat16_values(prefix.keys), bfloat16_values(prefix.values)
+    layers = (part[i] for i in range(contract.num_layers) for part in parts)
+    return [np.ascontiguousarray(np.broadcast_to(x.astype(dtype), (batch, *x.shape))) for x in layers]
+
+
+def bfloat16_bits(x: FloatArray) -> npt.NDArray[np.uint16]:
+    """Return the bit patterns of finite float32 values rounded to bfloat16, half to even."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def bfloat16_values(x: FloatArray) -> FloatArray:
+    """Return finite float32 values rounded to bfloat16, as float32."""
+    return (bfloat16_bits(x).astype(np.uint32) << 16).view(np.float32)
+
+
+def count_positions(mask: IntArray, new: int) -> IntArray:
+    """Return the positions of the last ``new`` tokens, int64 ``[B, new]``; padding on the left counts as nothing.
+
+    Args:
+        mask: int64 ``[B, T]``.
+        new: S.
+    """
+    counted: IntArray = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, mask.shape[1] - new :]
+    return counted
+
+
+def checked_inputs(
+    contract: GraphContract,
+    length: int,
+    rows: int | None,
+    ids: IntArray,
+    mask: IntArray | None,
+    positions: IntArray | None,
+) -> tuple[IntArray, IntArray]:
+    """Return mask and positions of a call as the graph takes them: what is left out filled in, prefix slots counted.
+
+    Args:
+        contract: of the graph.
+        length: tokens in the cache.
+        rows: of the cache; None where it is empty.
+        ids, mask, positions: of the call, see :meth:`DecoderSession.run`.
+
+    Raises:
+        UsageError: shapes that do not fit each other, or more tokens than the model has positions for.
+    """
+    if ids.ndim != 2 or ids.dtype != np.int64 or not ids.size:
+        raise UsageError(
+            f"token ids are {ids.dtype} {list(ids.shape)}, expected int64 [batch, sequence], not empty",
+            hint="give a prompt that is not empty",
+        )
+    batch, new = ids.shape
+    total = length + new
+    if rows is not None and rows != batch:
+        raise UsageError(
+            f"batch of {batch} rows, the cache has {rows}",
+            hint="call reset() before a new batch",
+        )
+    limit = context_limit(contract)
+    # Left padding takes no position, but a row without any is as long as the array.
+    if total > limit:
+        raise UsageError(
+            f"a context of {total} tokens is longer than the {limit} that the engine has room for",
+            hint=f"shorten the prompt or ask for fewer new tokens, {limit} together",
+        )
+    if ids.min() < 0 or ids.max() >= contract.vocab_size:
+        raise UsageError(
+            f"token id {ids.min() if ids.min() < 0 else ids.max()} is outside the vocabulary of {contract.vocab_size}",
+            hint="encode the text with the bundle's own tokenizer",
+        )
+    if mask is None:
+        mask = np.ones((batch, total), dtype=np.int64)
+    if mask.shape != (batch, total) or mask.dtype != np.int64:
+        raise UsageError(
+            f"attention mask is {mask.dtype} {list(mask.shape)}, expected int64 {[batch, total]}",
+            hint="the mask covers the tokens in the cache and the new ones",
+        )
+    if positions is None:
+        positions = count_positions(mask, new)
+    if positions.shape != (batch, new) or positions.dtype != np.int64:
+        raise UsageError(
+            f"positions are {positions.dtype} {list(positions.shape)}, expected int64 {[batch, new]}",
+            hint="leave them out to have them counted",
+        )
+    if slots := contract.prefix_slots:
+        mask, positions = np.concatenate([np.ones((batch, slots), dtype=np.int64), mask], axis=1), positions + slots
+    return mask, positions

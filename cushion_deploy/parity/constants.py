@@ -1,0 +1,104 @@
+"""Compare what is written in a quantized graph with what it was built from, bit for bit; nothing is run.
+
+A wrong activation scale shows in a run only in what it does to the next Site; here it shows at its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.fakequant import Int8Array
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.kv_scales import KvScales, kv_site
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.sites import Site
+from cushion_deploy.parity.checks import ParityCheck
+
+LinearWeights = tuple[Site, Int8Array, FloatArray]
+
+
+def scale_rung(rung: str, graph: ExportedGraph, scales: ActivationScales) -> list[ParityCheck]:
+    """Compare the scales of every Site's Q and DQ with ``scales``, float32 bit for bit; none may differ."""
+    import onnx_ir as ir
+
+    nodes = {node.outputs[0].name: node for node in ir.load(graph.path).graph if node.op_type == "QuantizeLinear"}
+    differing = []
+    for site in graph.sites:
+        expected = np.float32(scales.scales[site]).tobytes()
+        q = nodes.get(f"{site}.codes")
+        users = [q, *(node for node, _ in q.outputs[0].uses())] if q else []
+        if len(users) < 2 or any(_bytes(node.inputs[1]) != expected for node in users):
+            differing.append(site)
+    return [_count(rung, "Sites whose scale differs", differing, len(graph.sites), "Sites")]
+
+
+def cache_scale_rung(rung: str, graph: ExportedGraph, kv: KvScales) -> list[ParityCheck]:
+    """Compare the scales of Q and DQ of every part of an INT8 cache with ``kv``, float32 bit for bit; none may differ.
+
+    A per-tensor scale is one number in the graph and the same number for each head in ``kv``.
+    """
+    import onnx_ir as ir
+
+    nodes = {node.outputs[0].name: node for node in ir.load(graph.path).graph if node.op_type == "QuantizeLinear"}
+    differing = []
+    for layer, part, scales in kv.rows():
+        q = nodes.get(f"{kv_site(layer, part)}.codes")
+        expected = scales[0] if kv.granularity == "per-tensor" else scales
+        # Q, and behind the Concat with the past, and perhaps a Transpose, its DQ.
+        users = [q, *_readers(q)] if q else []
+        if len(users) < 2 or any(_bytes(node.inputs[1]) != expected.tobytes() for node in users):
+            differing.append(kv_site(layer, part))
+    return [_count(rung, "parts of the cache whose scale differs", differing, 2 * len(kv.keys), "parts")]
+
+
+def _readers(q: Any) -> list[Any]:
+    """Return what reads the present that a Q is joined to."""
+    present = [join.outputs[0] for join, _ in q.outputs[0].uses()]
+    found = [reader for value in present for reader, _ in value.uses()]
+    turned = [reader for node in found if node.op_type == "Transpose" for reader, _ in node.outputs[0].uses()]
+    return [*(node for node in found if node.op_type != "Transpose"), *turned]
+
+
+def weight_rung(rung: str, graph: ExportedGraph, weights: Iterable[LinearWeights]) -> list[ParityCheck]:
+    """Compare INT8 codes and scales of every linear with ``weights``, in their order; none may differ.
+
+    Args:
+        rung, graph: the rung's name and the quantized graph, in which the linears of one Site are packed.
+        weights: for each linear its Site, codes int8 ``[out, in]`` and scales float32 ``[out]``.
+    """
+    import onnx_ir as ir
+
+    stored = ir.load(graph.path).graph.initializers
+    differing, begin, total = [], dict.fromkeys(graph.sites, 0), 0
+    for site, codes, scale in weights:
+        total += 1
+        columns = slice(begin[site], begin[site] + len(scale))
+        begin[site] = columns.stop
+        same_codes = np.array_equal(_array(stored.get(f"{site}.weight_codes"))[..., columns], codes.T)
+        if not same_codes or not np.array_equal(_array(stored.get(f"{site}.weight_scales"))[columns], scale):
+            differing.append(site)
+    return [_count(rung, "linears whose INT8 weight differs", differing, total, "linears")]
+
+
+def _count(rung: str, metric: str, differing: list[Site], total: int, unit: str) -> ParityCheck:
+    blamed = differing[0] if differing else None
+    note = f"{total} {unit} compared bit for bit"
+    if blamed:
+        note = f"first diverging Site: {blamed}; {note}"
+    return ParityCheck(rung, metric, len(differing), 0, "at most", blamed, note)
+
+
+def _array(value: Any) -> npt.NDArray[Any]:
+    """Return the constant behind a value; one that is none equals nothing."""
+    tensor = value.const_value if value is not None else None
+    return np.zeros(0) if tensor is None else tensor.numpy()
+
+
+def _bytes(value: Any) -> bytes:
+    array = _array(value)
+    return array.tobytes() if array.dtype == np.float32 else b""

@@ -1,0 +1,1 @@
+"""TensorRT in both flavours: plans compiled, counted, checked and run."""

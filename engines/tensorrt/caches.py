@@ -1,0 +1,179 @@
+"""Keys and values in device memory, by how a plan updates them: two sets of buffers in turn, or one in place.
+
+Shapes in comments: B batch, K key/value heads, C capacity, D head size, P prefix slots. A row is one head of one
+sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy.typing as npt
+
+from cushion_deploy.core.graphs import GraphContract
+from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.session import CACHE_BYTES, bfloat16_bits, first_caches, past_names
+from cushion_deploy.engines.tensorrt.cuda import Cuda, DeviceBuffer
+
+Allocate = Callable[[int], DeviceBuffer]
+
+
+class Binding(NamedTuple):
+    """One cache of a call: its input with shape and address, its output with its address."""
+
+    past: str
+    shape: tuple[int, ...]
+    read: int
+    present: str
+    written: int
+
+
+class Caches(Protocol):
+    """The keys and values of all layers; lengths count the caller's tokens, not the slots of the prefix."""
+
+    def seed(self, batch: int) -> None:
+        """Queue what every cache of a new batch begins with."""
+        ...
+
+    def bindings(self, batch: int, past: int, new: int) -> Iterator[Binding]:
+        """Yield what to bind for ``new`` tokens behind ``past`` slots."""
+        ...
+
+    def advance(self) -> None:
+        """Go on behind what a call has written."""
+        ...
+
+    def keep(self, batch: int, held: int, length: int) -> None:
+        """Queue what leaves only the first ``length`` of ``held`` tokens."""
+        ...
+
+
+class GrowingCaches:
+    """Two sets of buffers: a call reads one and writes past and new tokens side by side into the other.
+
+    Args:
+        cuda: the stream.
+        allocate: gives device memory of that many bytes.
+        contract: of the plan.
+        prefix: what every cache begins with, where the contract says so.
+        kv: scales of an INT8 cache, for its prefix.
+        batch, total: largest B, and largest length of a cache behind a call.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        allocate: Allocate,
+        contract: GraphContract,
+        prefix: Prefix | None,
+        kv: KvScales | None,
+        batch: int,
+        total: int,
+    ) -> None:
+        """Allocate both sets."""
+        self._cuda, self._contract, self._prefix, self._kv = cuda, contract, prefix, kv
+        self._past = past_names(contract)
+        self._token = contract.head_dim * CACHE_BYTES[contract.cache_dtype]
+        size = batch * contract.num_kv_heads * total * self._token
+        self._sets = [[allocate(size) for _ in self._past] for _ in range(2)]
+
+    def seed(self, batch: int) -> None:
+        """Queue the prefix, where it is not in the graph."""
+        for buffer, array in zip(self._sets[0], _first(self._contract, self._prefix, batch, self._kv), strict=True):
+            self._cuda.upload(array, buffer)
+
+    def bindings(self, batch: int, past: int, new: int) -> Iterator[Binding]:
+        """Yield the set to read at its length, and the set to write."""
+        c = self._contract
+        slot = batch * c.num_kv_heads * self._token
+        for name, source, target in zip(self._past, *self._sets, strict=True):
+            shape = (batch, c.num_kv_heads, past, c.head_dim)
+            yield Binding(name, shape, source.at(past * slot), _present(name), target.at((past + new) * slot))
+
+    def advance(self) -> None:
+        """Read next what was written last."""
+        self._sets.reverse()
+
+    def keep(self, batch: int, held: int, length: int) -> None:
+        """Queue copies of the first tokens of every row into the other set, and read that next."""
+        if length == held:
+            return
+        pitch, width = ((self._contract.prefix_slots + n) * self._token for n in (held, length))
+        for source, target in zip(*self._sets, strict=True):
+            self._cuda.copy_rows(source, pitch, target, width, batch * self._contract.num_kv_heads)
+        self._sets.reverse()
+
+
+class InPlaceCaches:
+    """One set of buffers ``[B, K, C, D]`` that is input and output of every call; the prefix stays in its first slots.
+
+    Slots behind the kept tokens are zeros. Attention reads them: their weight is 0, but 0 times what a text that ran
+    into infinity has left there would be no number.
+
+    Args:
+        cuda: the stream.
+        allocate: gives device memory of that many bytes.
+        contract: of the plan, with the capacity.
+        prefix: what every cache begins with, where the contract says so.
+        batch: largest B.
+    """
+
+    def __init__(
+        self, cuda: Cuda, allocate: Allocate, contract: GraphContract, prefix: Prefix | None, batch: int
+    ) -> None:
+        """Allocate the set."""
+        self._cuda, self._contract, self._prefix = cuda, contract, prefix
+        self._past = past_names(contract)
+        self._token = contract.head_dim * CACHE_BYTES[contract.cache_dtype]
+        self._pitch = contract.cache_capacity * self._token
+        self._buffers = [allocate(batch * contract.num_kv_heads * self._pitch) for _ in self._past]
+        self._seeded = 0
+
+    def seed(self, batch: int) -> None:
+        """Queue zeros behind the prefix; the prefix too where more rows begin with it than before."""
+        c = self._contract
+        if batch <= self._seeded:
+            self._clear(c.prefix_slots, self._seeded)
+            return
+        # Whatever interrupts this leaves nothing that counts as seeded.
+        self._seeded = 0
+        self._clear(0, batch)
+        for buffer, array in zip(self._buffers, _first(c, self._prefix, batch), strict=True):
+            self._cuda.upload_rows(array.reshape(batch * c.num_kv_heads, -1), buffer, self._pitch)
+        self._cuda.synchronize()
+        self._seeded = batch
+
+    def bindings(self, batch: int, past: int, new: int) -> Iterator[Binding]:
+        """Yield each buffer as input and output; ``past`` and ``new`` stand in the inputs of the call."""
+        c = self._contract
+        for name, buffer in zip(self._past, self._buffers, strict=True):
+            address = buffer.at(batch * c.num_kv_heads * self._pitch)
+            shape = (batch, c.num_kv_heads, c.cache_capacity, c.head_dim)
+            yield Binding(name, shape, address, _present(name), address)
+
+    def advance(self) -> None:
+        """Stay: what was written lies where it is read."""
+
+    def keep(self, batch: int, held: int, length: int) -> None:
+        """Queue zeros behind the kept tokens, those of a call that failed included."""
+        self._clear(self._contract.prefix_slots + length, self._seeded)
+
+    def _clear(self, kept: int, batch: int) -> None:
+        """Queue zeros behind the first ``kept`` slots of every row of a batch."""
+        rows, offset = batch * self._contract.num_kv_heads, kept * self._token
+        for buffer in self._buffers:
+            self._cuda.clear_rows(buffer, offset, self._pitch, self._pitch - offset, rows)
+
+
+def _first(
+    contract: GraphContract, prefix: Prefix | None, batch: int, kv: KvScales | None = None
+) -> Iterator[npt.NDArray[Any]]:
+    """Yield what every cache begins with, as it lies in device memory."""
+    for array in first_caches(contract, prefix, batch, kv):
+        yield bfloat16_bits(array) if contract.cache_dtype == "bfloat16" else array
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present")

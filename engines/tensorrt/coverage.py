@@ -1,0 +1,86 @@
+"""How much of a plan runs in INT8: its kernels held against the linears that the graph quantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cushion_deploy.core.sites import Site
+from cushion_deploy.engines.tensorrt.plan_report import GraphLinear, PlanReport
+from cushion_deploy.errors import CheckFailed
+
+
+def graph_linears(found: Sequence[Mapping[str, Any]], sites: Mapping[Site, int]) -> tuple[GraphLinear, ...]:
+    """Return the linears of the parsed network that stand behind a Site.
+
+    Args:
+        found: products with a constant operand that the worker saw: ``node``, ``weight`` (name of the constant) and
+            ``broken`` (a Q/DQ rule, or nothing).
+        sites: Sites that the exported graph claims to hold, with the linears packed into each.
+
+    Raises:
+        CheckFailed: a Site has no matrix product in the network, or several.
+    """
+    by_site: dict[Site, list[Mapping[str, Any]]] = {site: [] for site in sites}
+    for product in found:
+        site = _site_of(product["weight"])
+        if site in by_site:
+            by_site[site].append(product)
+    wrong = [
+        f"{site}: {', '.join(product['node'] for product in products) or 'none'}"
+        for site, products in by_site.items()
+        if len(products) != 1
+    ]
+    if wrong:
+        raise CheckFailed(
+            f"{len(wrong)} Sites do not have exactly one matrix product in the network: {'; '.join(wrong[:10])}",
+            hint="export the model again; the graph and its description do not belong together",
+        )
+    return tuple(
+        GraphLinear(product["node"], site, sites[site], product["broken"]) for site, (product,) in by_site.items()
+    )
+
+
+def check_coverage(plan: PlanReport, linears: Sequence[GraphLinear], allowed: int, num_profiles: int) -> int:
+    """Return how many linears run in INT8 in every profile, counted before packing.
+
+    Raises:
+        CheckFailed: more than ``allowed`` do not, or the plan does not serve ``num_profiles`` profiles.
+    """
+    if plan.profiles != num_profiles:
+        raise CheckFailed(
+            f"the plan lists {plan.profiles} optimization profiles, {num_profiles} were asked for",
+            hint="report this with the version of TensorRT",
+        )
+    expected, found = sum(linear.linears for linear in linears), plan.int8_linears(linears)
+    if expected - found > allowed:
+        fallbacks = plan.fallbacks(linears)
+        raise CheckFailed(
+            f"{found} of {expected} linears run in INT8; in floating point: " + "; ".join(map(str, fallbacks[:10])),
+            hint=f"check the graph's Q/DQ nodes there, or permit it with --allow-float-linears {expected - found}",
+        )
+    return found
+
+
+def coverage_details(plan: PlanReport, linears: Sequence[GraphLinear], outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a plan report tells beside the coverage, JSON-ready; ``outcome`` is the worker's."""
+    ours = {linear.node for linear in linears}
+    # The float32 graph multiplies a prefix that it holds apart: by a constant, and attention all the same.
+    prefix = [p["node"] for p in outcome["linears"] if p["weight"].startswith("prefix.")]
+    fallbacks = plan.fallbacks(linears)
+    return {
+        "kernels": len(plan.kernels),
+        "int8_gemms": list(plan.int8_gemms),
+        "half_accumulators": list(plan.half_accumulators),
+        "moves": list(plan.moves),
+        "attention_matmuls": len(outcome["attention"]) + len(prefix),
+        "float_linears": sorted({fallback.linear.site for fallback in fallbacks}),
+        "fallbacks": [fallback.to_json() for fallback in fallbacks],
+        "linears_without_site": [p["node"] for p in outcome["linears"] if p["node"] not in {*ours, *prefix}],
+        "unknown_gemms": list(plan.unknown_gemms([*(p["node"] for p in outcome["linears"]), *outcome["attention"]])),
+    }
+
+
+def _site_of(weight: str) -> Site:
+    """Return the Site of a weight, which the exporter names ``<site>.weight_codes`` or ``<site>.weight``."""
+    return Site(weight.rpartition(".")[0])

@@ -1,0 +1,289 @@
+"""TensorRT and TensorRT-RTX as a decoder session: one plan, its optimization profiles, caches in device memory.
+
+Shapes in comments: B batch, S new tokens, T tokens in the cache after the step, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.graphs import GraphContract
+from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.session import INPUTS, NeedLogits, checked_inputs, first_caches, require_kept
+from cushion_deploy.engines.tensorrt.caches import Caches, GrowingCaches, InPlaceCaches
+from cushion_deploy.engines.tensorrt.cuda import Cuda, DeviceBuffer
+from cushion_deploy.engines.tensorrt.cuda_graph import StepGraph
+from cushion_deploy.engines.tensorrt.plan import WRITE_INDICES, Plan
+from cushion_deploy.engines.tensorrt.plan_profiles import Profile
+from cushion_deploy.errors import CheckFailed, UsageError
+
+
+class TensorRtSession:
+    """A plan on an NVIDIA GPU (implements ``DecoderSession``).
+
+    Device memory is allocated once, for the largest shapes of the profiles. A plan with a static cache updates it in
+    place, and its decode steps are launched as one CUDA graph. Otherwise keys and values lie in two sets of buffers: a
+    step reads one and writes the other, and no step has the shapes of the one before.
+
+    Args:
+        plan: bytes of a plan whose digest stood in a verified manifest; deserializing runs code.
+        contract: of the graph that the bundle holds; the plan may have another floating-point type.
+        module: ``tensorrt_rtx`` or ``tensorrt``.
+        prefix: what every cache begins with, where the contract says so.
+        kv: scales of an INT8 cache, for its prefix.
+
+    Raises:
+        MissingDependency: the library or a device is not there.
+        CheckFailed: the library refuses the plan, or the device has too little memory.
+        UntrustedArtifact: the plan is not of a graph with this contract.
+    """
+
+    def __init__(
+        self,
+        plan: bytes,
+        contract: GraphContract,
+        module: str,
+        prefix: Prefix | None = None,
+        kv: KvScales | None = None,
+    ) -> None:
+        """Deserialize the plan and allocate; the cache is empty."""
+        self._buffers: list[DeviceBuffer] = []
+        self._contexts: dict[int, Any] = {}
+        self._prefix, self._kv, self._length = prefix, kv, 0
+        self._rows: int | None = None
+        self._plan: Plan | None = None
+        self._graph: StepGraph | None = None
+        self._cuda = Cuda()
+        self._open = True
+        self._free_before = self._cuda.free_bytes()
+        try:
+            self._plan = Plan(plan, contract, module)
+            self.contract, self.profiles = self._plan.contract, self._plan.profiles
+            first_caches(self.contract, prefix, 1, kv)
+            scratch = self._new(self._plan.scratch_bytes)
+            self._contexts = {p.index: self._plan.context(p, self._cuda, scratch) for p in self.profiles}
+            if self.contract.cache_capacity:
+                self._graph = StepGraph(self._cuda)
+            self._caches = self._allocate()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, padding included."""
+        return self._length
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory taken since the session was opened: weights, buffers, scratch, kernels compiled in first steps.
+
+        As the driver counts it, so other processes on the device spoil it.
+        """
+        return self._free_before - self._cuda.free_bytes()
+
+    def inspect(self) -> str:
+        """Return what the engine inspector says of the plan, for :mod:`cushion_deploy.engines.tensorrt.inspector`."""
+        if self._plan is None:
+            raise UsageError("the session is closed", hint="open the bundle again")
+        return self._plan.inspect()
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self._length, self._rows = 0, None
+
+    def truncate(self, length: int) -> None:
+        """Keep only the first ``length`` tokens of the cache; raises UsageError when it holds fewer."""
+        require_kept(length, self._length)
+        if length == 0:
+            self.reset()
+        elif length < self._length and self._rows is not None:
+            self._keep(self._rows, length)
+
+    def run(
+        self,
+        ids: IntArray,
+        mask: IntArray | None = None,
+        positions: IntArray | None = None,
+        *,
+        need_logits: NeedLogits = "last",
+    ) -> FloatArray | None:
+        """Feed tokens after those in the cache, in pieces that the profiles admit; see ``DecoderSession.run``.
+
+        A call that fails leaves the cache as it was.
+
+        Raises:
+            UsageError: shapes that do not fit each other, the model, or any profile; the message names them.
+            CheckFailed: the device reports an error.
+        """
+        if not self._open:
+            raise UsageError("the session is closed", hint="open the bundle again")
+        mask, positions = checked_inputs(self.contract, self._length, self._rows, ids, mask, positions)
+        before, (batch, new) = (self._length, self._rows), ids.shape
+        start = mask.shape[1] - new
+        step = max(profile.sequence for profile in self.profiles)
+        pieces = [(begin, min(begin + step, new)) for begin in range(0, new, step)]
+        # Refused before anything runs.
+        used = [self._choose(batch, end - begin, start + begin) for begin, end in pieces]
+        if self._rows is None:
+            self._caches.seed(batch)
+            self._cuda.synchronize()
+        collected: list[FloatArray] = []
+        try:
+            for (begin, end), profile in zip(pieces, used, strict=True):
+                rows = end - begin if need_logits == "all" else int(need_logits == "last" and end == new)
+                logits = self._step(profile, ids[:, begin:end], mask[:, : start + end], positions[:, begin:end], rows)
+                collected += [logits] if logits is not None else []
+        except BaseException:
+            self._undo(*before)
+            raise
+        return np.concatenate(collected, axis=1) if collected else None
+
+    def close(self) -> None:
+        """Give the device memory back; the session cannot be used afterwards."""
+        if not self._open:
+            return
+        self._open = False
+        # A context that still ran would write into memory that is gone.
+        with suppress(CheckFailed):
+            self._cuda.synchronize()
+        if self._graph is not None:
+            self._graph.close()
+        self._contexts.clear()
+        if self._plan is not None:
+            self._plan.close()
+        for buffer in self._buffers:
+            with suppress(CheckFailed):
+                buffer.free()
+        self._buffers.clear()
+        with suppress(CheckFailed):
+            self._cuda.close()
+
+    def __enter__(self) -> TensorRtSession:
+        """Return the session."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _allocate(self) -> Caches:
+        c = self.contract
+        batch, total = (max(p.batch for p in self.profiles), max(p.total for p in self.profiles))
+        sequence = max(p.sequence for p in self.profiles)
+        lengths = {**dict(zip(INPUTS, (sequence, total, sequence), strict=True)), WRITE_INDICES: 1}
+        self._inputs = {name: self._new(8 * batch * length) for name, length in lengths.items()}
+        self._logits = self._new(4 * batch * sequence * c.vocab_size)
+        if c.cache_capacity:
+            return InPlaceCaches(self._cuda, self._new, c, self._prefix, batch)
+        return GrowingCaches(self._cuda, self._new, c, self._prefix, self._kv, batch, total)
+
+    def _new(self, size: int) -> DeviceBuffer:
+        self._buffers.append(self._cuda.allocate(size))
+        return self._buffers[-1]
+
+    def _choose(self, batch: int, sequence: int, past: int) -> Profile:
+        """Return the profile for a call, the narrowest first."""
+        for profile in self.profiles:
+            if profile.admits(batch, sequence, past):
+                return profile
+        raise UsageError(
+            f"a batch of {batch} with {sequence} new tokens after {past} fits no optimization profile: "
+            + "; ".join(map(str, self.profiles)),
+            hint="compile the engine with a larger --max-context or --max-batch; a plan is never rebuilt for a shape",
+        )
+
+    def _step(
+        self, profile: Profile, ids: IntArray, mask: IntArray, positions: IntArray, rows: int
+    ) -> FloatArray | None:
+        """Feed one piece; return the logits of its last ``rows`` tokens, ``[B, rows, vocab]``."""
+        c, (batch, new) = self.contract, ids.shape
+        given = self._given(ids, mask, positions)
+        for name, array in given.items():
+            self._cuda.upload(array, self._inputs[name])
+        decoding, kind = self._graph if new == 1 else None, (profile.index, batch)
+        if decoding is None or not decoding.launch(kind):
+            context, enqueue = self._contexts[profile.index], partial(self._enqueue, profile)
+            if decoding is None or not decoding.has_met(kind):
+                # Not before a recording: shapes that were set anew would want another plain step first.
+                self._bind_all(context, given, batch, new, mask.shape[1] - new)
+            if decoding is None:
+                enqueue()
+            else:
+                decoding.run(kind, context, enqueue)
+        logits = np.empty((batch, rows, c.vocab_size), dtype=np.float32) if rows else None
+        if logits is not None:
+            line = 4 * c.vocab_size
+            self._cuda.download_rows(self._logits, (new - rows) * line, new * line, logits)
+        self._cuda.synchronize()
+        self._caches.advance()
+        self._length, self._rows = self._length + new, batch
+        return logits
+
+    def _enqueue(self, profile: Profile) -> None:
+        if not self._contexts[profile.index].execute_async_v3(self._cuda.stream):
+            raise CheckFailed(
+                f"the plan refuses to run in profile '{profile.name}'", hint="see the log lines of TensorRT above"
+            )
+
+    def _given(self, ids: IntArray, mask: IntArray, positions: IntArray) -> dict[str, IntArray]:
+        """Return the inputs of a call by name; those of a static cache are as long as it and say where to write."""
+        given = dict(zip(INPUTS, (ids, mask, positions), strict=True))
+        if capacity := self.contract.cache_capacity:
+            given["attention_mask"] = np.zeros((len(ids), capacity), dtype=np.int64)
+            given["attention_mask"][:, : mask.shape[1]] = mask
+            given[WRITE_INDICES] = np.full(len(ids), mask.shape[1] - ids.shape[1], dtype=np.int64)
+        return given
+
+    def _bind_all(self, context: Any, given: Mapping[str, IntArray], batch: int, new: int, past: int) -> None:
+        """Bind every input and output of a call, and check that the plan takes and gives these shapes."""
+        for name, array in given.items():
+            self._bind_input(context, name, array.shape, self._inputs[name].at(array.nbytes))
+        for cache in self._caches.bindings(batch, past, new):
+            self._bind_input(context, cache.past, cache.shape, cache.read)
+            self._bind(context, cache.present, cache.written)
+        wanted = (batch, new, self.contract.vocab_size)
+        self._bind(context, "logits", self._logits.at(4 * batch * new * self.contract.vocab_size))
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as e:
+            raise CheckFailed(f"the plan refuses these shapes: {e}", hint="build the bundle again") from e
+        if missing:
+            raise CheckFailed(f"shapes that the plan misses: {', '.join(missing)}", hint="build the bundle again")
+        shape = tuple(context.get_tensor_shape("logits"))
+        if shape != wanted:
+            raise CheckFailed(f"the plan gives logits {list(shape)}", hint="build the bundle again")
+
+    def _bind_input(self, context: Any, name: str, shape: Sequence[int], address: int) -> None:
+        if not context.set_input_shape(name, tuple(shape)):
+            raise CheckFailed(f"the plan refuses {name} {list(shape)}", hint="build the bundle again")
+        self._bind(context, name, address)
+
+    def _bind(self, context: Any, name: str, address: int) -> None:
+        if not context.set_tensor_address(name, address):
+            raise CheckFailed(f"the plan has no {name}", hint="build the bundle again")
+
+    def _keep(self, rows: int, length: int) -> None:
+        """Go on with the first ``length`` tokens of every row."""
+        self._caches.keep(rows, self._length, length)
+        self._cuda.synchronize()
+        self._length = length
+
+    def _undo(self, length: int, rows: int | None) -> None:
+        """Go back to the cache before a call that failed: a later cache begins with it."""
+        # After an error of a kernel nothing can be copied any more: the session is lost, and its next call says so.
+        with suppress(CheckFailed):
+            if rows is None:
+                self.reset()
+            else:
+                self._keep(rows, length)
