@@ -127,6 +127,7 @@ def _export(model: Path, folder: Path, dtype: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from cushion_deploy.core.lineage import Lineage
     from cushion_deploy.core.prefix import Prefix
     from cushion_deploy.core.scales import ActivationScales
     from cushion_deploy.core.schemes import QuantScheme
@@ -140,7 +141,7 @@ def _export(model: Path, folder: Path, dtype: str) -> dict[str, Any]:
         module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     spec = describe(module, family, ModelSource("folder", model, "random", None, "0" * 64))
     prefix, sites = Prefix.empty(spec), family.linears(spec, head=True)
-    scales = ActivationScales(dict.fromkeys(sites, SCALE), "max", spec.weights_digest, prefix.digest, "none", 1)
+    scales = ActivationScales(dict.fromkeys(sites, SCALE), "max", Lineage(spec.weights_digest, prefix.digest), 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     folder.mkdir()
     weights = SafetensorsWeights(model, family)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, signed_range, threshold
+from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, RangeEstimator
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.fakequant import asymmetric_range, symmetric_scale
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
-from cushion_deploy.core.scales import ActivationScales, Estimator
+from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import prefix_tensors, run
@@ -87,23 +89,21 @@ def observe_sites(
 
 
 def choose_scales(
-    histograms: dict[Site, MagnitudeHistogram],
-    estimator: Estimator,
-    *,
-    percentile: float,
-    model: LoadedModel,
-    prefix: Prefix,
-    corpus_digest: str,
+    histograms: Mapping[Site, MagnitudeHistogram],
+    ranges: RangeEstimator,
+    lineage: Lineage,
     tokens: int,
+    *,
     bits: int = 8,
     symmetric: bool = True,
 ) -> ActivationScales:
-    """Return the scales that an estimator reads off the histograms, with their parents.
+    """Return the static scales that a range estimator reads off histograms.
 
     Args:
         histograms: of :func:`observe_sites`.
-        estimator, percentile: how a range is found.
-        model, prefix, corpus_digest, tokens: parents.
+        ranges: how a range is chosen.
+        lineage: what the histograms were observed under.
+        tokens: text tokens that they count.
         bits: of the codes.
         symmetric: False adds zero points, and takes the range from the least to the largest value.
 
@@ -114,17 +114,7 @@ def choose_scales(
     zero_points: dict[Site, int] = {}
     for site, histogram in histograms.items():
         if symmetric:
-            scales[site] = symmetric_scale(threshold(histogram, estimator, percentile=percentile, bits=bits), bits)
+            scales[site] = symmetric_scale(ranges.threshold(histogram, bits), bits)
         else:
-            scales[site], zero_points[site] = asymmetric_range(*signed_range(histogram, estimator), bits)
-    return ActivationScales(
-        scales,
-        estimator,
-        model.spec.weights_digest,
-        prefix.digest,
-        corpus_digest,
-        tokens,
-        model.smoothing.digest if model.smoothing else "",
-        zero_points,
-        bits,
-    )
+            scales[site], zero_points[site] = asymmetric_range(*ranges.signed_range(histogram), bits)
+    return ActivationScales(scales, ranges.name, lineage, tokens, zero_points, bits)

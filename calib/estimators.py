@@ -59,36 +59,42 @@ class MagnitudeHistogram:
         return np.asarray((np.arange(BINS) + 0.5) * (self.limit / BINS), dtype=np.float64)
 
 
-def threshold(
-    histogram: MagnitudeHistogram, estimator: Estimator, *, percentile: float = 99.99, bits: int = 8
-) -> float:
-    """Return the magnitude that the largest code shall stand for.
+@dataclass(frozen=True)
+class RangeEstimator:
+    """How the range of a static scale is chosen from a histogram.
 
-    ``max`` is the maximum itself (no moving average); ``percentile`` the smallest bin edge below which that
-    share of magnitudes lies; ``mse`` the one that minimizes the mean squared quantization error, rounding
-    and clipping together.
+    Attributes:
+        name: ``max`` is the maximum itself (no moving average); ``percentile`` the smallest bin edge below which that
+            share of magnitudes lies; ``mse`` the threshold that minimizes the mean squared quantization error,
+            rounding and clipping together.
+        percentile: what the estimator ``percentile`` keeps, 0 to 100.
     """
-    if estimator == "max":
-        return histogram.amax
-    if estimator == "percentile":
-        cumulative = np.cumsum(histogram.counts)
-        index = int(np.searchsorted(cumulative, cumulative[-1] * (percentile / 100)))
-        return min(histogram.amax, (index + 1) * histogram.limit / BINS)
-    return _least_squares(histogram, bits)
 
+    name: Estimator
+    percentile: float = 100.0
 
-def signed_range(histogram: MagnitudeHistogram, estimator: Estimator) -> tuple[float, float]:
-    """Return least and largest value that asymmetric codes shall stand for; zero lies between them.
+    def threshold(self, histogram: MagnitudeHistogram, bits: int = 8) -> float:
+        """Return the magnitude that the largest symmetric code represents."""
+        if self.name == "max":
+            return histogram.amax
+        if self.name == "percentile":
+            cumulative = np.cumsum(histogram.counts)
+            index = int(np.searchsorted(cumulative, cumulative[-1] * (self.percentile / 100)))
+            return min(histogram.amax, (index + 1) * histogram.limit / BINS)
+        return _least_squares(histogram, bits)
 
-    Raises:
-        UsageError: any estimator but ``max``, because the histogram does not tell one sign from the other.
-    """
-    if estimator != "max":
-        raise UsageError(
-            f"estimator {estimator} has no asymmetric form: magnitudes are counted, not signed values",
-            hint="choose the estimator max, or symmetric activations",
-        )
-    return histogram.low, histogram.high
+    def signed_range(self, histogram: MagnitudeHistogram) -> tuple[float, float]:
+        """Return the least and the largest value that asymmetric codes represent; zero lies between them.
+
+        Raises:
+            UsageError: any estimator but ``max``, because the histogram counts magnitudes without their sign.
+        """
+        if self.name != "max":
+            raise UsageError(
+                f"estimator {self.name} has no asymmetric form: magnitudes are counted, not signed values",
+                hint="choose the estimator max, or symmetric activations",
+            )
+        return histogram.low, histogram.high
 
 
 def _least_squares(histogram: MagnitudeHistogram, bits: int) -> float:

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, threshold
+from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, RangeEstimator
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.fakequant import qmax, symmetric_scale
 from cushion_deploy.core.kv_scales import KV_PARTS, KvGranularity, KvPart, KvScales, kv_site
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
-from cushion_deploy.core.scales import Estimator
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.kv_cache import watched_cache
@@ -95,54 +95,43 @@ def observe_cache(
 
 def choose_kv_scales(
     histograms: Histograms,
-    estimator: Estimator,
+    ranges: RangeEstimator,
     granularity: KvGranularity,
-    *,
-    percentile: float,
-    model: LoadedModel,
     prefix: Prefix,
-    corpus_digest: str,
+    lineage: Lineage,
     tokens: int,
+    *,
     with_prefix: bool,
 ) -> KvScales:
-    """Return the scales that an estimator reads off the histograms, with their parents.
+    """Return the scales of an INT8 cache that a range estimator reads off histograms.
 
     Args:
         histograms: of :func:`observe_cache`.
-        estimator, granularity, percentile: how a range is found.
-        model, prefix, corpus_digest, tokens: parents.
+        ranges: how a range is chosen.
+        granularity: what :func:`observe_cache` was given.
+        prefix: what the histograms were observed behind.
+        lineage: what they were observed under.
+        tokens: text tokens that they count.
         with_prefix: the prefix lies in the cache: no range is smaller than the prefix's own. A clipped key of an
             attention sink would draw less attention at every step.
     """
-    spec = model.spec
+    layers, heads = prefix.keys.shape[:2]
 
     def scales(part: KvPart) -> FloatArray:
         own = prefix.keys if part == "key" else prefix.values
-        found = np.empty((spec.num_layers, spec.num_kv_heads), dtype=np.float32)
-        for layer in range(spec.num_layers):
-            ranges = np.array(
-                [threshold(h, estimator, percentile=percentile) if h.amax else 0.0 for h in histograms[layer, part]]
-            )
+        found = np.empty((layers, heads), dtype=np.float32)
+        for layer in range(layers):
+            amax = np.array([ranges.threshold(h) if h.amax else 0.0 for h in histograms[layer, part]])
             if with_prefix and prefix.length:
                 per_head = np.abs(own[layer]).max(axis=(1, 2))
-                ranges = np.maximum(ranges, per_head.max() if granularity == "per-tensor" else per_head)
-            steps = [symmetric_scale(amax) for amax in _alive(ranges)]
-            found[layer] = steps * (spec.num_kv_heads // len(steps))
+                amax = np.maximum(amax, per_head.max() if granularity == "per-tensor" else per_head)
+            steps = [symmetric_scale(value) for value in _alive(amax)]
+            found[layer] = steps * (heads // len(steps))
         return found
 
     keys, values = (scales(part) for part in KV_PARTS)
-    return KvScales(
-        keys,
-        values,
-        granularity,
-        estimator,
-        model.spec.weights_digest,
-        prefix.digest,
-        corpus_digest,
-        tokens,
-        model.smoothing.digest if model.smoothing else "",
-        with_prefix and prefix.length > 0,
-    )
+    in_cache = with_prefix and prefix.length > 0
+    return KvScales(keys, values, granularity, ranges.name, lineage, tokens, in_cache)
 
 
 def _alive(ranges: FloatArray) -> FloatArray:

@@ -12,6 +12,7 @@ from cushion_deploy.core.artifacts import write_kv_scales, write_prefix
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales, kv_site
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import PREFIX_FILE, Prefix
 from cushion_deploy.core.scales import ActivationScales
@@ -136,14 +137,14 @@ def export_graph(
         rules=tuple(rules),
         opset=opset,
         digest="",
-        parents={
-            "model": spec.weights_digest,
-            "prefix": prefix.digest,
-            "scales": scales.digest if scales else "",
-            "scheme": scheme.digest,
-            "smoothing": smoothing.digest if smoothing else "",
-            **({"kv scales": kv.digest} if kv else {}),
-        },
+        lineage=Lineage(
+            model=spec.weights_digest,
+            prefix=prefix.digest,
+            smoothing=smoothing.digest if smoothing else "",
+            scheme=scheme.digest,
+            scales=scales.digest if scales else "",
+            kv_scales=kv.digest if kv else "",
+        ),
     )
     if graph.contract.prefix_slots:
         write_prefix(prefix, folder / PREFIX_FILE)
@@ -194,14 +195,14 @@ def _check_parents(
         raise UsageError("the prefix was made for another model", hint="run `cushion-deploy search` for this model")
     if scales is None:
         return
-    if scales.model_digest != spec.weights_digest:
+    if scales.lineage.model != spec.weights_digest:
         raise UsageError("the scales were made for another model", hint="run `cushion-deploy calibrate` for this model")
-    if scales.smoothing_digest != (smoothing.digest if smoothing else ""):
+    if scales.lineage.smoothing != (smoothing.digest if smoothing else ""):
         raise UsageError(
             "the scales were calibrated under another smoothing",
             hint="run `cushion-deploy calibrate` again, and give both of its files",
         )
-    if scales.prefix_digest != prefix.digest:
+    if scales.lineage.prefix != prefix.digest:
         raise UsageError(
             "the scales were calibrated under another prefix", hint="run `cushion-deploy calibrate` with this prefix"
         )
@@ -211,9 +212,9 @@ def _check_cache(
     spec: ModelSpec, prefix: Prefix, kv: KvScales, smoothing: Smoothing | None, prefix_in_cache: bool
 ) -> None:
     shape = (spec.num_layers, spec.num_kv_heads)
-    if kv.model_digest != spec.weights_digest or kv.keys.shape != shape:
+    if kv.lineage.model != spec.weights_digest or kv.keys.shape != shape:
         raise UsageError("the cache scales were made for another model", hint="calibrate the cache for this model")
-    if kv.prefix_digest != prefix.digest or kv.smoothing_digest != (smoothing.digest if smoothing else ""):
+    if kv.lineage.prefix != prefix.digest or kv.lineage.smoothing != (smoothing.digest if smoothing else ""):
         raise UsageError(
             "the cache scales were calibrated under another prefix or smoothing",
             hint="calibrate the cache again, behind this prefix",

@@ -17,6 +17,7 @@ from cushion_deploy.core.artifacts import (
     write_scales,
     write_smoothing,
 )
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.sites import Site
@@ -32,7 +33,7 @@ def prefix() -> Prefix:
 
 @pytest.fixture
 def scales() -> ActivationScales:
-    return ActivationScales({Site("head"): float(np.float32(1) / 3)}, "percentile", "m", "p", "c", 64)
+    return ActivationScales({Site("head"): float(np.float32(1) / 3)}, "percentile", Lineage("m", "p", text="c"), 64)
 
 
 def test_any_safetensors_reader_finds_the_tensors(prefix: Prefix, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from cushion_deploy.core.artifacts import read_kv_scales, write_kv_scales
 from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 
@@ -22,7 +23,7 @@ def scales(granularity: str = "per-head") -> KvScales:
     keys, values = (RNG.uniform(0.01, 0.2, (3, 2)).astype(np.float32) for _ in range(2))
     if granularity == "per-tensor":
         keys[:], values[:] = keys[:, :1], values[:, :1]
-    return KvScales(keys, values, granularity, "max", "model", "prefix", "corpus", 7)
+    return KvScales(keys, values, granularity, "max", Lineage("model", "prefix", text="corpus"), 7)
 
 
 @pytest.mark.parametrize("granularity", ["per-head", "per-tensor"])

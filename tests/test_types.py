@@ -14,6 +14,7 @@ import pytest
 
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
@@ -203,7 +204,9 @@ def test_a_prefix_that_is_not_finite_is_refused(part: str, bad: float) -> None:
 
 
 def make_scales(scale: float) -> ActivationScales:
-    return ActivationScales({Site("head"): scale, Site("layers.0.attn.out"): 0.5}, "mse", "m", "p", "c", 100)
+    return ActivationScales(
+        {Site("head"): scale, Site("layers.0.attn.out"): 0.5}, "mse", Lineage("m", "p", text="c"), 100
+    )
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, 1e-39, math.nan, math.inf])
@@ -217,9 +220,10 @@ def test_scales_survive_json_bit_by_bit_and_digest_every_parent() -> None:
     again = ActivationScales.from_json(through_json(scales.to_json()))
     assert again == scales
     assert again.digest == scales.digest
-    parents = ("model_digest", "prefix_digest", "corpus_digest")
-    changed = {dataclasses.replace(scales, **{name: "other"}).digest for name in parents}
-    assert len(changed | {scales.digest}) == 4
+    parents = ("model", "prefix", "text", "smoothing")
+    lineages = (dataclasses.replace(scales.lineage, **{name: "other"}) for name in parents)
+    changed = {dataclasses.replace(scales, lineage=lineage).digest for lineage in lineages}
+    assert len(changed | {scales.digest}) == 5
 
 
 def make_asymmetric(**changes: Any) -> ActivationScales:
@@ -260,7 +264,7 @@ def test_the_order_of_scales_does_not_change_their_digest() -> None:
 def test_a_graph_survives_json_in_another_folder_and_counts_its_linears() -> None:
     contract = GraphContract(2, 2, 2, 10, 32, "float16", 3)
     graph = ExportedGraph(
-        Path("a/model.onnx"), contract, True, {Site("x"): 3, Site("head"): 1}, ("r1",), 21, "d", {"model": "abc"}
+        Path("a/model.onnx"), contract, True, {Site("x"): 3, Site("head"): 1}, ("r1",), 21, "d", Lineage("abc")
     )
     assert graph.linears == 4
     data = through_json(graph.to_json())
@@ -269,7 +273,9 @@ def test_a_graph_survives_json_in_another_folder_and_counts_its_linears() -> Non
 
 
 def test_an_engine_survives_json() -> None:
-    engine = EngineArtifact("onnxruntime", ("cpu",), "k", ("a", "b"), 4, 4, 2, True, {"n": 1}, {"graph": "d"})
+    engine = EngineArtifact(
+        "onnxruntime", ("cpu",), "k", ("a", "b"), 4, 4, 2, True, {"n": 1}, Lineage(graph="d"), {"onnxruntime": "1"}
+    )
     assert EngineArtifact.from_json(through_json(engine.to_json())) == engine
 
 
@@ -304,7 +310,7 @@ def test_a_report_without_checks_has_not_passed() -> None:
     "details", [{"dtype": "../../x"}, {"cache_capacity": -1}, {"cache_capacity": "64"}, {"cache_capacity": True}]
 )
 def test_an_engine_that_tells_of_no_graph_is_not_trusted(details: dict[str, Any]) -> None:
-    artifact = EngineArtifact("tensorrt-rtx", ("sm86",), "k", ("engine.json",), 1, 1, 0, False, details, {})
+    artifact = EngineArtifact("tensorrt-rtx", ("sm86",), "k", ("engine.json",), 1, 1, 0, False, details, Lineage(), {})
     with pytest.raises(UntrustedArtifact, match=r"engine\.json of tensorrt-rtx tells of a graph"):
         artifact.form  # noqa: B018 - it raises
     assert dataclasses.replace(artifact, details={}).form == ("float32", 0)

@@ -66,7 +66,7 @@ def command(
             if scales_file:
                 smoothing = read_smoothing(smoothing_file) if smoothing_file else None
                 kv, scales = read_kv_scales(kv_file) if kv_file else None, read_scales(scales_file)
-                if kv and kv.corpus_digest != scales.corpus_digest:
+                if kv and kv.lineage.text != scales.lineage.text:
                     raise UsageError(
                         "the cache scales were calibrated on another text than the scales",
                         hint="give both files of one calibration",

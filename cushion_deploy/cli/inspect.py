@@ -54,8 +54,8 @@ def _facts(path: Path) -> dict[str, Any]:
             "tokens": scales.tokens,
             "smallest scale": min(values),
             "largest scale": max(values),
-            "model digest": scales.model_digest,
-            "prefix digest": scales.prefix_digest,
+            "model digest": scales.lineage.model,
+            "prefix digest": scales.lineage.prefix,
         }
     raise UsageError(f"{path} is nothing that can be inspected", hint="give a bundle, a .safetensors or a scales.json")
 
@@ -71,8 +71,8 @@ def _kv_scales(scales: KvScales) -> dict[str, Any]:
         "prefix quantized": scales.with_prefix,
         "smallest scale": float(both.min()),
         "largest scale": float(both.max()),
-        "model digest": scales.model_digest,
-        "prefix digest": scales.prefix_digest,
+        "model digest": scales.lineage.model,
+        "prefix digest": scales.lineage.prefix,
     }
 
 

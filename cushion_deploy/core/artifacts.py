@@ -71,10 +71,12 @@ def read_cached_prefix(graph: ExportedGraph) -> Prefix | None:
         return None
     file = graph.path.with_name(PREFIX_FILE)
     prefix = read_prefix(file)
-    if prefix.digest != graph.parents["prefix"]:
-        raise UntrustedArtifact(
-            f"{file} is not the prefix that {graph.path.name} was made for", hint="build the bundle again"
-        )
+    graph.lineage.require(
+        f"{file}: {graph.path.name} was made for",
+        "build the bundle again",
+        {"prefix": prefix.digest},
+        UntrustedArtifact,
+    )
     return prefix
 
 
@@ -159,8 +161,10 @@ def read_cached_scales(graph: ExportedGraph) -> KvScales | None:
         return None
     file = graph.path.with_name(KV_SCALES_FILE)
     scales = read_kv_scales(file)
-    if scales.digest != graph.parents.get("kv scales"):
-        raise UntrustedArtifact(
-            f"{file} are not the scales that {graph.path.name} was made with", hint="build the bundle again"
-        )
+    graph.lineage.require(
+        f"{file}: {graph.path.name} was made with",
+        "build the bundle again",
+        {"kv_scales": scales.digest},
+        UntrustedArtifact,
+    )
     return scales

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from cushion_deploy.core.dtypes import Dtype
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.errors import UntrustedArtifact
 
 
@@ -24,7 +25,8 @@ class EngineArtifact:
         fused_attention: fused attention kernels found.
         ran: whether the engine was executed on this machine (False where its device is absent).
         details: engine-specific facts (kernel counts, rewrites, options, why it did not run).
-        parents: digest of the graph it was compiled from, versions.
+        lineage: the graph it was compiled from, and what that was made of.
+        versions: distribution to version, of what compiled it.
     """
 
     engine: str
@@ -36,7 +38,8 @@ class EngineArtifact:
     fused_attention: int
     ran: bool
     details: Mapping[str, Any]
-    parents: Mapping[str, str]
+    lineage: Lineage
+    versions: Mapping[str, str]
 
     @property
     def form(self) -> tuple[Dtype, int]:
@@ -65,11 +68,16 @@ class EngineArtifact:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
-        return asdict(self)
+        data = {**asdict(self), "parents": {**self.lineage.to_json(), **self.versions}}
+        del data["lineage"], data["versions"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineArtifact:
         """Rebuild from :meth:`to_json`."""
         d = dict(data)
         d["targets"], d["files"] = tuple(d["targets"]), tuple(d["files"])
+        parents = d.pop("parents")
+        d["lineage"] = Lineage.from_json(parents)
+        d["versions"] = {name: value for name, value in parents.items() if name not in Lineage.names_in_files()}
         return cls(**d)

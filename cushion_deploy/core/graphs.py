@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from cushion_deploy.core.dtypes import CacheDtype, Dtype
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import PREFIX_FILE
 from cushion_deploy.core.sites import Site
 
@@ -72,7 +73,7 @@ class ExportedGraph:
         rules: names of the rules that were checked on it; empty for a float twin.
         opset: ONNX opset of the default domain.
         digest: SHA-256 over the files.
-        parents: digests of model, prefix, scales and scheme.
+        lineage: model, prefix, smoothing, scales and scheme.
     """
 
     path: Path
@@ -82,7 +83,7 @@ class ExportedGraph:
     rules: tuple[str, ...]
     opset: int
     digest: str
-    parents: Mapping[str, str]
+    lineage: Lineage
 
     @property
     def linears(self) -> int:
@@ -103,7 +104,8 @@ class ExportedGraph:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict; the path is its file name, forms of the cache that it has not are left out."""
-        data = {**asdict(self), "path": self.path.name, "parents": dict(self.parents)}
+        data = {**asdict(self), "path": self.path.name, "parents": self.lineage.to_json()}
+        del data["lineage"]
         for form in ("cache_capacity", "quantized_cache"):
             if not data["contract"][form]:
                 del data["contract"][form]
@@ -116,4 +118,5 @@ class ExportedGraph:
         d["path"] = folder / d["path"]
         d["contract"] = GraphContract(**d["contract"])
         d["rules"] = tuple(d["rules"])
+        d["lineage"] = Lineage.from_json(d.pop("parents"))
         return cls(**d)

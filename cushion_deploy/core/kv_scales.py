@@ -10,6 +10,7 @@ import numpy as np
 
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.fakequant import Int8Array, quantize
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import Estimator
 from cushion_deploy.core.sites import Site
@@ -24,8 +25,8 @@ KV_PARTS: tuple[KvPart, ...] = get_args(KvPart)
 
 
 _KINDS: dict[str, type] = {
-    **dict.fromkeys(("granularity", "estimator", "model_digest", "prefix_digest", "corpus_digest"), str),
-    **{"tokens": int, "smoothing_digest": str, "with_prefix": bool},
+    **dict.fromkeys(("granularity", "estimator"), str),
+    **{"tokens": int, "with_prefix": bool},
 }
 """Types of what stands in a file beside the scales."""
 
@@ -46,9 +47,8 @@ class KvScales:
         values: float32 ``[layers, kv_heads]``.
         granularity: ``per-tensor`` has one scale for all heads of a layer.
         estimator: the range estimator.
-        model_digest, prefix_digest, corpus_digest: parents.
+        lineage: model, prefix, smoothing and calibration text.
         tokens: text tokens observed.
-        smoothing_digest: of the smoothing that was folded into the model; empty for none.
         with_prefix: whether the prefix lies in the cache, so that it is quantized too; the scales then cover it.
     """
 
@@ -56,11 +56,8 @@ class KvScales:
     values: FloatArray
     granularity: KvGranularity
     estimator: Estimator
-    model_digest: str
-    prefix_digest: str
-    corpus_digest: str
+    lineage: Lineage
     tokens: int
-    smoothing_digest: str = ""
     with_prefix: bool = False
 
     def __post_init__(self) -> None:
@@ -97,12 +94,14 @@ class KvScales:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of scales and parents."""
+        """SHA-256 of scales and lineage."""
         return digest_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict; float32 values are written exactly."""
-        return {**vars(self), "keys": self.keys.tolist(), "values": self.values.tolist()}
+        data = {**vars(self), "keys": self.keys.tolist(), "values": self.values.tolist(), **self.lineage.to_scales()}
+        del data["lineage"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KvScales:
@@ -111,4 +110,5 @@ class KvScales:
         for name, kind in _KINDS.items():
             if type(data[name]) is not kind:
                 raise TypeError(f"{name} is {data[name]!r:.40}, expected {kind.__name__}")
-        return cls(**{**data, **arrays})
+        plain = {key: value for key, value in data.items() if not key.endswith("_digest")}
+        return cls(**{**plain, **arrays, "lineage": Lineage.from_scales(data)})

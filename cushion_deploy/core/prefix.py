@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.errors import UntrustedArtifact
 from cushion_deploy.store.digests import digest_arrays
@@ -51,6 +52,11 @@ class Prefix:
     def length(self) -> int:
         """P, the number of positions it occupies."""
         return int(self.keys.shape[2])
+
+    @property
+    def lineage(self) -> Lineage:
+        """The model."""
+        return Lineage(model=self.model_digest)
 
     @property
     def digest(self) -> str:

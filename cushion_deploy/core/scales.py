@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cushion_deploy.core.fakequant import BITS
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError, unknown_choice
@@ -27,20 +28,16 @@ class ActivationScales:
     Attributes:
         scales: Site to scale; a float32 value kept as a Python float.
         estimator: the range estimator.
-        model_digest, prefix_digest, corpus_digest: parents.
+        lineage: model, prefix, smoothing and calibration text.
         tokens: text tokens observed.
-        smoothing_digest: of the smoothing that was folded into the model; empty for none.
         zero_points: Site to the code of 0.0, between 0 and 2^bits - 1, for asymmetric codes; empty for symmetric.
         bits: of the codes that the scales are for.
     """
 
     scales: Mapping[Site, float]
     estimator: Estimator
-    model_digest: str
-    prefix_digest: str
-    corpus_digest: str
+    lineage: Lineage
     tokens: int
-    smoothing_digest: str = ""
     zero_points: Mapping[Site, int] = field(default_factory=dict)
     bits: int = 8
 
@@ -77,17 +74,18 @@ class ActivationScales:
         return {site: self.scales[site] for site in wanted}
 
     def moved(self, scales: Mapping[Site, float], prefix: Prefix) -> ActivationScales:
-        """Return other scales with the same parents behind another prefix, as tuning leaves them."""
-        return replace(self, scales=dict(scales), prefix_digest=prefix.digest)
+        """Return other scales of the same lineage behind another prefix, as tuning leaves them."""
+        return replace(self, scales=dict(scales), lineage=replace(self.lineage, prefix=prefix.digest))
 
     @property
     def digest(self) -> str:
-        """SHA-256 of scales and parents."""
+        """SHA-256 of scales and lineage."""
         return digest_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict; zero points and bits stand in it only where they are not the deployable ones."""
-        data = {**asdict(self), "scales": dict(sorted(self.scales.items()))}
+        data = {**asdict(self), "scales": dict(sorted(self.scales.items())), **self.lineage.to_scales()}
+        del data["lineage"]
         data["zero_points"] = dict(sorted(self.zero_points.items()))
         if not self.zero_points:
             del data["zero_points"]
@@ -98,7 +96,8 @@ class ActivationScales:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ActivationScales:
         """Rebuild from :meth:`to_json`."""
-        d = dict(data)
+        d = {key: value for key, value in data.items() if not key.endswith("_digest")}
+        d["lineage"] = Lineage.from_scales(data)
         d["scales"] = {Site(k): float(v) for k, v in d["scales"].items()}
         d["zero_points"] = {Site(k): int(v) for k, v in d.get("zero_points", {}).items()}
         return cls(**d)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UntrustedArtifact
 from cushion_deploy.store.digests import digest_arrays
@@ -34,6 +35,11 @@ class Smoothing:
                     f"Site {site}: a smoothing factor is not a positive normal number",
                     hint="run `cushion-deploy calibrate` again",
                 )
+
+    @property
+    def lineage(self) -> Lineage:
+        """The model."""
+        return Lineage(model=self.model_digest)
 
     @property
     def digest(self) -> str:

@@ -14,7 +14,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
+from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
 from cushion_deploy.core.smoothing import Smoothing
@@ -77,6 +79,11 @@ class LoadedModel:
         """What stands before every text where no prefix does: nothing, or the family's own ``<bos>``."""
         bos = self.tokenizer.bos_token_id if self.family.needs_bos else None
         return () if bos is None else (int(bos),)
+
+    def lineage(self, prefix: Prefix, text: str = "") -> Lineage:
+        """Return the lineage of what is measured on this model behind a prefix, on the text with that digest."""
+        smoothing = self.smoothing.digest if self.smoothing else ""
+        return Lineage(model=self.spec.weights_digest, prefix=prefix.digest, smoothing=smoothing, text=text)
 
     def encode(self, text: str) -> IntArray:
         """Return the token ids of plain text, int64 ``[n]``, without special tokens."""

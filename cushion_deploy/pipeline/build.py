@@ -83,7 +83,7 @@ def build(ws: Workspace, output: Path, *, targets: Sequence[str] = (), allow_flo
                 place_engine(artifact, folder, staged)
             (staged / "report").mkdir()
             write_report(report, staged / "report")
-            parents = {**graph.parents, "graph": graph.digest}
+            parents = {**graph.lineage.to_json(), "graph": graph.digest}
             publish(staged, output, ws.recipe.model_dump(mode="json"), parents)
     return report
 

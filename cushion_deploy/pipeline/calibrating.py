@@ -50,18 +50,16 @@ def calibrate(ws: Workspace, prefix: Prefix, smoothing: Smoothing | None) -> tup
 
     def make(out: Path) -> None:
         from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+        from cushion_deploy.calib.estimators import RangeEstimator
 
         ids, mask = calibration_windows(ws, prefix)
         model = ws.folded(smoothing)
         histograms = observe_sites(model, prefix, ids, mask, progress=ws.progress)
         scales = choose_scales(
             histograms,
-            config.estimator,
-            percentile=config.percentile,
-            model=model,
-            prefix=prefix,
-            corpus_digest=ws.corpus(config.data, "calibration").digest,
-            tokens=int(mask.sum()),
+            RangeEstimator(config.estimator, config.percentile),
+            model.lineage(prefix, ws.corpus(config.data, "calibration").digest),
+            int(mask.sum()),
         )
         write_scales(scales, out / SCALES_FILE)
         write_json(out / "amax.json", {site: h.amax for site, h in histograms.items()})
@@ -84,19 +82,18 @@ def calibrate_cache(ws: Workspace, prefix: Prefix, smoothing: Smoothing | None) 
     }
 
     def make(out: Path) -> None:
+        from cushion_deploy.calib.estimators import RangeEstimator
         from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
 
         ids, mask = calibration_windows(ws, prefix)
         model = ws.folded(smoothing)
         scales = choose_kv_scales(
             observe_cache(model, prefix, ids, mask, export.kv_scales, progress=ws.progress),
-            config.estimator,
+            RangeEstimator(config.estimator, config.percentile),
             export.kv_scales,
-            percentile=config.percentile,
-            model=model,
-            prefix=prefix,
-            corpus_digest=ws.corpus(config.data, "calibration").digest,
-            tokens=int(mask.sum()),
+            prefix,
+            model.lineage(prefix, ws.corpus(config.data, "calibration").digest),
+            int(mask.sum()),
             with_prefix=with_prefix,
         )
         write_kv_scales(scales, out / KV_SCALES_FILE)

@@ -121,7 +121,7 @@ def add_engine(ws: Workspace, bundle: Bundle, engine: Engine, options: CompileOp
 def _graphs_checked(bundle: Bundle) -> set[str]:
     """Return the digests of the graphs that a bundle's engines were compiled from: what its report says parity of."""
     names = (name for name in ENGINES if f"engines/{name}/engine.json" in bundle.manifest.files)
-    return {bundle.graph.digest, *(read_engine(bundle, name).parents["graph"] for name in names)}
+    return {bundle.graph.digest, *(read_engine(bundle, name).lineage.graph for name in names)}
 
 
 def _tell(artifact: EngineArtifact, folder: Path, *, checked: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.corpora import python_topics
+from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.schemes import PRECISIONS
@@ -203,12 +204,9 @@ def static_cost(ws: Workspace, windows: IntArray) -> Cost:
     histograms = observe_sites(model, empty, windows[:half], np.ones_like(windows[:half]), progress=ws.progress)
     scales = choose_scales(
         histograms,
-        config.estimator,
-        percentile=config.percentile,
-        model=model,
-        prefix=empty,
-        corpus_digest="",
-        tokens=windows[:half].size,
+        RangeEstimator(config.estimator, config.percentile),
+        model.lineage(empty),
+        windows[:half].size,
     )
 
     def nll(ids: IntArray) -> FloatArray:

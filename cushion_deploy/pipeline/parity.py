@@ -162,11 +162,11 @@ def _graphs_behind(
         artifact = EngineArtifact.from_json(json.loads(file.read_text())) if file.is_file() else None
         if artifact and "not_run" in artifact.details:
             unchecked.append(f"the plan of {artifact.engine} itself was {artifact.details['not_run']}")
-        if artifact is None or artifact.parents["graph"] == graph.digest:
+        if artifact is None or artifact.lineage.graph == graph.digest:
             continue
         dtype, capacity = artifact.form
         found = export(ws, deployed, dtype=dtype, name=dtype, capacity=capacity)
-        if artifact.parents["graph"] == found.digest:
+        if artifact.lineage.graph == found.digest:
             graphs.append(found)
         else:
             unchecked.append(

@@ -93,8 +93,8 @@ def read_deployed(ws: Workspace, bundle: Path, graph: ExportedGraph) -> Deployed
         UntrustedArtifact: a file is damaged, or the smoothing is another than the scales were calibrated under.
     """
     scales = read_scales(bundle / SCALES_FILE)
-    smoothing = read_smoothing(bundle / SMOOTHING_FILE) if scales.smoothing_digest else None
-    if smoothing and smoothing.digest != scales.smoothing_digest:
+    smoothing = read_smoothing(bundle / SMOOTHING_FILE) if scales.lineage.smoothing else None
+    if smoothing and smoothing.digest != scales.lineage.smoothing:
         raise UntrustedArtifact(
             f"the scales in {bundle} were calibrated under another smoothing than lies beside them",
             hint="build the bundle again",
@@ -113,7 +113,7 @@ def require_model_of(ws: Workspace, bundle: Path) -> None:
         raise UsageError(
             f"the model that the bundle was built from is not at hand: {e.message}", hint="give it with --model"
         ) from e
-    if digest != read_scales(bundle / SCALES_FILE).model_digest:
+    if digest != read_scales(bundle / SCALES_FILE).lineage.model:
         raise UsageError(
             f"{ws.source.label} is not the model that the bundle was built from", hint="give the original with --model"
         )

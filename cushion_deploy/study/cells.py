@@ -130,17 +130,15 @@ class Cells:
 
         def make(out: Path) -> None:
             from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+            from cushion_deploy.calib.estimators import RangeEstimator
 
             ids, mask = calibration_windows(ws, prefix)
             model = ws.folded(smoothing)
             scales = choose_scales(
                 observe_sites(model, prefix, ids, mask, progress=ws.progress),
-                "max",
-                percentile=100.0,
-                model=model,
-                prefix=prefix,
-                corpus_digest=ws.corpus(ws.recipe.calibration.data, "calibration").digest,
-                tokens=int(mask.sum()),
+                RangeEstimator("max"),
+                model.lineage(prefix, ws.corpus(ws.recipe.calibration.data, "calibration").digest),
+                int(mask.sum()),
                 bits=scheme.activation_bits,
                 symmetric=scheme.symmetric,
             )

@@ -20,6 +20,7 @@ import numpy as np
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.base import CompileOptions, version_of
 from cushion_deploy.errors import CheckFailed
@@ -117,7 +118,8 @@ class OnnxRuntimeCpu:
                 "kernels": dict(coverage.kernels.most_common()),
                 "machine": platform.machine(),
             },
-            parents={"graph": graph.digest, "onnxruntime": version},
+            lineage=Lineage(graph=graph.digest),
+            versions={self.name: version},
         )
         (folder / "engine.json").write_text(json.dumps(artifact.to_json(), indent=1, sort_keys=True) + "\n")
         return artifact

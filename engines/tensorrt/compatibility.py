@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
@@ -35,9 +35,9 @@ def mismatches(artifact: EngineArtifact, graph: ExportedGraph, version: str, gpu
     found = []
     here = gpus[0].partition(" ")[0]
     rebuild = f"`cushion-deploy engine BUNDLE --engine {artifact.engine} --targets {here} --output NEW`"
-    for part in ("model", "prefix", "scales", "scheme", "smoothing", "kv scales"):
-        if artifact.parents.get(part) != graph.parents.get(part):
-            found.append(Mismatch(f"the plan was made of another {part} than this bundle's", f"run {rebuild}"))
+    expected = vars(replace(graph.lineage, graph=artifact.lineage.graph))
+    for part in artifact.lineage.differences(expected):
+        found.append(Mismatch(f"the plan was made of {part} than this bundle's", f"run {rebuild}"))
     mode = artifact.details.get("prefix_mode", graph.contract.prefix_mode)
     if mode != graph.contract.prefix_mode:
         found.append(
@@ -46,7 +46,7 @@ def mismatches(artifact: EngineArtifact, graph: ExportedGraph, version: str, gpu
                 f"run {rebuild}",
             )
         )
-    made_with = artifact.parents.get(artifact.engine, "")
+    made_with = artifact.versions.get(artifact.engine, "")
     if made_with != version:
         found.append(
             Mismatch(

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cushion_deploy.core.dtypes import Dtype
@@ -125,7 +125,8 @@ class TensorRt:
                     "build_seconds": outcome["parse_seconds"] + outcome["build_seconds"],
                     "peak_rss_bytes": outcome["peak_rss_bytes"],
                 },
-                parents={**graph.parents, "graph": graph.digest, self.name: found.version},
+                lineage=replace(graph.lineage, graph=graph.digest),
+                versions={self.name: found.version},
             )
             os.replace(scratch / PLAN, folder / name)
             replace_file(folder / REPORT, (json.dumps(artifact.to_json(), indent=1, sort_keys=True) + "\n").encode())

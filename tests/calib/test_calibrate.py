@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from cushion_deploy.calib.calibrate import SiteObserver, choose_scales, observe_sites
+from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
@@ -164,15 +165,13 @@ def test_scales_map_the_threshold_to_the_largest_code_and_name_their_parents(
     ids = plain_ids[:40].reshape(2, 20)
     prefix = compute_prefix(tiny_model, (7,))
     histograms = observe_sites(tiny_model, prefix, ids, np.ones_like(ids))
-    scales = choose_scales(
-        histograms, "max", percentile=99.99, model=tiny_model, prefix=prefix, corpus_digest="c", tokens=40
-    )
+    scales = choose_scales(histograms, RangeEstimator("max"), tiny_model.lineage(prefix, "c"), 40)
     for site, scale in scales.scales.items():
         assert scale == float(np.float32(scale))
         assert scale == pytest.approx(histograms[site].amax / 127, rel=1e-6)
     assert isinstance(scales, ActivationScales)
-    assert (scales.estimator, scales.corpus_digest, scales.tokens) == ("max", "c", 40)
-    assert (scales.model_digest, scales.prefix_digest) == (tiny_model.spec.weights_digest, prefix.digest)
+    assert (scales.estimator, scales.lineage.text, scales.tokens) == ("max", "c", 40)
+    assert (scales.lineage.model, scales.lineage.prefix) == (tiny_model.spec.weights_digest, prefix.digest)
 
 
 def test_an_absorbing_prefix_shrinks_the_scale(planted_model: LoadedModel, plain_ids: IntArray, plant: Any) -> None:

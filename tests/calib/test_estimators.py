@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, signed_range, threshold
+from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, RangeEstimator
 from cushion_deploy.errors import UsageError
 
 MAGNITUDES = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(2.0**-20, 2.0**20, width=32))
@@ -54,14 +54,14 @@ def test_growing_batch_by_batch_equals_counting_everything_at_once(batches: list
 @settings(deadline=None, derandomize=True)
 @given(st.lists(MAGNITUDES, min_size=1, max_size=5))
 def test_max_is_the_exact_maximum(batches: list[np.ndarray]) -> None:
-    assert threshold(fill(batches), "max") == max(float(b.max()) for b in batches)
+    assert RangeEstimator("max").threshold(fill(batches)) == max(float(b.max()) for b in batches)
 
 
 @settings(deadline=None, derandomize=True)
 @given(MAGNITUDES, st.floats(50.5, 100))
 def test_percentile_is_numpys_within_one_bin(x: np.ndarray, percentile: float) -> None:
     histogram = fill([x])
-    found = threshold(histogram, "percentile", percentile=percentile)
+    found = RangeEstimator("percentile", percentile).threshold(histogram)
     width = histogram.limit / BINS
     # The smallest value below or at which that share lies.
     expected = float(np.quantile(x.astype(np.float64), percentile / 100, method="inverted_cdf"))
@@ -81,7 +81,7 @@ def test_no_threshold_is_clearly_better_than_the_least_squares_one(kind: str, bi
         "constant": np.full(100, 0.75),
     }[kind].astype(np.float32)
     histogram = fill([x])
-    found = threshold(histogram, "mse", bits=bits)
+    found = RangeEstimator("mse").threshold(histogram, bits)
     assert 0 < found <= histogram.amax
     values = x.astype(np.float64)
     best = min(squared_error(values, t, bits) for t in np.linspace(0.01, 1.0, 1000) * histogram.amax)
@@ -93,9 +93,9 @@ def test_no_threshold_is_clearly_better_than_the_least_squares_one(kind: str, bi
 def test_least_squares_clips_a_lone_outlier_and_max_does_not() -> None:
     x = np.append(np.abs(np.random.default_rng(0).standard_normal(100_000)), 40.0).astype(np.float32)
     histogram = fill([x])
-    assert threshold(histogram, "max") == 40.0
-    assert threshold(histogram, "mse") < 30.0
-    assert threshold(histogram, "percentile", percentile=99.9) == pytest.approx(3.29, abs=0.1)
+    assert RangeEstimator("max").threshold(histogram) == 40.0
+    assert RangeEstimator("mse").threshold(histogram) < 30.0
+    assert RangeEstimator("percentile", 99.9).threshold(histogram) == pytest.approx(3.29, abs=0.1)
 
 
 def test_a_power_of_two_as_maximum_lies_inside() -> None:
@@ -117,11 +117,11 @@ def test_the_signed_range_is_that_of_all_batches_and_zero(ranges: list[list[floa
     for low, high in ranges:
         histogram.widen(low, high)
     ends = [0.0, *(end for pair in ranges for end in pair)]
-    assert signed_range(histogram, "max") == (min(ends), max(ends))
+    assert RangeEstimator("max").signed_range(histogram) == (min(ends), max(ends))
 
 
 @pytest.mark.parametrize("estimator", ["percentile", "mse"])
 def test_only_max_has_an_asymmetric_form(estimator: str) -> None:
     with pytest.raises(UsageError, match=f"estimator {estimator} has no asymmetric form") as e:
-        signed_range(MagnitudeHistogram(), estimator)  # type: ignore[arg-type]
+        RangeEstimator(estimator).signed_range(MagnitudeHistogram())  # type: ignore[arg-type]
     assert "max" in e.value.hint

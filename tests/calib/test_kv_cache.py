@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.calib.kv_cache import CacheObserver, choose_kv_scales, observe_cache
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.kv_scales import KV_PARTS, KvScales
@@ -36,8 +37,8 @@ def calibrated(model: LoadedModel, rows: list[IntArray], granularity: str, *, wi
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
     prefix = compute_prefix(model, TOKENS)
     return choose_kv_scales(
-        observe_cache(model, prefix, ids, mask, granularity, batch_size=2), "max", granularity,
-        percentile=99.9, model=model, prefix=prefix, corpus_digest="c", tokens=int(mask.sum()), with_prefix=with_prefix,
+        observe_cache(model, prefix, ids, mask, granularity, batch_size=2), RangeEstimator("max"), granularity,
+        prefix, model.lineage(prefix, "c"), int(mask.sum()), with_prefix=with_prefix,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
@@ -23,7 +24,7 @@ def tiny_graphs(tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactor
     """Return the graphs ``int8``, ``float head`` and ``float`` of the tiny model behind a prefix."""
     prefix = compute_prefix(tiny_model, (7, 1, 100))
     values = {site: float(np.float32(0.02)) for site in tiny_model.sites}
-    scales = ActivationScales(values, "max", tiny_model.spec.weights_digest, prefix.digest, "corpus", 1)
+    scales = ActivationScales(values, "max", Lineage(tiny_model.spec.weights_digest, prefix.digest, text="corpus"), 1)
     parents = (tiny_model.spec, tiny_model.weights, prefix)
     folder = tmp_path_factory.mktemp("graphs")
     return {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.engines.tensorrt.command_line import vendor_command
 from cushion_deploy.engines.tensorrt.flavours import RTX, STANDARD
 from cushion_deploy.errors import MissingDependency, UsageError
@@ -40,7 +41,9 @@ def test_versions_before_it_are_refused(version: str) -> None:
 
 def graph(name: str, capacity: int = 0) -> ExportedGraph:
     contract = GraphContract(1, 1, 8, 32, 256, "float16", 0, cache_capacity=capacity)
-    return ExportedGraph(Path(name), contract, quantized=True, sites={}, rules=(), opset=17, digest="", parents={})
+    return ExportedGraph(
+        Path(name), contract, quantized=True, sites={}, rules=(), opset=17, digest="", lineage=Lineage()
+    )
 
 
 def test_the_vendors_tool_is_told_the_same_plan() -> None:

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime import compile as engine_file
 from cushion_deploy.engines.onnxruntime.compile import SESSION_CONFIG, OnnxRuntimeCpu, read_coverage
@@ -197,7 +198,7 @@ def test_engine_json_is_the_artifact(tiny_graphs, tmp_path: Path) -> None:
     assert again.targets == ("cpu",)
     assert again.files == ("engine.json",)
     assert again.ran
-    assert again.parents == {"graph": graph.digest, "onnxruntime": ort.__version__}
+    assert (again.lineage, again.versions) == (Lineage(graph=graph.digest), {"onnxruntime": ort.__version__})
     assert again.details["machine"] == platform.machine()
     assert again.details["session_config"] == SESSION_CONFIG
     assert again.details["kernels"]["MatMulIntegerToFloat"] == again.details["integer_matmuls"] == len(graph.sites)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
@@ -33,7 +34,7 @@ def export(model: Any, folder: Path, dtype: Any, capacity: int) -> ExportedGraph
     prefix = compute_prefix(model, (7, 1))
     digest = model.spec.weights_digest
     scales = ActivationScales(
-        dict.fromkeys(model.sites, 0.05), "max", digest, prefix.digest, corpus_digest="none", tokens=1
+        dict.fromkeys(model.sites, 0.05), "max", Lineage(digest, prefix.digest, text="none"), tokens=1
     )
     folder.mkdir()
     given = model.spec, model.weights, prefix, scales, QuantScheme(quantize_head=True), folder

@@ -24,6 +24,7 @@ from onnx import numpy_helper
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
@@ -109,7 +110,7 @@ def export(folder: Path, *, quantize_head: bool = True, dtype: Any = "float16", 
     scheme = QuantScheme(quantize_head=quantize_head)
     sites = get_family("llama").linears(SPEC, head=quantize_head)
     scales = ActivationScales(
-        dict.fromkeys(sites, 0.02), "max", SPEC.weights_digest, prefix.digest, corpus_digest="c", tokens=1
+        dict.fromkeys(sites, 0.02), "max", Lineage(SPEC.weights_digest, prefix.digest, text="c"), tokens=1
     )
     return export_graph(SPEC, RandomWeights(), prefix, scales, scheme, folder, dtype=dtype, **options)
 
@@ -451,7 +452,7 @@ def test_standard_tensorrt_is_built_by_the_same_code_and_counted_by_the_inspecto
     found = standard.compile(graph, tmp_path / "standard", dataclasses.replace(LIMITS, targets=()))
     assert sorted(os.listdir(tmp_path / "standard")) == ["engine.json", "sm86.engine"]
     assert (found.engine, found.targets, found.int8_linears) == ("tensorrt", ("sm86",), 7 * LAYERS + 1)
-    assert found.parents["tensorrt"] == "11.0.0.99"
+    assert found.versions["tensorrt"] == "11.0.0.99"
     # Listing and inspector are two accounts of one build: every count is the same.
     ahead = rtx.compile(graph, tmp_path / "rtx", LIMITS)
     for count in ("kernels", "int8_gemms", "moves", "half_accumulators", "attention_matmuls", "unknown_gemms"):

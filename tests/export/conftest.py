@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
@@ -72,7 +73,7 @@ def make_scales() -> Callable[[LoadedModel, Prefix], ActivationScales]:
 
     def make(model: LoadedModel, prefix: Prefix) -> ActivationScales:
         values = {site: float(np.float32(0.02 + 0.001 * i)) for i, site in enumerate(model.sites)}
-        return ActivationScales(values, "max", model.spec.weights_digest, prefix.digest, "corpus", 1)
+        return ActivationScales(values, "max", Lineage(model.spec.weights_digest, prefix.digest, text="corpus"), 1)
 
     return make
 

@@ -170,7 +170,7 @@ def test_the_float_twin_quantizes_nothing(export_float, make_model) -> None:
     assert not {n.op_type for n in onnx.load(graph.path).graph.node} & {"QuantizeLinear", "DequantizeLinear"}
     assert not graph.quantized
     assert graph.rules == ()
-    assert graph.parents["scales"] == ""
+    assert graph.lineage.scales == ""
     tensors, weights = stored(graph), checkpoint(make_model())
     assert not [a for a in tensors.values() if a.dtype == np.int8]
     gate_up = np.concatenate([weights[f"model.layers.1.mlp.{p}_proj.weight"] for p in ("gate", "up")])
@@ -189,7 +189,7 @@ def test_equal_input_gives_equal_bytes_and_other_input_another_digest(export) ->
     for name in ("model.onnx", "model.onnx.data"):
         assert first.path.with_name(name).read_bytes() == second.path.with_name(name).read_bytes()
     assert first.digest == second.digest != other.digest
-    assert first.parents["scheme"] != other.parents["scheme"]
+    assert first.lineage.scheme != other.lineage.scheme
 
 
 def test_the_description_survives_json(export) -> None:
@@ -216,7 +216,12 @@ def test_parents_that_do_not_belong_together_are_refused(make_model, make_scales
         "run `cushion-deploy search` for this model",
     )
     assert "prefix" in call(model, foreign, None, tmp_path).message
-    error = call(model, prefix, dataclasses.replace(scales, model_digest="0" * 64), tmp_path)
+    error = call(
+        model,
+        prefix,
+        dataclasses.replace(scales, lineage=dataclasses.replace(scales.lineage, model="0" * 64)),
+        tmp_path,
+    )
     assert "scales were made for another model" in error.message
     assert "calibrate" in error.hint
     error = call(model, prefix, make_scales(model, compute_prefix(model, (7,))), tmp_path)

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KvScales, kv_site
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
@@ -36,7 +37,7 @@ def scales_of(model: Any, prefix: Prefix, granularity: str = "per-head", *, with
     keys = (0.03 * (1 + np.arange(np.prod(shape)).reshape(shape) / 4)).astype(np.float32)
     if granularity == "per-tensor":
         keys[:] = keys[:, :1]
-    parents = (granularity, "max", model.spec.weights_digest, prefix.digest, "c", 1)
+    parents = (granularity, "max", Lineage(model.spec.weights_digest, prefix.digest, text="c"), 1)
     return KvScales(keys, (keys / 2).astype(np.float32), *parents, with_prefix=with_prefix)
 
 
@@ -147,7 +148,7 @@ def test_a_floating_point_cache_leaves_no_trace(export_float, make_model) -> Non
     graph = export_float(make_model(), TOKENS)
     assert not graph.path.with_name("kv_scales.json").exists()
     assert "quantized_cache" not in graph.to_json()["contract"]
-    assert list(graph.parents) == ["model", "prefix", "scales", "scheme", "smoothing"]
+    assert graph.lineage.kv_scales == ""
     assert graph.contract.cache_dtype == "float32"
 
 
@@ -156,10 +157,10 @@ def test_scales_of_something_else_are_refused(make_model, tmp_path: Path) -> Non
     prefix = compute_prefix(model, TOKENS)
     good = scales_of(model, prefix)
     for kv, options, words in (
-        (replace(good, model_digest="other"), {}, "another model"),
+        (replace(good, lineage=replace(good.lineage, model="other")), {}, "another model"),
         (replace(good, keys=good.keys[:1], values=good.values[:1]), {}, "another model"),
-        (replace(good, prefix_digest="other"), {}, "another prefix or smoothing"),
-        (replace(good, smoothing_digest="other"), {}, "another prefix or smoothing"),
+        (replace(good, lineage=replace(good.lineage, prefix="other")), {}, "another prefix or smoothing"),
+        (replace(good, lineage=replace(good.lineage, smoothing="other")), {}, "another prefix or smoothing"),
         (replace(good, with_prefix=True), {}, "for a prefix in the cache, and it is inside the graph"),
         (good, {"prefix_in_cache": True}, "for a prefix inside the graph, and it is in the cache"),
     ):

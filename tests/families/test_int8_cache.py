@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
 from cushion_deploy.cli.main import run as command
 from cushion_deploy.core.schemes import QuantScheme
@@ -63,8 +64,8 @@ def test_the_graph_of_every_family_is_torch_with_a_simulated_cache(
     prefix = compute_prefix(model, TOKENS)
     ids = np.random.default_rng(5).integers(3, 320, (1, 40))
     kv = choose_kv_scales(
-        observe_cache(model, prefix, ids, np.ones_like(ids), granularity), "max", granularity,
-        percentile=99.9, model=model, prefix=prefix, corpus_digest="c", tokens=40, with_prefix=False,
+        observe_cache(model, prefix, ids, np.ones_like(ids), granularity), RangeEstimator("max"), granularity,
+        prefix, model.lineage(prefix, "c"), 40, with_prefix=False,
     )  # fmt: skip
     with torch.inference_mode(), quantized_cache(model, kv):
         expected = run(model, torch.from_numpy(ids), prefix_tensors(prefix)).logits.numpy()

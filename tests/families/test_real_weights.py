@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
@@ -40,7 +41,7 @@ def test_smollm2_as_a_mistral_is_the_same_model(smollm2: LoadedModel, mistral: L
     for name, model in (("llama", smollm2), ("mistral", mistral)):
         prefix = compute_prefix(model, (216,))
         scales = ActivationScales(
-            dict.fromkeys(model.sites, 0.25), "max", model.spec.weights_digest, prefix.digest, "none", 1
+            dict.fromkeys(model.sites, 0.25), "max", Lineage(model.spec.weights_digest, prefix.digest, text="none"), 1
         )
         (tmp_path / name).mkdir()
         graph = export_graph(model.spec, model.weights, prefix, scales, QuantScheme(), tmp_path / name)

@@ -10,6 +10,7 @@ import numpy as np
 
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
@@ -51,7 +52,7 @@ def graph_of(
     scales = None
     if quantized:
         digest, sites = model.spec.weights_digest, dict.fromkeys(model.sites, 0.05)
-        scales = ActivationScales(sites, "max", digest, prefix.digest, corpus_digest="none", tokens=1)
+        scales = ActivationScales(sites, "max", Lineage(digest, prefix.digest, text="none"), tokens=1)
     folder.mkdir()
     given = model.spec, model.weights, prefix, scales, QuantScheme(quantize_head=True), folder
     return export_graph(*given, dtype=dtype, **form)

@@ -13,6 +13,7 @@ import torch
 from gpu_plans import IDS, Device, apart, graph_of
 
 from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.onnxruntime.session import open_session
@@ -115,7 +116,7 @@ def test_a_plan_with_an_int8_cache_computes_the_same(
 ) -> None:
     prefix, spec = compute_prefix(tiny_model, (7, 1)), tiny_model.spec
     scale = np.full((spec.num_layers, spec.num_kv_heads), 0.05, np.float32)
-    parents = spec.weights_digest, prefix.digest, "none", 1
+    parents = Lineage(spec.weights_digest, prefix.digest, text="none"), 1
     kv = KvScales(scale, scale, "per-head", "max", *parents, with_prefix=in_cache)
     form = {"kv": kv, "prefix_in_cache": in_cache}
     expected = open_session(graph_of(tiny_model, prefix, tmp_path / "float32", "float32", **form), threads=1)

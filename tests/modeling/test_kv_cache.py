@@ -11,6 +11,7 @@ import torch
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.kv_cache import watched_cache
 from cushion_deploy.modeling.load import LoadedModel, load_folder
@@ -24,7 +25,7 @@ def made_up(model: LoadedModel, *, with_prefix: bool = False) -> KvScales:
     """Return scales of another size for each head."""
     shape = (model.spec.num_layers, model.spec.num_kv_heads)
     keys = (0.05 * (1 + np.arange(np.prod(shape)).reshape(shape) / 4)).astype(np.float32)
-    parents = ("per-head", "max", model.spec.weights_digest, "p", "c", 1)
+    parents = ("per-head", "max", Lineage(model.spec.weights_digest, "p", text="c"), 1)
     return KvScales(keys, (keys / 2).astype(np.float32), *parents, with_prefix=with_prefix)
 
 

@@ -15,7 +15,9 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme, parse_scheme
@@ -114,7 +116,9 @@ def static_scales(model: LoadedModel, scheme: QuantScheme) -> ActivationScales:
     scales = {site: float(F(step * (1 + i / 8))) for i, site in enumerate(model.sites)}
     zeros = {} if scheme.symmetric else {site: (i * 5 + 3) % 2**scheme.activation_bits for i, site in enumerate(scales)}
     digest = model.spec.weights_digest
-    return ActivationScales(scales, "max", digest, "p", "c", 1, zero_points=zeros, bits=scheme.activation_bits)
+    return ActivationScales(
+        scales, "max", Lineage(digest, "p", text="c"), 1, zero_points=zeros, bits=scheme.activation_bits
+    )
 
 
 NAMES = [
@@ -361,8 +365,9 @@ def test_calibrated_asymmetric_scales_span_what_they_saw(
 ) -> None:
     rows, prefix = plain_ids[:40].reshape(4, 10), Prefix.empty(tiny_model.spec)
     histograms = observe_sites(tiny_model, prefix, rows, np.ones_like(rows), batch_size=4)
-    parents = {"model": tiny_model, "prefix": prefix, "corpus_digest": "c", "tokens": 40}
-    scales = choose_scales(histograms, "max", percentile=99.0, bits=bits, symmetric=False, **parents)
+    scales = choose_scales(
+        histograms, RangeEstimator("max"), tiny_model.lineage(prefix, "c"), 40, bits=bits, symmetric=False
+    )
     assert scales.bits == bits
     for site, x in values_entering(tiny_model, rows).items():
         low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
@@ -378,7 +383,7 @@ def test_calibrated_asymmetric_scales_span_what_they_saw(
     first = extremes[Site("layers.0.attn.qkv")]
     assert first[0] <= 1
     assert first[1] >= 2**bits - 2
-    symmetric = choose_scales(histograms, "max", percentile=99.0, bits=bits, **parents)
+    symmetric = choose_scales(histograms, RangeEstimator("max"), tiny_model.lineage(prefix, "c"), 40, bits=bits)
     for site, histogram in histograms.items():
         assert symmetric.scales[site] == pytest.approx(histogram.amax / (2 ** (bits - 1) - 1), rel=1e-6)
     assert not symmetric.zero_points

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.fakequant import quantize
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import HEAD_SITE, Site, layer_site
@@ -35,7 +36,7 @@ def ids(plain_ids: IntArray) -> Tensor:
 def scales_for(model: LoadedModel, scale: float = 0.05) -> ActivationScales:
     """Return made-up scales, another one for each Site."""
     values = {site: float(np.float32(scale * (1 + i / 16))) for i, site in enumerate(model.sites)}
-    return ActivationScales(values, "max", model.spec.weights_digest, "p", "c", 1)
+    return ActivationScales(values, "max", Lineage(model.spec.weights_digest, "p", text="c"), 1)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
@@ -49,9 +50,7 @@ def deployed(tiny_model: LoadedModel, plain_ids: np.ndarray, tmp_path_factory: p
     prefix, scheme = compute_prefix(tiny_model, TOKENS), QuantScheme()
     windows = plain_ids[:512].reshape(8, 64)
     histograms = observe_sites(tiny_model, prefix, windows, np.ones_like(windows))
-    scales = choose_scales(
-        histograms, "max", percentile=99.9, model=tiny_model, prefix=prefix, corpus_digest="corpus", tokens=512
-    )
+    scales = choose_scales(histograms, RangeEstimator("max"), tiny_model.lineage(prefix, "corpus"), 512)
     folder = tmp_path_factory.mktemp("deployed")
     parents = (tiny_model.spec, tiny_model.weights, prefix)
     graph = export_graph(*parents, scales, scheme, folder)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KvScales, kv_site
@@ -39,8 +40,8 @@ def cached(
     d, in_cache = deployed, where == "cache"
     windows = plain_ids[:512].reshape(8, 64)
     kv = choose_kv_scales(
-        observe_cache(d.model, d.prefix, windows, np.ones_like(windows), granularity), "max", granularity,
-        percentile=99.9, model=d.model, prefix=d.prefix, corpus_digest="corpus", tokens=512, with_prefix=in_cache,
+        observe_cache(d.model, d.prefix, windows, np.ones_like(windows), granularity), RangeEstimator("max"), granularity,
+        d.prefix, d.model.lineage(d.prefix, "corpus"), 512, with_prefix=in_cache,
     )  # fmt: skip
     graphs = [
         export_graph(

@@ -24,6 +24,7 @@ from cushion_deploy.core.artifacts import (
 )
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.parity.checks import ParityReport
 from cushion_deploy.pipeline.parity import check_bundle, check_parity, distinct_graphs
@@ -141,9 +142,9 @@ def test_a_bundle_is_checked_with_the_graph_that_its_engine_was_compiled_from(
     write_prefix(built.deployed.prefix, tmp_path / PREFIX_FILE)
     write_smoothing(built.deployed.smoothing, tmp_path / SMOOTHING_FILE)
     digest = built.half.digest if compiled_from == "half" else "0" * 64
-    parents = {"graph": digest}
+    parents = Lineage(graph=digest), {}
     artifact = EngineArtifact(
-        "tensorrt-rtx", ("sm86",), "key", ("engine.json",), 22, 22, 0, False, {"dtype": "float16"}, parents
+        "tensorrt-rtx", ("sm86",), "key", ("engine.json",), 22, 22, 0, False, {"dtype": "float16"}, *parents
     )
     engine = tmp_path / "engines" / "tensorrt-rtx" / "engine.json"
     engine.parent.mkdir(parents=True)

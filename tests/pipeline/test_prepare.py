@@ -112,7 +112,7 @@ def test_tuning_hands_on_its_prefix_and_scales_and_is_reused(workspace: MakeWork
     deployed = prepare(ws, prefix)
     assert deployed.tuning is not None
     assert deployed.tuning.states[0].step == 0
-    assert deployed.scales.prefix_digest == deployed.prefix.digest
+    assert deployed.scales.lineage.prefix == deployed.prefix.digest
     moved = deployed.tuning.best.step > 0
     assert np.array_equal(deployed.prefix.keys, prefix.keys) is not moved
     assert np.array_equal(prepare(ws, prefix, tuned=False).prefix.keys, prefix.keys)
@@ -125,7 +125,7 @@ def test_without_tuned_scales_the_scales_are_calibrated_behind_the_tuned_prefix(
     ws = workspace(tuning__enabled=True, tuning__scales=False, tuning__learning_rate=0.05)
     prefix, _ = search_prefix(ws)
     deployed = prepare(ws, prefix)
-    assert deployed.scales.prefix_digest == deployed.prefix.digest
+    assert deployed.scales.lineage.prefix == deployed.prefix.digest
     assert deployed.scales.estimator == ws.recipe.calibration.estimator
 
 

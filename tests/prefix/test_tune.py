@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load
 
 from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
@@ -31,7 +32,7 @@ MakeTuning = Callable[..., PrefixTuning]
 def scales_of(model: LoadedModel, prefix: Prefix, value: float = 0.02) -> ActivationScales:
     """Return the same scale for every Site."""
     found = dict.fromkeys(model.sites, float(np.float32(value)))
-    return ActivationScales(found, "max", model.spec.weights_digest, prefix.digest, "c", 1)
+    return ActivationScales(found, "max", Lineage(model.spec.weights_digest, prefix.digest, text="c"), 1)
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_the_best_state_is_kept_and_the_start_counts(tuning: MakeTuning) -> None
 def test_tuning_improves_what_it_is_judged_by(tuning: MakeTuning, planted_model: LoadedModel) -> None:
     prefix, scales, trace = tuning(epochs=8, learning_rate=0.01, scale_learning_rate=0.1).run()
     assert trace.best.held_out < 0.9 * trace.states[0].held_out
-    assert scales.prefix_digest == prefix.digest
+    assert scales.lineage.prefix == prefix.digest
     assert [s.step for s in trace.states] == [0, *range(2, 25, 2)]
     # The kept state does outside of the tuning what the trace says of it.
     t = tuning()

@@ -14,6 +14,7 @@ from fake_gpu import FakeTensorRt
 from cushion_deploy.core.artifacts import read_kv_scales, write_kv_scales
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.session import first_caches
 from cushion_deploy.errors import UntrustedArtifact, UsageError
@@ -30,7 +31,7 @@ def made_up(tiny: Any) -> KvScales:
     spec, cached = tiny.loaded.spec, tiny.graph.contract.prefix_in_cache
     shape = (spec.num_layers, spec.num_kv_heads)
     keys = (0.05 * (1 + np.arange(np.prod(shape)).reshape(shape) / 4)).astype(np.float32)
-    parents = ("per-head", "max", spec.weights_digest, tiny.prefix.digest, "c", 1)
+    parents = ("per-head", "max", Lineage(spec.weights_digest, tiny.prefix.digest, text="c"), 1)
     return KvScales(keys, (keys / 2).astype(np.float32), *parents, with_prefix=cached)
 
 
@@ -82,7 +83,7 @@ def test_the_scales_of_another_graph_are_refused(graph: ExportedGraph, tiny: Any
         (tmp_path / file.name).write_bytes(file.read_bytes())
     scales = read_kv_scales(tmp_path / KV_SCALES_FILE)
     write_kv_scales(replace(scales, keys=scales.keys * 2), tmp_path / KV_SCALES_FILE)
-    with pytest.raises(UntrustedArtifact, match="are not the scales"):
+    with pytest.raises(UntrustedArtifact, match="was made with other cache scales"):
         open_session(replace(graph, path=tmp_path / "model.onnx"))
     if graph.contract.prefix_slots:
         with pytest.raises(UsageError, match="its scales are missing"):

@@ -223,7 +223,7 @@ def bundle(graph: ExportedGraph, hf_folder: Path, tiny: Any, tmp_path: Path) -> 
     artifact = EngineArtifact(
         engine="tensorrt-rtx", targets=("sm80", "sm86"), key="k", files=("sm80+sm86.engine", "engine.json"),
         linears=0, int8_linears=0, fused_attention=0, ran=False, details={},
-        parents={**tiny.graph.parents, "graph": graph.digest, "tensorrt-rtx": "1.7.1.116"},
+        lineage=replace(tiny.graph.lineage, graph=graph.digest), versions={"tensorrt-rtx": "1.7.1.116"},
     )  # fmt: skip
     with staging_area(out) as staged:
         for source in tiny.graph.files:
@@ -261,12 +261,12 @@ def test_every_mismatch_is_one_sentence_with_its_remedy(bundle: Path, monkeypatc
     assert "made by tensorrt-rtx 1.7.1.116 and 1.8.0 is installed" in caught.value.message
     assert "for sm80, sm86 and this device is sm89 NVIDIA GeForce RTX 4090" in caught.value.message
     assert "cushion-deploy engine BUNDLE --engine tensorrt-rtx --targets sm89" in caught.value.hint
-    other = replace(opened, graph=replace(opened.graph, parents={**opened.graph.parents, "scales": "0" * 64}))
+    other = replace(opened, graph=replace(opened.graph, lineage=replace(opened.graph.lineage, scales="0" * 64)))
     here(monkeypatch, "1.7.1.116", "sm86 x")
-    with pytest.raises(CheckFailed, match=r"^the plan was made of another scales than this bundle's$"):
+    with pytest.raises(CheckFailed, match=r"^the plan was made of other activation scales than this bundle's$"):
         open_engine(other, "tensorrt-rtx")
-    kv = replace(opened, graph=replace(opened.graph, parents={**opened.graph.parents, "kv scales": "0" * 64}))
-    with pytest.raises(CheckFailed, match=r"^the plan was made of another kv scales than this bundle's$"):
+    kv = replace(opened, graph=replace(opened.graph, lineage=replace(opened.graph.lineage, kv_scales="0" * 64)))
+    with pytest.raises(CheckFailed, match=r"^the plan was made of other cache scales than this bundle's$"):
         open_engine(kv, "tensorrt-rtx")
     cached = replace(read_engine(opened, "tensorrt-rtx"), details={"prefix_mode": "cache"})
     (mode,) = mismatches(cached, opened.graph, "1.7.1.116", ["sm86 x"])

@@ -1,0 +1,75 @@
+"""Everything that turns a floating-point model into the quantized one: what search, smoothing and calibration found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cushion_deploy.core.kv_scales import KvScales
+from cushion_deploy.core.lineage import Lineage
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.store.digests import digest_json
+
+_CALIBRATE = "run `cushion-deploy calibrate` for this model and prefix, and give all of its files"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Prefix, smoothing, scheme and scales that belong together.
+
+    Attributes:
+        prefix: stands before every text; may be empty.
+        scheme: what is quantized; Sites that are kept in floating point are named in it.
+        scales: static activation scales behind the prefix; None leaves activations in floating point.
+        smoothing: folded into the weights; None for none.
+        kv_scales: scales of an INT8 cache behind the prefix; None for a cache in floating point.
+
+    Raises:
+        UsageError: a part was made for another model, prefix, smoothing or text than the others.
+    """
+
+    prefix: Prefix
+    scheme: QuantScheme
+    scales: ActivationScales | None = None
+    smoothing: Smoothing | None = None
+    kv_scales: KvScales | None = None
+
+    def __post_init__(self) -> None:
+        of_model = {"model": self.prefix.model_digest}
+        expected = {**of_model, "prefix": self.prefix.digest, "smoothing": self._digest(self.smoothing)}
+        if self.smoothing:
+            self.smoothing.lineage.require("the smoothing was measured on", _CALIBRATE, of_model)
+        if self.scales:
+            self.scales.lineage.require("the scales were calibrated under", _CALIBRATE, expected)
+        if self.kv_scales:
+            if self.scales:
+                expected["text"] = self.scales.lineage.text
+            self.kv_scales.lineage.require("the cache scales were calibrated under", _CALIBRATE, expected)
+
+    @staticmethod
+    def _digest(part: Smoothing | ActivationScales | KvScales | None) -> str:
+        return part.digest if part else ""
+
+    @property
+    def lineage(self) -> Lineage:
+        """Digests of its parts, and of the model."""
+        return Lineage(
+            model=self.prefix.model_digest,
+            prefix=self.prefix.digest,
+            smoothing=self._digest(self.smoothing),
+            scheme=self.scheme.digest,
+            scales=self._digest(self.scales),
+            kv_scales=self._digest(self.kv_scales),
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the digests of its parts."""
+        return digest_json(self.lineage.to_json())
+
+    @property
+    def float_twin(self) -> Quantization:
+        """The same model in floating point: same prefix and smoothing, nothing quantized."""
+        return replace(self, scales=None, kv_scales=None)
