@@ -22,6 +22,7 @@ from cushion_deploy.store import replace_file
 
 SCALES_FILE = "scales.json"
 SMOOTHING_FILE = "smoothing.safetensors"
+_REBUILD = "build the bundle again"
 _METADATA = "cushion"
 _PREFIX_FORMAT = "cushion-prefix-1"
 _SMOOTHING_FORMAT = "cushion-smoothing-1"

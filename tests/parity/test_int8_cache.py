@@ -40,8 +40,8 @@ def cached(
     d, in_cache = deployed, where == "cache"
     windows = plain_ids[:512].reshape(8, 64)
     kv = choose_kv_scales(
-        observe_cache(d.model, d.prefix, windows, np.ones_like(windows), granularity), RangeEstimator("max"), granularity,
-        d.prefix, d.model.lineage(d.prefix, "corpus"), 512, with_prefix=in_cache,
+        observe_cache(d.model, d.prefix, windows, np.ones_like(windows), granularity), RangeEstimator("max"),
+        granularity, d.prefix, d.model.lineage(d.prefix, "corpus"), 512, with_prefix=in_cache,
     )  # fmt: skip
     graphs = [
         export_graph(
