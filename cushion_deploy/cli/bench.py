@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import make_workspace, run_options
+from cushion_deploy.cli.options import make_run, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import wording
 
 if TYPE_CHECKING:
-    from cushion_deploy.pipeline.benching import Bench
+    from cushion_deploy.verbs.bench import Bench
 
 
 @click.command("bench")
@@ -44,15 +44,15 @@ def command(
 ) -> None:
     """Time prefill and decode of BUNDLE's engines beside the same model in floating point, round by round in turn."""
     from cushion_deploy.evaluate.speed import Workload
-    from cushion_deploy.pipeline.benching import bench_bundle
+    from cushion_deploy.verbs.bench import bench_bundle
     from cushion_deploy.runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)
     recipe = Recipe.from_bundle(opened.manifest.recipe).merged({"model": model} if model else {})
     with progress(quiet) as report:
-        ws = make_workspace(recipe, work_dir, report)
         workload = Workload(prompt, decoded, batch, rounds)
-        found = bench_bundle(ws, opened, workload, threads=threads, twin=not no_float)
+        run = make_run(work_dir, report)
+        found = bench_bundle(recipe, run, opened, workload, threads=threads, twin=not no_float)
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(_lines(found)))
 
 

@@ -12,7 +12,7 @@ import click
 from cushion_deploy.cli.options import (
     float_linears_option,
     make_recipe,
-    make_workspace,
+    make_run,
     plan_options,
     recipe_options,
     split_targets,
@@ -54,15 +54,18 @@ def command(
     if print_config:
         click.echo(recipe.to_yaml(), nl=False)
         return ExitCode.OK
-    from cushion_deploy.pipeline.build import build, plan, plan_lines
+    from cushion_deploy.verbs.build import build, dry_run_lines
+    from cushion_deploy.verbs.build import dry_run as describe
 
     with progress(values["quiet"]) as report_progress:
-        ws = make_workspace(recipe, values["work_dir"], report_progress)
+        run = make_run(values["work_dir"], report_progress)
         if dry_run:
-            found = plan(ws, output, split_targets(targets))
-            click.echo(json.dumps(found) if values["as_json"] else "\n".join(plan_lines(found)))
+            found = describe(recipe, run, output, split_targets(targets))
+            click.echo(json.dumps(found) if values["as_json"] else "\n".join(dry_run_lines(found)))
             return ExitCode.OK
-        report = build(ws, output, targets=split_targets(targets), allow_float_linears=allow_float_linears)
+        report = build(
+            recipe, run, output, targets=split_targets(targets), allow_float_linears=allow_float_linears
+        )
     if values["as_json"]:
         click.echo(report.to_text())
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.options import make_recipe, make_run, recipe_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import (
@@ -39,23 +39,24 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     """Observe every Site on text behind the prefix; write the scales as JSON, smoothing and cache scales beside."""
     recipe = make_recipe(values)
     require_parent(output)
-    from cushion_deploy.pipeline.prepare import prepare
-    from cushion_deploy.pipeline.stages import search_prefix
+    from cushion_deploy.stages.base import Given
+    from cushion_deploy.stages.pipeline import Pipeline
 
     with progress(values["quiet"]) as report_progress:
-        ws = make_workspace(recipe, values["work_dir"], report_progress)
-        with ws.store.lock():
-            prefix = read_prefix(prefix_file) if prefix_file else search_prefix(ws)[0]
-            deployed = prepare(ws, prefix, tuned=False)
-    scales, smoothing = deployed.scales, deployed.smoothing
+        run = make_run(values["work_dir"], report_progress)
+        pipeline = Pipeline.of(recipe)
+        branch = pipeline.behind(Given(read_prefix(prefix_file)) if prefix_file else pipeline.prefix, tuned=False)
+        with run.store.lock():
+            quantization = run.get(branch.quantization)
+    scales, smoothing = quantization.static_scales, quantization.smoothing
     write_scales(scales, output)
     written = [output]
     if smoothing:
         written.append(output.with_name(SMOOTHING_FILE))
         write_smoothing(smoothing, written[-1])
-    if deployed.kv:
+    if quantization.kv_scales:
         written.append(output.with_name(KV_SCALES_FILE))
-        write_kv_scales(deployed.kv, written[-1])
+        write_kv_scales(quantization.kv_scales, written[-1])
     if values["as_json"]:
         click.echo(json.dumps(scales.to_json()))
         return

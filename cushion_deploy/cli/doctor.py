@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import make_workspace, parse_settings, run_options
+from cushion_deploy.cli.options import make_run, parse_settings, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import wording
@@ -17,7 +17,7 @@ SHOWN = 5
 """Sinks and Sites to name."""
 
 if TYPE_CHECKING:
-    from cushion_deploy.pipeline.doctor import Diagnosis
+    from cushion_deploy.verbs.doctor import Diagnosis
 
 
 @click.command("doctor")
@@ -38,15 +38,17 @@ def command(
     quiet: bool,
 ) -> None:
     """Say whether MODEL has sinks, what static INT8 costs it, what a build needs here, and what will not work."""
-    from cushion_deploy.pipeline.doctor import diagnose
+    from cushion_deploy.stages.pipeline import Pipeline
+    from cushion_deploy.verbs.doctor import diagnose
 
     recipe = Recipe.load(file) if file else Recipe()
     given: dict[str, object] = {"model": model, "revision": revision, "calibration.data": calib_data}
     overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(settings)
     with progress(quiet) as report:
-        ws = make_workspace(recipe.merged(overrides), work_dir, report)
-        with ws.store.lock():
-            found = diagnose(ws)
+        run = make_run(work_dir, report)
+        pipeline = Pipeline.of(recipe.merged(overrides))
+        with run.store.lock():
+            found = diagnose(pipeline, run)
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(_lines(found)))
 
 
@@ -77,12 +79,12 @@ def _lines(found: Diagnosis) -> list[str]:
         f"{wording.perplexity(cost.quantized)}, {wording.percent(cost.change)} (rough: {cost.tokens:,} tokens)",
         "",
     ]
-    needs = found.needs
-    parts = ", ".join(f"{name} {wording.duration(seconds)}" for name, seconds in needs.seconds.items())
+    needed = found.resources
+    parts = ", ".join(f"{name} {wording.duration(seconds)}" for name, seconds in needed.seconds.items())
     lines += [
-        f"a build takes about {wording.duration(needs.total_seconds)} here ({parts}; conversion and engines beside it)",
-        f"memory about {wording.size(needs.memory)} ({wording.size(needs.memory_free)} free), "
-        f"disk about {wording.size(needs.disk)} ({wording.size(needs.disk_free)} free)",
+        f"a build takes about {wording.duration(needed.total_seconds)} here ({parts}; conversion and engines beside it)",
+        f"memory about {wording.size(needed.memory)} ({wording.size(needed.memory_free)} free), "
+        f"disk about {wording.size(needed.disk)} ({wording.size(needed.disk_free)} free)",
         "",
     ]
     for engine in found.engines:

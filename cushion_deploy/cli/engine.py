@@ -11,7 +11,7 @@ import click
 
 from cushion_deploy.cli.options import (
     float_linears_option,
-    make_workspace,
+    make_run,
     plan_options,
     run_options,
     split_targets,
@@ -25,7 +25,8 @@ from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import ENGINES, choose_engines
 from cushion_deploy.errors import UsageError
-from cushion_deploy.pipeline.compiling import add_engine, compile_options
+from cushion_deploy.stages.compile import compile_options
+from cushion_deploy.verbs.engine import add_engine
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
 from cushion_deploy.store import MANIFEST_NAME
@@ -86,8 +87,8 @@ def command(
             bundle = open_bundle(folder)
             if output.resolve() != folder.resolve():
                 require_new_folder(output)
-            ws = make_workspace(Recipe.from_bundle(bundle.manifest.recipe).merged(changes), work_dir, report)
-            artifact = add_engine(ws, bundle, engine, options(ws.recipe), output)
+            recipe = Recipe.from_bundle(bundle.manifest.recipe).merged(changes)
+            artifact = add_engine(recipe, make_run(work_dir, report), bundle, engine, options(recipe), output)
         else:
             artifact = _compile_graph(folder, engine, options(Recipe().merged(changes)), plan_dtype, output, report)
     if as_json:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import make_workspace, names, run_options, scored_text
+from cushion_deploy.cli.options import make_run, names, run_options, scored_text
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
-    from cushion_deploy.pipeline.evaluating import Evaluation
+    from cushion_deploy.verbs.eval import Evaluation
     from cushion_deploy.runtime.bundle import Bundle
 
 
@@ -70,7 +70,7 @@ def command(
     Exit code 1 when the engine differs from fake-quant by more than the noise of the measurement.
     """
     from cushion_deploy.evaluate.zeroshot import TaskSuite
-    from cushion_deploy.pipeline.evaluating import choose_columns, evaluate_columns
+    from cushion_deploy.verbs.eval import Scored, choose_columns, evaluate_columns
 
     bundle = _open(target, model, recipe)
     if bundle is None:
@@ -85,8 +85,8 @@ def command(
     suite = TaskSuite(wanted, task_data) if wanted else None
     texts: Sequence[str | None] = data or ([] if wanted else [settings.evaluation.data])
     with progress(quiet) as report_progress:
-        ws = make_workspace(settings, work_dir, report_progress)
-        found = evaluate_columns(ws, bundle, chosen, texts=texts, suite=suite, limit=limit, threads=threads)
+        run = make_run(work_dir, report_progress)
+        found = evaluate_columns(settings, run, bundle, chosen, Scored(texts, suite, limit, threads))
     if as_json:
         click.echo(json.dumps({"target": target, "window": settings.evaluation.window, **found.to_json()}))
     else:
@@ -97,7 +97,7 @@ def command(
 
 def table(found: Evaluation) -> list[str]:
     """Return the scores as lines: a row a text or task, a column a way to run it, then the agreement."""
-    from cushion_deploy.pipeline.evaluating import COLUMNS
+    from cushion_deploy.verbs.eval import COLUMNS
 
     rows = [["", *(COLUMNS[c] for c in found.columns)]]
     for name, texts in found.texts.items():
@@ -124,7 +124,7 @@ def table(found: Evaluation) -> list[str]:
 
 def _open(target: str, model: str | None, recipe: Path | None) -> Bundle | None:
     """Return the verified bundle at ``target``; None where it names a model."""
-    from cushion_deploy.pipeline.evaluating import is_bundle
+    from cushion_deploy.verbs.eval import is_bundle
     from cushion_deploy.runtime.bundle import open_bundle
 
     if is_bundle(target):

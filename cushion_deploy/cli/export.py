@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import dtype_option, make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.options import dtype_option, make_recipe, make_run, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import read_kv_scales, read_prefix, read_scales, read_smoothing
@@ -55,26 +56,24 @@ def command(
             "--kv-scales belongs to --scales and --kv-cache int8" if kv_file else "--scales without --kv-scales",
             hint="give all files of one calibration and --kv-cache int8, or none of them",
         )
-    from cushion_deploy.pipeline.prepare import Deployed, prepare
-    from cushion_deploy.pipeline.stages import export, search_prefix
+    from cushion_deploy.core.quantization import Quantization
+    from cushion_deploy.stages.base import Given, Node
+    from cushion_deploy.stages.pipeline import Pipeline
     from cushion_deploy.store import place
 
     with progress(values["quiet"]) as report_progress:
-        ws = make_workspace(recipe, values["work_dir"], report_progress)
-        with ws.store.lock():
-            prefix = read_prefix(prefix_file) if prefix_file else search_prefix(ws)[0]
+        run = make_run(values["work_dir"], report_progress)
+        pipeline = Pipeline.of(recipe)
+        prefix = Given(read_prefix(prefix_file)) if prefix_file else pipeline.prefix
+        with run.store.lock():
+            found: Node[Quantization] = pipeline.behind(prefix).quantization
             if scales_file:
                 smoothing = read_smoothing(smoothing_file) if smoothing_file else None
-                kv, scales = read_kv_scales(kv_file) if kv_file else None, read_scales(scales_file)
-                if kv and kv.lineage.text != scales.lineage.text:
-                    raise UsageError(
-                        "the cache scales were calibrated on another text than the scales",
-                        hint="give both files of one calibration",
-                    )
-                deployed = Deployed(prefix, smoothing, ws.scheme, scales, {}, kv=kv)
-            else:
-                deployed = prepare(ws, prefix)
-            graph = export(ws, deployed, dtype=dtype, name="model", quantized=not float_twin)
+                kv = read_kv_scales(kv_file) if kv_file else None
+                parts = run.get(prefix), pipeline.scheme, read_scales(scales_file), smoothing, kv
+                found = Given(Quantization(*parts))
+            form = replace(pipeline.form, dtype=dtype, quantized=not float_twin)
+            graph, length = run.get(pipeline.graph(found, form)), run.get(prefix).length
     with new_folder(output) as staged:
         for file in (*graph.files, graph.path.with_name("export.json")):
             place(file, staged / file.name, link=False)
@@ -83,6 +82,6 @@ def command(
         return
     kind = f"{graph.linears} linears behind {len(graph.sites)} Sites" if graph.quantized else "floating-point twin"
     click.echo(
-        f"opset {graph.opset}, {kind}, prefix of {deployed.prefix.length} positions; rules checked: {len(graph.rules)}"
+        f"opset {graph.opset}, {kind}, prefix of {length} positions; rules checked: {len(graph.rules)}"
     )
     click.echo(f"written: {output / graph.path.name}")

@@ -14,7 +14,7 @@ from cushion_deploy.core.progress import Progress
 from cushion_deploy.core.scales import ESTIMATORS
 from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.errors import UsageError
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.stages.run import Run
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
 
@@ -187,9 +187,9 @@ def parse_settings(texts: Sequence[str]) -> dict[str, object]:
     return found
 
 
-def make_workspace(recipe: Recipe, work_dir: Path, progress: Progress) -> Workspace:
-    """Return the workspace of one run."""
-    return Workspace(recipe, StageStore(work_dir), progress)
+def make_run(work_dir: Path, progress: Progress) -> Run:
+    """Return a run on a work folder."""
+    return Run(StageStore(work_dir), progress)
 
 
 def scored_text(recipe: Recipe, window: int | None, max_tokens: int | None) -> dict[str, object]:

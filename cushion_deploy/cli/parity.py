@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.cli.options import make_workspace, run_options
+from cushion_deploy.cli.options import make_run, run_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode
@@ -37,7 +37,7 @@ def command(
 ) -> int:
     """Climb the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 when a rung fails."""
     from cushion_deploy.parity import baseline as baselines
-    from cushion_deploy.pipeline.parity import check_bundle
+    from cushion_deploy.verbs.parity import check_bundle
     from cushion_deploy.runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)
@@ -48,8 +48,8 @@ def command(
         require_parent(file)
     earlier = baselines.read_baseline(baseline) if baseline else ()
     with progress(quiet) as report_progress:
-        ws = make_workspace(recipe, work_dir, report_progress)
-        report = check_bundle(ws, opened.path, opened.graph, reuse=reuse)
+        run = make_run(work_dir, report_progress)
+        report = check_bundle(recipe, run, opened.path, opened.graph, reuse=reuse)
     if write_baseline:
         baselines.write_baseline(report, write_baseline)
     report = baselines.compare_baseline(report, earlier)

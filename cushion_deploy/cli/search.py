@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.options import make_recipe, make_run, recipe_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import write_prefix
@@ -29,12 +29,14 @@ def command(output: Path, **values: Any) -> None:
     """Search the prefix by Algorithm 1 and write it as safetensors (keys, values, token_ids)."""
     recipe = make_recipe(values)
     require_parent(output)
-    from cushion_deploy.pipeline.stages import search_prefix
+    from cushion_deploy.stages.pipeline import Pipeline
 
     with progress(values["quiet"]) as report_progress:
-        ws = make_workspace(recipe, values["work_dir"], report_progress)
-        with ws.store.lock():
-            prefix, trace = search_prefix(ws)
+        run = make_run(values["work_dir"], report_progress)
+        pipeline = Pipeline.of(recipe)
+        with run.store.lock():
+            prefix = run.get(pipeline.prefix)
+            trace = run.get(pipeline.search).trace if pipeline.search else None
     write_prefix(prefix, output)
     if values["as_json"]:
         click.echo(json.dumps(trace.to_json() if trace else {"token_ids": []}))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import make_recipe, make_workspace, names, recipe_options, scored_text
+from cushion_deploy.cli.options import make_recipe, make_run, names, recipe_options, scored_text
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import UsageError, require_modules
@@ -69,6 +69,7 @@ def command(
     if len(set(texts)) < len(texts):
         raise UsageError("the same text was given twice", hint="give every --eval-data once")
     require_modules("torch", "transformers", "jinja2", "matplotlib")
+    from cushion_deploy.stages.pipeline import Pipeline
     from cushion_deploy.study.cells import Cells
     from cushion_deploy.study.run import choose_parts, run_study
     from cushion_deploy.study.write import write_study
@@ -77,9 +78,9 @@ def command(
     parts = choose_parts(chosen)
     found = find_tasks(names(tasks), task_data, limit) if "table2" in parts else ""
     with progress(values["quiet"]) as report_progress:
-        ws = make_workspace(recipe, values["work_dir"], report_progress)
-        with ws.store.lock():
-            study = run_study(Cells(ws, texts or (recipe.evaluation.data,)), parts, found)
+        run, pipeline = make_run(values["work_dir"], report_progress), Pipeline.of(recipe)
+        with run.store.lock():
+            study = run_study(Cells(pipeline, run, texts or (recipe.evaluation.data,)), parts, found)
     with new_folder(output) as staged:
         write_study(study, staged)
     if values["as_json"]:

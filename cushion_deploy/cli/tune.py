@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import make_recipe, make_workspace, recipe_options
+from cushion_deploy.cli.options import make_recipe, make_run, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import (
@@ -36,22 +36,23 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     """
     recipe = make_recipe({**values, "tune": True})
     require_new_folder(output)
-    from cushion_deploy.pipeline.prepare import prepare
-    from cushion_deploy.pipeline.stages import search_prefix
+    from cushion_deploy.stages.base import Given
+    from cushion_deploy.stages.pipeline import Pipeline
 
     with progress(values["quiet"]) as report_progress:
-        ws = make_workspace(recipe, values["work_dir"], report_progress)
-        with ws.store.lock():
-            prefix = read_prefix(prefix_file) if prefix_file else search_prefix(ws)[0]
-            deployed = prepare(ws, prefix)
-    trace = deployed.tuning
+        run = make_run(values["work_dir"], report_progress)
+        pipeline = Pipeline.of(recipe)
+        branch = pipeline.behind(Given(read_prefix(prefix_file)) if prefix_file else pipeline.prefix)
+        with run.store.lock():
+            quantization = run.get(branch.quantization)
+            trace = run.get(branch.tuning).trace if branch.tuning else None
     if trace is None:
         raise UsageError("there is no prefix to tune: the search found no sink worth one", hint="build without --tune")
     with new_folder(output) as staged:
-        write_prefix(deployed.prefix, staged / PREFIX_FILE)
-        write_scales(deployed.scales, staged / SCALES_FILE)
-        if deployed.smoothing:
-            write_smoothing(deployed.smoothing, staged / SMOOTHING_FILE)
+        write_prefix(quantization.prefix, staged / PREFIX_FILE)
+        write_scales(quantization.static_scales, staged / SCALES_FILE)
+        if quantization.smoothing:
+            write_smoothing(quantization.smoothing, staged / SMOOTHING_FILE)
     if values["as_json"]:
         click.echo(json.dumps(trace.to_json()))
         return

@@ -10,6 +10,7 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.errors import UsageError
 from cushion_deploy.store.digests import digest_json
 
 _CALIBRATE = "run `cushion-deploy calibrate` for this model and prefix, and give all of its files"
@@ -51,6 +52,13 @@ class Quantization:
     @staticmethod
     def _digest(part: Smoothing | ActivationScales | KvScales | None) -> str:
         return part.digest if part else ""
+
+    @property
+    def static_scales(self) -> ActivationScales:
+        """The activation scales; raises UsageError where activations are in floating point."""
+        if self.scales is None:
+            raise UsageError("the model has no activation scales", hint="run `cushion-deploy calibrate` first")
+        return self.scales
 
     @property
     def lineage(self) -> Lineage:

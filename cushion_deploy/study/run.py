@@ -12,14 +12,16 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ESTIMATORS
 from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
 from cushion_deploy.errors import unknown_choice
-from cushion_deploy.pipeline.prepare import Deployed
-from cushion_deploy.pipeline.stages import model_spec
-from cushion_deploy.pipeline.workspace import LIBRARIES, installed_versions
+from cushion_deploy.core.host import installed_versions
+from cushion_deploy.stages.report import model_row
 from cushion_deploy.store.manifest import tool_version
-from cushion_deploy.study.cells import Cells, Variant
+from cushion_deploy.study.cells import Cells
 from cushion_deploy.study.document import PARTS, Pair, Score, Step, Study, TaskPair
+from cushion_deploy.study.stages import Variant
 from cushion_deploy.study.zeroshot import Tasks
 
+LIBRARIES = ("torch", "transformers", "gguf", "numpy", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tokenizers")
+"""Whose versions a study names."""
 W8A8 = {
     "naive-o3": "per-tensor static",
     "smoothquant-o3": "SmoothQuant-O3 (per-tensor static)",
@@ -70,7 +72,7 @@ def run_study(cells: Cells, parts: Collection[str], tasks: Tasks | str) -> Study
         found["fp"] = cells.scores("FP", Variant(cells.empty))
         if cells.prefix.length:
             found["fp_prefix"] = cells.scores("FP, with the prefix", Variant(cells.prefix))
-        config = cells.ws.recipe.evaluation
+        config = cells.pipeline.recipe.evaluation
         found["texts"] = [
             {"name": score.text, "window": config.window, "tokens": cells.tokens(text)}
             for score, text in zip(found["fp"], cells.texts, strict=True)
@@ -112,15 +114,16 @@ def _pair(cells: Cells, label: str, name: str) -> Pair:
 
 def _deployed_pair(cells: Cells) -> Pair:
     bare = cells.built(cells.empty)
-    without = cells.scores(DEPLOYED, _variant(bare))
+    smoothing = bare.quantization.smoothing
+    without = cells.scores(DEPLOYED, bare.variant)
     behind: tuple[Score, ...] = ()
     if cells.searched.length:
-        behind = cells.scores(f"{DEPLOYED}, with the prefix", _variant(cells.built(cells.searched)))
+        behind = cells.scores(f"{DEPLOYED}, with the prefix", cells.built(cells.searched).variant)
     return Pair(
         label=DEPLOYED,
-        scheme=bare.scheme.name,
+        scheme=bare.quantization.scheme.name,
         deployable=True,
-        smoothing_alpha=bare.smoothing.alpha if bare.smoothing else None,
+        smoothing_alpha=smoothing.alpha if smoothing else None,
         without=without,
         with_prefix=behind,
     )
@@ -141,12 +144,12 @@ def _table2(cells: Cells, tasks: Tasks) -> list[TaskPair]:
     rows = [pair("FP", Variant(cells.empty), behind(Variant(cells.prefix)))]
     for name, label in W8A8.items():
         rows.append(pair(label, cells.in_scheme(name, cells.empty), behind(cells.in_scheme(name, cells.prefix))))
-    rows.append(pair(DEPLOYED, _variant(cells.built(cells.empty)), behind(_variant(cells.built(cells.searched)))))
+    rows.append(pair(DEPLOYED, cells.built(cells.empty).variant, behind(cells.built(cells.searched).variant)))
     return rows
 
 
 def _table3(cells: Cells) -> list[Step]:
-    weight = cells.ws.recipe.tuning.error_weight
+    weight = cells.pipeline.recipe.tuning.error_weight
     tuned = {**PLAIN, "tuning.enabled": True, "tuning.scales": False}
     rows = [
         _step(cells, "no prefix", PLAIN, cells.empty),
@@ -159,7 +162,7 @@ def _table3(cells: Cells) -> list[Step]:
 
 
 def _remedies(cells: Cells) -> list[Step]:
-    recipe = cells.ws.recipe
+    recipe = cells.pipeline.recipe
     bare = {**PLAIN, "smoothing.alpha": None}
     smoothed = {
         **PLAIN,
@@ -184,14 +187,14 @@ def _step(cells: Cells, label: str, settings: dict[str, Any], prefix: Prefix | N
     """Measure what a recipe deploys behind the searched prefix (or another), and the float model with its prefix."""
     built = cells.built(cells.searched if prefix is None else prefix, settings)
     kind: Literal["none", "searched", "tuned"] = "none"
-    if built.prefix.length:
+    if built.quantization.prefix.length:
         kind = "tuned" if built.tuning else "searched"
     return Step(
         label=label,
         settings=settings,
         prefix=kind,
-        scores=cells.scores(f"static W8A8: {label}", _variant(built)),
-        fp=cells.scores(f"FP with the prefix of: {label}", Variant(built.prefix)),
+        scores=cells.scores(f"static W8A8: {label}", built.variant),
+        fp=cells.scores(f"FP with the prefix of: {label}", Variant(built.quantization.prefix)),
     )
 
 
@@ -243,39 +246,26 @@ _MAKERS: dict[str, Callable[[Cells], Any]] = {
 }
 
 
-def _variant(built: Deployed) -> Variant:
-    return Variant(built.prefix, built.scheme, built.smoothing, built.scales)
-
-
 def _scheme(variant: Variant) -> QuantScheme:
     return variant.scheme or PRECISIONS["w8a8"]
 
 
 def _document(cells: Cells, found: Parts, left_out: dict[str, str]) -> Study:
-    ws, spec = cells.ws, model_spec(cells.ws)
+    pipeline, run = cells.pipeline, cells.run
+    spec = run.get(pipeline.files).spec
     trace, prefix = cells.trace, cells.prefix
     return Study.model_validate(
         {
             "schema": 1,
             "tool": {"version": tool_version()},
             "created": datetime.now(timezone.utc),
-            "model": {
-                "family": spec.family,
-                "parameters": spec.parameters,
-                "source": _without_folders(spec.source),
-                "layers": spec.num_layers,
-                "hidden_size": spec.hidden_size,
-                "heads": spec.num_heads,
-                "kv_heads": spec.num_kv_heads,
-                "vocab_size": spec.vocab_size,
-                "weights_digest": spec.weights_digest,
-            },
-            "recipe": _without_folders(ws.recipe.model_dump(mode="json")),
-            "calibration": ws.corpus(ws.recipe.calibration.data, "calibration").name,
+                "model": {**model_row(spec), "source": _without_folders(spec.source)},
+            "recipe": _without_folders(pipeline.recipe.model_dump(mode="json")),
+            "calibration": run.get(pipeline.text).name,
             "prefix": {
                 "token_ids": prefix.token_ids,
                 "tokens": trace.tokens if trace else (),
-                "tuned": ws.recipe.tuning.enabled and prefix.length > 0,
+                "tuned": pipeline.recipe.tuning.enabled and prefix.length > 0,
             },
             **found,
             "left_out": left_out,

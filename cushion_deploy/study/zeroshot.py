@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from cushion_deploy.errors import MissingDependency
-from cushion_deploy.evaluate.zeroshot import ALL, USUAL_NAMES, TaskSuite, run_tasks
+from cushion_deploy.evaluate.zeroshot import ALL, USUAL_NAMES, TaskSuite
 from cushion_deploy.store import hash_file
-from cushion_deploy.study.cells import Cells, Variant
+from cushion_deploy.stages.base import Given
+from cushion_deploy.study.cells import Cells
 from cushion_deploy.study.document import TaskResult
+from cushion_deploy.study.stages import Task, Variant
 
 
 @dataclass
@@ -42,40 +41,13 @@ class Tasks:
     def scores(self, cells: Cells, label: str, variant: Variant) -> tuple[TaskResult, ...]:
         """Return the results of every task, one cell each."""
         found = []
-        for unit in self.suites:
-            parents = {
-                **variant.parents,
-                "task": unit if unit in USUAL_NAMES else Path(unit).name,
-                "limit": self.limit,
-                "lm_eval": metadata.version("lm_eval"),
-                "files": _digests(unit, self.data),
-            }
-            compute = partial(self._run, cells, unit, label, variant)
-            value = cells.cell("task", f"{label}, {Path(unit).stem}", parents, compute)
+        for unit, suite in self.suites.items():
+            name = unit if unit in USUAL_NAMES else Path(unit).name
+            decided_by = name, self.limit, metadata.version("lm_eval"), tuple(_digests(unit, self.data))
+            title = f"{label}, {Path(unit).stem}"
+            value = cells.value(Task(title, cells.pipeline.model, Given(variant), *decided_by, suite))
             found += [TaskResult.model_validate(row) for row in value]
         return tuple(found)
-
-    def _run(self, cells: Cells, unit: str, label: str, variant: Variant) -> list[dict[str, Any]]:
-        from tokenizers import Tokenizer
-
-        from cushion_deploy.evaluate.encoding import Encoding
-        from cushion_deploy.evaluate.lm_harness import ScorerLM
-        from cushion_deploy.evaluate.scorer import Scorer
-        from cushion_deploy.modeling.session import TorchSession
-        from cushion_deploy.modeling.simulate import simulated
-
-        ws = cells.ws
-        model = ws.folded(variant.smoothing)
-        tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        # A prefix has taken the place of the beginning-of-sequence token.
-        keep_bos = variant.prefix.length == 0
-        encoding = Encoding(tokenizer, model.tokenizer.bos_token_id, model.spec.eos_token_ids, keep_bos)
-        with simulated(model, variant.scheme, variant.scales) if variant.scheme else nullcontext():
-            lm = ScorerLM(Scorer(TorchSession(model, variant.prefix)), encoding, ws.progress, f"tasks: {label}")
-            results = run_tasks(lm, self.suites[unit], self.limit)
-        return [{"task": r.task, "metric": r.metric, "n": r.n, "value": r.value, "stderr": r.stderr} for r in results]
 
 
 def find_tasks(names: Sequence[str], data: Path | None, limit: int | None) -> Tasks | str:

@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from cushion_deploy.core.artifacts import read_prefix
-from cushion_deploy.core.prefix import PREFIX_FILE
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.evaluate.agreement import Agreement, tasks_agree, texts_agree
@@ -21,9 +20,20 @@ from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.perplexity import TextScore, cut_windows, score_text
 from cushion_deploy.evaluate.scorer import Scorer
 from cushion_deploy.evaluate.zeroshot import Metric, TaskScore, TaskSuite, mean_accuracy, run_tasks
-from cushion_deploy.pipeline.prepare import require_model_of
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.calib.corpora import Corpus, load_corpus
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.recipe import Evaluation as EvaluationSettings
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.run import Run
+from cushion_deploy.verbs.parity import pipeline_of_bundle
 from cushion_deploy.runtime.bundle import Bundle
+
+if TYPE_CHECKING:
+    from cushion_deploy.modeling.runner import TorchRunner
 
 COLUMNS = {
     "fp": "FP",
@@ -92,6 +102,23 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What every column is scored on.
+
+    Attributes:
+        texts: as ``--text`` names them.
+        suite: tasks; None for none.
+        limit: rows of each task; None for all.
+        threads: of the engine.
+    """
+
+    texts: Sequence[str | None] = ()
+    suite: TaskSuite | None = None
+    limit: int | None = None
+    threads: int | None = None
+
+
 def choose_columns(wanted: Sequence[str], bundle: Bundle | None) -> tuple[str, ...]:
     """Return the columns to run, in the order of a table; those that a target cannot have are refused.
 
@@ -116,97 +143,145 @@ def choose_columns(wanted: Sequence[str], bundle: Bundle | None) -> tuple[str, .
 
 
 def evaluate_columns(
-    ws: Workspace,
-    bundle: Bundle | None,
-    columns: Sequence[str],
-    *,
-    texts: Sequence[str | None] = (),
-    suite: TaskSuite | None = None,
-    limit: int | None = None,
-    threads: int | None = None,
+    recipe: Recipe, run: Run, bundle: Bundle | None, columns: Sequence[str], what: Scored
 ) -> Evaluation:
     """Run every column over the texts and tasks.
 
     Args:
-        ws: the recipe (windows of ``evaluation``), the model, and where stages are kept.
+        recipe: windows of ``evaluation``, and the model.
+        run: the work folder.
         bundle: a verified bundle; None for a model alone.
         columns: see :func:`choose_columns`.
-        texts: what :meth:`Workspace.corpus` takes.
-        suite: tasks; None for none.
-        limit: rows of each task.
-        threads: of the engine.
+        what: texts and tasks.
 
     Raises:
         UsageError: a text is too short or too long for the model, or the model is not the bundle's.
     """
-    config = ws.recipe.evaluation
     found = Evaluation(tuple(columns))
     in_torch = any(c != "engine" for c in columns)
-    with ws.store.lock() if in_torch or "self" in texts else nullcontext():
-        corpora = [ws.corpus(data, "evaluation") for data in texts]
-        if bundle is not None and in_torch:
-            require_model_of(ws, bundle.path)
+    with run.store.lock() if in_torch or "self" in what.texts else nullcontext():
+        scorers = _Scorers(recipe, run, bundle, what.threads)
+        corpora = [scorers.corpus(data) for data in what.texts]
+        if in_torch:
+            scorers.pipeline  # noqa: B018 - another model is refused before any column is scored
         for column in columns:
             began = time.monotonic()
-            with _column(ws, bundle, column, threads) as (scorer, encoding):
-                if corpora and config.window > scorer.limit:
-                    raise UsageError(
-                        f"a window of {config.window} tokens is longer than the {scorer.limit} that the model takes",
-                        hint=f"give --window {scorer.limit} at most",
-                    )
-                for corpus in corpora:
-                    windows = cut_windows(encoding.plain(corpus.text), config.window, config.max_tokens, corpus.name)
-                    task = f"perplexity: {COLUMNS[column]}"
-                    score = score_text(scorer.nll, windows, ws.progress, task)
-                    found.texts.setdefault(corpus.name, {})[column] = score
-                if suite is not None:
+            with scorers.open(column) as (scorer, encoding):
+                _score_texts(found, column, scorer, encoding, corpora, recipe.evaluation, run.progress)
+                if what.suite is not None:
                     from cushion_deploy.evaluate.lm_harness import ScorerLM
 
-                    lm = ScorerLM(scorer, encoding, ws.progress, f"tasks: {COLUMNS[column]}")
-                    for result in run_tasks(lm, suite, limit):
+                    lm = ScorerLM(scorer, encoding, run.progress, f"tasks: {COLUMNS[column]}")
+                    for result in run_tasks(lm, what.suite, what.limit):
                         found.tasks.setdefault(result.task, {})[column] = result
             found.seconds[column] = time.monotonic() - began
     return replace(found, agreements=_agreements(found, bundle))
 
 
-@contextmanager
-def _column(
-    ws: Workspace, bundle: Bundle | None, column: str, threads: int | None
-) -> Iterator[tuple[Scorer, Encoding]]:
-    """Yield a column's scorer and encoding; quantized weights are taken back afterwards."""
-    if bundle is not None and column == "engine":
-        session = open_session(bundle.graph, threads=threads)
-        yield Scorer(session), Encoding.of_bundle(bundle)
-        return
-    from cushion_deploy.modeling.forward import compute_prefix
-    from cushion_deploy.modeling.session import TorchSession
-    from cushion_deploy.modeling.simulate import simulated
-    from cushion_deploy.pipeline.prepare import prepare, read_deployed
-
-    empty = compute_prefix(ws.model, ws.model.bare_tokens)
-    encoding = _encoding(ws, bundle)
-    if not column.startswith("quantized"):
-        prefix = read_prefix(bundle.path / PREFIX_FILE) if bundle is not None and column == "fp-prefix" else empty
-        yield Scorer(TorchSession(ws.model, prefix)), replace(encoding, keep_bos=prefix.length == 0)
-        return
-    if bundle is None:
-        raise UsageError(f"a model that is not built yet has no column '{column}'", hint="build it first")
-    built = read_deployed(ws, bundle.path, bundle.graph)
-    # 'quantized' is the same recipe without a prefix: smoothed and calibrated for that.
-    used = built if column == "quantized-prefix" or not built.prefix.length else prepare(ws, empty)
-    model = ws.folded(used.smoothing)
-    with simulated(model, used.scheme, used.scales, kv=used.kv):
-        yield Scorer(TorchSession(model, used.prefix)), replace(encoding, keep_bos=used.prefix.length == 0)
+def _score_texts(
+    found: Evaluation,
+    column: str,
+    scorer: Scorer,
+    encoding: Encoding,
+    corpora: Sequence[Corpus],
+    config: EvaluationSettings,
+    progress: Progress,
+) -> None:
+    if corpora and config.window > scorer.limit:
+        raise UsageError(
+            f"a window of {config.window} tokens is longer than the {scorer.limit} that the model takes",
+            hint=f"give --window {scorer.limit} at most",
+        )
+    for corpus in corpora:
+        windows = cut_windows(encoding.plain(corpus.text), config.window, config.max_tokens, corpus.name)
+        score = score_text(scorer.nll, windows, progress, f"perplexity: {COLUMNS[column]}")
+        found.texts.setdefault(corpus.name, {})[column] = score
 
 
-def _encoding(ws: Workspace, bundle: Bundle | None) -> Encoding:
-    if bundle is not None:
-        return Encoding.of_bundle(bundle)
+@dataclass
+class _Scorers:
+    """Opens the columns of one evaluation, each for as long as it is scored.
+
+    Attributes:
+        recipe, run, bundle: see :func:`evaluate_columns`.
+        threads: of the engine.
+    """
+
+    recipe: Recipe
+    run: Run
+    bundle: Bundle | None
+    threads: int | None
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """The nodes of the original model; raises UsageError where another model is at hand than the bundle's."""
+        return pipeline_of_bundle(self.recipe, self.bundle.path) if self.bundle else Pipeline.of(self.recipe)
+
+    @cached_property
+    def model(self) -> TorchRunner:
+        """The original model."""
+        return self.run.get(self.pipeline.model)
+
+    def corpus(self, data: str | None) -> Corpus:
+        """Return a text; only one that the model samples needs the model."""
+        return self.run.get(self.pipeline.corpus(data, "evaluation")) if data == "self" else read_text(data)
+
+    @contextmanager
+    def open(self, column: str) -> Iterator[tuple[Scorer, Encoding]]:
+        """Yield a column's scorer and encoding; quantized weights are taken back afterwards."""
+        if self.bundle is not None and column == "engine":
+            session = open_session(self.bundle.graph, threads=self.threads)
+            yield Scorer(session), Encoding.of_bundle(self.bundle)
+        elif column.startswith("quantized"):
+            with self._quantized(column) as (scorer, prefix):
+                yield scorer, replace(self._encoding(), keep_bos=prefix.length == 0)
+        else:
+            prefix = self._built.prefix if column == "fp-prefix" else self.run.get(self.pipeline.no_prefix)
+            yield self._scorer(self.model, prefix), replace(self._encoding(), keep_bos=prefix.length == 0)
+
+    @contextmanager
+    def _quantized(self, column: str) -> Iterator[tuple[Scorer, Prefix]]:
+        from cushion_deploy.modeling.simulate import simulated
+
+        used = self._built
+        if column == "quantized" and used.prefix.length:
+            # The same recipe without a prefix: smoothed and calibrated for that.
+            used = self.run.get(self.pipeline.bare.quantization)
+        model = self.model.folded(used.smoothing)
+        with simulated(model, used.scheme, used.scales, kv=used.kv_scales):
+            yield self._scorer(model, used.prefix), used.prefix
+
+    @property
+    def _built(self) -> Quantization:
+        """What the bundle was quantized with."""
+        if self.bundle is None:
+            raise UsageError("a model that is not built yet has no quantized columns", hint="build it first")
+        return read_quantization(self.bundle.path, self.bundle.graph, self.pipeline.scheme)
+
+    @staticmethod
+    def _scorer(model: TorchRunner, prefix: Prefix) -> Scorer:
+        from cushion_deploy.modeling.session import TorchSession
+
+        return Scorer(TorchSession(model, prefix))
+
+    def _encoding(self) -> Encoding:
+        if self.bundle is not None:
+            return Encoding.of_bundle(self.bundle)
+        return encoding_of(self.model)
+
+
+def encoding_of(model: TorchRunner, *, keep_bos: bool = True) -> Encoding:
+    """Return how a model's own tokenizer turns text into ids, its ``<bos>`` kept or not."""
     # A copy: the model's own may be asked for padding by others.
-    tokenizer = Tokenizer.from_str(ws.model.tokenizer.backend_tokenizer.to_str())
+    tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return Encoding(tokenizer, ws.model.tokenizer.bos_token_id, ws.model.spec.eos_token_ids, keep_bos=True)
+    return Encoding(tokenizer, model.tokenizer.bos_token_id, model.spec.eos_token_ids, keep_bos)
+
+
+def read_text(data: str | None) -> Corpus:
+    """Return an evaluation text that needs no model."""
+    return load_corpus(data, "evaluation")
 
 
 def _agreements(found: Evaluation, bundle: Bundle | None) -> tuple[Agreement, ...]:

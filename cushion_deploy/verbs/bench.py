@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graph_form import GraphForm
+from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.session import open_session
@@ -18,9 +20,13 @@ from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.engines.tensorrt.flavours import FLAVOURS
 from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, peak_memory, time_sessions
-from cushion_deploy.pipeline.prepare import read_deployed
-from cushion_deploy.pipeline.stages import export, plan_form
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.stages.base import Given
+from cushion_deploy.stages.export import engine_form
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.run import Run
+from cushion_deploy.verbs.parity import pipeline_of_bundle
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.engine import REPORT, open_engine, open_plan, read_engine
 
@@ -83,11 +89,14 @@ def _verdict(engine: str, ratio: Comparison) -> str:
     return f"On {engine}, INT8 is not faster in {' and '.join(slower)}: it runs {said} as floating point."
 
 
-def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: int | None, twin: bool = True) -> Bench:
+def bench_bundle(
+    recipe: Recipe, run: Run, bundle: Bundle, workload: Workload, *, threads: int | None, twin: bool = True
+) -> Bench:
     """Time a verified bundle's engines, each beside a float twin that is made from the original model.
 
     Args:
-        ws: whose recipe names the original model.
+        recipe: the bundle's; it names the original model.
+        run: the work folder.
         bundle: what is timed.
         workload: what runs.
         threads: of every engine on the CPU; None for one per core.
@@ -98,40 +107,53 @@ def bench_bundle(ws: Workspace, bundle: Bundle, workload: Workload, *, threads: 
     """
     workload.check(bundle.contract)
     graphs = {f"{CPU_ENGINE}, {INT8}": bundle.graph}
-    sessions: dict[str, DecoderSession] = {}
     plans, not_run = _open_plans(bundle)
-    with ws.store.lock() if twin else nullcontext():
-        if twin:
-            deployed = read_deployed(ws, bundle.path, bundle.graph)
-            graphs[f"{CPU_ENGINE}, float32"] = export(ws, deployed, dtype="float32", name="float", quantized=False)
-        sessions = {name: open_session(graph, threads=threads) for name, graph in graphs.items()}
-        for engine, session in plans.items():
-            found = {f"{engine}, {INT8}": session}
-            try:
-                if twin:
-                    artifact = read_engine(bundle, engine)
-                    found[f"{engine}, {artifact.form[0]}"] = _float_plan(ws, bundle, artifact)
-                for each in found.values():
-                    each.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64), need_logits="none")
-                    each.reset()
-                sessions |= found
-            except CushionError as e:  # one plan that cannot take the workload is no reason to time nothing
-                not_run[engine] = f"not run: {e.message}"
-                for each in found.values():
-                    each.close()
+    sessions: dict[str, DecoderSession] = {}
     try:
-        times = time_sessions(sessions, workload, ws.progress)
+        with run.store.lock() if twin else nullcontext():
+            twins = _Twins(pipeline_of_bundle(recipe, bundle.path), run, bundle) if twin else None
+            if twins:
+                graphs[f"{CPU_ENGINE}, float32"] = twins.graph()
+            sessions = {name: open_session(graph, threads=threads) for name, graph in graphs.items()}
+            for engine, session in plans.items():
+                try:
+                    sessions |= _ready(engine, session, twins, workload)
+                except CushionError as e:  # one plan that cannot take the workload is no reason to time nothing
+                    not_run[engine] = f"not run: {e.message}"
+        times = time_sessions(sessions, workload, run.progress)
         memory = {name: size for name, s in sessions.items() if (size := getattr(s, "device_bytes", 0))}
     finally:
         for session in (*sessions.values(), *plans.values()):
             session.close()
     memory |= {name: peak_memory(graph, workload, threads) for name, graph in graphs.items()}
-    ratios = {}
+    return Bench(workload, times, memory, {name: g.size for name, g in graphs.items()}, _ratios(times, workload), not_run)
+
+
+def _ratios(times: Mapping[str, Times], workload: Workload) -> dict[str, Comparison]:
+    """Return INT8 against floating point on every engine that ran both."""
+    found = {}
     for name in times:
         engine, _, kind = name.partition(", ")
         if kind != INT8:
-            ratios[engine] = compare(times[f"{engine}, {INT8}"], times[name], workload)
-    return Bench(workload, times, memory, {name: g.size for name, g in graphs.items()}, ratios, not_run)
+            found[engine] = compare(times[f"{engine}, {INT8}"], times[name], workload)
+    return found
+
+
+def _ready(engine: str, plan: DecoderSession, twins: _Twins | None, workload: Workload) -> dict[str, DecoderSession]:
+    """Return a plan's session and its float twin's by name, once both have taken the workload's prompt."""
+    found = {f"{engine}, {INT8}": plan}
+    try:
+        if twins:
+            dtype, session = twins.plan(engine)
+            found[f"{engine}, {dtype}"] = session
+        for each in found.values():
+            each.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64), need_logits="none")
+            each.reset()
+    except CushionError:
+        for each in found.values():
+            each.close()
+        raise
+    return found
 
 
 def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, str]]:
@@ -147,17 +169,36 @@ def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, st
     return opened, reasons
 
 
-def _float_plan(ws: Workspace, bundle: Bundle, artifact: EngineArtifact) -> DecoderSession:
-    """Compile the same model without INT8 for the same engine and targets, within the same limits, and open it."""
-    engine, limits = artifact.engine, artifact.details["limits"]
-    # Its cache is what a float build would have: static where it can be, beside an INT8 cache that grows too.
-    deployed = replace(read_deployed(ws, bundle.path, bundle.graph), kv=None)
-    _, capacity = plan_form(ws, deployed, ENGINES[engine], bundle.graph.contract, limits["context"])
-    dtype = artifact.form[0]
-    graph = export(ws, deployed, dtype=dtype, name=f"{dtype}-twin", quantized=False, capacity=capacity)
-    options = CompileOptions(artifact.targets, limits["batch"], limits["context"], limits["prefill"])
-    # Compiled anew and in a folder of its own: opening a plan runs code, and a work folder may be anybody's.
-    with tempfile.TemporaryDirectory(prefix="cushion-bench-") as name:
-        made = ENGINES[engine].compile(graph, Path(name), options)
-        plan = next(Path(name) / file for file in made.files if file != REPORT).read_bytes()
-    return open_plan(engine, plan, graph)
+@dataclass(frozen=True)
+class _Twins:
+    """Float twins of a bundle's graph and plans, made from the original model."""
+
+    pipeline: Pipeline
+    run: Run
+    bundle: Bundle
+
+    def graph(self, form: GraphForm | None = None) -> ExportedGraph:
+        """Return the graph in floating point, in the bundle's form or another."""
+        quantization = read_quantization(self.bundle.path, self.bundle.graph, self.pipeline.scheme)
+        # Its cache is what a float build would have, beside an INT8 cache too.
+        form = replace(form or self._form, quantized=False)
+        return self.run.get(self.pipeline.graph(Given(quantization.float_twin), form))
+
+    @property
+    def _form(self) -> GraphForm:
+        form = self.pipeline.form
+        return replace(form, cache="growing") if form.cache == "int8" else form
+
+    def plan(self, engine: str) -> tuple[str, DecoderSession]:
+        """Compile the same model without INT8 for an engine's targets, within the same limits; return type, session."""
+        artifact = read_engine(self.bundle, engine)
+        limits, dtype = artifact.details["limits"], artifact.form[0]
+        contract = self.bundle.graph.contract
+        form = engine_form(self._form, ENGINES[engine], dtype, limits["context"], contract)
+        graph = self.graph(form)
+        options = CompileOptions(artifact.targets, limits["batch"], limits["context"], limits["prefill"])
+        # Compiled anew and in a folder of its own: opening a plan runs code, and a work folder may be anybody's.
+        with tempfile.TemporaryDirectory(prefix="cushion-bench-") as name:
+            made = ENGINES[engine].compile(graph, Path(name), options)
+            plan = next(Path(name) / file for file in made.files if file != REPORT).read_bytes()
+        return dtype, open_plan(engine, plan, graph)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,28 +18,36 @@ from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.corpora import python_topics
 from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress
+from cushion_deploy.recipe import Calibration, Recipe
 from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.engines.registry import Availability, availabilities
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import TextScore, score_text
 from cushion_deploy.modeling.forward import run, token_nll
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
-from cushion_deploy.pipeline.limits import longest_prefix
-from cushion_deploy.pipeline.needs import GIB, Needs, estimate_needs
-from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.prefix.candidates import obvious_tokens
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.search import draw_text
+from cushion_deploy.stages.base import Speed
+from cushion_deploy.stages.compile import compile_options
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.resources import GIB, Resources, estimate
+from cushion_deploy.stages.run import Run
+from cushion_deploy.stages.windows import longest_prefix
 
 SINK_RATIO = 20.0
 """A token is a sink where it enters a Site at this many times what the median token does."""
 SAMPLES, SAMPLE_TOKENS = 4, 256
 HALF_RESIDUAL = 30_000
+COSTLY = 0.1
+"""Growth of the perplexity, as a share, that a model without sinks is warned of."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class Diagnosis:
         prefix_allowed: whether the recipe lets a build have one.
         largest_residual: largest magnitude between two layers, without a prefix.
         cost: of static W8A8 without a prefix.
-        needs: of a build.
+        resources: what a build takes here.
         engines: every engine.
         warnings: sentences.
     """
@@ -99,41 +111,53 @@ class Diagnosis:
     prefix_allowed: bool
     largest_residual: float
     cost: Cost
-    needs: Needs
+    resources: Resources
     engines: tuple[Availability, ...]
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
         cost = {**asdict(self.cost), "change": self.cost.change}
-        return {
+        found = {
             **asdict(self),
             "cost": {name: value if math.isfinite(value) else None for name, value in cost.items()},
-            "needs": {**asdict(self.needs), "total_seconds": self.needs.total_seconds},
+            "needs": {**asdict(self.resources), "total_seconds": self.resources.total_seconds},
         }
+        del found["resources"]
+        return found
 
 
-def diagnose(ws: Workspace) -> Diagnosis:
-    """Look at the recipe's model on a sample of its calibration text.
+def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
+    """Look at a recipe's model on a sample of its calibration text.
 
     Raises:
         UsageError: the text is shorter than the sample, or the model cannot be loaded.
     """
-    model, config = ws.model, ws.recipe.search
-    data = ws.recipe.calibration.data
+    recipe, model = pipeline.recipe, run.get(pipeline.model)
     # Without the half that a build samples from the model: that takes longer than the whole look.
-    chosen = python_topics("calibration") if data is None else ws.corpus(data, "calibration")
+    chosen = run.get(pipeline.text) if recipe.calibration.data is not None else python_topics("calibration")
     corpus = model.encode(chosen.text)
     windows = _sample(model, corpus)
     sinks, sites = find_sinks(model, windows)
-    text = draw_text(corpus, min(config.text_tokens, windows.shape[1]), ws.recipe.seed, 0)
-    before = score_prefix(model, [], text, config.objective)
-    scores = score_candidates(model, [], text, obvious_tokens(model), config.objective, progress=ws.progress)
-    relief = min(scores, default=before) / before if before else 1.0
-    cost = static_cost(ws, windows)
-    needs = estimate_needs(ws, windows)
+    relief = prefix_relief(model, corpus, windows.shape[1], recipe, run.progress)
+    found = Diagnosis(
+        _facts(model),
+        sinks,
+        sites,
+        relief,
+        prefix_pays=relief <= recipe.search.tau,
+        prefix_allowed=longest_prefix(recipe) > 0,
+        largest_residual=_largest_residual(model, windows),
+        cost=static_cost(model, windows, recipe.calibration, run.progress),
+        resources=_resources(pipeline, run, windows),
+        engines=availabilities(),
+    )
+    return replace(found, warnings=tuple(_warnings(model, found)))
+
+
+def _facts(model: TorchRunner) -> dict[str, Any]:
     spec = model.spec
-    facts = {
+    return {
         "source": spec.source,
         "family": spec.family,
         "parameters": spec.parameters,
@@ -144,24 +168,56 @@ def diagnose(ws: Workspace) -> Diagnosis:
         "positions": spec.max_positions,
         "linears": sum(map(len, model.sites.values())),
     }
-    residual = max(layer["top1"] for layer in layer_magnitudes(model, Prefix.empty(spec), windows[:1]))
-    found = Diagnosis(
-        facts,
-        sinks,
-        sites,
-        relief,
-        prefix_pays=relief <= config.tau,
-        prefix_allowed=longest_prefix(ws.recipe) > 0,
-        largest_residual=residual,
-        cost=cost,
-        needs=needs,
-        engines=availabilities(),
+
+
+def _largest_residual(model: TorchRunner, windows: IntArray) -> float:
+    return max(layer["top1"] for layer in layer_magnitudes(model, Prefix.empty(model.spec), windows[:1]))
+
+
+def prefix_relief(model: TorchRunner, corpus: IntArray, tokens: int, recipe: Recipe, progress: Progress) -> float:
+    """Return the share of the quantization error that the best of some common tokens leaves as a prefix.
+
+    Args:
+        model: the model.
+        corpus: token ids int64 ``[n]`` that the text is drawn from.
+        tokens: length of the text, at most.
+        recipe: its search says what is measured.
+        progress: where to report.
+    """
+    config = recipe.search
+    text = draw_text(corpus, min(config.text_tokens, tokens), recipe.seed, 0)
+    before = score_prefix(model, [], text, config.objective)
+    scores = score_candidates(model, [], text, obvious_tokens(model), config.objective, progress=progress)
+    return min(scores, default=before) / before if before else 1.0
+
+
+def _resources(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources:
+    """Return what a build takes with every engine that can compile here."""
+    model = run.get(pipeline.model)
+    speed = Speed(
+        model.spec,
+        layers=seconds_a_position(model, windows, head=False),
+        whole=seconds_a_position(model, windows, head=True),
     )
-    return replace(found, warnings=tuple(_warnings(ws, found)))
+    engines = tuple(engine.name for engine in availabilities() if engine.compiles)
+    end = pipeline.build(engines, compile_options(pipeline.recipe, ()), Path("bundle"))
+    return estimate([end], pipeline.recipe, speed, run.store.root)
 
 
 @torch.inference_mode()
-def find_sinks(model: LoadedModel, windows: IntArray) -> tuple[tuple[Sink, ...], tuple[tuple[Site, float], ...]]:
+def seconds_a_position(model: TorchRunner, windows: IntArray, *, head: bool) -> float:
+    """Return what a token position takes here, the median of three passes over the first window."""
+    row = model.tensor(windows[:1])
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        model.run(row, [], head=head)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) / row.shape[1]
+
+
+@torch.inference_mode()
+def find_sinks(model: TorchRunner, windows: IntArray) -> tuple[tuple[Sink, ...], tuple[tuple[Site, float], ...]]:
     """Return the sinks of windows int64 ``[count, length]``, and the Sites that they enter with their ratios."""
     largest: dict[Site, Tensor] = {}
 
@@ -196,12 +252,11 @@ def find_sinks(model: LoadedModel, windows: IntArray) -> tuple[tuple[Sink, ...],
 
 
 @torch.inference_mode()
-def static_cost(ws: Workspace, windows: IntArray) -> Cost:
+def static_cost(model: TorchRunner, windows: IntArray, config: Calibration, progress: Progress) -> Cost:
     """Return the perplexity of one half of the windows, quantized with the ranges of the other, without any remedy."""
-    model, config = ws.model, ws.recipe.calibration
     half = len(windows) // 2
     empty = Prefix.empty(model.spec)
-    histograms = observe_sites(model, empty, windows[:half], np.ones_like(windows[:half]), progress=ws.progress)
+    histograms = observe_sites(model, empty, windows[:half], np.ones_like(windows[:half]), progress=progress)
     scales = choose_scales(
         histograms,
         RangeEstimator(config.estimator, config.percentile),
@@ -212,13 +267,13 @@ def static_cost(ws: Workspace, windows: IntArray) -> Cost:
     def nll(ids: IntArray) -> FloatArray:
         return token_nll(model, ids, empty)
 
-    plain = score_text(nll, windows[half:], ws.progress, "perplexity in floating point")
+    plain = score_text(nll, windows[half:], progress, "perplexity in floating point")
     with simulated(model, PRECISIONS["w8a8"], scales):
-        quantized = score_text(nll, windows[half:], ws.progress, "perplexity in static W8A8")
+        quantized = score_text(nll, windows[half:], progress, "perplexity in static W8A8")
     return Cost(plain.tokens, TextScore(plain.losses).perplexity, quantized.perplexity)
 
 
-def _sample(model: LoadedModel, corpus: IntArray) -> IntArray:
+def _sample(model: TorchRunner, corpus: IntArray) -> IntArray:
     """Return windows int64 ``[count, length]`` spread over a text."""
     length = min(SAMPLE_TOKENS, model.spec.max_positions, len(corpus) // 2)
     count = min(SAMPLES, len(corpus) // length) if length >= 2 else 0
@@ -230,41 +285,48 @@ def _sample(model: LoadedModel, corpus: IntArray) -> IntArray:
     return np.concatenate([before, chosen], axis=1)[:, : model.spec.max_positions]
 
 
-def _warnings(ws: Workspace, found: Diagnosis) -> list[str]:
-    spec, needs, said = ws.model.spec, found.needs, []
-    if needs.memory_free and needs.memory > needs.memory_free:
-        said.append(
-            f"a build needs about {needs.memory / GIB:.1f} GiB of memory and {needs.memory_free / GIB:.1f} are free"
-        )
-    if needs.disk > needs.disk_free:
-        said.append(f"a build needs about {needs.disk / GIB:.1f} GiB of disk and {needs.disk_free / GIB:.1f} are free")
-    if not any(engine.compiles for engine in found.engines):
-        said.append("no engine can compile here")
-    if found.prefix_pays and found.sinks and all(sink.position for sink in found.sinks):
-        said.append("sinks stand inside of texts only, not at their beginning: look at the report before you deploy")
-    if found.prefix_pays and not found.prefix_allowed:
-        said.append("a prefix pays, and the recipe builds without one")
+def _warnings(model: TorchRunner, found: Diagnosis) -> list[str]:
+    """Return what will not work, or not well, one sentence each."""
+    spec = model.spec
+    told = {
+        "no engine can compile here": not any(engine.compiles for engine in found.engines),
+        "a prefix pays, and the recipe builds without one": found.prefix_pays and not found.prefix_allowed,
+        "sinks stand inside of texts only, not at their beginning: look at the report before you deploy": (
+            found.prefix_pays and bool(found.sinks) and all(sink.position for sink in found.sinks)
+        ),
+        "static W8A8 is costly although no sink is to blame: SmoothQuant and --keep-float auto:N are there for that": (
+            not found.prefix_pays and not found.sinks and found.cost.change > COSTLY
+        ),
+        "soft caps keep TensorRT from fusing attention into one kernel": bool(spec.score_cap or spec.logit_cap),
+        "ALiBi keeps TensorRT from fusing attention into one kernel": model.family.positions == "alibi",
+        "the tokenizer has no chat template: `generate --chat` will not work": (
+            not getattr(model.tokenizer, "chat_template", None)
+        ),
+    }
+    said = [sentence for sentence, holds in told.items() if holds]
+    return [*_resource_warnings(found.resources), *_position_warnings(spec, found), *said]
+
+
+def _resource_warnings(needed: Resources) -> Iterator[str]:
+    for what, amount, free in (
+        ("memory", needed.memory, needed.memory_free),
+        ("disk", needed.disk, needed.disk_free),
+    ):
+        if free and amount > free:
+            yield f"a build needs about {amount / GIB:.1f} GiB of {what} and {free / GIB:.1f} are free"
+
+
+def _position_warnings(spec: ModelSpec, found: Diagnosis) -> Iterator[str]:
     windows = [window for window in spec.windows if window]
     if windows and found.prefix_allowed:
-        said.append(
+        yield (
             f"{len(windows)} of {spec.num_layers} layers look back {min(windows):,} tokens: further into a text they "
             "no longer see the prefix, and sinks may come back there"
         )
     if spec.rotary and spec.rotary.rule == "longrope":
-        said.append(f"a context ends at {spec.max_positions:,} positions: beyond them longrope turns cached keys anew")
+        yield f"a context ends at {spec.max_positions:,} positions: beyond them longrope rotates cached keys again"
     if found.largest_residual > HALF_RESIDUAL:
-        said.append(
+        yield (
             f"the residual stream reaches {found.largest_residual:,.0f} without a prefix, and half ends at 65,504: if "
             "a prefix does not lower it, compile plans with --dtype bf16"
         )
-    if not found.prefix_pays and not found.sinks and found.cost.change > 0.1:
-        said.append(
-            "static W8A8 is costly although no sink is to blame: SmoothQuant and --keep-float auto:N are there for that"
-        )
-    if spec.score_cap or spec.logit_cap:
-        said.append("soft caps keep TensorRT from fusing attention into one kernel")
-    if ws.model.family.positions == "alibi":
-        said.append("ALiBi keeps TensorRT from fusing attention into one kernel")
-    if not getattr(ws.model.tokenizer, "chat_template", None):
-        said.append("the tokenizer has no chat template: `generate --chat` will not work")
-    return said

@@ -1,0 +1,106 @@
+"""Climb the ladder for a graph: every rung, from what is written in the graph to the engine's own free run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.engines.onnxruntime.session import open_session
+from cushion_deploy.parity.checks import ParityCheck
+from cushion_deploy.parity.constants import cache_scale_rung, scale_rung, weight_rung
+from cushion_deploy.parity.ladder import (
+    TorchReference,
+    decode_rung,
+    engine_rung,
+    float_rung,
+    plan_rung,
+    segment_decode_rung,
+    segment_rung,
+)
+from cushion_deploy.parity.segments import SegmentRun
+
+if TYPE_CHECKING:
+    from cushion_deploy.modeling.runner import TorchRunner
+
+
+@dataclass
+class Climb:
+    """One climb.
+
+    Attributes:
+        model: the model with the smoothing folded in.
+        quantization: what the graphs were made of.
+        reference: what torch computed on the parity text.
+        graph: the bundle's graph.
+        twin: the same graph in floating point.
+        plans: other graphs that engines were compiled from.
+        tokens: tokens to decode one by one.
+        progress: where to report.
+        engine_perplexity: of the engine, once :meth:`rungs` has ended.
+    """
+
+    model: TorchRunner
+    quantization: Quantization
+    reference: TorchReference
+    graph: ExportedGraph
+    twin: ExportedGraph
+    plans: tuple[ExportedGraph, ...]
+    tokens: int
+    progress: Progress = silent
+    engine_perplexity: float = float("nan")
+
+    def rungs(self) -> Iterator[list[ParityCheck]]:
+        """Yield the checks of every rung, in order."""
+        for graph in (self.graph, *self.plans):
+            yield from self._constants(graph)
+        yield from self._float_graph()
+        yield from self._canonical_graph()
+        yield from self._engine()
+
+    def _constants(self, graph: ExportedGraph) -> Iterator[list[ParityCheck]]:
+        from cushion_deploy.parity.reference import linear_codes
+
+        name, kv = "graph" if graph is self.graph else plan_name(graph), self.quantization.kv_scales
+        yield scale_rung(f"scales in the {name} against scales.json", graph, self.quantization.static_scales)
+        if kv:
+            yield cache_scale_rung(f"scales in the {name} against kv_scales.json", graph, kv)
+        codes = linear_codes(self.model, self.quantization.scheme)
+        yield weight_rung(f"weights in the {name} against fake-quant", graph, codes)
+
+    def _float_graph(self) -> Iterator[list[ParityCheck]]:
+        from cushion_deploy.parity.reference import float_inputs
+
+        ids, prefix = self.reference.ids, self.quantization.prefix
+        yield float_rung(self.reference, self.twin, lambda: float_inputs(self.model, prefix, ids))
+        yield decode_rung("float graph: decode against prefill", ids, open_session(self.twin), self.tokens)
+
+    def _canonical_graph(self) -> Iterator[list[ParityCheck]]:
+        literal = SegmentRun(self.graph, self.quantization.static_scales, "literal")
+        yield segment_rung("canonical ONNX against fake-quant", self.reference, literal)
+        for graph in self.plans:
+            plan, name = SegmentRun(graph, self.quantization.static_scales, "literal"), plan_name(graph)
+            yield plan_rung(f"{name} against the float32 graph", self.reference, literal, plan)
+            if graph.contract.cache_capacity:
+                rung = f"{name}: decode against prefill"
+                yield segment_decode_rung(rung, self.reference, plan, self.tokens)
+
+    def _engine(self) -> Iterator[list[ParityCheck]]:
+        fused = SegmentRun(self.graph, self.quantization.static_scales, "fused")
+        segments = segment_rung("onnxruntime kernels against fake-quant", self.reference, fused)
+        yield segments
+        rung = "onnxruntime kernels: decode against prefill"
+        yield segment_decode_rung(rung, self.reference, fused, self.tokens)
+        del fused
+        session = open_session(self.graph)
+        rung = "onnxruntime engine against fake-quant"
+        checks, self.engine_perplexity = engine_rung(rung, self.reference, session, self.progress, segments)
+        yield checks
+
+
+def plan_name(graph: ExportedGraph) -> str:
+    """Return what the graph behind a plan is called: its type, and whether its cache is static."""
+    return f"{graph.contract.dtype} graph" + (" with a static cache" if graph.contract.cache_capacity else "")

@@ -1,1 +1,0 @@
-"""Each verb of the command line as one function; ``build`` is their composition."""

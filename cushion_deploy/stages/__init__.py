@@ -1,0 +1,1 @@
+"""The pipeline: one stage a file, and the table of stages and edges that makes a build of them."""

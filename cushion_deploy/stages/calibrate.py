@@ -1,0 +1,126 @@
+"""Calibrate: static activation scales, and the scales of an INT8 cache, on the calibration text behind a prefix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from cushion_deploy.core.artifacts import SCALES_FILE, read_kv_scales, read_scales, write_kv_scales, write_scales
+from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvGranularity, KvScales
+from cushion_deploy.core.scales import ActivationScales, Estimator
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.stages.base import Node, Part
+from cushion_deploy.stages.observation import Observation
+from cushion_deploy.stages.run import Inputs
+from cushion_deploy.store.json_files import read_json, write_json
+
+if TYPE_CHECKING:
+    from cushion_deploy.modeling.runner import TorchRunner
+
+AMAX = "amax.json"
+
+
+@dataclass(frozen=True)
+class CalibratedScales:
+    """Scales, and the largest magnitude that was observed at each Site."""
+
+    scales: ActivationScales
+    amax: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Calibrate(Observation[CalibratedScales]):
+    """Choose the static scale of every Site.
+
+    Attributes:
+        smoothing: folded into the model; None for none.
+        estimator, percentile: the range estimator.
+        bits, symmetric: of the codes; the deployable ones are 8 bits, symmetric.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    smoothing: Node[Smoothing] | None
+    estimator: Estimator
+    percentile: float
+    bits: int = 8
+    symmetric: bool = True
+
+    @property
+    def scales(self) -> Node[ActivationScales]:
+        """The scales alone."""
+        return Part(self, "scales")
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        """Write scales and largest magnitudes."""
+        from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+        from cushion_deploy.calib.estimators import RangeEstimator
+
+        model, prefix = folded(self.model, self.smoothing, inputs), inputs.get(self.prefix)
+        ids, mask = self.observed_windows(inputs)
+        histograms = observe_sites(model, prefix, ids, mask, progress=inputs.progress)
+        scales = choose_scales(
+            histograms,
+            RangeEstimator(self.estimator, self.percentile),
+            model.lineage(prefix, inputs.get(self.text).digest),
+            int(mask.sum()),
+            bits=self.bits,
+            symmetric=self.symmetric,
+        )
+        write_scales(scales, out / SCALES_FILE)
+        write_json(out / AMAX, {site: h.amax for site, h in histograms.items()})
+
+    def read(self, folder: Path) -> CalibratedScales:
+        """Return both."""
+        return CalibratedScales(read_scales(folder / SCALES_FILE), read_json(folder / AMAX))
+
+    def digest_of(self, artifact: CalibratedScales) -> str:
+        """Return the digest of the scales."""
+        return artifact.scales.digest
+
+
+@dataclass(frozen=True)
+class CalibrateCache(Observation[KvScales]):
+    """Choose the scales of an INT8 cache.
+
+    Attributes:
+        smoothing: folded into the model; None for none.
+        estimator, percentile: the range estimator.
+        granularity: one scale a head, or one a layer.
+        prefix_in_cache: whether a prefix lies in the cache, so that it is quantized too.
+    """
+
+    name: ClassVar[str] = "calibrate-kv"
+    smoothing: Node[Smoothing] | None
+    estimator: Estimator
+    percentile: float
+    granularity: KvGranularity
+    prefix_in_cache: bool
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        """Write the scales."""
+        from cushion_deploy.calib.estimators import RangeEstimator
+        from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
+
+        model, prefix = folded(self.model, self.smoothing, inputs), inputs.get(self.prefix)
+        ids, mask = self.observed_windows(inputs)
+        scales = choose_kv_scales(
+            observe_cache(model, prefix, ids, mask, self.granularity, progress=inputs.progress),
+            RangeEstimator(self.estimator, self.percentile),
+            self.granularity,
+            prefix,
+            model.lineage(prefix, inputs.get(self.text).digest),
+            int(mask.sum()),
+            with_prefix=self.prefix_in_cache,
+        )
+        write_kv_scales(scales, out / KV_SCALES_FILE)
+
+    def read(self, folder: Path) -> KvScales:
+        """Return the scales."""
+        return read_kv_scales(folder / KV_SCALES_FILE)
+
+
+def folded(model: Node[TorchRunner], smoothing: Node[Smoothing] | None, inputs: Inputs) -> TorchRunner:
+    """Return a model with a smoothing folded in, or as it is where there is none."""
+    found = inputs.get(model)
+    return found.folded(inputs.get(smoothing)) if smoothing else found

@@ -1,0 +1,95 @@
+"""Compile: an engine of a graph, with the linears that run in INT8 counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.progress import elapsed
+from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.stages.base import Node, Stage
+from cushion_deploy.stages.run import Inputs
+from cushion_deploy.store import place
+from cushion_deploy.store.json_files import read_json
+
+DESCRIPTION = "engine.json"
+LINKED_BYTES = 64 << 20
+"""An engine's file of this size or more shares its bytes with the work folder; smaller ones may be edited: copied."""
+
+
+@dataclass(frozen=True)
+class CompiledEngine:
+    """A compiled engine, and the folder of its files."""
+
+    artifact: EngineArtifact
+    folder: Path
+
+    def place(self, bundle: Path) -> None:
+        """Put its files into a bundle that is being written."""
+        target = bundle / "engines" / self.artifact.engine
+        target.mkdir(parents=True)
+        for name in self.artifact.files:
+            file = self.folder / name
+            place(file, target / name, link=file.stat().st_size >= LINKED_BYTES)
+
+
+@dataclass(frozen=True)
+class Compile(Stage[CompiledEngine]):
+    """Compile a graph for an engine.
+
+    Attributes:
+        graph: what is compiled.
+        engine: name of the engine.
+        engine_version: of the library that compiles.
+        options: targets, limits of the profiles, linears that may stay in floating point.
+    """
+
+    name: ClassVar[str] = "engine"
+    graph: Node[ExportedGraph]
+    engine: str
+    engine_version: str
+    options: CompileOptions
+
+    @classmethod
+    def of(cls, graph: Node[ExportedGraph], engine: str, options: CompileOptions) -> Compile:
+        """Return the stage for the version of the library that is installed."""
+        return cls(graph, engine, ENGINES[engine].version(), options)
+
+    @property
+    def label(self) -> str:
+        """The name and the engine."""
+        return f"{self.name}-{self.engine}"
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        """Write the engine's files; raises CheckFailed where too few linears run in INT8."""
+        with elapsed(inputs.progress, f"compiling for {self.engine}"):
+            ENGINES[self.engine].compile(inputs.get(self.graph), out, self.options)
+
+    def read(self, folder: Path) -> CompiledEngine:
+        """Return the engine."""
+        return CompiledEngine(EngineArtifact.from_json(read_json(folder / DESCRIPTION)), folder)
+
+    def digest_of(self, artifact: CompiledEngine) -> str:
+        """Return the compatibility key: two plans of one graph differ by some bytes."""
+        return artifact.artifact.key
+
+    def room(self, inputs: Inputs) -> int:
+        """A plan may hold every weight twice."""
+        return 2 * inputs.get(self.graph).size
+
+    def disk(self, spec: ModelSpec) -> int:
+        """As much as two graphs."""
+        return 4 * spec.parameters
+
+
+def compile_options(recipe: Recipe, targets: tuple[str, ...], allow_float_linears: int = 0) -> CompileOptions:
+    """Return what engines are asked for; the limits are the recipe's."""
+    plans = recipe.tensorrt
+    limits = plans.max_batch, plans.max_context, plans.max_prefill
+    return CompileOptions(targets, *limits, allow_float_linears=allow_float_linears)

@@ -1,0 +1,138 @@
+"""Evaluate: perplexity and divergence in four columns, and activation magnitudes without and with the prefix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cushion_deploy.calib.corpora import Corpus
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.evaluate.perplexity import TextScore
+from cushion_deploy.stages.base import Node, Speed, Stage
+from cushion_deploy.stages.run import Inputs
+from cushion_deploy.stages.windows import evaluation_windows, require_positions
+from cushion_deploy.store.digests import digest_json
+from cushion_deploy.store.json_files import read_json, write_json
+
+if TYPE_CHECKING:
+    from cushion_deploy.core.dtypes import IntArray
+    from cushion_deploy.modeling.runner import TorchRunner
+    from cushion_deploy.modeling.teacher import Fidelity, Teacher
+
+RESULT = "evaluation.json"
+PASSES = 5
+"""Over the text: four columns, and one that remembers what the original model says."""
+PASS_COST = 1.3
+"""Of a pass through a simulated model, over one through the model itself."""
+
+
+@dataclass(frozen=True)
+class Evaluate(Stage[dict[str, Any]]):
+    """Score the model in floating point and quantized, without and with the prefix.
+
+    The column 'quantized' is the same recipe without a prefix: its own smoothing and scales, nothing tuned.
+
+    Attributes:
+        model: in floating point.
+        quantization: behind the prefix.
+        bare: without one.
+        no_prefix: what stands before a text where no prefix does.
+        text: the evaluation text.
+        window: tokens in each window.
+        max_tokens: tokens that are scored at most.
+    """
+
+    name: ClassVar[str] = "evaluate"
+    model: Node[TorchRunner]
+    quantization: Node[Quantization]
+    bare: Node[Quantization]
+    no_prefix: Node[Prefix]
+    text: Node[Corpus]
+    window: int
+    max_tokens: int
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        """Write the columns and the magnitudes."""
+        from cushion_deploy.modeling.magnitudes import layer_magnitudes
+        from cushion_deploy.modeling.teacher import Teacher
+
+        model, quantization = inputs.get(self.model), inputs.get(self.quantization)
+        prefix, corpus = quantization.prefix, inputs.get(self.text)
+        require_positions("evaluation.window", self.window, prefix.length, model.spec)
+        windows = evaluation_windows(model, corpus, self.window, self.max_tokens)
+        teacher = Teacher(model)
+        teacher.remember(windows, inputs.progress)
+        measure = _Columns(model, teacher, windows, inputs)
+        columns = measure.four(quantization, inputs.get(self.bare))
+        found: dict[str, Any] = {
+            "perplexity": {
+                "corpus": corpus.name,
+                "window": self.window,
+                "tokens": int(windows.shape[0] * (windows.shape[1] - 1)),
+                **{name: _finite(TextScore(f.losses).perplexity) for name, f in columns.items()},
+                "divergence": {name: _finite(f.divergence) for name, f in columns.items()},
+            },
+            "magnitudes": {
+                "without": layer_magnitudes(model, inputs.get(self.no_prefix), windows[:1]),
+                "with": layer_magnitudes(model, prefix, windows[:1]),
+            },
+        }
+        if quantization.kv_scales:
+            plain = measure.quantized(replace(quantization, kv_scales=None), "W8A8, float cache")
+            score, divergence = TextScore(plain.losses).perplexity, plain.divergence
+            found["float_cache"] = {"perplexity": _finite(score), "divergence": _finite(divergence)}
+        write_json(out / RESULT, found)
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Return ``perplexity``, ``magnitudes`` and, of an INT8 cache, ``float_cache``, as report.json has them."""
+        found: dict[str, Any] = read_json(folder / RESULT)
+        return found
+
+    def digest_of(self, artifact: dict[str, Any]) -> str:
+        """Return the digest of the numbers."""
+        return digest_json(artifact)
+
+    def seconds(self, speed: Speed) -> float:
+        """Five passes over the text."""
+        return PASSES * self.max_tokens * PASS_COST * speed.whole
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Scores ways to run the model on the same windows, against what the original says of them."""
+
+    model: TorchRunner
+    teacher: Teacher
+    windows: IntArray
+    inputs: Inputs
+
+    def four(self, quantization: Quantization, bare: Quantization) -> dict[str, Fidelity]:
+        """Return the four columns; those with a prefix are those without where there is none."""
+        found = {"fp": self.floating(bare.prefix, "FP")}
+        behind = quantization.prefix.length > 0
+        found["fp_prefix"] = self.floating(quantization.prefix, "FP + prefix") if behind else found["fp"]
+        found["quantized"] = self.quantized(bare, "W8A8")
+        found["quantized_prefix"] = self.quantized(quantization, "W8A8 + prefix") if behind else found["quantized"]
+        return found
+
+    def floating(self, prefix: Prefix, name: str) -> Fidelity:
+        """Score the model itself behind a prefix."""
+        return self._compare(self.model, prefix, name)
+
+    def quantized(self, quantization: Quantization, name: str) -> Fidelity:
+        """Score the quantized model behind its prefix."""
+        from cushion_deploy.modeling.simulate import simulated
+
+        model = self.model.folded(quantization.smoothing)
+        with simulated(model, quantization.scheme, quantization.scales, kv=quantization.kv_scales):
+            return self._compare(model, quantization.prefix, name)
+
+    def _compare(self, model: TorchRunner, prefix: Prefix, name: str) -> Fidelity:
+        return self.teacher.compare(model, prefix, self.windows, self.inputs.progress, f"perplexity: {name}")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,143 @@
+"""Parity: climb the ladder for a graph, from transformers to the engine, and name the first Site that diverges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cushion_deploy.calib.corpora import Corpus
+from cushion_deploy.core.graph_form import GraphForm
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.core.sites import Site
+from cushion_deploy.parity.checks import ParityCheck, ParityReport
+from cushion_deploy.recipe import Evaluation as EvaluationSettings
+from cushion_deploy.recipe import Parity as ParitySettings
+from cushion_deploy.stages.base import Node, Speed, Stage
+from cushion_deploy.stages.run import Inputs
+from cushion_deploy.stages.windows import evaluation_windows
+from cushion_deploy.store import require_space
+from cushion_deploy.store.digests import digest_json
+from cushion_deploy.store.json_files import read_json, write_json
+
+if TYPE_CHECKING:
+    from cushion_deploy.modeling.runner import TorchRunner
+
+RESULT = "parity.json"
+PASSES = 12
+"""Over the parity text, of all rungs together."""
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """The ladder's report, the engine's own perplexity, and the size of the float twin in bytes."""
+
+    report: ParityReport
+    engine_perplexity: float | None
+    float_bytes: int
+
+
+@dataclass(frozen=True)
+class Parity(Stage[ParityResult]):
+    """Climb the ladder.
+
+    Attributes:
+        model: in floating point.
+        quantization: what the graphs were made of.
+        graph: the bundle's graph.
+        form: of that graph.
+        plans: graphs that engines were compiled from; each that is another one has a rung.
+        text: that logits and codes are compared on.
+        evaluation_text: that perplexity is compared on.
+        parity, evaluation: the recipe's sections.
+        runtime: version of ONNX Runtime.
+    """
+
+    name: ClassVar[str] = "parity"
+    model: Node[TorchRunner]
+    quantization: Node[Quantization]
+    graph: Node[ExportedGraph]
+    form: GraphForm
+    plans: tuple[Node[ExportedGraph], ...]
+    text: Node[Corpus]
+    evaluation_text: Node[Corpus]
+    parity: ParitySettings
+    evaluation: EvaluationSettings
+    runtime: str
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        """Write every check; the float twin is removed again."""
+        with TemporaryDirectory(dir=out) as twin:
+            found = self.climb(inputs, Path(twin))
+        write_json(out / RESULT, found)
+
+    def climb(self, inputs: Inputs, folder: Path) -> dict[str, Any]:
+        """Return the result, JSON-ready; the float twin is exported into ``folder``."""
+        from cushion_deploy.export.folder import export_graph
+        from cushion_deploy.parity.climb import Climb
+        from cushion_deploy.parity.reference import torch_reference
+
+        original, quantization = inputs.get(self.model), inputs.get(self.quantization)
+        model, corpus = original.folded(quantization.smoothing), inputs.get(self.text)
+        ids = model.encode(corpus.text)[None, : self.parity.tokens]
+        evaluation = self.evaluation
+        windows = evaluation_windows(
+            model, inputs.get(self.evaluation_text), evaluation.window, evaluation.max_tokens
+        )
+        reference = torch_reference(model, quantization, ids, windows, inputs.progress, original)
+        graph = inputs.get(self.graph)
+        plans = distinct_graphs([inputs.get(plan) for plan in self.plans], graph)
+        require_space(folder, 4 * model.spec.parameters)
+        form = replace(self.form, quantized=False, cache="growing", opset=graph.opset)
+        twin = export_graph(original.spec, original.weights, quantization.float_twin, form, folder)
+        tokens = min(self.parity.decode_tokens, ids.shape[1] // 2)
+        climb = Climb(
+            model, quantization, reference, graph, twin, plans, tokens, inputs.progress
+        )
+        checks = tuple(check for rung in climb.rungs() for check in rung)
+        perplexity = climb.engine_perplexity
+        return {
+            "parity": ParityReport(checks, corpus.name, int(ids.size)).to_json(),
+            "engine_perplexity": perplexity if math.isfinite(perplexity) else None,
+            "float_bytes": twin.size,
+        }
+
+    def read(self, folder: Path) -> ParityResult:
+        """Return the result."""
+        return read_result(read_json(folder / RESULT))
+
+    def digest_of(self, artifact: ParityResult) -> str:
+        """Return the digest of the report."""
+        return digest_json(artifact.report.to_json())
+
+    def seconds(self, speed: Speed) -> float:
+        """Passes over the parity text, and one over the evaluation text."""
+        return (self.parity.tokens * PASSES + self.evaluation.max_tokens) * speed.whole
+
+
+def read_result(data: dict[str, Any]) -> ParityResult:
+    """Rebuild a result from its JSON; a value of null is one that was not finite."""
+    report = data["parity"]
+    checks = [
+        ParityCheck(
+            rung=c["rung"],
+            metric=c["metric"],
+            value=math.nan if c["value"] is None else c["value"],
+            limit=c["limit"],
+            direction=c["direction"],
+            site=Site(c["site"]) if c["site"] else None,
+            note=c["note"],
+        )
+        for c in report["checks"]
+    ]
+    found = ParityReport(tuple(checks), report["corpus"], report["tokens"])
+    return ParityResult(found, data["engine_perplexity"], data["float_bytes"])
+
+
+def distinct_graphs(graphs: Sequence[ExportedGraph], graph: ExportedGraph) -> tuple[ExportedGraph, ...]:
+    """Return those that are another graph than ``graph``, each once."""
+    return tuple({g.digest: g for g in graphs if g.digest != graph.digest}.values())

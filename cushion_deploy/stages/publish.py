@@ -1,0 +1,74 @@
+"""Publish: all files of a bundle in a folder beside its place, then one rename."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cushion_deploy.core.artifacts import SCALES_FILE, SMOOTHING_FILE, write_prefix, write_scales, write_smoothing
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.prefix import PREFIX_FILE
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.report import Report, write_report
+from cushion_deploy.runtime.bundle import CONTRACT_NAME, TEXT_NAME
+from cushion_deploy.runtime.genai import GENAI_NAME, genai_config
+from cushion_deploy.stages.base import Derived, Node
+from cushion_deploy.stages.compile import CompiledEngine
+from cushion_deploy.stages.load import ModelFiles
+from cushion_deploy.stages.run import Inputs
+from cushion_deploy.store import place, publish, staging_area
+
+
+@dataclass(frozen=True)
+class Publish(Derived[Report]):
+    """Put a bundle in its place, all or nothing.
+
+    Attributes:
+        recipe: goes into the manifest.
+        files, quantization, graph, engines, report: what goes into the bundle.
+        output: its folder.
+    """
+
+    recipe: Recipe
+    files: Node[ModelFiles]
+    quantization: Node[Quantization]
+    graph: Node[ExportedGraph]
+    engines: tuple[Node[CompiledEngine], ...]
+    report: Node[Report]
+    output: Path
+
+    def make(self, inputs: Inputs) -> Report:
+        """Write the bundle and return its report."""
+        graph, report = inputs.get(self.graph), inputs.get(self.report)
+        quantization, files = inputs.get(self.quantization), inputs.get(self.files)
+        with staging_area(self.output) as staged:
+            # Copied: onnx tools take a second hard link of external data for an attack, and refuse to read it.
+            for file in (*files.paths, *graph.files):
+                place(file, staged / file.name, link=False)
+            (staged / CONTRACT_NAME).write_text(json.dumps(graph.to_json(), indent=1) + "\n")
+            # Search, calibration and scoring put text right behind the prefix: it has taken the place of <bos>.
+            (staged / TEXT_NAME).write_text(json.dumps({"keep_bos": quantization.prefix.length == 0}) + "\n")
+            if not graph.contract.prefix_slots:  # others begin with an empty cache, and would run without the prefix
+                _write_genai_config(graph, files.spec, staged)
+                write_prefix(quantization.prefix, staged / PREFIX_FILE)
+            write_scales(quantization.static_scales, staged / SCALES_FILE)
+            if quantization.smoothing:
+                write_smoothing(quantization.smoothing, staged / SMOOTHING_FILE)
+            for engine in self.engines:
+                inputs.get(engine).place(staged)
+            (staged / "report").mkdir()
+            write_report(report, staged / "report")
+            lineage = replace(graph.lineage, graph=graph.digest)
+            publish(staged, self.output, self.recipe.model_dump(mode="json"), lineage.to_json())
+        return report
+
+
+def _write_genai_config(graph: ExportedGraph, spec: ModelSpec, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = genai_config(
+        graph.contract, config, spec.eos_token_ids, heads=spec.num_heads, hidden_size=spec.hidden_size
+    )
+    (folder / GENAI_NAME).write_text(json.dumps(found, indent=1) + "\n")

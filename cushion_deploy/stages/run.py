@@ -1,0 +1,141 @@
+"""One run of a pipeline: reuse the stages that are finished, run the others, and time both."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.errors import UsageError
+from cushion_deploy.stages.base import Derived, Node, Stage
+from cushion_deploy.store import StageStore, require_space
+from cushion_deploy.store.digests import digest_json
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Wall time of one stage in this run; ``reused`` when an earlier run's result served."""
+
+    stage: str
+    seconds: float
+    reused: bool
+
+
+@dataclass
+class Run:
+    """Makes the artifacts of nodes, each once.
+
+    Attributes:
+        store: the work folder.
+        progress: where long work reports.
+        times: the stages of this run, in the order in which they ended.
+    """
+
+    store: StageStore
+    progress: Progress = silent
+    times: list[StageTime] = field(default_factory=list)
+    _artifacts: dict[Node[Any], Any] = field(default_factory=dict, repr=False)
+
+    def get(self, node: Node[T]) -> T:
+        """Return the artifact of a node; what it depends on is made first, where it is not at hand.
+
+        Raises:
+            UsageError: a stage has to run and the disk has no room for its artifact.
+        """
+        if node not in self._artifacts:
+            inputs = Inputs(self, node)
+            if isinstance(node, Stage):
+                self._artifacts[node] = self._kept(node, inputs)
+            else:
+                with self._clock(node):
+                    self._artifacts[node] = cast(Derived[T], node).make(inputs)
+        return cast(T, self._artifacts[node])
+
+    def digest(self, node: Node[Any]) -> str:
+        """Return the digest of a node's artifact, without making it where that is possible."""
+        known = node.known_digest
+        return node.digest_of(self.get(node)) if known is None else known
+
+    def key(self, stage: Stage[Any]) -> str:
+        """Return what a stage's artifact is kept under: its name, its version, its settings, its inputs' digests."""
+        inputs = {name: self.digest(node) for name, node in stage.inputs.items()}
+        decided_by = {"version": stage.version, "settings": stage.settings, "inputs": inputs}
+        return digest_json({"stage": stage.name, **decided_by})
+
+    @property
+    def seconds(self) -> float:
+        """Of all that was timed."""
+        return sum(t.seconds for t in self.times)
+
+    def _kept(self, stage: Stage[T], inputs: Inputs) -> T:
+        found = stage.shortcut(inputs)
+        if found is not None:
+            return found
+        key = self.key(stage)
+        start, inner = time.monotonic(), self.seconds
+        folder = self.store.find(stage.name, key)
+        reused = folder is not None
+        if folder is None:
+            logger.info("%s: running", stage.label)
+            if room := stage.room(inputs):
+                require_space(self.store.root, room)
+            with self.store.write(stage.name, key) as staged:
+                stage.run(inputs, staged)
+            folder = self.store.find(stage.name, key)
+            if folder is None:
+                raise UsageError(
+                    f"stage {stage.name} vanished from {self.store.root}", hint="do not touch the work folder"
+                )
+        # Inputs that the stage asked for while it ran were timed by themselves.
+        self.times.append(StageTime(stage.label, time.monotonic() - start - (self.seconds - inner), reused))
+        return stage.read(folder)
+
+    @contextmanager
+    def _clock(self, node: Node[Any]) -> Iterator[None]:
+        start, inner = time.monotonic(), self.seconds
+        yield
+        if isinstance(node, Derived) and node.timed:
+            self.times.append(StageTime(node.label, time.monotonic() - start - (self.seconds - inner), False))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a running node may use: the artifacts of its inputs, progress, and a folder for partial results.
+
+    Attributes:
+        run: which makes the artifacts.
+        node: the node that runs.
+    """
+
+    run: Run
+    node: Node[Any]
+
+    def get(self, node: Node[T]) -> T:
+        """Return the artifact of one of the node's inputs.
+
+        Raises:
+            ValueError: a stage asks for a node that is none of its inputs: its key would not depend on it.
+        """
+        declared = (*self.node.inputs.values(), *self.node.helpers.values())
+        if isinstance(self.node, Stage) and node not in declared:
+            raise ValueError(f"stage {self.node.name} does not declare the input {node.label}")
+        return self.run.get(node)
+
+    @property
+    def progress(self) -> Progress:
+        """Where long work reports."""
+        return self.run.progress
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for partial results of the stage, which survives a kill; removed when the stage is finished."""
+        stage = cast(Stage[Any], self.node)
+        return self.run.store.scratch(stage.name, self.run.key(stage))

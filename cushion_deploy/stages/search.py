@@ -1,0 +1,106 @@
+"""Search: the prefix by Algorithm 1 of the paper; and what stands before a text where no prefix does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from cushion_deploy.calib.corpora import Corpus
+from cushion_deploy.core.artifacts import read_prefix, write_prefix
+from cushion_deploy.core.prefix import PREFIX_FILE, Prefix
+from cushion_deploy.families import get_family
+from cushion_deploy.prefix.trace import SearchTrace
+from cushion_deploy.recipe import Search as SearchSettings
+from cushion_deploy.stages.base import Derived, Node, Part, Speed, Stage
+from cushion_deploy.stages.load import ModelFiles
+from cushion_deploy.stages.run import Inputs
+from cushion_deploy.stages.windows import require_positions
+from cushion_deploy.store.json_files import read_json, write_json
+
+if TYPE_CHECKING:
+    from cushion_deploy.modeling.runner import TorchRunner
+
+TRACE = "trace.json"
+USUAL_STEPS = 2
+"""Steps of a search: the second usually finds nothing."""
+
+
+@dataclass(frozen=True)
+class FoundPrefix:
+    """What a search found, and how."""
+
+    prefix: Prefix
+    trace: SearchTrace
+
+
+@dataclass(frozen=True)
+class Search(Stage[FoundPrefix]):
+    """Search a prefix.
+
+    Attributes:
+        model: in floating point.
+        text: the calibration text, which candidates are scored on.
+        search: the recipe's section.
+        seed: of every random choice.
+    """
+
+    name: ClassVar[str] = "search"
+    model: Node[TorchRunner]
+    text: Node[Corpus]
+    search: SearchSettings
+    seed: int
+
+    @property
+    def prefix(self) -> Node[Prefix]:
+        """The prefix alone."""
+        return Part(self, "prefix")
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        """Write the prefix and the trace."""
+        from cushion_deploy.prefix.search import PrefixSearch
+
+        model = inputs.get(self.model)
+        require_positions("search.text_tokens", self.search.text_tokens, self.search.max_length, model.spec)
+        ids = model.encode(inputs.get(self.text).text)
+        prefix, trace = PrefixSearch(model, ids, self.search, self.seed, inputs.scratch, inputs.progress).run()
+        write_prefix(prefix, out / PREFIX_FILE)
+        write_json(out / TRACE, trace.to_json())
+
+    def read(self, folder: Path) -> FoundPrefix:
+        """Return both."""
+        return FoundPrefix(read_prefix(folder / PREFIX_FILE), SearchTrace.from_json(read_json(folder / TRACE)))
+
+    def digest_of(self, artifact: FoundPrefix) -> str:
+        """Return the digest of the prefix."""
+        return artifact.prefix.digest
+
+    def seconds(self, speed: Speed) -> float:
+        """The screen runs the vocabulary through about half the layers; candidates are scored on growing texts."""
+        config = self.search
+        candidates = config.random_candidates + config.screen_candidates + config.gradient_candidates
+        per_step = speed.spec.vocab_size / 2 + candidates * (64 + 20) + 28 * config.text_tokens
+        return USUAL_STEPS * per_step * speed.layers
+
+
+@dataclass(frozen=True)
+class NoPrefix(Derived[Prefix]):
+    """What stands before a text where no prefix does: nothing, or the ``<bos>`` that a family never runs without.
+
+    Attributes:
+        model: the model.
+        files: says which family it is.
+        bare: whether that ``<bos>`` is left out as well.
+    """
+
+    model: Node[TorchRunner]
+    files: Node[ModelFiles]
+    bare: bool = False
+
+    def make(self, inputs: Inputs) -> Prefix:
+        """Return it, without loading the model where it is empty."""
+        spec = inputs.get(self.files).spec
+        if self.bare or not get_family(spec.family).needs_bos:
+            return Prefix.empty(spec)
+        model = inputs.get(self.model)
+        return model.compute_prefix(model.bare_tokens)

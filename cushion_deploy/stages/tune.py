@@ -1,0 +1,131 @@
+"""Tune: keys and values of the prefix, and with them the scales, trained on calibration text (Eq. 11 of the paper)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from cushion_deploy.calib.corpora import Corpus
+from cushion_deploy.core.artifacts import SCALES_FILE, read_prefix, read_scales, write_prefix, write_scales
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import PREFIX_FILE, Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.errors import UsageError
+from cushion_deploy.prefix.trace import TuningTrace
+from cushion_deploy.recipe import Tuning as TuningSettings
+from cushion_deploy.stages.base import Node, Part, Speed, Stage
+from cushion_deploy.stages.calibrate import folded
+from cushion_deploy.stages.run import Inputs
+from cushion_deploy.stages.windows import require_positions, spread_windows
+from cushion_deploy.store.digests import digest_json
+from cushion_deploy.store.json_files import read_json, write_json
+
+if TYPE_CHECKING:
+    from cushion_deploy.modeling.runner import TorchRunner
+
+TRACE = "trace.json"
+STEP_COST = 6
+"""A token of a training step, with its gradient and a layer run again for it, over one of a forward pass."""
+
+
+@dataclass(frozen=True)
+class TunedPrefix:
+    """Prefix and scales after tuning, and how it went; ``trace`` is None where there was no prefix to tune."""
+
+    prefix: Prefix
+    scales: ActivationScales
+    trace: TuningTrace | None
+
+
+@dataclass(frozen=True)
+class Tune(Stage[TunedPrefix]):
+    """Train the prefix; the best state on held-out text is kept, the untuned one included.
+
+    Attributes:
+        model, prefix, smoothing, scales: where it starts from.
+        scheme: what is quantized meanwhile.
+        text: the calibration text.
+        tuning: the recipe's section.
+        seed: of the order of the windows.
+    """
+
+    name: ClassVar[str] = "tune"
+    model: Node[TorchRunner]
+    prefix: Node[Prefix]
+    smoothing: Node[Smoothing] | None
+    scales: Node[ActivationScales]
+    scheme: Node[QuantScheme]
+    text: Node[Corpus]
+    tuning: TuningSettings
+    seed: int
+
+    @property
+    def tuned_prefix(self) -> Node[Prefix]:
+        """The prefix alone."""
+        return Part(self, "prefix")
+
+    @property
+    def tuned_scales(self) -> Node[ActivationScales]:
+        """The scales alone."""
+        return Part(self, "scales")
+
+    def shortcut(self, inputs: Inputs) -> TunedPrefix | None:
+        """Leave everything as it is where the search found no prefix."""
+        prefix = inputs.get(self.prefix)
+        return None if prefix.length else TunedPrefix(prefix, inputs.get(self.scales), None)
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        """Write prefix, scales and trace."""
+        from cushion_deploy.prefix.tune import PrefixTuning
+
+        model, prefix = folded(self.model, self.smoothing, inputs), inputs.get(self.prefix)
+        require_positions("tuning.window", self.tuning.window, prefix.length, model.spec)
+        train, held_out = self._windows(model, inputs.get(self.text))
+        tuning = PrefixTuning(
+            model,
+            inputs.get(self.scheme),
+            inputs.get(self.scales),
+            prefix,
+            train,
+            held_out,
+            self.tuning,
+            self.seed,
+            inputs.scratch,
+            inputs.progress,
+        )
+        tuned, scales, trace = tuning.run()
+        write_prefix(tuned, out / PREFIX_FILE)
+        write_scales(scales, out / SCALES_FILE)
+        write_json(out / TRACE, trace.to_json())
+
+    def _windows(self, model: TorchRunner, text: Corpus) -> tuple[IntArray, IntArray]:
+        """Return windows to train on and held-out ones, which are spread over the text like the others."""
+        config = self.tuning
+        windows = spread_windows(model, text, config.windows + config.held_out, config.window)
+        judged = np.zeros(len(windows), dtype=bool)
+        judged[np.linspace(0, len(windows) - 1, min(config.held_out, len(windows) // 2)).astype(int)] = True
+        if judged.sum() == 0:
+            raise UsageError(
+                f"the calibration text has one window of {config.window} tokens, and tuning needs two at least",
+                hint="give more text, or a smaller window (tuning.window)",
+            )
+        return windows[~judged], windows[judged]
+
+    def read(self, folder: Path) -> TunedPrefix:
+        """Return all three."""
+        prefix, scales = read_prefix(folder / PREFIX_FILE), read_scales(folder / SCALES_FILE)
+        return TunedPrefix(prefix, scales, TuningTrace.from_json(read_json(folder / TRACE)))
+
+    def digest_of(self, artifact: TunedPrefix) -> str:
+        """Return a digest of prefix and scales."""
+        return digest_json([artifact.prefix.digest, artifact.scales.digest])
+
+    def seconds(self, speed: Speed) -> float:
+        """Every window is used once an epoch."""
+        config = self.tuning
+        return config.windows * config.window * config.epochs * STEP_COST * speed.whole

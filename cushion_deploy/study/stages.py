@@ -1,0 +1,281 @@
+"""The cells of a study as stages: each one measurement, kept by what decides it."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cushion_deploy.calib.corpora import Corpus
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.evaluate.perplexity import TextScore
+from cushion_deploy.evaluate.zeroshot import TaskSuite, run_tasks
+from cushion_deploy.stages.base import Derived, Node, Stage
+from cushion_deploy.stages.run import Inputs
+from cushion_deploy.stages.windows import evaluation_windows, require_positions
+from cushion_deploy.store.digests import digest_json
+from cushion_deploy.store.json_files import read_json, write_json
+
+if TYPE_CHECKING:
+    from cushion_deploy.modeling.runner import TorchRunner
+    from cushion_deploy.modeling.teacher import Teacher
+
+VALUE = "cell.json"
+BLOCK_WINDOWS = 10
+"""Windows that Table 5 is averaged over, as in the paper."""
+ATTENTION_TOKENS = 128
+"""Length of the text of Figure 3: weights of every pair of tokens, head and layer are held at once."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model.
+
+    Attributes:
+        prefix: stands before every text.
+        scheme: what is quantized; None for floating point.
+        smoothing: folded into the weights.
+        scales: of a static scheme.
+    """
+
+    prefix: Prefix
+    scheme: QuantScheme | None = None
+    smoothing: Smoothing | None = None
+    scales: ActivationScales | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what decides its numbers beside model and text."""
+        parts = (self.prefix, self.scheme, self.smoothing, self.scales)
+        return digest_json([part.digest if part else "" for part in parts])
+
+    def simulated(self, model: TorchRunner) -> AbstractContextManager[None]:
+        """Return a context in which a model, smoothing folded in, runs in this way."""
+        from cushion_deploy.modeling.simulate import simulated
+
+        return simulated(model, self.scheme, self.scales) if self.scheme else nullcontext()
+
+
+@dataclass(frozen=True)
+class CellValue:
+    """What a cell measured, JSON-ready, and how long that took."""
+
+    value: Any
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CellStage(Stage[CellValue]):
+    """One measurement.
+
+    Attributes:
+        title: what people read of it.
+        model: in floating point.
+    """
+
+    title: str = field(compare=False)
+    model: Node[TorchRunner]
+
+    @abstractmethod
+    def compute(self, inputs: Inputs) -> Any:
+        """Return the value, JSON-ready."""
+
+    def run(self, inputs: Inputs, out: Path) -> None:
+        """Write the value and the time that it took."""
+        begin = time.monotonic()
+        value = self.compute(inputs)
+        write_json(out / VALUE, {"seconds": time.monotonic() - begin, "value": value})
+
+    def read(self, folder: Path) -> CellValue:
+        """Return both."""
+        found = read_json(folder / VALUE)
+        return CellValue(found["value"], found["seconds"])
+
+
+@dataclass(frozen=True)
+class Windows(Derived[IntArray]):
+    """The windows of a text that a study scores.
+
+    Attributes:
+        model: whose tokenizer cuts it.
+        text: the text.
+        window, max_tokens: of the recipe's section ``evaluation``.
+    """
+
+    model: Node[TorchRunner]
+    text: Node[Corpus]
+    window: int
+    max_tokens: int
+
+    def make(self, inputs: Inputs) -> IntArray:
+        """Return ids, int64 ``[count, window]``."""
+        return evaluation_windows(inputs.get(self.model), inputs.get(self.text), self.window, self.max_tokens)
+
+    def digest_of(self, artifact: IntArray) -> str:
+        """Return the digest of the ids."""
+        return digest_json(artifact.tolist())
+
+
+@dataclass(frozen=True)
+class Taught(Derived["Teacher"]):
+    """What the original model says of the windows, remembered once for all cells.
+
+    Attributes:
+        model: the original.
+        windows: of the text.
+    """
+
+    model: Node[TorchRunner]
+    windows: Windows
+
+    def make(self, inputs: Inputs) -> Teacher:
+        """Ask the model."""
+        from cushion_deploy.modeling.teacher import Teacher
+
+        teacher = Teacher(inputs.get(self.model))
+        teacher.remember(inputs.get(self.windows), inputs.progress)
+        return teacher
+
+
+@dataclass(frozen=True)
+class TextCell(CellStage):
+    """A measurement on a text.
+
+    Attributes:
+        text: the text.
+        window, max_tokens: how it is cut.
+        variant: one way to run the model.
+        windows: the same text, cut.
+    """
+
+    text: Node[Corpus]
+    window: int
+    max_tokens: int
+    variant: Node[Variant]
+    windows: Windows = field(compare=False)
+
+    def cut(self, inputs: Inputs) -> IntArray:
+        """Return the windows; raises UsageError where they do not fit behind the prefix."""
+        prefix = inputs.get(self.variant).prefix
+        require_positions("evaluation.window", self.window, prefix.length, inputs.get(self.model).spec)
+        return inputs.get(self.windows)
+
+
+@dataclass(frozen=True)
+class Score(TextCell):
+    """Perplexity, and divergence from the original model.
+
+    Attributes:
+        teacher: what the original says of the windows.
+    """
+
+    name: ClassVar[str] = "study-score"
+    teacher: Node[Teacher] = field(compare=False)
+
+    def compute(self, inputs: Inputs) -> dict[str, Any]:
+        """Return tokens, perplexity with its standard error, and divergence."""
+        variant, windows = inputs.get(self.variant), self.cut(inputs)
+        model, teacher = inputs.get(self.model).folded(variant.smoothing), inputs.get(self.teacher)
+        with variant.simulated(model):
+            found = teacher.compare(model, variant.prefix, windows, inputs.progress, self.title)
+        score = TextScore(found.losses)
+        return {
+            "tokens": score.tokens,
+            "perplexity": _finite(score.perplexity),
+            "stderr": _finite(score.stderr),
+            # Rounding may take a divergence of nothing below zero.
+            "divergence": _finite(max(found.divergence, 0.0)),
+        }
+
+
+@dataclass(frozen=True)
+class Magnitudes(TextCell):
+    """Magnitudes of every layer's output on the first window (Figure 2)."""
+
+    name: ClassVar[str] = "study-magnitudes"
+
+    def compute(self, inputs: Inputs) -> list[dict[str, float]]:
+        """Return one row a layer."""
+        from cushion_deploy.modeling.magnitudes import layer_magnitudes
+
+        return layer_magnitudes(inputs.get(self.model), inputs.get(self.variant).prefix, self.cut(inputs)[:1])
+
+
+@dataclass(frozen=True)
+class LastBlock(TextCell):
+    """What enters the last block (Table 5), and on how many windows of what length it was measured."""
+
+    name: ClassVar[str] = "study-last-block"
+
+    def compute(self, inputs: Inputs) -> dict[str, Any]:
+        """Return the input's magnitudes."""
+        from cushion_deploy.study.measure import block_input
+
+        windows = self.cut(inputs)[:BLOCK_WINDOWS]
+        found = block_input(inputs.get(self.model), inputs.get(self.variant).prefix, windows, inputs.progress)
+        return {"windows": len(windows), "length": windows.shape[1], "input": found}
+
+
+@dataclass(frozen=True)
+class Attention(TextCell):
+    """Where attention goes (Figure 3), and the tokens of the text."""
+
+    name: ClassVar[str] = "study-attention"
+
+    def compute(self, inputs: Inputs) -> dict[str, Any]:
+        """Return the shares of every layer."""
+        from cushion_deploy.study.measure import attention_shares
+
+        ids = self.cut(inputs)[:1, :ATTENTION_TOKENS]
+        shares = attention_shares(inputs.get(self.model), inputs.get(self.variant).prefix, ids)
+        return {"tokens": ids.shape[1], "layers": shares}
+
+
+@dataclass(frozen=True)
+class Task(CellStage):
+    """A zero-shot task of lm-eval.
+
+    Attributes:
+        variant: one way to run the model.
+        task: name of lm-eval, or of a task file.
+        limit: rows; None for all.
+        lm_eval: its version.
+        files: digests of the files that a task file may read.
+        suite: the task, read.
+    """
+
+    name: ClassVar[str] = "study-task"
+    variant: Node[Variant]
+    task: str
+    limit: int | None
+    lm_eval: str
+    files: tuple[str, ...]
+    suite: TaskSuite = field(compare=False)
+
+    def compute(self, inputs: Inputs) -> list[dict[str, Any]]:
+        """Return one row a task in it."""
+        from cushion_deploy.evaluate.lm_harness import ScorerLM
+        from cushion_deploy.evaluate.scorer import Scorer
+        from cushion_deploy.modeling.session import TorchSession
+        from cushion_deploy.verbs.eval import encoding_of
+
+        variant = inputs.get(self.variant)
+        model = inputs.get(self.model).folded(variant.smoothing)
+        # A prefix has taken the place of the beginning-of-sequence token.
+        encoding = encoding_of(model, keep_bos=variant.prefix.length == 0)
+        with variant.simulated(model):
+            scorer = Scorer(TorchSession(model, variant.prefix))
+            results = run_tasks(ScorerLM(scorer, encoding, inputs.progress, self.title), self.suite, self.limit)
+        return [{"task": r.task, "metric": r.metric, "n": r.n, "value": r.value, "stderr": r.stderr} for r in results]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,101 @@
+"""Parity: check that a finished bundle computes what was evaluated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cushion_deploy.core.artifacts import SCALES_FILE, read_scales
+from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.errors import UsageError
+from cushion_deploy.parity.checks import ParityReport
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.stages.base import Given, Node
+from cushion_deploy.stages.parity import read_result
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.run import Inputs, Run
+
+
+def pipeline_of_bundle(recipe: Recipe, bundle: Path) -> Pipeline:
+    """Return the pipeline of the model that a bundle was built from; raises UsageError where that is not at hand."""
+    try:
+        pipeline = Pipeline.of(recipe)
+    except UsageError as e:
+        raise UsageError(
+            f"the model that the bundle was built from is not at hand: {e.message}", hint="give it with --model"
+        ) from e
+    require_model_of(pipeline, bundle)
+    return pipeline
+
+
+def require_model_of(pipeline: Pipeline, bundle: Path) -> None:
+    """Check that a pipeline's model is the one that a bundle was built from; raises UsageError otherwise."""
+    if read_scales(bundle / SCALES_FILE).lineage.model != pipeline.source.digest:
+        raise UsageError(
+            f"{pipeline.source.label} is not the model that the bundle was built from",
+            hint="give the original with --model",
+        )
+
+
+def check_bundle(
+    recipe: Recipe, run: Run, bundle: Path, graph: ExportedGraph, *, reuse: bool = False
+) -> ParityReport:
+    """Return the ladder's report for a verified bundle.
+
+    Args:
+        recipe: the bundle's; its model is the original.
+        run: the work folder.
+        bundle, graph: what is checked.
+        reuse: take the result of an earlier run, and keep this one.
+
+    Raises:
+        UsageError: the model of the bundle is not at hand, or the given one is another model.
+    """
+    pipeline = pipeline_of_bundle(recipe, bundle)
+    quantization = Given(read_quantization(bundle, graph, pipeline.scheme))
+    with run.store.lock():
+        plans, unchecked = _graphs_behind_plans(pipeline, run, quantization, bundle, graph)
+        stage = pipeline.parity(quantization, Given(graph), plans)
+        if reuse:
+            report = run.get(stage).report
+        else:
+            with TemporaryDirectory(prefix="cushion-parity-") as folder:
+                report = read_result(stage.climb(Inputs(run, stage), Path(folder))).report
+    return replace(report, unchecked=unchecked)
+
+
+def _graphs_behind_plans(
+    pipeline: Pipeline, run: Run, quantization: Node[Quantization], bundle: Path, graph: ExportedGraph
+) -> tuple[tuple[Node[ExportedGraph], ...], tuple[str, ...]]:
+    """Export the graphs behind the plans of a bundle again; also say in sentences what cannot be checked.
+
+    A bundle carries the compiled plans alone. Where the exporter writes another graph than the plan was compiled from
+    (a later version of it), a check of that graph would say nothing of the plan.
+    """
+    graphs: list[Node[ExportedGraph]] = []
+    unchecked = []
+    for file in (bundle / "engines" / name / "engine.json" for name in ENGINES):
+        artifact = EngineArtifact.from_json(json.loads(file.read_text())) if file.is_file() else None
+        if artifact and "not_run" in artifact.details:
+            unchecked.append(f"the plan of {artifact.engine} itself was {artifact.details['not_run']}")
+        if artifact is None or artifact.lineage.graph == graph.digest:
+            continue
+        dtype, capacity = artifact.form
+        form = replace(pipeline.form, dtype=dtype)
+        if capacity:
+            form = replace(form, cache="static", capacity=capacity)
+        exported = pipeline.graph(quantization, form)
+        if artifact.lineage.graph == run.get(exported).digest:
+            graphs.append(exported)
+        else:
+            unchecked.append(
+                f"the graph behind the plan of {artifact.engine} is not checked: this version writes another one; "
+                f"compile it again with `cushion-deploy engine`"
+            )
+    return tuple(graphs), tuple(unchecked)
