@@ -44,8 +44,8 @@ def command(
 ) -> None:
     """Time prefill and decode of BUNDLE's engines beside the same model in floating point, round by round in turn."""
     from cushion_deploy.evaluate.speed import Workload
-    from cushion_deploy.verbs.bench import bench_bundle
     from cushion_deploy.runtime.bundle import open_bundle
+    from cushion_deploy.verbs.bench import bench_bundle
 
     opened = open_bundle(bundle)
     recipe = Recipe.from_bundle(opened.manifest.recipe).merged({"model": model} if model else {})

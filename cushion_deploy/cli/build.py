@@ -63,9 +63,7 @@ def command(
             found = describe(recipe, run, output, split_targets(targets))
             click.echo(json.dumps(found) if values["as_json"] else "\n".join(dry_run_lines(found)))
             return ExitCode.OK
-        report = build(
-            recipe, run, output, targets=split_targets(targets), allow_float_linears=allow_float_linears
-        )
+        report = build(recipe, run, output, targets=split_targets(targets), allow_float_linears=allow_float_linears)
     if values["as_json"]:
         click.echo(report.to_text())
     else:

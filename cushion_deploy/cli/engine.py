@@ -25,11 +25,11 @@ from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import ENGINES, choose_engines
 from cushion_deploy.errors import UsageError
-from cushion_deploy.stages.compile import compile_options
-from cushion_deploy.verbs.engine import add_engine
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
+from cushion_deploy.stages.compile import compile_options
 from cushion_deploy.store import MANIFEST_NAME
+from cushion_deploy.verbs.engine import add_engine
 
 SHOWN = 2000
 """Characters of the vendor's command that are printed; with 30 layers it has 20,000."""

@@ -15,8 +15,8 @@ from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
-    from cushion_deploy.verbs.eval import Evaluation
     from cushion_deploy.runtime.bundle import Bundle
+    from cushion_deploy.verbs.eval import Evaluation
 
 
 @click.command("eval")
@@ -124,8 +124,8 @@ def table(found: Evaluation) -> list[str]:
 
 def _open(target: str, model: str | None, recipe: Path | None) -> Bundle | None:
     """Return the verified bundle at ``target``; None where it names a model."""
-    from cushion_deploy.verbs.eval import is_bundle
     from cushion_deploy.runtime.bundle import open_bundle
+    from cushion_deploy.verbs.eval import is_bundle
 
     if is_bundle(target):
         if recipe:

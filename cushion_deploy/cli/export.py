@@ -81,7 +81,5 @@ def command(
         click.echo(json.dumps(graph.to_json()))
         return
     kind = f"{graph.linears} linears behind {len(graph.sites)} Sites" if graph.quantized else "floating-point twin"
-    click.echo(
-        f"opset {graph.opset}, {kind}, prefix of {length} positions; rules checked: {len(graph.rules)}"
-    )
+    click.echo(f"opset {graph.opset}, {kind}, prefix of {length} positions; rules checked: {len(graph.rules)}")
     click.echo(f"written: {output / graph.path.name}")

@@ -37,8 +37,8 @@ def command(
 ) -> int:
     """Climb the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 when a rung fails."""
     from cushion_deploy.parity import baseline as baselines
-    from cushion_deploy.verbs.parity import check_bundle
     from cushion_deploy.runtime.bundle import open_bundle
+    from cushion_deploy.verbs.parity import check_bundle
 
     opened = open_bundle(bundle)
     overrides = {"model": model, "evaluation.data": eval_data, "parity.data": eval_data}

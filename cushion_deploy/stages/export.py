@@ -97,9 +97,7 @@ class EngineGraph(Derived[ExportedGraph]):
         return inputs.get(Export(self.model, self.quantization, form))
 
 
-def engine_form(
-    form: GraphForm, engine: Engine, dtype: Dtype, context: int, contract: GraphContract
-) -> GraphForm:
+def engine_form(form: GraphForm, engine: Engine, dtype: Dtype, context: int, contract: GraphContract) -> GraphForm:
     """Return the form of the graph that an engine compiles.
 
     Where the prefix is in the cache, the cache is in floating point, and the engine updates it in place, it is static:

@@ -85,9 +85,7 @@ class Parity(Stage[ParityResult]):
         model, corpus = original.folded(quantization.smoothing), inputs.get(self.text)
         ids = model.encode(corpus.text)[None, : self.parity.tokens]
         evaluation = self.evaluation
-        windows = evaluation_windows(
-            model, inputs.get(self.evaluation_text), evaluation.window, evaluation.max_tokens
-        )
+        windows = evaluation_windows(model, inputs.get(self.evaluation_text), evaluation.window, evaluation.max_tokens)
         reference = torch_reference(model, quantization, ids, windows, inputs.progress, original)
         graph = inputs.get(self.graph)
         plans = distinct_graphs([inputs.get(plan) for plan in self.plans], graph)
@@ -95,9 +93,7 @@ class Parity(Stage[ParityResult]):
         form = replace(self.form, quantized=False, cache="growing", opset=graph.opset)
         twin = export_graph(original.spec, original.weights, quantization.float_twin, form, folder)
         tokens = min(self.parity.decode_tokens, ids.shape[1] // 2)
-        climb = Climb(
-            model, quantization, reference, graph, twin, plans, tokens, inputs.progress
-        )
+        climb = Climb(model, quantization, reference, graph, twin, plans, tokens, inputs.progress)
         checks = tuple(check for rung in climb.rungs() for check in rung)
         perplexity = climb.engine_perplexity
         return {

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cushion_deploy.calib.corpora import Corpus, Part
 from cushion_deploy.core.graph_form import MIN_OPSET, GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
-from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales

@@ -68,7 +68,5 @@ class Publish(Derived[Report]):
 
 def _write_genai_config(graph: ExportedGraph, spec: ModelSpec, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = genai_config(
-        graph.contract, config, spec.eos_token_ids, heads=spec.num_heads, hidden_size=spec.hidden_size
-    )
+    found = genai_config(graph.contract, config, spec.eos_token_ids, heads=spec.num_heads, hidden_size=spec.hidden_size)
     (folder / GENAI_NAME).write_text(json.dumps(found, indent=1) + "\n")

@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cushion_deploy.core.artifacts import SCALES_FILE, SMOOTHING_FILE, read_cached_scales, read_prefix, read_scales
-from cushion_deploy.core.artifacts import read_smoothing
+from cushion_deploy.core.artifacts import (
+    SCALES_FILE,
+    SMOOTHING_FILE,
+    read_cached_scales,
+    read_prefix,
+    read_scales,
+    read_smoothing,
+)
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.prefix import PREFIX_FILE, Prefix

@@ -96,9 +96,7 @@ class AssembleReport(Derived[Report]):
             "estimator": scales.estimator,
             "corpus": inputs.get(self.text).name,
             "tokens": scales.tokens,
-            "sites": tuple(
-                {"site": site, "scale": scale, "amax": amax[site]} for site, scale in scales.scales.items()
-            ),
+            "sites": tuple({"site": site, "scale": scale, "amax": amax[site]} for site, scale in scales.scales.items()),
         }
 
     def _export(

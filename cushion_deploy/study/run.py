@@ -8,11 +8,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from cushion_deploy.core.host import installed_versions
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ESTIMATORS
 from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
 from cushion_deploy.errors import unknown_choice
-from cushion_deploy.core.host import installed_versions
 from cushion_deploy.stages.report import model_row
 from cushion_deploy.store.manifest import tool_version
 from cushion_deploy.study.cells import Cells
@@ -259,7 +259,7 @@ def _document(cells: Cells, found: Parts, left_out: dict[str, str]) -> Study:
             "schema": 1,
             "tool": {"version": tool_version()},
             "created": datetime.now(timezone.utc),
-                "model": {**model_row(spec), "source": _without_folders(spec.source)},
+            "model": {**model_row(spec), "source": _without_folders(spec.source)},
             "recipe": _without_folders(pipeline.recipe.model_dump(mode="json")),
             "calibration": run.get(pipeline.text).name,
             "prefix": {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cushion_deploy.errors import MissingDependency
 from cushion_deploy.evaluate.zeroshot import ALL, USUAL_NAMES, TaskSuite
-from cushion_deploy.store import hash_file
 from cushion_deploy.stages.base import Given
+from cushion_deploy.store import hash_file
 from cushion_deploy.study.cells import Cells
 from cushion_deploy.study.document import TaskResult
 from cushion_deploy.study.stages import Task, Variant

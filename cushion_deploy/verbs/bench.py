@@ -21,14 +21,14 @@ from cushion_deploy.engines.tensorrt.flavours import FLAVOURS
 from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, peak_memory, time_sessions
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.runtime.bundle import Bundle
+from cushion_deploy.runtime.engine import REPORT, open_engine, open_plan, read_engine
 from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.export import engine_form
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantize import read_quantization
 from cushion_deploy.stages.run import Run
 from cushion_deploy.verbs.parity import pipeline_of_bundle
-from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.runtime.engine import REPORT, open_engine, open_plan, read_engine
 
 CPU_ENGINE, INT8 = "onnxruntime", "INT8"
 FASTER = 1.02
@@ -126,7 +126,9 @@ def bench_bundle(
         for session in (*sessions.values(), *plans.values()):
             session.close()
     memory |= {name: peak_memory(graph, workload, threads) for name, graph in graphs.items()}
-    return Bench(workload, times, memory, {name: g.size for name, g in graphs.items()}, _ratios(times, workload), not_run)
+    return Bench(
+        workload, times, memory, {name: g.size for name, g in graphs.items()}, _ratios(times, workload), not_run
+    )
 
 
 def _ratios(times: Mapping[str, Times], workload: Workload) -> dict[str, Comparison]:

@@ -21,20 +21,20 @@ from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
-from cushion_deploy.recipe import Calibration, Recipe
 from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.engines.registry import Availability, availabilities
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import TextScore, score_text
 from cushion_deploy.modeling.forward import run, token_nll
-from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.prefix.candidates import obvious_tokens
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.search import draw_text
+from cushion_deploy.recipe import Calibration, Recipe
 from cushion_deploy.stages.base import Speed
 from cushion_deploy.stages.compile import compile_options
 from cushion_deploy.stages.pipeline import Pipeline

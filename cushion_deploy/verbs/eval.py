@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from cushion_deploy.calib.corpora import Corpus, load_corpus
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.evaluate.agreement import Agreement, tasks_agree, texts_agree
@@ -20,17 +24,13 @@ from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.perplexity import TextScore, cut_windows, score_text
 from cushion_deploy.evaluate.scorer import Scorer
 from cushion_deploy.evaluate.zeroshot import Metric, TaskScore, TaskSuite, mean_accuracy, run_tasks
-from cushion_deploy.calib.corpora import Corpus, load_corpus
-from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.core.progress import Progress
-from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.recipe import Evaluation as EvaluationSettings
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantize import read_quantization
 from cushion_deploy.stages.run import Run
 from cushion_deploy.verbs.parity import pipeline_of_bundle
-from cushion_deploy.runtime.bundle import Bundle
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner

@@ -43,9 +43,7 @@ def require_model_of(pipeline: Pipeline, bundle: Path) -> None:
         )
 
 
-def check_bundle(
-    recipe: Recipe, run: Run, bundle: Path, graph: ExportedGraph, *, reuse: bool = False
-) -> ParityReport:
+def check_bundle(recipe: Recipe, run: Run, bundle: Path, graph: ExportedGraph, *, reuse: bool = False) -> ParityReport:
     """Return the ladder's report for a verified bundle.
 
     Args:
