@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import yaml
 
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.progress import Progress
@@ -16,6 +15,7 @@ from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.errors import UsageError
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.recipe.text import parse_yaml
 from cushion_deploy.store import StageStore
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -179,8 +179,8 @@ def parse_settings(texts: Sequence[str]) -> dict[str, object]:
         if not sign:
             raise UsageError(f"--set {text}: no '='", hint="write --set search.tau=0.4")
         try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
+            found[name] = parse_yaml(value)
+        except ValueError as e:
             raise UsageError(
                 f"--set {text}: {value!r} is not valid YAML", hint="put quotes around text that has special characters"
             ) from e
