@@ -69,6 +69,7 @@ EXTRAS: dict[str, str] = {
     "onnx": "build",
     "onnx_ir": "build",
     "junitparser": "build",
+    "psutil": "build",
     "onnxruntime": "cpu",
     "jinja2": "report",
     "matplotlib": "report",

@@ -13,6 +13,7 @@ import torch
 
 from cushion_deploy.calib.corpora import SAMPLED
 from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.host import free_memory
 from cushion_deploy.modeling.forward import run
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.sample import SAMPLE_TOKENS, SAMPLES
@@ -69,7 +70,7 @@ def estimate_needs(ws: Workspace, windows: IntArray) -> Needs:
     memory = int(2.5 * weights) + 6 * logits + GIB
     # Converted weights, INT8 graph, float twin, half graph and plan; the bundle beside the work folder.
     disk = int(3.5 * weights)
-    return Needs(seconds, memory, disk, _free_memory(), shutil.disk_usage(_existing(ws.store.root)).free)
+    return Needs(seconds, memory, disk, free_memory(), shutil.disk_usage(_existing(ws.store.root)).free)
 
 
 @torch.inference_mode()
@@ -81,15 +82,6 @@ def _seconds_a_position(model: LoadedModel, windows: IntArray, *, head: bool) ->
         run(model, row, [], head=head)
         times.append(time.perf_counter() - begin)
     return statistics.median(times) / row.shape[1]
-
-
-def _free_memory() -> int:
-    """Return the bytes of memory that are free for use; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return 0
 
 
 def _existing(path: Path) -> Path:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.host import cpu_description, installed_versions, peak_memory
 from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.families import get_family
 from cushion_deploy.pipeline.parity import ParityResult
 from cushion_deploy.pipeline.prepare import Deployed
-from cushion_deploy.pipeline.workspace import StageTime, Workspace, installed_versions
+from cushion_deploy.pipeline.workspace import StageTime, Workspace
 from cushion_deploy.prefix.trace import SearchTrace, TuningTrace
 from cushion_deploy.report import Report
 from cushion_deploy.store.manifest import tool_version
@@ -87,9 +86,9 @@ def assemble_report(
         "environment": {
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "cpu": _cpu(),
+            "cpu": cpu_description(),
             "versions": installed_versions(PACKAGES),
-            "peak_rss_bytes": _peak_rss(),
+            "peak_rss_bytes": peak_memory(),
         },
     }
     return Report.model_validate(data)
@@ -173,20 +172,3 @@ def engine_row(artifact: EngineArtifact) -> dict[str, Any]:
         "note": str(artifact.details.get("not_run", "")).removeprefix("not run: "),
         "details": {name: value for name, value in artifact.details.items() if name != "command"},
     }
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _peak_rss() -> int:
-    import resource
-
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit

@@ -7,14 +7,14 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cushion_deploy.core.host import installed_versions
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
 from cushion_deploy.core.smoothing import Smoothing
@@ -44,17 +44,6 @@ def computed_by() -> dict[str, str]:
         h.update(f"{file.relative_to(PACKAGE)}:{hash_file(file)};".encode())
     machine = {"source": h.hexdigest(), "machine": platform.machine(), "cpu": cpu_flags()}
     return {**machine, **installed_versions(LIBRARIES)}
-
-
-def installed_versions(names: Iterable[str]) -> dict[str, str]:
-    """Return the versions of those distributions that are installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def cpu_flags() -> str:

@@ -8,13 +8,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from cushion_deploy.core.host import installed_versions
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ESTIMATORS
 from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
 from cushion_deploy.errors import unknown_choice
 from cushion_deploy.pipeline.prepare import Deployed
 from cushion_deploy.pipeline.stages import model_spec
-from cushion_deploy.pipeline.workspace import LIBRARIES, installed_versions
+from cushion_deploy.pipeline.workspace import LIBRARIES
 from cushion_deploy.store.manifest import tool_version
 from cushion_deploy.study.cells import Cells, Variant
 from cushion_deploy.study.document import PARTS, Pair, Score, Step, Study, TaskPair
