@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+REGISTER = "optimum/commands/register/register_cushion.py"
+"""Registers `optimum-cli export cushion`, in a namespace package that optimum shares with other distributions."""
+
 WALK = """
 import importlib, pkgutil, sys
 import cushion_deploy
@@ -50,7 +53,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("cushion_deploy", "calib", "engines", "export"):
+    for name in ("cushion_deploy", "calib", "engines", "export", "optimum"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     done = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(source)],
@@ -63,8 +66,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_it_owns_one_name_and_carries_what_is_no_python(wheel: Path) -> None:
+def test_it_owns_one_name_and_one_file_of_optimum_and_carries_what_is_no_python(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
+    names.remove(REGISTER)
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"cushion_deploy"}
     assert "cushion_deploy/py.typed" in names
@@ -82,7 +86,7 @@ def test_it_has_every_module_of_the_source(wheel: Path) -> None:
         for file in files
         if file.endswith(".py")
     }
-    assert source == {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    assert source | {REGISTER} == {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
 
 
 def test_installed_alone_every_module_imports_and_no_bare_name_does(wheel: Path, tmp_path: Path) -> None:

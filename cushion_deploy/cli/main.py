@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -78,14 +79,14 @@ def cli(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def main() -> None:
-    """Run the command line and exit with its code."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its exit code; the arguments default to those of the process."""
     # Before transformers is imported: its bars would cross ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
