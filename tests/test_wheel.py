@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,28 +43,47 @@ for name in ("export", "engines", "calib", "cli", "store", "runtime", "cushion_d
 """
 
 
+def _build(kind: str, source: Path, folder: Path) -> Path:
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = folder.iterdir()
+    return found
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a wheel built from a copy of the source, so that nothing is left in the tree."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the source, so that nothing is left in the tree."""
     for needed in ("build", "setuptools"):
         if find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed")
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("cushion_deploy", "calib", "engines", "export", "optimum"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(source)],
-        capture_output=True,
-        text=True,
-        timeout=300,
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a wheel built from the source."""
+    return _build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+def test_a_source_distribution_builds_the_same_wheel(wheel: Path, source: Path, tmp_path: Path) -> None:
+    archive = _build("sdist", source, tmp_path / "sdist")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    # In place of each symbolic link it has the folder that the link points to.
+    assert not any(path.is_symlink() for path in unpacked.rglob("*"))
+    again = _build("wheel", unpacked, tmp_path / "wheel")
+    first, second = (
+        {info.filename: info.CRC for info in zipfile.ZipFile(path).infolist() if not info.filename.endswith("RECORD")}
+        for path in (wheel, again)
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = (folder / "dist").glob("*.whl")
-    return found
+    assert first == second
 
 
 def test_it_owns_one_name_and_one_file_of_optimum_and_carries_what_is_no_python(wheel: Path) -> None:
