@@ -1,4 +1,4 @@
-"""Errors that a person can act on, and the exit code each one ends the process with."""
+"""Expected errors, each with a message, a hint and the exit code of the process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the command line; stable, scripts rely on them."""
+    """Exit codes of the command line. They are stable: scripts rely on them."""
 
     OK = 0
     CHECK_FAILED = 1
@@ -21,11 +21,11 @@ class ExitCode(IntEnum):
 
 
 class CushionError(Exception):
-    """An expected failure: what was found, what was expected, and what to do.
+    """An expected failure.
 
     Args:
-        message: what went wrong, with the offending value.
-        hint: what the user should do next; never empty.
+        message: what was found and what was expected, with the offending value.
+        hint: what to do about it; never empty.
     """
 
     exit_code: ExitCode = ExitCode.USAGE
@@ -37,25 +37,25 @@ class CushionError(Exception):
 
 
 class UsageError(CushionError):
-    """Bad input: a flag, a file, a model or a text that cannot be used as given."""
+    """Bad input: a flag, file, model or text that cannot be used."""
 
     exit_code = ExitCode.USAGE
 
 
 class CheckFailed(CushionError):
-    """The work was done and a check of its result did not hold (parity, coverage, a quality bar)."""
+    """A check of a finished result failed: parity, INT8 coverage, or a quality limit."""
 
     exit_code = ExitCode.CHECK_FAILED
 
 
 class MissingDependency(CushionError):
-    """A library, an extra or a device is not there; the hint carries the install line."""
+    """A library, an extra or a device is missing; the hint gives the command that installs it."""
 
     exit_code = ExitCode.MISSING
 
 
 class UntrustedArtifact(CushionError):
-    """A file is corrupt, altered, or of a kind that is never loaded (pickle, remote code)."""
+    """A file is corrupt or altered, or of a kind that is never loaded (pickle, remote code)."""
 
     exit_code = ExitCode.UNTRUSTED
 
@@ -69,23 +69,24 @@ EXTRAS: dict[str, str] = {
     "onnx": "build",
     "onnx_ir": "build",
     "junitparser": "build",
+    "psutil": "build",
     "onnxruntime": "cpu",
     "jinja2": "report",
     "matplotlib": "report",
 }
-"""Import name of an optional library to the extra that installs it."""
+"""Extra that installs each optional library, by import name."""
 
 
 def missing_module(name: str) -> MissingDependency:
-    """Return the error for a library of ``EXTRAS`` that is not installed."""
+    """Return the error for a library of :data:`EXTRAS` that is not installed."""
     return MissingDependency(f"{name} is not installed", hint=f"pip install 'cushion-deploy[{EXTRAS[name]}]'")
 
 
 def require_modules(*names: str) -> None:
-    """Check that libraries of ``EXTRAS`` are installed, without importing them.
+    """Check that libraries of :data:`EXTRAS` are installed, without importing them.
 
     Raises:
-        MissingDependency: the first that is not, with the install line.
+        MissingDependency: a library is not installed; the first one is named.
     """
     for name in names:
         if find_spec(name) is None:
@@ -93,5 +94,5 @@ def require_modules(*names: str) -> None:
 
 
 def unknown_choice(what: str, value: str, valid: list[str]) -> UsageError:
-    """Return the error for a name that is not one of the valid ones."""
+    """Return the error for a name that is not among the valid ones."""
     return UsageError(f"unknown {what} '{value}'", hint=f"choose one of: {', '.join(valid)}")

@@ -32,7 +32,7 @@ def test_the_runtime_loads_no_library_of_the_build() -> None:
 
 
 def test_the_runtime_needs_numpy_and_tokenizers_alone() -> None:
-    others = {"filelock", "pydantic", "click", "rich", "yaml", "safetensors", "jinja2"}
+    others = {"filelock", "pydantic", "click", "rich", "ruamel", "psutil", "safetensors", "jinja2"}
     found = loaded("import cushion_deploy.runtime")
     assert not found & others
     assert found >= {"numpy", "tokenizers"}

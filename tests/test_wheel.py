@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+REGISTER = "optimum/commands/register/register_cushion.py"
+"""Registers `optimum-cli export cushion`, in a namespace package that optimum shares with other distributions."""
+
 WALK = """
 import importlib, pkgutil, sys
 import cushion_deploy
@@ -39,32 +43,52 @@ for name in ("export", "engines", "calib", "cli", "store", "runtime", "cushion_d
 """
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a wheel built from a copy of the source, so that nothing is left in the tree."""
-    for needed in ("build", "setuptools"):
-        if find_spec(needed) is None:
-            pytest.skip(f"{needed} is not installed")
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("cushion_deploy", "calib", "engines", "export"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(source)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def _build(kind: str, source: Path, folder: Path) -> Path:
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = (folder / "dist").glob("*.whl")
+    (found,) = folder.iterdir()
     return found
 
 
-def test_it_owns_one_name_and_carries_what_is_no_python(wheel: Path) -> None:
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the source, so that nothing is left in the tree."""
+    for needed in ("build", "setuptools"):
+        if find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("cushion_deploy", "calib", "engines", "export", "optimum"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a wheel built from the source."""
+    return _build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+def test_a_source_distribution_builds_the_same_wheel(wheel: Path, source: Path, tmp_path: Path) -> None:
+    archive = _build("sdist", source, tmp_path / "sdist")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    # In place of each symbolic link it has the folder that the link points to.
+    assert not any(path.is_symlink() for path in unpacked.rglob("*"))
+    again = _build("wheel", unpacked, tmp_path / "wheel")
+    first, second = (
+        {info.filename: info.CRC for info in zipfile.ZipFile(path).infolist() if not info.filename.endswith("RECORD")}
+        for path in (wheel, again)
+    )
+    assert first == second
+
+
+def test_it_owns_one_name_and_one_file_of_optimum_and_carries_what_is_no_python(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
+    names.remove(REGISTER)
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"cushion_deploy"}
     assert "cushion_deploy/py.typed" in names
@@ -82,7 +106,7 @@ def test_it_has_every_module_of_the_source(wheel: Path) -> None:
         for file in files
         if file.endswith(".py")
     }
-    assert source == {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    assert source | {REGISTER} == {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
 
 
 def test_installed_alone_every_module_imports_and_no_bare_name_does(wheel: Path, tmp_path: Path) -> None:

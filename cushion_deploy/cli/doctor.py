@@ -82,7 +82,7 @@ def _lines(found: Diagnosis) -> list[str]:
     needed = found.resources
     parts = ", ".join(f"{name} {wording.duration(seconds)}" for name, seconds in needed.seconds.items())
     lines += [
-        f"a build takes about {wording.duration(needed.total_seconds)} here ({parts}; conversion and engines beside it)",
+        f"a build takes about {wording.duration(needed.total_seconds)} here ({parts}; conversion and engines not counted)",
         f"memory about {wording.size(needed.memory)} ({wording.size(needed.memory_free)} free), "
         f"disk about {wording.size(needed.disk)} ({wording.size(needed.disk_free)} free)",
         "",

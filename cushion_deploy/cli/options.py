@@ -1,4 +1,4 @@
-"""Options that several verbs share: the model, the recipe, overrides, the work folder."""
+"""Options that several commands share: the model, the recipe, overrides, the work folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import yaml
 
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.progress import Progress
@@ -16,6 +15,7 @@ from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.run import Run
+from cushion_deploy.recipe.text import parse_yaml
 from cushion_deploy.store import StageStore
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,43 +42,47 @@ FLAGS: dict[str, str] = {
     "max_prefill": "tensorrt.max_prefill",
     "plan_dtype": "tensorrt.dtype",
 }
-"""Flag to the recipe setting that it overrides; everything else is reached with --set."""
+"""Recipe setting that each flag overrides; ``--set`` overrides all others."""
 
 
 def recipe_options(function: F) -> F:
-    """Add the options that make up a recipe."""
+    """Add the options that a recipe is made from, and those of :func:`run_options`."""
     options = [
         click.option("--model", metavar="MODEL", help="GGUF file, Hugging Face folder, or hub id (org/name)."),
         click.option("--revision", help="Revision of a hub model."),
-        click.option(
-            "--precision",
-            metavar="NAME",
-            help=f"Precision: {', '.join(PRECISIONS)}.",
-        ),
+        click.option("--precision", metavar="NAME", help=f"Precision: {', '.join(PRECISIONS)}."),
         click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings."),
         click.option(
-            "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override any setting; see --print-config."
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Override any setting of the recipe; `build --print-config` lists them.",
         ),
-        click.option("--seed", type=int, help="Seed of everything random."),
-        click.option("--calib-data", metavar="DATA", help="Calibration text: file, wikitext, c4, org/name, or self."),
-        click.option("--eval-data", metavar="DATA", help="Text to measure perplexity on; not the calibration's."),
+        click.option("--seed", type=int, help="Seed of all random numbers."),
+        click.option("--calib-data", metavar="DATA", help="Calibration text: a file, wikitext, c4, org/name, or self."),
+        click.option(
+            "--eval-data", metavar="DATA", help="Text to measure perplexity on; must differ from the calibration text."
+        ),
         click.option("--estimator", metavar="NAME", help=f"Range estimator: {', '.join(ESTIMATORS)}."),
-        click.option("--quantize-head/--no-quantize-head", default=None, help="Run the output head in INT8 too."),
-        click.option("--tune/--no-tune", default=None, help="Tune the prefix, and the scales with it."),
-        click.option("--smooth-alpha", type=float, help="SmoothQuant alpha, 0 to 1."),
+        click.option(
+            "--quantize-head/--no-quantize-head", default=None, help="Quantize the output head to INT8 as well."
+        ),
+        click.option("--tune/--no-tune", default=None, help="Tune the prefix together with the activation scales."),
+        click.option("--smooth-alpha", type=float, help="Migration strength (alpha) of SmoothQuant, 0 to 1."),
         click.option(
             "--keep-float",
             multiple=True,
             metavar="SITE|auto:N",
-            help="Site to keep in floating point, or auto:N for the N that cost the most; repeatable.",
+            help="Site to keep in floating point, or auto:N for the N most sensitive ones; repeatable.",
         ),
-        click.option("--kv-cache", metavar="NAME", help="Key/value cache: float or int8."),
-        click.option("--max-length", type=int, help="Most tokens of the prefix."),
+        click.option("--kv-cache", metavar="NAME", help="Storage of the key/value cache: float or int8."),
+        click.option("--max-length", type=int, help="Maximum number of prefix tokens."),
         click.option(
             "--seed-token", "seed_tokens", multiple=True, help="Token that the prefix begins with; repeatable."
         ),
         click.option("--objective", metavar="NAME", help="Objective of the search: error or max."),
-        click.option("--exhaustive", is_flag=True, help="Score the whole vocabulary exactly; resumable."),
+        click.option("--exhaustive", is_flag=True, help="Score every token of the vocabulary exactly; resumable."),
         click.option("--no-prefix", is_flag=True, help="Build without a prefix."),
     ]
     function = run_options(function)
@@ -88,17 +92,17 @@ def recipe_options(function: F) -> F:
 
 
 def run_options(function: F) -> F:
-    """Add the options of every verb that works on a model: where stages are kept, and what is printed."""
+    """Add the options of every command that runs stages on a model: the work folder and the output."""
     options = [
         click.option(
             "--work-dir",
             type=click.Path(path_type=Path),
             default=WORK_DIR,
             show_default=True,
-            help="Folder of finished stages, which later runs reuse.",
+            help="Folder for finished stages; later runs reuse them.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        click.option("--quiet", is_flag=True, help="No progress on stderr."),
+        click.option("--quiet", is_flag=True, help="Do not show progress on stderr."),
     ]
     for option in reversed(options):
         function = option(function)
@@ -109,29 +113,28 @@ target_option = click.option(
     *("--target", "--targets", "targets"),
     multiple=True,
     metavar="TARGET",
-    help="GPU target of TensorRT, e.g. sm86; commas between several, or repeat it.",
+    help="GPU architecture to compile TensorRT plans for, e.g. sm86; comma-separated or repeated.",
 )
-
 
 float_linears_option = click.option(
     "--allow-float-linears",
     type=click.IntRange(min=0),
     default=0,
-    help="Linears that may stay in floating point.",
+    help="Number of linears that may stay in floating point.",
 )
 
 
 def split_targets(given: Sequence[str]) -> tuple[str, ...]:
-    """Return the targets that :data:`target_option` was given, one by one."""
+    """Return the values of :data:`target_option` as single targets."""
     return tuple(target.strip() for text in given for target in text.split(",") if target.strip())
 
 
 DTYPES: dict[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-"""Short names of floating-point types, as ``--dtype`` takes them; it takes the long ones too."""
+"""Short names of floating-point types that ``--dtype`` accepts beside the long ones."""
 
 
 def dtype_option(name: str, help_text: str, default: str | None = None) -> Callable[[F], F]:
-    """Return ``--dtype`` as an option that hands over long names."""
+    """Return ``--dtype`` as an option whose value is the long name of a type."""
     return click.option(
         *("--dtype", name),
         type=click.Choice([*DTYPES, *DTYPES.values()]),
@@ -144,21 +147,27 @@ def dtype_option(name: str, help_text: str, default: str | None = None) -> Calla
 
 
 def plan_options(function: F) -> F:
-    """Add the options of TensorRT plans: type and optimization profiles; what is not given is left to the recipe."""
+    """Add the options of TensorRT plans, which default to the settings of the recipe: type, optimization profiles."""
     for option in (
-        click.option("--max-prefill", type=int, help="Longest piece of a prompt in one call. Default: the recipe's."),
-        click.option("--max-context", type=int, help="Longest context of TensorRT profiles. Default: the recipe's."),
-        click.option("--max-batch", type=int, help="Largest batch of TensorRT profiles. Default: the recipe's."),
-        dtype_option("plan_dtype", "Floating-point type of TensorRT plans. Default: the recipe's, fp16."),
+        click.option(
+            "--max-prefill", type=int, help="Maximum number of prompt tokens per call. Default: from the recipe."
+        ),
+        click.option("--max-context", type=int, help="Maximum context of TensorRT profiles. Default: from the recipe."),
+        click.option("--max-batch", type=int, help="Maximum batch of TensorRT profiles. Default: from the recipe."),
+        dtype_option("plan_dtype", "Floating-point type of TensorRT plans. Default: from the recipe, fp16."),
     ):
         function = option(function)
     return function
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
-    """Return the recipe that the options of :func:`recipe_options` describe: file first, flags over it."""
+    """Return the recipe of :func:`recipe_options`: the file, overridden by flags, overridden by ``--set``.
+
+    Raises:
+        UsageError: the file cannot be read, or a setting is unknown or invalid.
+    """
     recipe = Recipe.load(values["recipe"]) if values["recipe"] else Recipe()
-    # A flag that was not given is None, or an empty tuple where it is repeatable.
+    # A flag that was not given is None, or an empty tuple if it is repeatable.
     given = {flag: value for flag, value in values.items() if value not in (None, ())}
     overrides: dict[str, object] = {setting: given[flag] for flag, setting in FLAGS.items() if flag in given}
     if values["exhaustive"]:
@@ -172,17 +181,21 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, object]:
-    """Return what --set NAME=VALUE says; values are YAML. Raises UsageError where one is neither."""
+    """Parse the values of ``--set NAME=VALUE``, each VALUE as YAML.
+
+    Raises:
+        UsageError: a text has no ``=``, or its value is not valid YAML.
+    """
     found: dict[str, object] = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign:
-            raise UsageError(f"--set {text}: no '='", hint="write --set search.tau=0.4")
+            raise UsageError(f"--set {text}: '=' is missing", hint="write --set search.tau=0.4")
         try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
+            found[name] = parse_yaml(value)
+        except ValueError as e:
             raise UsageError(
-                f"--set {text}: {value!r} is not valid YAML", hint="put quotes around text that has special characters"
+                f"--set {text}: {value!r} is not valid YAML: {e}", hint="quote text that has special characters"
             ) from e
     return found
 
@@ -193,7 +206,7 @@ def make_run(work_dir: Path, progress: Progress) -> Run:
 
 
 def scored_text(recipe: Recipe, window: int | None, max_tokens: int | None) -> dict[str, object]:
-    """Return the settings that --window and --max-tokens override; one window at least is scored."""
+    """Return the settings that ``--window`` and ``--max-tokens`` override, so that at least one window is scored."""
     given: dict[str, object] = {}
     if window is not None:
         given["evaluation.window"] = window
@@ -204,5 +217,5 @@ def scored_text(recipe: Recipe, window: int | None, max_tokens: int | None) -> d
 
 
 def names(values: Sequence[str]) -> list[str]:
-    """Return the names in repeated options that may hold several, commas between them."""
+    """Split the comma-separated values of a repeatable option into single names."""
     return [name.strip() for value in values for name in value.split(",") if name.strip()]

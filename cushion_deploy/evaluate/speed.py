@@ -19,6 +19,7 @@ import numpy as np
 
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.host import own_peak_memory
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.session import DecoderSession, context_limit
 from cushion_deploy.engines.onnxruntime.session import open_session
@@ -164,9 +165,7 @@ def _child() -> None:
     session = open_session(graph, threads=request["threads"])
     session.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64))
     session.run(np.zeros((workload.batch, 1), dtype=np.int64))
-    # Not ru_maxrss: a child inherits that of the process that forked it.
-    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:")]
-    print(int(line.split()[1]) * 1024)
+    print(own_peak_memory())
 
 
 if __name__ == "__main__":

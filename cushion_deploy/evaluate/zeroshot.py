@@ -209,7 +209,7 @@ def _task_files(name: str) -> list[Path]:
 
 
 def _read_task(file: Path, data: Path | None) -> dict[str, Any]:
-    import yaml
+    import yaml  # what load_yaml of lm-eval raises
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
-from cushion_deploy.core.host import cpu_name, installed_versions, peak_memory
+from cushion_deploy.core.host import cpu_description, installed_versions, peak_memory
 from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.quantization import Quantization
@@ -83,7 +83,7 @@ class AssembleReport(Derived[Report]):
             "environment": {
                 "python": platform.python_version(),
                 "platform": platform.platform(),
-                "cpu": cpu_name(),
+                "cpu": cpu_description(),
                 "versions": installed_versions(PACKAGES),
                 "peak_rss_bytes": peak_memory(),
             },

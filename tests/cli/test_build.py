@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.recipe.text import parse_yaml
 from cushion_deploy.report import Report
 from cushion_deploy.store import verify_bundle
 
@@ -149,7 +149,7 @@ def test_print_config_round_trips(cli: Any, tmp_path: Path) -> None:
     flags = ["--seed", "7", "--seed-token", "a", "--set", "search.tau=0.25", "--no-quantize-head", "--engine", "x"]
     first = cli("build", *flags, "--print-config")
     assert first.code == 0
-    values = yaml.safe_load(first.out)
+    values = parse_yaml(first.out)
     assert (values["seed"], values["search"]["seed_tokens"], values["search"]["tau"]) == (7, ["a"], 0.25)
     assert (values["export"]["quantize_head"], values["engines"]) == (False, ["x"])
     (tmp_path / "r.yaml").write_text(first.out)
@@ -159,7 +159,7 @@ def test_print_config_round_trips(cli: Any, tmp_path: Path) -> None:
 def test_flags_stand_over_the_recipe_and_set_over_flags(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("seed: 1\nsearch: {max_length: 2, tau: 0.3}\n")
     done = cli("build", "--recipe", tmp_path / "r.yaml", "--max-length", 3, "--set", "seed=5", "--print-config")
-    recipe = Recipe.model_validate(yaml.safe_load(done.out))
+    recipe = Recipe.model_validate(parse_yaml(done.out))
     assert (recipe.seed, recipe.search.max_length, recipe.search.tau) == (5, 3, 0.3)
 
 
@@ -167,7 +167,7 @@ def test_set_null_stands_over_the_recipe(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("engines: [onnxruntime]\ncalibration: {data: a.txt}\nevaluation: {data: b.txt}\n")
     recipe = ("build", "--recipe", tmp_path / "r.yaml", "--print-config")
     done = cli(*recipe, "--set", "engines=null", "--set", "calibration.data=null")
-    values = yaml.safe_load(done.out)
+    values = parse_yaml(done.out)
     assert (values["engines"], values["calibration"]["data"], values["evaluation"]["data"]) == (None, None, "b.txt")
     done = cli(*recipe, "--set", "search.tau=null")
     assert done.code == 2
@@ -181,7 +181,7 @@ TENSORRT = {"dtype": "float16", "max_batch": 1, "max_context": 2048, "max_prefil
 def test_the_limits_of_tensorrt_are_settings_and_flags_stand_over_them(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("tensorrt: {max_batch: 3, max_context: 96}\n")
     done = cli("build", "--recipe", tmp_path / "r.yaml", "--max-context", 64, "--print-config")
-    assert yaml.safe_load(done.out)["tensorrt"] == {
+    assert parse_yaml(done.out)["tensorrt"] == {
         **{"dtype": "float16", "max_batch": 3, "max_context": 64, "max_prefill": 512}
     }
     assert cli("build", "--recipe", tmp_path / "r.yaml", "--max-batch", 0, "--print-config").code == 2

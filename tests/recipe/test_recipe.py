@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Evaluation, Recipe, Search
@@ -78,7 +78,7 @@ def _load(text: str | bytes) -> Recipe:
 
 def test_the_defaults_are_those_that_are_documented() -> None:
     assert Recipe().model_dump(mode="json") == DEFAULTS
-    assert yaml.safe_load(Recipe().to_yaml()) == DEFAULTS
+    assert YAML(typ="safe").load(Recipe().to_yaml()) == DEFAULTS
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "search:\nparity:\n"])
@@ -155,20 +155,20 @@ BAD = {
     "search: {text_tokens: 15}": ("search.text_tokens is 15", "greater than or equal to 16"),
     "search: {max_length: -1, tau: 2}": ("the first of 2 problems", "greater than or equal to 0"),
     "search: {enabled: 1}": ("search.enabled is 1", "valid boolean"),
-    "search: on": ("search is True", "a table of settings"),
+    "search: on": ("search is True", "a mapping of settings"),
     "calibration: {percentile: 50}": ("calibration.percentile is 50", "greater than 50"),
     "calibration: {estimator: average}": ("calibration.estimator is 'average'", "'max', 'percentile' or 'mse'"),
-    "engines: onnxruntime": ("engines is 'onnxruntime'", "a list of texts"),
+    "engines: onnxruntime": ("engines is 'onnxruntime'", "a list of strings"),
     "engines: [1]": ("engines.0 is 1", "valid string"),
     "evaluation: {max_tokens: 100}": ("max_tokens 100 is less than one window of 512", "--print-config"),
-    "1: 2": ("1 is 1", "text as key"),
-    "- a": ("holds a list", "--print-config"),
-    "just words": ("holds a str", "--print-config"),
+    "1: 2": ("1 is 1", "a string as key"),
+    "- a": ("contains a list", "--print-config"),
+    "just words": ("contains a str", "--print-config"),
     "a: [": ("not valid YAML", "--print-config"),
-    "seed: 1\nseed: 2": ("'seed' stands a second time in line 2", "--print-config"),
-    "search: {tau: 0.5, tau: 0.6}": ("'tau' stands a second time in line 1", "--print-config"),
+    "seed: 1\nseed: 2": ("the key 'seed' is repeated in line 2", "--print-config"),
+    "search: {tau: 0.5, tau: 0.6}": ("the key 'tau' is repeated in line 1", "--print-config"),
     "model: !!python/object/apply:os.getcwd []": ("not valid YAML", "--print-config"),
-    "&a [*a]": ("holds a list", "--print-config"),
+    "&a [*a]": ("contains a list", "--print-config"),
     "{? [a] : 1}": ("not valid YAML", "--print-config"),
     "[" * 1200: ("not valid YAML", "--print-config"),
 }

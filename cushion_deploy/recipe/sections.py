@@ -1,0 +1,191 @@
+"""The sections of a recipe: each setting with its type, default, range and description."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cushion_deploy.core.dtypes import Dtype
+from cushion_deploy.core.graphs import PrefixMode
+from cushion_deploy.core.kv_scales import KvGranularity
+from cushion_deploy.core.scales import Estimator
+
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+"""A tuple of strings; not strict, so that a YAML list is accepted for the tuple."""
+
+
+class Section(BaseModel):
+    """A group of settings. Every field has a description, from which the commented YAML and ``--help`` are made."""
+
+    # Strict, because pydantic would otherwise accept the YAML `yes` as the number 1, and "4" as 4.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Search(Section):
+    """How the prefix is found."""
+
+    enabled: bool = Field(default=True, description="Search for a prefix; false builds without one.")
+    seed_tokens: Names = Field(default=(), description="Tokens that the prefix begins with, as text.")
+    max_length: int = Field(default=4, ge=0, description="Maximum number of tokens in the prefix.")
+    tau: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Append a token only if at most this fraction of the quantization error remains.",
+    )
+    text_tokens: int = Field(
+        default=512, ge=16, description="Number of text tokens on which each step scores the candidates."
+    )
+    objective: Literal["error", "max"] = Field(
+        default="error",
+        description="What to minimize: the squared quantization error (error), or the largest activation (max).",
+    )
+    mode: Literal["screen", "exhaustive"] = Field(
+        default="screen",
+        description="Score the candidates of a screen exactly (screen), or every token of the vocabulary (exhaustive).",
+    )
+    random_candidates: int = Field(
+        default=128, ge=0, description="Candidates of a screened search that are drawn at random."
+    )
+    screen_candidates: int = Field(
+        default=64,
+        ge=0,
+        description="Candidates of a screened search with the largest activation as their own attention sink.",
+    )
+    gradient_candidates: int = Field(
+        default=64,
+        ge=0,
+        description="Candidates of a screened search that are ranked best by the gradient; 0 computes no gradient.",
+    )
+    audit_tokens: int = Field(
+        default=16,
+        ge=0,
+        description="Random tokens, scored exactly, against which each token that the search finds is ranked.",
+    )
+    batch_positions: int = Field(default=2048, ge=1, description="Token positions per forward pass; bounds memory.")
+
+
+class SmoothQuant(Section):
+    """How much of the range of activation channels moves into the weights (SmoothQuant)."""
+
+    alpha: float | None = Field(
+        default=0.5, ge=0, le=1, description="Migration strength of SmoothQuant; null disables it."
+    )
+    limit: float | None = Field(
+        default=1.5,
+        gt=0,
+        description="Scale down channels that still exceed this multiple of the 90th percentile; null disables it.",
+    )
+
+
+class Tuning(Section):
+    """How the prefix is tuned (Eq. 11 of the paper)."""
+
+    enabled: bool = Field(
+        default=False, description="Train the keys and values of the prefix while the model stays frozen."
+    )
+    loss: Literal["distill", "ce"] = Field(
+        default="distill",
+        description="Match the original model (distill), or predict the text as the paper does (ce).",
+    )
+    error_weight: float = Field(
+        default=0.01, ge=0, description="Weight (lambda) of the quantization error in the loss."
+    )
+    scales: bool = Field(default=True, description="Train the static activation scales together with the prefix.")
+    learning_rate: float = Field(default=0.001, gt=0, description="Adam learning rate of the keys and values.")
+    scale_learning_rate: float = Field(
+        default=0.003, gt=0, description="Adam learning rate of the logarithms of the scales."
+    )
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="Learning rate schedule.")
+    epochs: int = Field(default=2, ge=1, description="Number of passes over the training windows.")
+    windows: int = Field(default=80, ge=1, description="Number of windows of text to train on.")
+    held_out: int = Field(default=8, ge=1, description="Number of held-out windows that select the state to keep.")
+    window: int = Field(default=256, ge=2, description="Tokens per window.")
+    batch: int = Field(default=2, ge=1, description="Windows per optimizer step.")
+    microbatch: int = Field(default=1, ge=1, description="Windows per forward and backward pass; bounds memory.")
+    clip: float = Field(default=1.0, gt=0, description="Maximum gradient norm.")
+    judge_every: int = Field(default=20, ge=1, description="Steps between evaluations on the held-out windows.")
+    checkpointing: bool = Field(
+        default=True,
+        description="Recompute activations in the backward pass instead of keeping them (gradient checkpointing).",
+    )
+
+
+class Calibration(Section):
+    """How static activation scales are measured."""
+
+    data: str | None = Field(
+        default=None, description="Text file or dataset to calibrate on; null is the default, which works offline."
+    )
+    estimator: Estimator = Field(default="percentile", description="Range estimator: max, percentile or mse.")
+    percentile: float = Field(default=99.9995, gt=50, le=100, description="Percentile of the percentile estimator.")
+    windows: int = Field(default=32, ge=1, description="Number of windows of text to observe.")
+    window: int = Field(default=512, ge=2, description="Tokens per window.")
+
+
+class Export(Section):
+    """What the ONNX graph looks like."""
+
+    quantize_head: bool = Field(default=False, description="Quantize the output head (lm_head) to INT8 as well.")
+    keep_float: Names = Field(
+        default=(),
+        description="Sites to keep in floating point, by name, or auto:N for the N most sensitive ones.",
+    )
+    opset: int | None = Field(
+        default=None, ge=13, description="ONNX opset; null is the lowest one with every operator of the graph."
+    )
+    prefix: PrefixMode = Field(
+        default="baked",
+        description="Store the prefix in the graph (baked), in a file that initializes every cache (cache), or "
+        "nowhere (none).",
+    )
+    kv_cache: Literal["float", "int8"] = Field(
+        default="float",
+        description="Store the keys and values of the cache in floating point (float) or as INT8 codes (int8).",
+    )
+    kv_scales: KvGranularity = Field(
+        default="per-head",
+        description="Granularity of the scales of an INT8 cache: per head, or per tensor (one in each layer).",
+    )
+
+
+class Evaluation(Section):
+    """What perplexity is measured on."""
+
+    data: str | None = Field(
+        default=None, description="Text file or dataset, other than the calibration data; null is the default."
+    )
+    window: int = Field(default=512, ge=2, description="Tokens per window.")
+    max_tokens: int = Field(default=4096, ge=2, description="Maximum number of tokens to score.")
+
+    @model_validator(mode="after")
+    def _one_window(self) -> Evaluation:
+        if self.max_tokens < self.window:
+            raise ValueError(f"max_tokens {self.max_tokens} is less than one window of {self.window} tokens")
+        return self
+
+
+class Parity(Section):
+    """How much text the parity ladder compares its rungs on."""
+
+    data: str | None = Field(default=None, description="Text file or dataset; null is the default.")
+    tokens: int = Field(default=256, ge=2, description="Number of text tokens on which logits and codes are compared.")
+    decode_tokens: int = Field(
+        default=16, ge=1, description="Number of tokens whose one-by-one decoding is compared with prefill."
+    )
+
+
+class TensorRt(Section):
+    """Floating-point type and optimization profiles of TensorRT plans."""
+
+    dtype: Dtype = Field(
+        default="float16",
+        description="Floating-point type of plans: float16, bfloat16 (for residual streams beyond the range of "
+        "float16) or float32 (without fused attention).",
+    )
+    max_batch: int = Field(default=1, ge=1, description="Maximum batch size of the optimization profiles.")
+    max_context: int = Field(
+        default=2048, ge=1, description="Maximum context length of the optimization profiles, without the prefix."
+    )
+    max_prefill: int = Field(default=512, ge=1, description="Maximum number of prompt tokens per call of a plan.")
