@@ -1,4 +1,4 @@
-"""What the benchmarks share: a workspace on the real model, and medians."""
+"""What the benchmarks share: a pipeline of the real model, and a run of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cushion_deploy.cli.progress import progress
-from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.run import Run
 from cushion_deploy.store import StageStore
 
 MODEL = ".models/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -24,9 +25,13 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def workspace(options: argparse.Namespace, **overrides: Any) -> Workspace:
-    """Return the workspace that a build with the same options has, so that its stages are shared."""
+def pipeline(options: argparse.Namespace, **overrides: Any) -> Pipeline:
+    """Return the pipeline that a build with the same options has, so that its finished stages serve here."""
     settings = {"model": options.model, "seed": options.seed, "calibration.data": options.calib_data, **overrides}
-    recipe = Recipe().merged(settings)
+    return Pipeline.of(Recipe().merged(settings))
+
+
+def new_run(options: argparse.Namespace) -> Run:
+    """Return a run on the work folder."""
     with progress() as report:
-        return Workspace(recipe, StageStore(Path(options.work_dir)), report)
+        return Run(StageStore(Path(options.work_dir)), report)

@@ -9,29 +9,28 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from common import arguments, workspace
+from common import arguments, new_run, pipeline
 
 from cushion_deploy.core.graphs import ExportedGraph
-from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.evaluate.speed import Workload, compare, peak_memory, time_sessions
-from cushion_deploy.pipeline.prepare import prepare
-from cushion_deploy.pipeline.stages import export, search_prefix
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.stages.base import Given
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.run import Run
 
 
-def graphs(ws: Workspace, head_ws: Workspace) -> dict[str, ExportedGraph]:
+def graphs(run: Run, nodes: Pipeline, with_head: Pipeline) -> dict[str, ExportedGraph]:
     """Return the graphs to compare, by name."""
-    prefix, _ = search_prefix(ws)
-    deployed, bare = prepare(ws, prefix), prepare(ws, Prefix.empty(ws.model.spec))
-    with_head = replace(deployed, scheme=head_ws.scheme), replace(bare, scheme=head_ws.scheme)
-    return {
-        "float": export(ws, deployed, dtype="float32", name="float", quantized=False),
-        "int8": export(ws, with_head[0], dtype="float32"),
-        "int8-float-head": export(ws, deployed, dtype="float32"),
-        "int8-no-prefix": export(ws, with_head[1], dtype="float32"),
+    quantized, bare = (run.get(branch.quantization) for branch in (nodes.quantized, nodes.bare))
+    head = with_head.scheme
+    wanted = {
+        "float": (quantized.float_twin, replace(nodes.form, quantized=False)),
+        "int8": (replace(quantized, scheme=head), nodes.form),
+        "int8-float-head": (quantized, nodes.form),
+        "int8-no-prefix": (replace(bare, scheme=head), nodes.form),
     }
+    return {name: run.get(nodes.graph(Given(parts), form)) for name, (parts, form) in wanted.items()}
 
 
 def main() -> None:
@@ -43,9 +42,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
     workload = Workload(options.prompt, options.decoded, rounds=options.rounds)
-    ws = workspace(options, **{"export.quantize_head": False})
-    found = graphs(ws, workspace(options, **{"export.quantize_head": True}))
-    del ws
+    float_head, int8_head = (pipeline(options, **{"export.quantize_head": head}) for head in (False, True))
+    found = graphs(new_run(options), float_head, int8_head)
     result: dict[str, object] = {
         "bytes": {name: graph.size for name, graph in found.items()},
         "peak_rss": {name: peak_memory(graph, workload, threads=2) for name, graph in found.items()},

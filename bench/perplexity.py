@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 
-from common import arguments, workspace
-
-from cushion_deploy.pipeline.prepare import prepare
-from cushion_deploy.pipeline.stages import evaluate, search_prefix
+from common import arguments, new_run, pipeline
 
 
 def main() -> None:
@@ -19,10 +16,11 @@ def main() -> None:
     parser.add_argument("--head", nargs="+", choices=["float", "int8"], default=["float", "int8"])
     parser.add_argument("--max-tokens", type=int, default=1_000_000)
     options = parser.parse_args()
+    run = new_run(options)
     for estimator in options.estimator:
         for head in options.head:
             for window in options.window:
-                ws = workspace(
+                nodes = pipeline(
                     options,
                     **{
                         "evaluation.data": options.eval_data,
@@ -32,8 +30,7 @@ def main() -> None:
                         "export.quantize_head": head == "int8",
                     },
                 )
-                prefix, _ = search_prefix(ws)
-                row = evaluate(ws, prepare(ws, prefix))["perplexity"]
+                row = run.get(nodes.evaluation)["perplexity"]
                 cost = row["quantized_prefix"] / row["fp_prefix"] - 1
                 bare = row["quantized"] / row["fp"] - 1
                 extra = {"with_prefix": f"{100 * cost:+.1f} %", "without": f"{100 * bare:+.1f} %"}

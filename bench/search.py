@@ -6,7 +6,7 @@ import json
 import time
 
 import numpy as np
-from common import arguments, workspace
+from common import arguments, new_run, pipeline
 
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
 from cushion_deploy.prefix.objective import score_candidates
@@ -19,21 +19,21 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=400)
     parser.add_argument("--rejected", action="store_true", help="rank the tokens of rejected steps too")
     options = parser.parse_args()
-    ws = workspace(options)
-    config = ws.recipe.search
-    text = ws.model.encode(ws.corpus(ws.recipe.calibration.data, "calibration").text)
+    run, nodes = new_run(options), pipeline(options)
+    config, model = nodes.recipe.search, run.get(nodes.model)
+    text = model.encode(run.get(nodes.text).text)
     begin = time.monotonic()
-    _, trace = PrefixSearch(ws.model, text, config, options.seed, None, ws.progress).run()
+    _, trace = PrefixSearch(model, text, config, options.seed, None, run.progress).run()
     seconds = time.monotonic() - begin
     rng = np.random.default_rng(987_654_321)
     ranks = []
     for number, step in enumerate(trace.steps):
         if not (step.accepted or options.rejected):
             continue
-        past = prefix_tensors(compute_prefix(ws.model, trace.token_ids[: len(trace.seed_tokens) + number]))
-        sample = [int(t) for t in rng.choice(ws.model.spec.vocab_size, size=options.sample, replace=False)]
+        past = prefix_tensors(compute_prefix(model, trace.token_ids[: len(trace.seed_tokens) + number]))
+        sample = [int(t) for t in rng.choice(model.spec.vocab_size, size=options.sample, replace=False)]
         drawn = draw_text(text, config.text_tokens, options.seed, number)
-        scores = score_candidates(ws.model, past, drawn, sample, config.objective, progress=ws.progress, task="ranking")
+        scores = score_candidates(model, past, drawn, sample, config.objective, progress=run.progress, task="ranking")
         better = sum(score < step.best.objective for score in scores)
         ranks.append(
             {

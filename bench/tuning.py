@@ -12,14 +12,15 @@ import json
 from statistics import mean, stdev
 from typing import Any
 
-from common import arguments, workspace
+from common import arguments, new_run, pipeline
 
 from cushion_deploy.evaluate.perplexity import TextScore, cut_windows
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.modeling.teacher import Teacher
-from cushion_deploy.pipeline.prepare import Deployed, prepare, tune
-from cushion_deploy.pipeline.stages import search_prefix
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.stages.base import Given
+from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.core.progress import Progress
+from cushion_deploy.core.quantization import Quantization
 
 
 def main() -> None:
@@ -33,21 +34,25 @@ def main() -> None:
     parser.add_argument("--calibration-windows", type=int, default=32)
     options = parser.parse_args()
     settings = {"tuning.epochs": options.epochs, "calibration.windows": options.calibration_windows}
-    ws = workspace(options, **settings)
-    prefix, _ = search_prefix(ws)
-    start = prepare(ws, prefix, tuned=False)
-    teacher = Teacher(ws.model)
+    run, nodes = new_run(options), pipeline(options, **settings)
+    start = run.get(nodes.behind(nodes.prefix, tuned=False).quantization)
+    model = run.get(nodes.model)
+    teacher = Teacher(model)
     texts = {}
     for data in options.eval_data:
-        corpus = ws.corpus(data, "evaluation")
-        texts[corpus.name] = cut_windows(ws.model.encode(corpus.text), options.window, options.max_tokens, corpus.name)
-        teacher.remember(texts[corpus.name], ws.progress)
-    rows: dict[str, Any] = {"untuned": judge(ws, start, teacher, texts)}
+        corpus = run.get(nodes.corpus(data, "evaluation"))
+        texts[corpus.name] = cut_windows(model.encode(corpus.text), options.window, options.max_tokens, corpus.name)
+        teacher.remember(texts[corpus.name], run.progress)
+    rows: dict[str, Any] = {"untuned": judge(model, start, teacher, texts, run.progress)}
+    searched = Given(run.get(nodes.prefix))
     for seed in options.seeds:
-        tuned = tune(ws.altered({"seed": seed}), start)
-        states = tuned.tuning.states if tuned.tuning else ()
+        # The same prefix for every seed: only the tuning differs.
+        branch = nodes.altered({"seed": seed, "tuning.enabled": True}).behind(searched)
+        tuned = run.get(branch.quantization)
+        trace = run.get(branch.tuning).trace if branch.tuning else None
+        states = trace.states if trace else ()
         held_out = {"held out": [state.held_out for state in (states[0], min(states, key=_loss))]}
-        rows[f"seed {seed}"] = {**held_out, **judge(ws, tuned, teacher, texts)}
+        rows[f"seed {seed}"] = {**held_out, **judge(model, tuned, teacher, texts, run.progress)}
     changes: dict[str, Any] = {}
     for name in texts:
         for kind in ("perplexity", "divergence"):
@@ -57,14 +62,16 @@ def main() -> None:
     print(json.dumps({"rows": rows, "changes": changes}, indent=1))
 
 
-def judge(ws: Workspace, deployed: Deployed, teacher: Teacher, texts: dict[str, Any]) -> dict[str, Any]:
+def judge(
+    model: TorchRunner, quantization: Quantization, teacher: Teacher, texts: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
     """Return perplexity and divergence on every text, quantized and in floating point behind the same prefix."""
     found = {}
-    model = ws.folded(deployed.smoothing)
+    folded, prefix = model.folded(quantization.smoothing), quantization.prefix
     for name, windows in texts.items():
-        plain = teacher.compare(ws.model, deployed.prefix, windows, ws.progress, f"FP + prefix, {name}")
-        with simulated(model, deployed.scheme, deployed.scales):
-            quantized = teacher.compare(model, deployed.prefix, windows, ws.progress, f"W8A8 + prefix, {name}")
+        plain = teacher.compare(model, prefix, windows, progress, f"FP + prefix, {name}")
+        with simulated(folded, quantization.scheme, quantization.scales):
+            quantized = teacher.compare(folded, prefix, windows, progress, f"W8A8 + prefix, {name}")
         found[name] = {
             "perplexity": TextScore(quantized.losses).perplexity,
             "divergence": quantized.divergence,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.corpora import python_topics
@@ -31,6 +30,7 @@ from cushion_deploy.modeling.magnitudes import layer_magnitudes
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.modeling.sinks import Sink, find_sinks
 from cushion_deploy.prefix.candidates import obvious_tokens
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.search import draw_text
@@ -42,33 +42,10 @@ from cushion_deploy.stages.resources import GIB, Resources, estimate
 from cushion_deploy.stages.run import Run
 from cushion_deploy.stages.windows import longest_prefix
 
-SINK_RATIO = 20.0
-"""A token is a sink where it enters a Site at this many times what the median token does."""
 SAMPLES, SAMPLE_TOKENS = 4, 256
 HALF_RESIDUAL = 30_000
 COSTLY = 0.1
 """Growth of the perplexity, as a share, that a model without sinks is warned of."""
-
-
-@dataclass(frozen=True)
-class Sink:
-    """A token that carries a massive activation.
-
-    Attributes:
-        position: in its window.
-        token: its text.
-        share: of the windows looked at that have a sink at this position.
-        site: where it is largest, of all Sites.
-        magnitude: there.
-        times_median: the magnitude over that of the median token at the same Site.
-    """
-
-    position: int
-    token: str
-    share: float
-    site: Site
-    magnitude: float
-    times_median: float
 
 
 @dataclass(frozen=True)
@@ -149,7 +126,7 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
         prefix_allowed=longest_prefix(recipe) > 0,
         largest_residual=_largest_residual(model, windows),
         cost=static_cost(model, windows, recipe.calibration, run.progress),
-        resources=_resources(pipeline, run, windows),
+        resources=estimate_build(pipeline, run, windows),
         engines=availabilities(),
     )
     return replace(found, warnings=tuple(_warnings(model, found)))
@@ -191,7 +168,7 @@ def prefix_relief(model: TorchRunner, corpus: IntArray, tokens: int, recipe: Rec
     return min(scores, default=before) / before if before else 1.0
 
 
-def _resources(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources:
+def estimate_build(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources:
     """Return what a build takes with every engine that can compile here."""
     model = run.get(pipeline.model)
     speed = Speed(
@@ -214,41 +191,6 @@ def seconds_a_position(model: TorchRunner, windows: IntArray, *, head: bool) -> 
         model.run(row, [], head=head)
         times.append(time.perf_counter() - begin)
     return statistics.median(times) / row.shape[1]
-
-
-@torch.inference_mode()
-def find_sinks(model: TorchRunner, windows: IntArray) -> tuple[tuple[Sink, ...], tuple[tuple[Site, float], ...]]:
-    """Return the sinks of windows int64 ``[count, length]``, and the Sites that they enter with their ratios."""
-    largest: dict[Site, Tensor] = {}
-
-    def keep(site: Site, x: Tensor) -> None:
-        if site != HEAD_SITE:
-            largest[site] = x.abs().amax(dim=-1)
-
-    with observed(model, keep):
-        run(model, torch.from_numpy(windows), [], head=False)
-    sites = list(largest)
-    sizes = torch.stack([largest[site] for site in sites])  # [Sites, windows, length]
-    usual = sizes.flatten(1).median(dim=1).values.clamp(min=torch.finfo(torch.float32).tiny)
-    ratios = sizes / usual[:, None, None]
-    strongest, where = ratios.max(dim=0)  # [windows, length]
-    sinks = []
-    for position in torch.nonzero((strongest >= SINK_RATIO).any(dim=0)).flatten().tolist():
-        row = int(strongest[:, position].argmax())
-        site = int(where[row, position])
-        sinks.append(
-            Sink(
-                position,
-                model.token_text(int(windows[row, position])),
-                float((strongest[:, position] >= SINK_RATIO).float().mean()),
-                sites[site],
-                float(sizes[site, row, position]),
-                float(strongest[row, position]),
-            )
-        )
-    by_site = {site: float(r) for site, r in zip(sites, ratios.flatten(1).amax(dim=1), strict=True) if r >= SINK_RATIO}
-    order = sorted(sinks, key=lambda sink: -sink.times_median)
-    return tuple(order), tuple(sorted(by_site.items(), key=lambda entry: -entry[1]))
 
 
 @torch.inference_mode()

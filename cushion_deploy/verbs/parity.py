@@ -16,7 +16,7 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.parity.checks import ParityReport
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Given, Node
-from cushion_deploy.stages.parity import read_result
+from cushion_deploy.stages.parity import Parity, read_result
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantize import read_quantization
 from cushion_deploy.stages.run import Inputs, Run
@@ -59,13 +59,22 @@ def check_bundle(recipe: Recipe, run: Run, bundle: Path, graph: ExportedGraph, *
     quantization = Given(read_quantization(bundle, graph, pipeline.scheme))
     with run.store.lock():
         plans, unchecked = _graphs_behind_plans(pipeline, run, quantization, bundle, graph)
-        stage = pipeline.parity(quantization, Given(graph), plans)
-        if reuse:
-            report = run.get(stage).report
-        else:
-            with TemporaryDirectory(prefix="cushion-parity-") as folder:
-                report = read_result(stage.climb(Inputs(run, stage), Path(folder))).report
+        report = climb(run, pipeline.parity(quantization, Given(graph), plans), reuse=reuse)
     return replace(report, unchecked=unchecked)
+
+
+def climb(run: Run, stage: Parity, *, reuse: bool) -> ParityReport:
+    """Return the report of a ladder.
+
+    Args:
+        run: the work folder.
+        stage: the ladder.
+        reuse: take the result of an earlier run, and keep this one.
+    """
+    if reuse:
+        return run.get(stage).report
+    with TemporaryDirectory(prefix="cushion-parity-") as folder:
+        return read_result(stage.climb(Inputs(run, stage), Path(folder))).report
 
 
 def _graphs_behind_plans(

@@ -12,8 +12,8 @@ from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.probe import probe
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.speed import Comparison, Workload
-from cushion_deploy.pipeline import benching
-from cushion_deploy.pipeline.benching import Bench
+from cushion_deploy.verbs import bench as benching
+from cushion_deploy.verbs.bench import Bench
 
 SMALL = ("--prompt", "16", "--decoded", "4", "--rounds", "2")
 

@@ -190,18 +190,16 @@ def test_the_limits_of_tensorrt_are_settings_and_flags_stand_over_them(cli: Any,
 def test_engines_are_compiled_within_the_limits_of_the_recipe(
     cli: Any, tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cushion_deploy.pipeline.build as build
-    import cushion_deploy.pipeline.compiling as compiling
+    from cushion_deploy.stages.compile import Compile
 
     asked = []
-    real = build.compile_engine
+    real = Compile.run
 
-    def record(ws: Any, engine: Any, graph: Any, options: Any) -> Any:
-        asked.append((options.max_batch, options.max_context))
-        return real(ws, engine, graph, options)
+    def record(stage: Compile, *arguments: Any) -> None:
+        asked.append((stage.options.max_batch, stage.options.max_context))
+        real(stage, *arguments)
 
-    monkeypatch.setattr(build, "compile_engine", record)
-    monkeypatch.setattr(compiling, "compile_engine", record)
+    monkeypatch.setattr(Compile, "run", record)
     done = cli(
         *(
             "build",
@@ -229,17 +227,17 @@ def test_a_failed_check_still_writes_the_bundle_and_exits_1(
 ) -> None:
     from dataclasses import replace
 
-    import cushion_deploy.pipeline.build as build
     from cushion_deploy.parity.checks import ParityCheck
+    from cushion_deploy.stages.parity import Parity
 
-    real = build.check_parity
+    real = Parity.read
 
     def failing(*arguments: Any) -> Any:
         result = real(*arguments)
         check = ParityCheck("a rung", "a metric", 2.0, 1.0, "at most")
         return replace(result, report=replace(result.report, checks=(*result.report.checks, check)))
 
-    monkeypatch.setattr(build, "check_parity", failing)
+    monkeypatch.setattr(Parity, "read", failing)
     done = cli("build", *tiny_bundle.options, "--engine", "onnxruntime", "--output", tmp_path / "b", "--json")
     assert done.code == 1
     assert [c["rung"] for c in done.json["parity"] if not c["passed"]] == ["a rung"]

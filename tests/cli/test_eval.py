@@ -49,7 +49,7 @@ def test_the_engine_is_compared_with_fake_quant(evaluated: Any) -> None:
 def test_an_engine_that_differs_ends_in_exit_code_1(
     cli: Any, planted_bundle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cushion_deploy.pipeline import evaluating
+    from cushion_deploy.verbs import eval as evaluating
 
     right = evaluating.score_text
 

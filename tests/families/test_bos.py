@@ -11,9 +11,8 @@ import torch
 
 from cushion_deploy.modeling import sample
 from cushion_deploy.modeling.teacher import Teacher
-from cushion_deploy.pipeline.prepare import prepare
-from cushion_deploy.pipeline.stages import evaluate, search_prefix
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.run import Run
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
 
@@ -54,7 +53,7 @@ def test_text_is_drawn_behind_it(load_variant: Any, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def workspace(variant_folder: Any, tmp_path: Path) -> Workspace:
+def pipeline(variant_folder: Any, tmp_path: Path) -> Pipeline:
     (tmp_path / "calib.txt").write_text("The quick brown fox jumps over the lazy dog; the dog sleeps. " * 12)
     (tmp_path / "eval.txt").write_text("When nothing else is worth attending to, a head attends to the first. " * 8)
     settings: dict[str, object] = {
@@ -71,16 +70,19 @@ def workspace(variant_folder: Any, tmp_path: Path) -> Workspace:
         "evaluation.window": 48,
         "evaluation.max_tokens": 96,
     }
-    return Workspace(Recipe().merged(settings), StageStore(tmp_path / "work"))
+    return Pipeline.of(Recipe().merged(settings))
 
 
-def test_a_search_begins_with_it_and_the_first_column_has_it(workspace: Workspace, oracle: Any) -> None:
-    prefix, trace = search_prefix(workspace)
-    assert prefix.token_ids[0] == BOS
-    assert trace is not None
-    assert trace.seed_tokens == (BOS,)
-    found = evaluate(workspace, prepare(workspace, prefix))["perplexity"]
-    text = workspace.model.encode(workspace.corpus(workspace.recipe.evaluation.data, "evaluation").text)
+def test_a_search_begins_with_it_and_the_first_column_has_it(
+    pipeline: Pipeline, oracle: Any, tmp_path: Path
+) -> None:
+    run = Run(StageStore(tmp_path / "work"))
+    assert pipeline.search is not None
+    searched = run.get(pipeline.search)
+    assert searched.prefix.token_ids[0] == BOS
+    assert searched.trace.seed_tokens == (BOS,)
+    found = run.get(pipeline.evaluation)["perplexity"]
+    text = run.get(pipeline.model).encode(run.get(pipeline.evaluation_text).text)
     windows = torch.from_numpy(text[:96].reshape(2, 48))
     ids = torch.cat([torch.full((2, 1), BOS), windows], dim=1)
     with torch.inference_mode():

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
 from cushion_deploy.cli.main import run as command
@@ -20,10 +22,11 @@ from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix, logits, prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
-from cushion_deploy.pipeline.build import build
-from cushion_deploy.pipeline.parity import check_bundle
-from cushion_deploy.pipeline.prepare import read_deployed
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.run import Run
+from cushion_deploy.verbs.build import build
+from cushion_deploy.verbs.parity import check_bundle
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import Report
 from cushion_deploy.runtime.bundle import open_bundle
@@ -82,8 +85,8 @@ def test_the_graph_of_every_family_is_torch_with_a_simulated_cache(
 
 
 @pytest.fixture(scope="module", params=BUILDS, ids=" ".join)
-def built(request: pytest.FixtureRequest, variant_folder: Any, tmp_path_factory: Any) -> tuple[Report, Path, Workspace]:
-    """Return the report, the bundle and the workspace of a build with an INT8 cache."""
+def built(request: pytest.FixtureRequest, variant_folder: Any, tmp_path_factory: Any) -> tuple[Report, Path, Recipe]:
+    """Return the report, the bundle and the recipe of a build with an INT8 cache."""
     variant, prefix, granularity = request.param
     folder = tmp_path_factory.mktemp("int8")
     (folder / "calib.txt").write_text("The quick brown fox jumps over the lazy dog; the dog sleeps. " * 12)
@@ -91,69 +94,68 @@ def built(request: pytest.FixtureRequest, variant_folder: Any, tmp_path_factory:
     data = {"calibration.data": str(folder / "calib.txt"), "evaluation.data": str(folder / "eval.txt")}
     shape = {"export.prefix": prefix, "export.kv_scales": granularity}
     recipe = Recipe().merged({"model": str(variant_folder(variant)), **data, **SETTINGS, **shape})
-    ws = Workspace(recipe, StageStore(folder / "work"))
-    return build(ws, folder / "bundle"), folder / "bundle", ws
+    return build(recipe, Run(StageStore(folder / "work")), folder / "bundle"), folder / "bundle", recipe
 
 
-def test_a_whole_build_passes_every_check(built: tuple[Report, Path, Workspace]) -> None:
-    report, bundle, ws = built
+def test_a_whole_build_passes_every_check(built: tuple[Report, Path, Recipe]) -> None:
+    report, bundle, recipe = built
     assert [check for check in report.parity if not check.passed] == []
     assert any("kv_scales.json" in check.rung for check in report.parity)
     verify_bundle(bundle)
     opened = open_bundle(bundle)
     assert opened.contract.cache_dtype == "int8"
     assert (bundle / "kv_scales.json").is_file()
-    assert (bundle / "genai_config.json").exists() == (ws.recipe.export.prefix == "baked")
+    assert (bundle / "genai_config.json").exists() == (recipe.export.prefix == "baked")
     for engine in report.engines:
         assert engine.int8_linears == engine.linears > 0, engine
         assert not any("DequantizeLinear -> MatMul" in left for left in engine.details.get("left_in_float", ()))
-    deployed = read_deployed(ws, bundle, opened.graph)
-    assert deployed.kv is not None
-    assert deployed.kv.granularity == ws.recipe.export.kv_scales
-    assert deployed.kv.with_prefix == (ws.recipe.export.prefix == "cache")
+    kv = read_quantization(bundle, opened.graph, Pipeline.of(recipe).scheme).kv_scales
+    assert kv is not None
+    assert kv.granularity == recipe.export.kv_scales
+    assert kv.with_prefix == (recipe.export.prefix == "cache")
 
 
-def test_the_report_tells_what_the_cache_costs(built: tuple[Report, Path, Workspace]) -> None:
-    report, _, ws = built
+def test_the_report_tells_what_the_cache_costs(built: tuple[Report, Path, Recipe]) -> None:
+    report, _, recipe = built
     assert report.kv_cache is not None
     assert report.perplexity is not None
     assert report.kv_cache.float_perplexity != report.perplexity.quantized_prefix
     assert report.kv_cache.float_perplexity == pytest.approx(report.perplexity.quantized_prefix, rel=0.1)
-    spec = ws.model.spec
+    spec = load_folder(Path(str(recipe.model)), resolve_source(str(recipe.model))).spec
     assert report.kv_cache.bytes_a_token == 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
     assert report.kv_cache.float32_bytes_a_token == 4 * report.kv_cache.bytes_a_token
 
 
-def test_a_bundle_is_checked_again_from_its_files(built: tuple[Report, Path, Workspace]) -> None:
-    _, bundle, ws = built
-    again = check_bundle(Workspace(ws.recipe, ws.store), bundle, open_bundle(bundle).graph)
+def test_a_bundle_is_checked_again_from_its_files(built: tuple[Report, Path, Recipe]) -> None:
+    _, bundle, recipe = built
+    again = check_bundle(recipe, Run(StageStore(bundle.parent / "work")), bundle, open_bundle(bundle).graph)
     assert again.passed
 
 
 @pytest.mark.skipif(not RTX, reason="tensorrt-rtx is an optional extra: pip install 'cushion-deploy[rtx]'")
 def test_fused_attention_is_what_the_same_graph_has_with_a_floating_point_cache(
-    built: tuple[Report, Path, Workspace], tmp_path: Path
+    built: tuple[Report, Path, Recipe], tmp_path: Path
 ) -> None:
     from cushion_deploy.engines.base import CompileOptions
     from cushion_deploy.engines.registry import ENGINES
 
-    report, bundle, ws = built
+    report, bundle, recipe = built
     deployed = replace(read_deployed(ws, bundle, open_bundle(bundle).graph), kv=None)
     folder = tmp_path / "plan"
     folder.mkdir()
     graph = export_graph(
         ws.model.spec, ws.model.weights, deployed.prefix, deployed.scales, deployed.scheme, tmp_path, dtype="float16",
-        smoothing=deployed.smoothing, prefix_in_cache=ws.recipe.export.prefix == "cache",
+        smoothing=deployed.smoothing, prefix_in_cache=recipe.export.prefix == "cache",
     )  # fmt: skip
     floating = ENGINES["tensorrt-rtx"].compile(graph, folder, CompileOptions())
     (plan,) = [engine for engine in report.engines if engine.engine == "tensorrt-rtx"]
     assert plan.fused_attention == floating.fused_attention
 
 
-def test_onnxruntime_genai_makes_its_caches_of_the_type_of_the_graph(built: tuple[Report, Path, Workspace]) -> None:
+def test_onnxruntime_genai_makes_its_caches_of_the_type_of_the_graph(built: tuple[Report, Path, Recipe]) -> None:
     og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     _, bundle, ws = built
-    if ws.recipe.export.prefix == "cache":
+    if recipe.export.prefix == "cache":
         pytest.skip("it begins with an empty cache")
     session, ids, expected = open_session(open_bundle(bundle).graph, threads=1), np.arange(5, 12)[None], []
     settings = og.GeneratorParams(model := og.Model(str(bundle)))
@@ -171,13 +173,13 @@ def test_onnxruntime_genai_makes_its_caches_of_the_type_of_the_graph(built: tupl
     assert len(found) == 8 or found[-1] == 2, "it stopped without an end"
 
 
-def test_inspect_shows_the_cache(built: tuple[Report, Path, Workspace], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_the_cache(built: tuple[Report, Path, Recipe], capsys: pytest.CaptureFixture[str]) -> None:
     _, bundle, ws = built
     assert command(["inspect", str(bundle), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["key/value cache"] == "int8"
     assert command(["inspect", str(bundle / "kv_scales.json"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["scales"] == ws.recipe.export.kv_scales
+    assert shown["scales"] == recipe.export.kv_scales
     assert 0 < shown["smallest scale"] < shown["largest scale"]
 
 

@@ -18,10 +18,10 @@ from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.pipeline.build import build
-from cushion_deploy.pipeline.compiling import add_engine
-from cushion_deploy.pipeline.parity import check_bundle
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.stages.run import Run
+from cushion_deploy.verbs.build import build
+from cushion_deploy.verbs.engine import add_engine
+from cushion_deploy.verbs.parity import check_bundle
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import Report
 from cushion_deploy.runtime.bundle import open_bundle
@@ -72,7 +72,7 @@ def reports(variant_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> An
         if key not in made:
             out = tmp_path_factory.mktemp("out") / "bundle"
             changes = {"model": str(variant_folder(name)), **data, **SETTINGS, "export.prefix": prefix}
-            made[key] = build(Workspace(Recipe().merged(changes), StageStore(work / name)), out), out
+            made[key] = build(Recipe().merged(changes), Run(StageStore(work / name)), out), out
         return made[key]
 
     return report
@@ -130,14 +130,14 @@ def test_a_plan_updates_a_cache_that_begins_with_the_prefix_in_place(reports: An
         made = json.loads((bundle / "engines" / "tensorrt-rtx" / "engine.json").read_text())
         assert ("write_indices" in made["details"]["profiles"]["decode"]) is (prefix == "cache")
     opened = open_bundle(bundle)
-    ws = Workspace(Recipe.from_bundle(opened.manifest.recipe), StageStore(tmp_path / "work"))
+    recipe, run = Recipe.from_bundle(opened.manifest.recipe), Run(StageStore(tmp_path / "work"))
     # Shorter than the text of the parity checks, of 40 tokens.
     options = CompileOptions(("sm86",), max_context=20)
-    artifact = add_engine(ws, opened, ENGINES["tensorrt-rtx"], options, tmp_path / "shorter")
+    artifact = add_engine(recipe, run, opened, ENGINES["tensorrt-rtx"], options, tmp_path / "shorter")
     assert artifact.int8_linears == artifact.linears > 0
     slots = 20 + opened.graph.contract.prefix_length
     assert artifact.details["profiles"]["decode"]["past_key_values"][0][2] == slots
-    again = check_bundle(ws, tmp_path / "shorter", opened.graph)
+    again = check_bundle(recipe, run, tmp_path / "shorter", opened.graph)
     assert "float16 graph with a static cache against the float32 graph" in {check.rung for check in again.checks}
     assert again.passed
 

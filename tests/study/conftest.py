@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.run import Run
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
 from cushion_deploy.study.cells import Cells
@@ -47,15 +48,12 @@ class Desk:
     calibration: str
     recipe: Path
 
-    def workspace(self, work: Path, **more: object) -> Workspace:
-        """Return the workspace of a new run."""
+    def cells(self, work: Path, texts: Sequence[str] | None = None, **more: object) -> Cells:
+        """Return the cells of a new run."""
         changes = {name.replace("__", "."): value for name, value in more.items()}
         data = {"model": str(self.model), "calibration.data": self.calibration, "evaluation.data": self.texts[0]}
-        return Workspace(Recipe().merged({**SETTINGS, **data, **changes}), StageStore(work))
-
-    def cells(self, work: Path, **more: object) -> Cells:
-        """Return the cells of a new run."""
-        return Cells(self.workspace(work, **more), self.texts)
+        pipeline = Pipeline.of(Recipe().merged({**SETTINGS, **data, **changes}))
+        return Cells(pipeline, Run(StageStore(work)), texts or self.texts)
 
     @property
     def options(self) -> list[str]:

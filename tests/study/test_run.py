@@ -108,7 +108,7 @@ def test_figure_3_is_attention_averaged_over_heads_and_askers(whole: Whole, orac
 
 
 def test_the_model_computes_attention_as_before(whole: Whole) -> None:
-    assert whole.cells.ws.model.module.config._attn_implementation == "sdpa"
+    assert whole.cells.run.get(whole.cells.pipeline.model).module.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("behind", [False, True])
@@ -146,9 +146,9 @@ def test_steps_are_recipes_and_the_first_has_no_prefix(whole: Whole) -> None:
     assert steps[0].fp == whole.study.fp
     assert steps[1].fp == whole.study.fp_prefix
     assert steps[2].settings["tuning.error_weight"] == 0.0
-    assert steps[3].settings["tuning.error_weight"] == whole.cells.ws.recipe.tuning.error_weight
+    assert steps[3].settings["tuning.error_weight"] == whole.cells.pipeline.recipe.tuning.error_weight
     for step in (*steps, *(whole.study.remedies or ())):
-        whole.cells.ws.recipe.merged(step.settings)
+        whole.cells.pipeline.recipe.merged(step.settings)
 
 
 def test_a_finished_study_is_repeated_without_measuring_anything(desk: Desk, whole: Whole) -> None:
@@ -156,7 +156,7 @@ def test_a_finished_study_is_repeated_without_measuring_anything(desk: Desk, who
     study = run_study(again, choose_parts(()), NO_TASKS)
     assert all(cell.reused for cell in study.cells)
     assert not any(cell.reused for cell in whole.study.cells)
-    assert {t.stage for t in again.ws.times if not t.reused} <= {"load"}
+    assert {t.stage for t in again.run.times if not t.reused} <= {"load"}
     fields = {"created", "cells"}
     assert study.model_dump(exclude=fields) == whole.study.model_dump(exclude=fields)
 
@@ -226,7 +226,7 @@ def test_an_unknown_part_is_refused() -> None:
 
 def test_a_text_shorter_than_a_window_is_refused(desk: Desk, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("fox")
-    cells = Cells(desk.workspace(tmp_path / "work", search__enabled=False), [str(tmp_path / "short.txt")])
+    cells = desk.cells(tmp_path / "work", [str(tmp_path / "short.txt")], search__enabled=False)
     with pytest.raises(UsageError, match="window"):
         run_study(cells, ("figure2",), "")
 

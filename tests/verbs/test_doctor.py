@@ -16,13 +16,16 @@ from cushion_deploy.cli.main import run
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.pipeline.doctor import SINK_RATIO, diagnose, find_sinks
-from cushion_deploy.pipeline.needs import estimate_needs
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.modeling.sinks import SINK_RATIO, find_sinks
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.resources import Resources
+from cushion_deploy.stages.run import Run
+from cushion_deploy.verbs.doctor import Diagnosis, diagnose
+from cushion_deploy.verbs.doctor import estimate_build
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
 
-MakeWorkspace = Callable[..., Workspace]
+Look = Callable[..., Diagnosis]
 
 
 @pytest.fixture
@@ -34,15 +37,20 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def workspace(text: Path, tmp_path: Path) -> MakeWorkspace:
-    """Return a function that makes the workspace of a look at a model."""
+def pipeline(text: Path) -> Callable[..., Pipeline]:
+    """Return a function that makes the pipeline of a model."""
 
-    def make(model: Path, **more: object) -> Workspace:
+    def make(model: Path, **more: object) -> Pipeline:
         changes = {name.replace("__", "."): value for name, value in more.items()}
-        recipe = Recipe().merged({"model": str(model), "calibration.data": str(text), **changes})
-        return Workspace(recipe, StageStore(tmp_path / "work"))
+        return Pipeline.of(Recipe().merged({"model": str(model), "calibration.data": str(text), **changes}))
 
     return make
+
+
+@pytest.fixture
+def look(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Look:
+    """Return a function that looks at a model."""
+    return lambda model, **more: diagnose(pipeline(model, **more), Run(StageStore(tmp_path / "work")))
 
 
 def test_a_planted_sink_is_seen_where_it_is(planted_model: LoadedModel, plain_ids: IntArray, plant: Any) -> None:
@@ -64,50 +72,56 @@ def test_a_planted_sink_is_seen_where_it_is(planted_model: LoadedModel, plain_id
     assert {sink.position for sink in sinks} == set(np.flatnonzero((ratios.numpy() >= SINK_RATIO).any(0)).tolist())
 
 
-def test_a_model_with_a_sink_is_told_to_take_a_prefix(planted_folder: Path, workspace: MakeWorkspace) -> None:
-    found = diagnose(workspace(planted_folder))
+def test_a_model_with_a_sink_is_told_to_take_a_prefix(planted_folder: Path, look: Look) -> None:
+    found = look(planted_folder)
     assert found.sinks
     assert found.prefix_pays
     assert found.relief < 0.5
     assert found.cost.quantized != found.cost.fp
 
 
-def test_a_recipe_without_a_prefix_is_told_what_it_forgoes(planted_folder: Path, workspace: MakeWorkspace) -> None:
-    found = diagnose(workspace(planted_folder, search__enabled=False))
+def test_a_recipe_without_a_prefix_is_told_what_it_forgoes(planted_folder: Path, look: Look) -> None:
+    found = look(planted_folder, search__enabled=False)
     assert found.prefix_pays
     assert not found.prefix_allowed
     assert any("builds without one" in warning for warning in found.warnings)
-    assert not any("builds without one" in w for w in diagnose(workspace(planted_folder)).warnings)
+    assert not any("builds without one" in w for w in look(planted_folder).warnings)
 
 
-def test_a_model_without_a_sink_needs_no_prefix(tiny_folder: Path, workspace: MakeWorkspace) -> None:
-    found = diagnose(workspace(tiny_folder))
+def test_a_model_without_a_sink_needs_no_prefix(tiny_folder: Path, look: Look) -> None:
+    found = look(tiny_folder)
     assert found.sinks == ()
     assert found.sites == ()
     assert not found.prefix_pays
     assert abs(found.cost.change) < 0.1
 
 
-def test_needs_follow_the_recipe(tiny_folder: Path, workspace: MakeWorkspace, plain_ids: IntArray) -> None:
-    windows = plain_ids[:192].reshape(4, 48)
+def test_the_estimate_follows_the_recipe(
+    tiny_folder: Path, pipeline: Callable[..., Pipeline], tiny_model: LoadedModel, plain_ids: IntArray, tmp_path: Path
+) -> None:
+    windows, run = plain_ids[:192].reshape(4, 48), Run(StageStore(tmp_path / "work"))
+
+    def estimate(**changes: object) -> Resources:
+        return estimate_build(pipeline(tiny_folder, **changes), run, windows)
 
     def stages(**changes: object) -> set[str]:
-        return set(estimate_needs(workspace(tiny_folder, **changes), windows).seconds)
+        return set(estimate(**changes).seconds)
 
-    usual = {"search", "smooth and calibrate", "evaluate", "parity"}
+    usual = {"search", "smooth", "calibrate", "evaluate", "parity"}
     assert stages() == usual
     assert stages(tuning__enabled=True) == {*usual, "tune"}
     assert stages(search__enabled=False, tuning__enabled=True) == usual - {"search"}
-    needs = estimate_needs(workspace(tiny_folder), windows)
-    assert all(math.isfinite(seconds) and seconds > 0 for seconds in needs.seconds.values())
-    assert needs.memory > 4 * workspace(tiny_folder).model.spec.parameters
-    assert needs.disk_free > 0
+    found = estimate()
+    assert all(math.isfinite(seconds) and seconds > 0 for seconds in found.seconds.values())
+    assert found.memory > 4 * tiny_model.spec.parameters
+    assert found.disk > 4 * tiny_model.spec.parameters
+    assert found.disk_free > 0
 
 
-def test_too_little_text_is_refused(tiny_folder: Path, workspace: MakeWorkspace, tmp_path: Path) -> None:
+def test_too_little_text_is_refused(tiny_folder: Path, look: Look, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("no")
     with pytest.raises(UsageError, match="too few to look at"):
-        diagnose(workspace(tiny_folder, calibration__data=str(tmp_path / "short.txt")))
+        look(tiny_folder, calibration__data=str(tmp_path / "short.txt"))
 
 
 @pytest.mark.parametrize("planted", [True, False])
@@ -146,9 +160,9 @@ def test_a_sink_that_no_common_token_replaces_is_not_called_none(
     assert "no sink is to blame" not in words
 
 
-def test_windows_that_lose_the_prefix_are_told(tiny_writer: Any, workspace: MakeWorkspace, tmp_path: Path) -> None:
+def test_windows_that_lose_the_prefix_are_told(tiny_writer: Any, look: Look, tmp_path: Path) -> None:
     folder = tiny_writer(tmp_path / "mistral", None, "mistral", sliding_window=12)
-    said = diagnose(workspace(folder)).warnings
+    said = look(folder).warnings
     assert any("3 of 3 layers look back 12 tokens" in text for text in said)
-    quiet = diagnose(workspace(folder, search__enabled=False)).warnings
+    quiet = look(folder, search__enabled=False).warnings
     assert not any("look back" in text for text in quiet)

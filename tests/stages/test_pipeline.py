@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import onnx
 import pytest
 
 from cushion_deploy.errors import CheckFailed, UsageError
-from cushion_deploy.pipeline.build import build, plan
-from cushion_deploy.pipeline.prepare import prepare
-from cushion_deploy.pipeline.reporting import merge_times
-from cushion_deploy.pipeline.stages import evaluate, export, search_prefix
-from cushion_deploy.pipeline.workspace import StageTime, Workspace
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.report import Report
+from cushion_deploy.stages.compile import Compile
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.report import merge_times
+from cushion_deploy.stages.run import Run, StageTime
+from cushion_deploy.verbs.build import build, dry_run
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore, verify_bundle
 
@@ -33,7 +36,26 @@ SETTINGS: dict[str, object] = {
     "parity.tokens": 32,
     "parity.decode_tokens": 2,
 }
-MakeWorkspace = Callable[..., Workspace]
+@dataclass
+class OneRun:
+    """The pipeline of a recipe, and a run of it as in a process of its own."""
+
+    pipeline: Pipeline
+    run: Run
+
+    @classmethod
+    def of(cls, recipe: Recipe, work: Path) -> OneRun:
+        return cls(Pipeline.of(recipe), Run(StageStore(work)))
+
+    @property
+    def quantization(self) -> Quantization:
+        return self.run.get(self.pipeline.quantized.quantization)
+
+    def build(self, output: Path) -> Report:
+        return build(self.pipeline.recipe, self.run, output)
+
+
+MakeRun = Callable[..., OneRun]
 
 
 @pytest.fixture(scope="module")
@@ -43,37 +65,43 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workspace(planted_folder: Path, kept: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeWorkspace:
-    """Return a function that makes the workspace of one run; a new one each time, as in a process of its own."""
+def one_run(planted_folder: Path, kept: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """Return a function that makes a run; a new one each time, as in a process of its own."""
     texts = tmp_path_factory.mktemp("texts")
     (texts / "calib.txt").write_text("The quick brown fox jumps over the lazy dog; the dog sleeps. " * 12)
     (texts / "eval.txt").write_text("When nothing else is worth attending to, a head attends to the first. " * 6)
     data = {"calibration.data": str(texts / "calib.txt"), "evaluation.data": str(texts / "eval.txt")}
 
-    def make(work: Path = kept, model: Path = planted_folder, **more: object) -> Workspace:
+    def make(work: Path = kept, model: Path = planted_folder, **more: object) -> OneRun:
         changes = {name.replace("__", "."): value for name, value in more.items()}
         recipe = Recipe().merged({"model": str(model), **data, **SETTINGS, **changes})
-        return Workspace(recipe, StageStore(work))
+        return OneRun.of(recipe, work)
 
     return make
 
 
-def reused(ws: Workspace) -> dict[str, bool]:
-    """Return for every stage whether an earlier run's result served at its first use."""
-    return {row["stage"]: row["reused"] for row in merge_times(ws.times)}
+def reused(one: OneRun) -> dict[str, bool]:
+    """Return for every stage whether an earlier run's result served at its first use; loading is not one that can."""
+    return {row["stage"]: row["reused"] for row in merge_times(one.run.times) if row["stage"] not in ("load", "tokenizer")}
 
 
-def test_a_change_runs_again_what_it_decides_and_nothing_else(workspace: MakeWorkspace) -> None:
+def graph_of(one: OneRun) -> Any:
+    """Return the graph of a build, everything before it made or reused."""
+    return one.run.get(one.pipeline.graph(one.pipeline.quantized.quantization))
+
+
+def test_a_change_runs_again_what_it_decides_and_nothing_else(one_run: MakeRun) -> None:
     def run(**changes: object) -> dict[str, bool]:
-        ws = workspace(**changes)
-        prefix, _ = search_prefix(ws)
-        export(ws, prepare(ws, prefix), dtype="float32")
-        return {name: value for name, value in reused(ws).items() if name != "load"}
+        one = one_run(**changes)
+        graph_of(one)
+        return reused(one)
 
     everything = {"search": True, "smooth": True, "calibrate": True, "export": True}
     assert set(run().values()) <= {True, False}
     assert run() == everything
-    assert run(calibration__estimator="max") == {**everything, "smooth": False, "calibrate": False, "export": False}
+    # Smoothing reads no range estimator.
+    assert run(calibration__estimator="max") == {**everything, "calibrate": False, "export": False}
+    assert run(calibration__windows=3) == {**everything, "smooth": False, "calibrate": False, "export": False}
     assert run(smoothing__alpha=0.7) == {**everything, "smooth": False, "calibrate": False, "export": False}
     assert run(smoothing__alpha=None) == {"search": True, "calibrate": False, "export": False}
     assert run(search__tau=0.6)["search"] is False
@@ -81,32 +109,31 @@ def test_a_change_runs_again_what_it_decides_and_nothing_else(workspace: MakeWor
     assert run(evaluation__max_tokens=128, parity__tokens=16) == everything
 
 
-def test_the_seed_decides_the_search(workspace: MakeWorkspace, tmp_path: Path) -> None:
+def test_the_seed_decides_the_search(one_run: MakeRun, tmp_path: Path) -> None:
     found = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        ws = workspace(tmp_path / name, seed=seed)
-        prefix, trace = search_prefix(ws)
-        found.append((prefix.token_ids, prefix.keys, {**trace.to_json(), "seconds": None}))
+        one = one_run(tmp_path / name, seed=seed)
+        result = one.run.get(one.pipeline.search)
+        prefix = result.prefix
+        found.append((prefix.token_ids, prefix.keys, {**result.trace.to_json(), "seconds": None}))
     assert found[0][0] == found[1][0]
     np.testing.assert_array_equal(found[0][1], found[1][1])
     assert found[0][2] == found[1][2]
     assert found[0][2] != found[2][2]
 
 
-def test_calibration_before_and_after_the_prefix_are_two_stages(workspace: MakeWorkspace) -> None:
-    ws = workspace()
-    prefix, _ = search_prefix(ws)
-    assert prefix.length > 0
-    result = evaluate(ws, prepare(ws, prefix))
-    assert {"calibrate", "calibrate-without-prefix"} <= set(reused(ws))
+def test_calibration_before_and_after_the_prefix_are_two_stages(one_run: MakeRun) -> None:
+    one = one_run()
+    assert one.quantization.prefix.length > 0
+    result = one.run.get(one.pipeline.evaluation)
+    assert {"calibrate", "calibrate-without-prefix"} <= set(reused(one))
     columns = result["perplexity"]
     assert {"fp", "fp_prefix", "quantized", "quantized_prefix"} <= set(columns)
     assert len(result["magnitudes"]["with"]) == len(result["magnitudes"]["without"])
 
 
-def test_no_prefix_leaves_no_prefix_in_graph_and_report(workspace: MakeWorkspace, tmp_path: Path) -> None:
-    ws = workspace(search__enabled=False)
-    report = build(ws, tmp_path / "out")
+def test_no_prefix_leaves_no_prefix_in_graph_and_report(one_run: MakeRun, tmp_path: Path) -> None:
+    report = one_run(search__enabled=False).build(tmp_path / "out")
     assert report.search is None
     assert report.perplexity.fp == report.perplexity.fp_prefix
     assert report.perplexity.quantized == report.perplexity.quantized_prefix
@@ -119,45 +146,40 @@ def test_no_prefix_leaves_no_prefix_in_graph_and_report(workspace: MakeWorkspace
 
 
 def test_a_failure_leaves_no_bundle_and_keeps_what_was_finished(
-    workspace: MakeWorkspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cushion_deploy.pipeline.build as module
-
     def broken(*_: Any) -> None:
         raise CheckFailed("the engine broke", hint="mend it")
 
-    ws = workspace(tmp_path / "work")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "compile_engine", broken)
+        patch.setattr(Compile, "run", broken)
         with pytest.raises(CheckFailed, match="the engine broke"):
-            build(ws, tmp_path / "out")
+            one_run(tmp_path / "work").build(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["work"]
-    again = workspace(tmp_path / "work")
-    prefix, _ = search_prefix(again)
-    export(again, prepare(again, prefix), dtype="float32")
+    again = one_run(tmp_path / "work")
+    graph_of(again)
     assert reused(again) == {"search": True, "smooth": True, "calibrate": True, "export": True}
 
 
-def test_two_builds_do_not_share_a_work_folder(workspace: MakeWorkspace, tmp_path: Path) -> None:
-    ws = workspace(tmp_path / "work")
-    with ws.store.lock(), pytest.raises(UsageError, match="another build is using"):
-        build(workspace(tmp_path / "work"), tmp_path / "out")
+def test_two_builds_do_not_share_a_work_folder(one_run: MakeRun, tmp_path: Path) -> None:
+    with one_run(tmp_path / "work").run.store.lock(), pytest.raises(UsageError, match="another build is using"):
+        one_run(tmp_path / "work").build(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_workspace_without_a_model_says_what_to_give(tmp_path: Path) -> None:
+def test_a_recipe_without_a_model_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no model was given"):
-        plan(Workspace(Recipe(), StageStore(tmp_path / "w")), tmp_path / "out")
+        dry_run(Recipe(), Run(StageStore(tmp_path / "w")), tmp_path / "out")
 
 
 @pytest.mark.parametrize("prefix", ["<bos>", "a", None])
 def test_text_behind_a_prefix_comes_without_bos_as_it_was_calibrated(
-    workspace: MakeWorkspace, tmp_path: Path, prefix: str | None
+    one_run: MakeRun, tmp_path: Path, prefix: str | None
 ) -> None:
     from cushion_deploy.runtime import load
 
     seeds = [prefix] if prefix else []
-    build(workspace(search__enabled=bool(prefix), search__seed_tokens=seeds, search__max_length=1), tmp_path / "out")
+    one_run(search__enabled=bool(prefix), search__seed_tokens=seeds, search__max_length=1).build(tmp_path / "out")
     generator = load(tmp_path / "out")
     plain = len(generator.bundle.tokenizer.encode("The fox", add_special_tokens=False).ids)
     usage = generator.generate("The fox", max_new_tokens=1).usage
@@ -165,24 +187,23 @@ def test_text_behind_a_prefix_comes_without_bos_as_it_was_calibrated(
 
 
 def test_a_stage_without_room_on_the_disk_is_refused_before_it_runs(
-    workspace: MakeWorkspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cushion_deploy.store.files as files
 
-    build(workspace(tmp_path / "work"), tmp_path / "out")
+    one_run(tmp_path / "work").build(tmp_path / "out")
     monkeypatch.setattr(files, "free_bytes", lambda folder: 1)
     with pytest.raises(UsageError, match="not enough disk space"):
-        build(workspace(tmp_path / "other"), tmp_path / "another")
+        one_run(tmp_path / "other").build(tmp_path / "another")
     assert not list((tmp_path / "other" / "stages").glob("export/*"))
     # What is kept needs no room.
-    ws = workspace(tmp_path / "work")
-    prefix, _ = search_prefix(ws)
-    export(ws, prepare(ws, prefix), dtype="float32")
-    assert all(value for name, value in reused(ws).items() if name != "load")
+    one = one_run(tmp_path / "work")
+    graph_of(one)
+    assert all(reused(one).values())
 
 
-def test_an_edit_of_a_bundle_file_does_not_reach_the_store(workspace: MakeWorkspace, tmp_path: Path) -> None:
-    build(workspace(), tmp_path / "out")
+def test_an_edit_of_a_bundle_file_does_not_reach_the_store(one_run: MakeRun, tmp_path: Path) -> None:
+    one_run().build(tmp_path / "out")
     shared = [p.name for p in (tmp_path / "out").rglob("*") if p.is_file() and p.stat().st_nlink > 1]
     assert shared == []
 
@@ -197,21 +218,20 @@ def test_an_edit_of_a_bundle_file_does_not_reach_the_store(workspace: MakeWorksp
     ],
 )
 def test_text_longer_than_the_positions_is_refused_before_the_search(
-    workspace: MakeWorkspace, tmp_path: Path, setting: str, name: str
+    one_run: MakeRun, tmp_path: Path, setting: str, name: str
 ) -> None:
     # The tiny model has 256 positions, and the prefix may take 4 of them.
     room = 252 - (2 if name.startswith("parity") else 0)
-    ws = workspace(tmp_path / "work", **{setting: room + 1, "evaluation__max_tokens": 256})
+    one = one_run(tmp_path / "work", **{setting: room + 1, "evaluation__max_tokens": 256})
     with pytest.raises(UsageError, match=f"{name}.* leaves 252 of the model's 256 positions"):
-        build(ws, tmp_path / "out")
+        one.build(tmp_path / "out")
     assert not (tmp_path / "work" / "stages" / "search").exists()
 
 
-def test_a_verb_alone_refuses_a_window_that_does_not_fit(workspace: MakeWorkspace, tmp_path: Path) -> None:
-    ws = workspace(tmp_path / "work", calibration__window=257)
-    prefix, _ = search_prefix(ws)
+def test_a_verb_alone_refuses_a_window_that_does_not_fit(one_run: MakeRun, tmp_path: Path) -> None:
+    one = one_run(tmp_path / "work", calibration__window=257)
     with pytest.raises(UsageError, match=r"calibration\.window is 257"):
-        prepare(ws, prefix)
+        one.quantization  # noqa: B018 - it is computed
 
 
 def test_a_stage_asked_for_twice_is_one_row_and_not_reused() -> None:

@@ -25,12 +25,13 @@ from cushion_deploy.core.artifacts import (
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.lineage import Lineage
-from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.parity.checks import ParityReport
-from cushion_deploy.pipeline.parity import check_bundle, check_parity, distinct_graphs
-from cushion_deploy.pipeline.prepare import Deployed, prepare
-from cushion_deploy.pipeline.stages import export, plan_graph, search_prefix
-from cushion_deploy.pipeline.workspace import Workspace
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.stages.base import Given
+from cushion_deploy.stages.parity import distinct_graphs
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.run import Run
+from cushion_deploy.verbs.parity import check_bundle, climb
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
 
@@ -53,10 +54,11 @@ HALF_RUNGS = [
 
 @dataclass(frozen=True)
 class Built:
-    """What the stages before the ladder made, and how to make a workspace on the same store."""
+    """What the stages before the ladder made, and how to run them again in the same work folder."""
 
-    workspace: Callable[[], Workspace]
-    deployed: Deployed
+    pipeline: Pipeline
+    run: Callable[[], Run]
+    quantization: Quantization
     graph: ExportedGraph
     half: ExportedGraph
 
@@ -82,39 +84,38 @@ def built(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
         }
     )
 
-    def workspace() -> Workspace:
-        return Workspace(recipe, StageStore(folder / "work"))
+    def run() -> Run:
+        return Run(StageStore(folder / "work"))
 
-    ws = workspace()
-    prefix, _ = search_prefix(ws)
-    deployed = prepare(ws, prefix)
-    graph = export(ws, deployed, dtype="float32")
-    half = export(ws, deployed, dtype="float16", name="float16")
-    return Built(workspace, deployed, graph, half)
+    pipeline, first = Pipeline.of(recipe), run()
+    quantization = pipeline.quantized.quantization
+    forms = pipeline.form, dataclasses.replace(pipeline.form, dtype="float16")
+    graph, half = (first.get(pipeline.graph(quantization, form)) for form in forms)
+    return Built(pipeline, run, first.get(quantization), graph, half)
 
 
 def rungs(report: ParityReport) -> list[str]:
     return list(dict.fromkeys(check.rung for check in report.checks))
 
 
-def climb(built: Built, half: ExportedGraph | None, **options: Any) -> ParityReport:
-    return check_parity(built.workspace(), built.deployed, built.graph, [half] if half else [], **options).report
+def checked(built: Built, half: ExportedGraph | None, *, reuse: bool = True) -> ParityReport:
+    plans = (Given(half),) if half else ()
+    stage = built.pipeline.parity(Given(built.quantization), Given(built.graph), plans)
+    return climb(built.run(), stage, reuse=reuse)
 
 
 def test_an_engine_compiles_the_graph_of_its_type(built: Built) -> None:
-    ws = built.workspace()
-
-    def chosen(name: str) -> ExportedGraph:
-        return plan_graph(ws, built.deployed, ENGINES[name], built.graph, 64)
+    def chosen(name: str, **settings: object) -> ExportedGraph:
+        pipeline = built.pipeline.altered({"tensorrt.max_context": 64, **settings})
+        return built.run().get(pipeline.engine_graph(Given(built.quantization), Given(built.graph), name))
 
     assert (chosen("onnxruntime"), chosen("tensorrt-rtx")) == (built.graph, built.half)
     assert distinct_graphs([built.graph, built.half, built.half], built.graph) == (built.half,)
-    ws.recipe = ws.recipe.merged({"tensorrt.dtype": "float32"})
-    assert chosen("tensorrt-rtx") == built.graph
+    assert chosen("tensorrt-rtx", **{"tensorrt.dtype": "float32"}) == built.graph
 
 
 def test_the_float16_graph_has_rungs_of_its_own_and_is_part_of_the_key(built: Built) -> None:
-    without, both = climb(built, None), climb(built, built.half)
+    without, both = checked(built, None), checked(built, built.half)
     assert (rungs(without), without.passed) == (RUNGS, True)
     assert (sorted(rungs(both)), both.passed) == (sorted(RUNGS + HALF_RUNGS), True)
     assert rungs(both)[0] == RUNGS[0]
@@ -127,7 +128,7 @@ def test_a_fault_of_the_float16_graph_alone_fails_its_rungs_alone(built: Built, 
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.5), tensor.name))
     path = tmp_path / "float16.onnx"
     onnx.save_model(model, path, save_as_external_data=True, location="float16.onnx.data", size_threshold=256)
-    report = climb(built, dataclasses.replace(built.half, path=path), reuse=False)
+    report = checked(built, dataclasses.replace(built.half, path=path), reuse=False)
     named = {check.rung: check.site for check in report.checks if not check.passed}
     # The last check of a rung counts here, that of the logits: the float head reads what every layer left.
     assert named == {HALF_RUNGS[0]: "layers.1.attn.out", HALF_RUNGS[2]: "layers.1.mlp.gate_up"}
@@ -137,10 +138,10 @@ def test_a_fault_of_the_float16_graph_alone_fails_its_rungs_alone(built: Built, 
 def test_a_bundle_is_checked_with_the_graph_that_its_engine_was_compiled_from(
     compiled_from: str, expected: list[str], built: Built, tmp_path: Path
 ) -> None:
-    assert built.deployed.smoothing is not None
-    write_scales(built.deployed.scales, tmp_path / SCALES_FILE)
-    write_prefix(built.deployed.prefix, tmp_path / PREFIX_FILE)
-    write_smoothing(built.deployed.smoothing, tmp_path / SMOOTHING_FILE)
+    assert built.quantization.smoothing is not None
+    write_scales(built.quantization.static_scales, tmp_path / SCALES_FILE)
+    write_prefix(built.quantization.prefix, tmp_path / PREFIX_FILE)
+    write_smoothing(built.quantization.smoothing, tmp_path / SMOOTHING_FILE)
     digest = built.half.digest if compiled_from == "half" else "0" * 64
     parents = Lineage(graph=digest), {}
     artifact = EngineArtifact(
@@ -149,7 +150,7 @@ def test_a_bundle_is_checked_with_the_graph_that_its_engine_was_compiled_from(
     engine = tmp_path / "engines" / "tensorrt-rtx" / "engine.json"
     engine.parent.mkdir(parents=True)
     engine.write_text(json.dumps(artifact.to_json()))
-    report = check_bundle(built.workspace(), tmp_path, built.graph, reuse=True)
+    report = check_bundle(built.pipeline.recipe, built.run(), tmp_path, built.graph, reuse=True)
     assert sorted(rungs(report)) == sorted(expected)
     # What could not be looked at is told.
     assert len(report.unchecked) == (compiled_from == "another")

@@ -1,0 +1,72 @@
+"""Attention sinks: tokens that carry massive activations, and the Sites that they enter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.sites import HEAD_SITE, Site
+from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.runner import TorchRunner
+
+SINK_RATIO = 20.0
+"""A token is a sink where it enters a Site at this many times what the median token does."""
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A token that carries a massive activation.
+
+    Attributes:
+        position: in its window.
+        token: its text.
+        share: of the windows looked at that have a sink at this position.
+        site: where it is largest, of all Sites.
+        magnitude: there.
+        times_median: the magnitude over that of the median token at the same Site.
+    """
+
+    position: int
+    token: str
+    share: float
+    site: Site
+    magnitude: float
+    times_median: float
+
+
+@torch.inference_mode()
+def find_sinks(model: TorchRunner, windows: IntArray) -> tuple[tuple[Sink, ...], tuple[tuple[Site, float], ...]]:
+    """Return the sinks of windows int64 ``[count, length]``, and the Sites that they enter with their ratios."""
+    largest: dict[Site, Tensor] = {}
+
+    def keep(site: Site, x: Tensor) -> None:
+        if site != HEAD_SITE:
+            largest[site] = x.abs().amax(dim=-1)
+
+    with observed(model, keep):
+        run(model, torch.from_numpy(windows), [], head=False)
+    sites = list(largest)
+    sizes = torch.stack([largest[site] for site in sites])  # [Sites, windows, length]
+    usual = sizes.flatten(1).median(dim=1).values.clamp(min=torch.finfo(torch.float32).tiny)
+    ratios = sizes / usual[:, None, None]
+    strongest, where = ratios.max(dim=0)  # [windows, length]
+    sinks = []
+    for position in torch.nonzero((strongest >= SINK_RATIO).any(dim=0)).flatten().tolist():
+        row = int(strongest[:, position].argmax())
+        site = int(where[row, position])
+        sinks.append(
+            Sink(
+                position,
+                model.token_text(int(windows[row, position])),
+                float((strongest[:, position] >= SINK_RATIO).float().mean()),
+                sites[site],
+                float(sizes[site, row, position]),
+                float(strongest[row, position]),
+            )
+        )
+    by_site = {site: float(r) for site, r in zip(sites, ratios.flatten(1).amax(dim=1), strict=True) if r >= SINK_RATIO}
+    order = sorted(sinks, key=lambda sink: -sink.times_median)
+    return tuple(order), tuple(sorted(by_site.items(), key=lambda entry: -entry[1]))

@@ -1,0 +1,200 @@
+"""What is deployed follows the recipe: smoothing, float Sites by name or by cost, tuning; each kept and reused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cushion_deploy.core.artifacts import SMOOTHING_FILE, write_smoothing
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.sites import HEAD_SITE, Site
+from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.modeling.forward import logits
+from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.report import Report
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.report import merge_times
+from cushion_deploy.stages.run import Run
+from cushion_deploy.stages.sensitivity import Sensitivity
+from cushion_deploy.verbs.build import build
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.runtime.bundle import open_bundle
+from cushion_deploy.store import StageStore
+
+SETTINGS: dict[str, object] = {
+    "engines": ["onnxruntime"],
+    "search.seed_tokens": ["a"],
+    "search.max_length": 1,
+    "search.text_tokens": 64,
+    "calibration.windows": 4,
+    "calibration.window": 64,
+    "evaluation.window": 64,
+    "evaluation.max_tokens": 64,
+    "parity.tokens": 32,
+    "parity.decode_tokens": 2,
+    "tuning.windows": 4,
+    "tuning.held_out": 2,
+    "tuning.window": 32,
+    "tuning.judge_every": 1,
+}
+@dataclass
+class OneRun:
+    """The pipeline of a recipe, and a run of it as in a process of its own."""
+
+    pipeline: Pipeline
+    run: Run
+
+    @classmethod
+    def of(cls, recipe: Recipe, work: Path) -> OneRun:
+        return cls(Pipeline.of(recipe), Run(StageStore(work)))
+
+    @property
+    def quantization(self) -> Quantization:
+        return self.run.get(self.pipeline.quantized.quantization)
+
+    def build(self, output: Path) -> Report:
+        return build(self.pipeline.recipe, self.run, output)
+
+    @property
+    def model(self) -> Any:
+        return self.run.get(self.pipeline.model)
+
+    @property
+    def costs(self) -> dict[Site, float]:
+        """What every Site costs, none kept in floating point."""
+        pipeline, branch = self.pipeline, self.pipeline.quantized
+        parts = branch.smoothing, branch.calibration.scales, pipeline.text, pipeline.scheme
+        return self.run.get(Sensitivity(pipeline.model, pipeline.prefix, *parts))
+
+
+MakeRun = Callable[..., OneRun]
+
+
+@pytest.fixture
+def one_run(planted_folder: Path, tmp_path: Path) -> MakeRun:
+    """Return a function that makes a run on the same work folder."""
+    (tmp_path / "calib.txt").write_text("The quick brown fox jumps over the lazy dog; the dog sleeps. " * 30)
+    (tmp_path / "eval.txt").write_text("When nothing else is worth attending to, a head attends to the first. " * 6)
+    data = {"calibration.data": str(tmp_path / "calib.txt"), "evaluation.data": str(tmp_path / "eval.txt")}
+
+    def make(**more: object) -> OneRun:
+        changes = {name.replace("__", "."): value for name, value in more.items()}
+        recipe = Recipe().merged({"model": str(planted_folder), **data, **SETTINGS, **changes})
+        return OneRun.of(recipe, tmp_path / "work")
+
+    return make
+
+
+def test_sites_named_and_sites_that_cost_most_stay_in_float(one_run: MakeRun) -> None:
+    one = one_run()
+    costs = one.costs
+    assert list(costs) == [site for site in one.model.sites if site != HEAD_SITE]
+    worst = sorted(costs, key=lambda site: -costs[site])
+    chosen = one_run(export__keep_float=["auto:2", worst[0]]).quantization.scheme.float_sites
+    assert set(chosen) == set(worst[:3])
+    assert list(chosen) == [site for site in costs if site in chosen], "in the order of the computation"
+
+
+def test_the_cost_of_a_site_is_the_divergence_when_it_alone_is_quantized(one_run: MakeRun) -> None:
+    one = one_run()
+    quantization, costs = one.quantization, one.costs
+    prefix = quantization.prefix
+    site = max(costs, key=lambda s: costs[s])
+    model = one.model.folded(quantization.smoothing)
+    ids = one.model.encode(one.run.get(one.pipeline.text).text)
+    window = 256 - prefix.length
+    rows = ids[: len(ids) // window * window].reshape(-1, window)
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(2, len(rows))).astype(int))]
+    others = tuple(other for other in costs if other != site)
+    with simulated(model, QuantScheme(quantize_head=False, float_sites=others), quantization.scales):
+        quantized = logits(model, rows, prefix)[:, :-1].astype(np.float64)
+    plain = logits(model, rows, prefix)[:, :-1].astype(np.float64)
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        shifted = x - x.max(-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+    p, q = log_softmax(plain), log_softmax(quantized)
+    assert costs[site] == pytest.approx(float((np.exp(p) * (p - q)).sum(-1).mean()), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"), [("layers.9.attn.qkv", "no quantized Site"), ("auto:x", "auto:x"), ("auto:0", "auto:0")]
+)
+def test_a_wish_that_cannot_be_met_is_refused(one_run: MakeRun, wish: str, message: str) -> None:
+    one = one_run(export__keep_float=[wish])
+    with pytest.raises(UsageError, match=message):
+        one.quantization  # noqa: B018 - it is computed
+
+
+def test_tuning_hands_on_its_prefix_and_scales_and_is_reused(one_run: MakeRun) -> None:
+    one = one_run(tuning__enabled=True, tuning__learning_rate=0.01)
+    found, searched = one.quantization, one.run.get(one.pipeline.prefix)
+    trace = one.run.get(one.pipeline.quantized.tuning).trace
+    assert trace is not None
+    assert trace.states[0].step == 0
+    assert found.static_scales.lineage.prefix == found.prefix.digest
+    moved = trace.best.step > 0
+    assert np.array_equal(found.prefix.keys, searched.keys) is not moved
+    untuned = one.run.get(one.pipeline.behind(one.pipeline.prefix, tuned=False).quantization)
+    assert np.array_equal(untuned.prefix.keys, searched.keys)
+    again = one_run(tuning__enabled=True, tuning__learning_rate=0.01)
+    np.testing.assert_array_equal(again.quantization.prefix.keys, found.prefix.keys)
+    assert all(row["reused"] for row in merge_times(again.run.times) if row["stage"] != "load")
+
+
+def test_without_tuned_scales_the_scales_are_calibrated_behind_the_tuned_prefix(one_run: MakeRun) -> None:
+    one = one_run(tuning__enabled=True, tuning__scales=False, tuning__learning_rate=0.05)
+    found = one.quantization
+    assert found.static_scales.lineage.prefix == found.prefix.digest
+    assert found.static_scales.estimator == one.pipeline.recipe.calibration.estimator
+
+
+def test_a_tuned_build_with_float_sites_holds_the_ladder(one_run: MakeRun, tmp_path: Path) -> None:
+    report = one_run(tuning__enabled=True, export__keep_float=["layers.1.mlp.down"]).build(tmp_path / "out")
+    assert [row for row in report.parity if not row.passed] == []
+    assert report.tuning is not None
+    assert report.export is not None
+    assert (report.export.float_sites, report.export.float_linears) == (("layers.1.mlp.down",), 1)
+    assert report.export.linears + report.export.float_linears == 21
+    (engine,) = report.engines
+    assert engine.int8_linears == engine.linears == 20
+    assert report.perplexity is not None
+    assert report.perplexity.divergence is not None
+    assert report.perplexity.divergence.fp == pytest.approx(0, abs=1e-5)
+
+
+def test_a_bundle_tells_what_it_deploys_and_foreign_smoothing_is_refused(
+    one_run: MakeRun, tmp_path: Path
+) -> None:
+    one = one_run(export__keep_float=["layers.1.mlp.down"])
+    made, scheme = one.quantization, one.pipeline.scheme
+    one.build(tmp_path / "out")
+    graph = open_bundle(tmp_path / "out").graph
+    read = read_quantization(tmp_path / "out", graph, scheme)
+    assert (read.prefix.digest, read.scales, read.scheme) == (made.prefix.digest, made.scales, made.scheme)
+    assert read.smoothing is not None
+    assert made.smoothing is not None
+    assert read.smoothing.digest == made.smoothing.digest
+    factors = {site: 2 * factor for site, factor in made.smoothing.factors.items()}
+    write_smoothing(replace(made.smoothing, factors=factors), tmp_path / "out" / SMOOTHING_FILE)
+    with pytest.raises(UntrustedArtifact, match="another smoothing"):
+        read_quantization(tmp_path / "out", graph, scheme)
+
+
+def test_sites_are_compared_on_windows_that_fit_behind_the_prefix(one_run: MakeRun) -> None:
+    one = one_run()
+    assert one.model.spec.max_positions == 256
+    found = one.quantization
+    lengths: list[int] = []
+    with observed(one.model.folded(found.smoothing), lambda _, x: lengths.append(x.shape[1])):
+        one.costs  # noqa: B018 - it is computed
+    assert max(lengths) + found.prefix.length <= 256
