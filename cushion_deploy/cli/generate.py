@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime import SamplingParams, load
-from cushion_deploy.runtime.engine import ENGINES
 
 
 @click.command("generate")

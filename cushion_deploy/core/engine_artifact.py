@@ -1,13 +1,19 @@
-"""A compiled engine in its folder: what it was made of, where it runs, how much of it is INT8."""
+"""A compiled engine: what it was compiled from, where it runs, how much of it is INT8."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.errors import UntrustedArtifact
+from cushion_deploy.store.files import replace_file
+
+ENGINE_FILE = "engine.json"
+"""File of an engine's folder that holds its :class:`EngineArtifact`."""
 
 
 @dataclass(frozen=True)
@@ -73,3 +79,18 @@ class EngineArtifact:
         d = dict(data)
         d["targets"], d["files"] = tuple(d["targets"]), tuple(d["files"])
         return cls(**d)
+
+
+def write_artifact(artifact: EngineArtifact, folder: Path) -> None:
+    """Write ``engine.json`` into ``folder``, all or nothing."""
+    text = json.dumps(artifact.to_json(), indent=1, sort_keys=True) + "\n"
+    replace_file(folder / ENGINE_FILE, text.encode())
+
+
+def read_artifact(folder: Path) -> EngineArtifact:
+    """Return the engine described by ``engine.json`` in ``folder``; raises UntrustedArtifact for anything else."""
+    file = folder / ENGINE_FILE
+    try:
+        return EngineArtifact.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, KeyError, ValueError) as e:
+        raise UntrustedArtifact(f"{file} does not describe an engine: {e}", hint="build the bundle again") from e

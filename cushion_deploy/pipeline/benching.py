@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.engine_artifact import ENGINE_FILE, EngineArtifact
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.session import open_session
@@ -22,7 +22,7 @@ from cushion_deploy.pipeline.prepare import read_deployed
 from cushion_deploy.pipeline.stages import export, plan_form
 from cushion_deploy.pipeline.workspace import Workspace
 from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.runtime.engine import REPORT, open_engine, open_plan, read_engine
+from cushion_deploy.runtime.engine import open_engine, read_engine
 
 CPU_ENGINE, INT8 = "onnxruntime", "INT8"
 FASTER = 1.02
@@ -139,7 +139,7 @@ def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, st
     opened: dict[str, DecoderSession] = {}
     reasons: dict[str, str] = {}
     for engine in FLAVOURS:
-        if f"engines/{engine}/{REPORT}" in bundle.manifest.files:
+        if f"engines/{engine}/{ENGINE_FILE}" in bundle.manifest.files:
             try:
                 opened[engine] = open_engine(bundle, engine)
             except CushionError as e:
@@ -159,5 +159,5 @@ def _float_plan(ws: Workspace, bundle: Bundle, artifact: EngineArtifact) -> Deco
     # Compiled anew and in a folder of its own: opening a plan runs code, and a work folder may be anybody's.
     with tempfile.TemporaryDirectory(prefix="cushion-bench-") as name:
         made = ENGINES[engine].compile(graph, Path(name), options)
-        plan = next(Path(name) / file for file in made.files if file != REPORT).read_bytes()
-    return open_plan(engine, plan, graph)
+        plan = next(Path(name) / file for file in made.files if file != ENGINE_FILE).read_bytes()
+    return ENGINES[engine].open(graph, plan)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cushion_deploy.core.graphs import GraphContract
-from cushion_deploy.engines.onnxruntime.compile import SESSION_CONFIG
+from cushion_deploy.engines.onnxruntime.settings import SESSION_CONFIG
 
 GENAI_NAME = "genai_config.json"
 DECODER = "llama"

@@ -102,7 +102,7 @@ def load(path: Path | str, engine: str = "onnxruntime", threads: int | None = No
 
     Args:
         path: the bundle's folder.
-        engine: one of :data:`~cushion_deploy.runtime.engine.ENGINES`.
+        engine: one of :data:`~cushion_deploy.engines.registry.ENGINES`.
         threads: of an engine on the CPU; None for one per physical core.
 
     Raises:

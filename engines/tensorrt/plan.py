@@ -10,11 +10,10 @@ from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.core.session import INPUTS, past_names
 from cushion_deploy.engines.tensorrt.cuda import Cuda, DeviceBuffer
-from cushion_deploy.engines.tensorrt.plan_profiles import CACHE, Profile, read_profiles
+from cushion_deploy.engines.tensorrt.profiles import CACHE, WRITE_INDICES, Profile, read_profiles
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact
 
 REBUILD = "compile the engine again here: `cushion-deploy build ... --engine {engine}`"
-WRITE_INDICES = "write_indices"
 _TYPES: dict[str, Dtype] = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16"}
 
 

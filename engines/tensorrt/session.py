@@ -21,8 +21,8 @@ from cushion_deploy.core.session import INPUTS, NeedLogits, checked_inputs, firs
 from cushion_deploy.engines.tensorrt.caches import Caches, GrowingCaches, InPlaceCaches
 from cushion_deploy.engines.tensorrt.cuda import Cuda, DeviceBuffer
 from cushion_deploy.engines.tensorrt.cuda_graph import StepGraph
-from cushion_deploy.engines.tensorrt.plan import WRITE_INDICES, Plan
-from cushion_deploy.engines.tensorrt.plan_profiles import Profile
+from cushion_deploy.engines.tensorrt.plan import Plan
+from cushion_deploy.engines.tensorrt.profiles import WRITE_INDICES, Profile
 from cushion_deploy.errors import CheckFailed, UsageError
 
 
@@ -91,7 +91,7 @@ class TensorRtSession:
         return self._free_before - self._cuda.free_bytes()
 
     def inspect(self) -> str:
-        """Return what the engine inspector says of the plan, for :mod:`cushion_deploy.engines.tensorrt.inspector`."""
+        """Return the JSON of the engine inspector, see :mod:`cushion_deploy.engines.tensorrt.coverage.inspector`."""
         if self._plan is None:
             raise UsageError("the session is closed", hint="open the bundle again")
         return self._plan.inspect()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cushion_deploy.engines.onnxruntime.compile import OnnxRuntimeCpu
+from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
 from cushion_deploy.engines.registry import ENGINES, choose_engines
-from cushion_deploy.engines.tensorrt.compile import TensorRt
+from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.errors import ExitCode, MissingDependency, UsageError
 
 
@@ -17,7 +17,7 @@ def only_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(engine: TensorRt) -> None:
         raise MissingDependency("the library is not there", hint=engine.flavour.install)
 
-    monkeypatch.setattr(OnnxRuntimeCpu, "require", lambda self: None)
+    monkeypatch.setattr(OnnxRuntime, "require", lambda self: None)
     monkeypatch.setattr(TensorRt, "require", missing)
 
 

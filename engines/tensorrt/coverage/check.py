@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cushion_deploy.core.sites import Site
-from cushion_deploy.engines.tensorrt.plan_report import GraphLinear, PlanReport
+from cushion_deploy.engines.tensorrt.coverage.plan_report import GraphLinear, PlanReport
 from cushion_deploy.errors import CheckFailed
 
 

@@ -14,8 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cushion_deploy.engines.tensorrt.kernel_names import kernel_profiles, onnx_nodes
-from cushion_deploy.engines.tensorrt.plan_report import Kernel, KernelTensor, PlanReport
+from cushion_deploy.engines.tensorrt.coverage.kernel_names import kernel_profiles, onnx_nodes
+from cushion_deploy.engines.tensorrt.coverage.plan_report import Kernel, KernelTensor, PlanReport
 from cushion_deploy.errors import CheckFailed
 
 _TYPES = {

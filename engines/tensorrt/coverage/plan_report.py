@@ -1,7 +1,7 @@
-"""What TensorRT made of a graph, kernel by kernel: INT8 GEMMs, fused attention, hazards. One schema for every source.
+"""The kernels of a plan: INT8 GEMMs, fused attention, INT8 products whose sum may overflow.
 
-The kernels are read from the build log (:mod:`cushion_deploy.engines.tensorrt.layer_log`) or from the engine inspector
-(:mod:`cushion_deploy.engines.tensorrt.inspector`). What cannot be attributed counts as not INT8.
+One schema for both sources, the build log (:mod:`.layer_log`) and the engine inspector (:mod:`.inspector`). A linear
+whose kernel cannot be identified counts as not INT8.
 """
 
 from __future__ import annotations

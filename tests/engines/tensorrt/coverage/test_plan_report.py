@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cushion_deploy.core.sites import Site
-from cushion_deploy.engines.tensorrt.layer_log import SUPPORTED_VERSION, read_plan
-from cushion_deploy.engines.tensorrt.plan_report import GraphLinear
+from cushion_deploy.engines.tensorrt.coverage.layer_log import SUPPORTED_VERSION, read_plan
+from cushion_deploy.engines.tensorrt.coverage.plan_report import GraphLinear
 from cushion_deploy.errors import CheckFailed
 
 DATA = Path(__file__).parent / "data"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cushion_deploy.core.sites import Site
-from cushion_deploy.engines.tensorrt.inspector import read_inspection
-from cushion_deploy.engines.tensorrt.plan_report import GraphLinear
+from cushion_deploy.engines.tensorrt.coverage.inspector import read_inspection
+from cushion_deploy.engines.tensorrt.coverage.plan_report import GraphLinear
 from cushion_deploy.errors import CheckFailed
 
 VERSION = "10.13.2"

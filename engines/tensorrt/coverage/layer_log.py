@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cushion_deploy.engines.tensorrt.kernel_names import kernel_profiles, onnx_nodes
-from cushion_deploy.engines.tensorrt.plan_report import Kernel, KernelTensor, PlanReport
+from cushion_deploy.engines.tensorrt.coverage.kernel_names import kernel_profiles, onnx_nodes
+from cushion_deploy.engines.tensorrt.coverage.plan_report import Kernel, KernelTensor, PlanReport
 from cushion_deploy.errors import CheckFailed
 
 SUPPORTED_VERSION = "1.7.1"
