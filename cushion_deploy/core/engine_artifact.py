@@ -18,19 +18,19 @@ ENGINE_FILE = "engine.json"
 
 @dataclass(frozen=True)
 class EngineArtifact:
-    """A compiled engine in its folder.
+    """A compiled engine, as ``engine.json`` describes it.
 
     Attributes:
         engine: registry name, e.g. ``onnxruntime``.
         targets: what it runs on, e.g. ``("cpu",)`` or ``("sm80", "sm86")``.
-        key: compatibility key: digest over everything that decides whether the engine may be used.
-        files: file names inside the engine's folder, the report included.
+        key: compatibility key: digest of everything that determines the compiled engine.
+        files: names of the files in the engine's folder, ``engine.json`` included.
         linears: linears expected in INT8, counted before packing.
         int8_linears: linears found in INT8 in the compiled engine, counted the same way.
         fused_attention: fused attention kernels found.
-        ran: whether the engine was executed on this machine (False where its device is absent).
+        ran: whether the engine was executed where it was compiled.
         details: engine-specific facts (kernel counts, rewrites, options, why it did not run).
-        parents: digest of the graph it was compiled from, versions.
+        parents: digests of what it was compiled from, and the version of the library.
     """
 
     engine: str
@@ -49,19 +49,19 @@ class EngineArtifact:
         """Floating-point type and cache capacity of the graph that it was compiled from.
 
         Raises:
-            UntrustedArtifact: the details tell something else.
+            UntrustedArtifact: the details hold no such type or capacity.
         """
         dtype, capacity = self.details.get("dtype", "float32"), self.details.get("cache_capacity", 0)
         if dtype not in get_args(Dtype) or type(capacity) is not int or capacity < 0:
             raise UntrustedArtifact(
-                f"engine.json of {self.engine} tells of a graph of type {dtype!r:.40} and a cache of {capacity!r:.40}",
+                f"engine.json of {self.engine} describes a graph of type {dtype!r:.40} and a cache of {capacity!r:.40}",
                 hint="build the bundle again",
             )
         return dtype, capacity
 
     @property
     def summary(self) -> str:
-        """Targets, and of a plan its type, limits, cache and size, in one line."""
+        """Targets and coverage in one line; for a plan also type, limits, cache and size."""
         parts, limits = [", ".join(self.targets)], self.details.get("limits")
         if limits:
             parts += [f"{self.form[0]}, batch {limits['batch']}, context {limits['context']:,}"]

@@ -68,27 +68,27 @@ def test_a_bundle_runs_on_its_plan(bundle: Path, device: Any, ids: Any, monkeypa
     session.close()
 
 
-def test_every_mismatch_is_one_sentence_with_its_remedy(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_mismatch_is_named_with_its_fix(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_bundle(bundle)
     here(monkeypatch, "1.8.0", "sm89 NVIDIA GeForce RTX 4090")
     with pytest.raises(CheckFailed) as caught:
         open_engine(opened, "tensorrt-rtx")
-    assert "made by tensorrt-rtx 1.7.1.116 and 1.8.0 is installed" in caught.value.message
+    assert "compiled by tensorrt-rtx 1.7.1.116 and 1.8.0 is installed" in caught.value.message
     assert "for sm80, sm86 and this device is sm89 NVIDIA GeForce RTX 4090" in caught.value.message
     assert "cushion-deploy engine BUNDLE --engine tensorrt-rtx --targets sm89" in caught.value.hint
     other = replace(opened, graph=replace(opened.graph, parents={**opened.graph.parents, "scales": "0" * 64}))
     here(monkeypatch, "1.7.1.116", "sm86 x")
-    with pytest.raises(CheckFailed, match=r"^the plan was made of another scales than this bundle's$"):
+    with pytest.raises(CheckFailed, match=r"^the plan was not compiled from this bundle's scales$"):
         open_engine(other, "tensorrt-rtx")
     kv = replace(opened, graph=replace(opened.graph, parents={**opened.graph.parents, "kv scales": "0" * 64}))
-    with pytest.raises(CheckFailed, match=r"^the plan was made of another kv scales than this bundle's$"):
+    with pytest.raises(CheckFailed, match=r"^the plan was not compiled from this bundle's kv scales$"):
         open_engine(kv, "tensorrt-rtx")
     cached = replace(read_engine(opened, "tensorrt-rtx"), details={"prefix_mode": "cache"})
     (mode,) = mismatches(cached, opened.graph, "1.7.1.116", ["sm86 x"])
-    assert mode.sentence == "the plan was made with export.prefix=cache, this bundle with baked"
+    assert mode.problem == "the plan was compiled with export.prefix=cache, this bundle has baked"
     artifact = replace(read_engine(opened, "tensorrt-rtx"), details={"device": "sm86 NVIDIA A10"})
     (tuned,) = mismatches(artifact, opened.graph, "1.7.1.116", ["sm86 NVIDIA A40"])
-    assert tuned.sentence == "the plan is for sm86 NVIDIA A10 and this device is sm86 NVIDIA A40"
+    assert tuned.problem == "the plan is for sm86 NVIDIA A10 and this device is sm86 NVIDIA A40"
     assert mismatches(artifact, opened.graph, "1.7.1.116", ["sm86 NVIDIA A10"]) == []
     here(monkeypatch, "1.7.1.116")
     with pytest.raises(MissingDependency, match="there is none here") as missing:

@@ -13,7 +13,7 @@ GPU = "sm87 Orin"
 def test_standard_tensorrt_builds_for_the_device_here() -> None:
     assert STANDARD.choose_targets((), [GPU]) == ("sm87",)
     assert STANDARD.choose_targets(("SM87",), [GPU, "sm86 another"]) == ("sm87",)
-    with pytest.raises(UsageError, match="builds for the device here alone, sm87 Orin, not for sm86") as caught:
+    with pytest.raises(UsageError, match="builds only for the device here, sm87 Orin, not for sm86") as caught:
         STANDARD.choose_targets(("sm86",), [GPU])
     assert "tensorrt-rtx" in caught.value.hint
 

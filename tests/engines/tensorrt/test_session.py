@@ -131,7 +131,7 @@ def test_a_closed_session_says_so(session: Any, ids: Any) -> None:
 def test_too_little_memory_says_how_much(graph: ExportedGraph, tiny: Any, device: Any) -> None:
     device.cuda.capacity = 100_000
     prefix = tiny.prefix if graph.contract.prefix_in_cache else None
-    with pytest.raises(CheckFailed, match="MiB of device memory cannot be had") as caught:
+    with pytest.raises(CheckFailed, match="MiB of device memory cannot be allocated") as caught:
         TensorRtSession(plan_of(graph), tiny.graph.contract, "tensorrt_rtx", prefix)
     assert "--max-context" in caught.value.hint
     assert not device.cuda.memory

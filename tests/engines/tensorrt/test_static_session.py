@@ -211,7 +211,7 @@ def test_a_launch_on_memory_that_is_gone_is_found(session: Any, ids: Any) -> Non
         session.run(ids[:, i : i + 1], need_logits="none")
     session._inputs["position_ids"].free()
     with pytest.raises(AssertionError, match="illegal access"):
-        session._cuda.launch(session._graph._recorded)
+        session._cuda.launch(session._graph._graph)
 
 
 def test_standard_tensorrt_has_fewer_calls(

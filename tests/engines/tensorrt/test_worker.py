@@ -78,10 +78,12 @@ def test_the_worker_leaves_when_its_parent_is_gone() -> None:
         "threading.Thread(target=_leave_with_parent, daemon=True).start()\n"
         "time.sleep(60)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=child_environment())
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=child_environment()
+    )
     try:
-        child.communicate(timeout=30)
-        assert child.returncode == 1
+        _, errors = child.communicate(timeout=30)
+        assert (child.returncode, errors) == (1, b"")
     finally:
         child.kill()
         child.wait()

@@ -105,10 +105,10 @@ def test_kernels_of_a_second_profile_are_its_own() -> None:
         (text(), "kernels of profile -1"),
         (
             text(layer("gemm", Inputs=[{"Name": "a", "Format/Datatype": "Q4"}])),
-            "does not tell the types of its operands",
+            "without the types of its operands",
         ),
-        (text(layer("gemm", Inputs=[{"Name": "a", "Dimensions": None}])), "does not tell the types of its operands"),
-        (text(layer("gemm", Inputs="a")), "Inputs is no list"),
+        (text(layer("gemm", Inputs=[{"Name": "a", "Dimensions": None}])), "without the types of its operands"),
+        (text(layer("gemm", Inputs="a")), "Inputs is not a list"),
         (text(layer("gemm", Name="x_myl1_0 [profile 3]")), "kernels of profile 3 in a plan of 2"),
     ],
 )
