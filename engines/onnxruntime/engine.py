@@ -19,8 +19,7 @@ from cushion_deploy.errors import UsageError
 class OnnxRuntime:
     """ONNX Runtime on one execution provider (implements ``Engine``); all of them run ``model.onnx`` as it is.
 
-    INT8 coverage is counted on the CPU provider alone: there the optimized graph shows the kernels. A GPU provider
-    chooses its kernels on the device.
+    INT8 coverage is counted for the CPU provider only: no INT8 claim is made for the others.
     """
 
     provider: Provider = CPU
