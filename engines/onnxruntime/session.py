@@ -75,7 +75,7 @@ class OnnxRuntimeSession:
 
     Args:
         model_path: the ``.onnx`` file, its external data beside it.
-        contract: what the graph says of itself; compared with the file.
+        contract: inputs and outputs of the graph; compared with the file.
         settings: threads, fusion, chunk and provider. On a GPU provider the cache is copied to the device at every
             step: correct, but slow.
         prefix: what every cache begins with, if the contract says so.
@@ -84,7 +84,7 @@ class OnnxRuntimeSession:
     Raises:
         MissingDependency: onnxruntime is not installed, or does not run the graph on the provider.
         UsageError: the file does not exist, or the prefix or its scales are missing.
-        UntrustedArtifact: the file is no graph, or not the one that the contract describes.
+        UntrustedArtifact: the file is not a graph, or not the one that the contract describes.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from cushion_deploy.core.session import CACHE_BYTES, bfloat16_bits, first_caches
 from cushion_deploy.engines.tensorrt.cuda import Cuda, DeviceBuffer
 
 Allocate = Callable[[int], DeviceBuffer]
+Initial = Callable[[int], Iterable[npt.NDArray[Any]]]
 
 
 class Binding(NamedTuple):
@@ -57,23 +58,15 @@ class GrowingCaches:
         cuda: the stream.
         allocate: allocates device memory of a size in bytes.
         contract: contract of the plan.
-        prefix: what every cache begins with, if the contract says so.
-        kv: scales of an INT8 cache, to quantize the prefix.
+        initial: gives the initial content of every cache for a batch size.
         batch, total: largest B, and largest length of a cache after a call.
     """
 
     def __init__(
-        self,
-        cuda: Cuda,
-        allocate: Allocate,
-        contract: GraphContract,
-        prefix: Prefix | None,
-        kv: KvScales | None,
-        batch: int,
-        total: int,
+        self, cuda: Cuda, allocate: Allocate, contract: GraphContract, initial: Initial, batch: int, total: int
     ) -> None:
         """Allocate both sets."""
-        self._cuda, self._contract, self._prefix, self._kv = cuda, contract, prefix, kv
+        self._cuda, self._contract, self._initial = cuda, contract, initial
         self._past = past_names(contract)
         self._token = contract.head_dim * CACHE_BYTES[contract.cache_dtype]
         size = batch * contract.num_kv_heads * total * self._token
@@ -81,7 +74,7 @@ class GrowingCaches:
 
     def seed(self, batch: int) -> None:
         """Queue the prefix, unless it is in the graph."""
-        for buffer, array in zip(self._sets[0], _first(self._contract, self._prefix, batch, self._kv), strict=True):
+        for buffer, array in zip(self._sets[0], self._initial(batch), strict=True):
             self._cuda.upload(array, buffer)
 
     def bindings(self, batch: int, past: int, new: int) -> Iterator[Binding]:
@@ -116,15 +109,13 @@ class InPlaceCaches:
         cuda: the stream.
         allocate: allocates device memory of a size in bytes.
         contract: contract of the plan, with its capacity.
-        prefix: what every cache begins with, if the contract says so.
+        initial: gives the initial content of every cache for a batch size.
         batch: largest B.
     """
 
-    def __init__(
-        self, cuda: Cuda, allocate: Allocate, contract: GraphContract, prefix: Prefix | None, batch: int
-    ) -> None:
+    def __init__(self, cuda: Cuda, allocate: Allocate, contract: GraphContract, initial: Initial, batch: int) -> None:
         """Allocate the set."""
-        self._cuda, self._contract, self._prefix = cuda, contract, prefix
+        self._cuda, self._contract, self._initial = cuda, contract, initial
         self._past = past_names(contract)
         self._token = contract.head_dim * CACHE_BYTES[contract.cache_dtype]
         self._pitch = contract.cache_capacity * self._token
@@ -140,7 +131,7 @@ class InPlaceCaches:
         # If this is interrupted, no row counts as seeded.
         self._seeded = 0
         self._clear(0, batch)
-        for buffer, array in zip(self._buffers, _first(c, self._prefix, batch), strict=True):
+        for buffer, array in zip(self._buffers, self._initial(batch), strict=True):
             self._cuda.upload_rows(array.reshape(batch * c.num_kv_heads, -1), buffer, self._pitch)
         self._cuda.synchronize()
         self._seeded = batch
@@ -167,8 +158,8 @@ class InPlaceCaches:
             self._cuda.clear_rows(buffer, offset, self._pitch, self._pitch - offset, rows)
 
 
-def _first(
-    contract: GraphContract, prefix: Prefix | None, batch: int, kv: KvScales | None = None
+def initial_content(
+    contract: GraphContract, prefix: Prefix | None, kv: KvScales | None, batch: int
 ) -> Iterator[npt.NDArray[Any]]:
     """Yield the initial content of every cache, in the bytes of device memory."""
     for array in first_caches(contract, prefix, batch, kv):

@@ -18,7 +18,7 @@ from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.session import INPUTS, NeedLogits, checked_inputs, first_caches, require_kept
-from cushion_deploy.engines.tensorrt.caches import Caches, GrowingCaches, InPlaceCaches
+from cushion_deploy.engines.tensorrt.caches import Caches, GrowingCaches, Initial, InPlaceCaches, initial_content
 from cushion_deploy.engines.tensorrt.cuda import Cuda, DeviceBuffer
 from cushion_deploy.engines.tensorrt.cuda_graph import StepGraph
 from cushion_deploy.engines.tensorrt.plan import Plan
@@ -57,7 +57,7 @@ class TensorRtSession:
         """Deserialize the plan and allocate; the cache is empty."""
         self._buffers: list[DeviceBuffer] = []
         self._contexts: dict[int, Any] = {}
-        self._prefix, self._kv, self._length = prefix, kv, 0
+        self._length = 0
         self._rows: int | None = None
         self._plan: Plan | None = None
         self._graph: StepGraph | None = None
@@ -72,7 +72,7 @@ class TensorRtSession:
             self._contexts = {p.index: self._plan.context(p, self._cuda, scratch) for p in self.profiles}
             if self.contract.cache_capacity:
                 self._graph = StepGraph(self._cuda)
-            self._caches = self._allocate()
+            self._caches = self._allocate(partial(initial_content, self.contract, prefix, kv))
         except BaseException:
             self.close()
             raise
@@ -177,7 +177,7 @@ class TensorRtSession:
         """Close it."""
         self.close()
 
-    def _allocate(self) -> Caches:
+    def _allocate(self, initial: Initial) -> Caches:
         c = self.contract
         batch, total = (max(p.batch for p in self.profiles), max(p.total for p in self.profiles))
         sequence = max(p.sequence for p in self.profiles)
@@ -185,8 +185,8 @@ class TensorRtSession:
         self._inputs = {name: self._new(8 * batch * length) for name, length in lengths.items()}
         self._logits = self._new(4 * batch * sequence * c.vocab_size)
         if c.cache_capacity:
-            return InPlaceCaches(self._cuda, self._new, c, self._prefix, batch)
-        return GrowingCaches(self._cuda, self._new, c, self._prefix, self._kv, batch, total)
+            return InPlaceCaches(self._cuda, self._new, c, initial, batch)
+        return GrowingCaches(self._cuda, self._new, c, initial, batch, total)
 
     def _new(self, size: int) -> DeviceBuffer:
         self._buffers.append(self._cuda.allocate(size))

@@ -91,7 +91,7 @@ def test_every_linear_of_the_graph_runs_in_int8(
     assert coverage.kernels["MatMulIntegerToFloat"] == len(graph.sites)
     assert coverage.kernels["DequantizeLinear"] == 0
     assert coverage.kernels["QuantizeLinear"] == len(graph.sites)
-    assert coverage.rewritten in (0, len(graph.sites)), "all or none: it depends on the processor alone"
+    assert coverage.rewritten in (0, len(graph.sites)), "all or none: it depends only on the processor"
     artifact = OnnxRuntime().compile(graph, tmp_path, STRICT)
     assert (artifact.linears, artifact.int8_linears) == (linears, linears)
 
@@ -230,7 +230,7 @@ def no_such_distribution(name: str) -> str:
     raise metadata.PackageNotFoundError(name)
 
 
-def test_without_the_library_the_install_line_is_told(
+def test_without_the_library_the_hint_is_the_install_command(
     tiny_graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "version", no_such_distribution)

@@ -181,7 +181,7 @@ def test_missing_onnxruntime_carries_its_install_line(tiny: Any, monkeypatch: py
     assert caught.value.hint == "pip install 'cushion-deploy[cpu]'"
 
 
-def test_a_provider_that_is_not_there_is_told_with_its_install_line(tiny: Any) -> None:
+def test_a_missing_provider_is_an_error_with_its_install_command(tiny: Any) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has the provider")
     with pytest.raises(MissingDependency, match="has no CUDAExecutionProvider; it has") as caught:
@@ -248,14 +248,14 @@ def test_integer_sums_do_not_saturate(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "linear.onnx")
     options = session_options(SessionSettings(threads=1))
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3  # it warns that the saved file fits this machine alone, which is all it is for
+    options.log_severity_level = 3  # it warns that the saved file is valid only on this machine
     session = onnxruntime.InferenceSession(tmp_path / "linear.onnx", options, providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"x": activations})
     np.testing.assert_array_equal(got, activations.astype(np.int64) @ weights.astype(np.int64))
     assert "MatMulIntegerToFloat" in {n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node}
 
 
-def test_head_runs_for_wanted_tokens_alone(tiny: Any, tmp_path: Path, ids: Any) -> None:
+def test_head_runs_only_for_wanted_tokens(tiny: Any, tmp_path: Path, ids: Any) -> None:
     session: Any = tiny.session(chunk=16)
     profiled = session_options(SessionSettings(threads=1))
     profiled.enable_profiling = True

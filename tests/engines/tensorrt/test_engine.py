@@ -27,7 +27,7 @@ def test_importing_the_engine_imports_neither_the_library_nor_onnx() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_without_the_library_the_install_line_is_told(
+def test_without_the_library_the_hint_is_the_install_command(
     graph: ExportedGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "probe", lambda module: Probe(module, problem=f"No module named '{module}'"))

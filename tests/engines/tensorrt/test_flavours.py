@@ -18,7 +18,7 @@ def test_standard_tensorrt_builds_for_the_device_here() -> None:
     assert "tensorrt-rtx" in caught.value.hint
 
 
-def test_targets_are_ordered_and_told_once() -> None:
+def test_targets_are_ordered_and_unique() -> None:
     assert RTX.choose_targets(["SM121", "sm86", "sm80", "sm86"], ()) == ("sm80", "sm86", "sm121")
     assert RTX.choose_targets([], ()) == RTX.default_targets
 

@@ -115,7 +115,7 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was(
     close(session.run(ids[:, 10:13]), expected.run(ids[:, 10:13]))
 
 
-def test_an_error_of_the_device_is_told(session: Any, ids: Any, device: Any) -> None:
+def test_an_error_of_the_device_is_raised(session: Any, ids: Any, device: Any) -> None:
     device.cuda.broken = True
     with pytest.raises(CheckFailed, match="cudaErrorIllegalAddress"):
         session.run(ids[:, :4])

@@ -20,7 +20,7 @@ def graph(name: str, capacity: int = 0) -> ExportedGraph:
     return ExportedGraph(Path(name), contract, quantized=True, sites={}, rules=(), opset=17, digest="", parents={})
 
 
-def test_the_vendors_tool_is_told_the_same_plan() -> None:
+def test_the_vendors_tool_builds_the_same_plan() -> None:
     words = shlex.split(vendor_command(STANDARD, graph("float16.onnx"), "sm87.engine", ("sm87",), SHAPES))
     assert words == [
         "trtexec",

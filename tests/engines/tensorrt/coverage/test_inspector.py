@@ -1,4 +1,4 @@
-"""The reader of the engine inspector's JSON: the same kernels as the build log tells, and nothing half understood."""
+"""Parsing the JSON of the engine inspector: the same kernels as in the build log; anything unknown is an error."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_int8_product_is_found_in_every_spelling(operands: dict[str, Any]) ->
 
 
 def test_kernels_of_other_kinds_need_not_tell_their_types() -> None:
-    # As TensorRT writes of tensors whose shape is open, and of types that are none of ours.
+    # As TensorRT writes tensors of dynamic shape, and types that are not used here.
     silent = [{"Name": "a", "Dimensions": None, "Format/Datatype": "N/A due to dynamic shapes"}, {"Name": "b"}]
     report = read_inspection(
         text(layer("Reformat", Inputs=silent, Constants=[], Metadata=""), layer("kgen", Outputs=silent), layer("gemm")),
@@ -61,7 +61,7 @@ def test_kernels_of_other_kinds_need_not_tell_their_types() -> None:
     )
     assert report.int8_linears([MATMUL]) == 1
     assert [tensor.dtype for tensor in report.kernels[0].inputs] == ["Unknown", "Unknown"]
-    # And a product without an operand that is told is not INT8, whatever its tactic is called.
+    # A product without listed operands is not INT8, whatever the name of its tactic.
     other = layer("gemm", Inputs=silent, Metadata="")
     assert read_inspection(text(other), 1, VERSION).int8_gemms == (0,)
 
