@@ -18,7 +18,9 @@ from cushion_deploy.core.session import CACHE_BYTES, bfloat16_bits, first_caches
 from cushion_deploy.engines.tensorrt.cuda import Cuda, DeviceBuffer
 
 Allocate = Callable[[int], DeviceBuffer]
+"""Size in bytes to device memory."""
 Initial = Callable[[int], Iterable[npt.NDArray[Any]]]
+"""Batch size to the initial content of every cache, ``[B, K, P, D]`` each."""
 
 
 class Binding(NamedTuple):
