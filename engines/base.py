@@ -1,29 +1,32 @@
-"""The one protocol of all engines, and what a compilation is asked for."""
+"""What an engine must offer, and the options of a compilation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
-from cushion_deploy.errors import MissingDependency
+from cushion_deploy.core.session import DecoderSession
+
+Product = Literal["plan", "report", "nothing"]
+"""What :meth:`Engine.compile` writes: a plan, which then runs instead of ``model.onnx``; a report on how ``model.onnx``
+runs; or nothing, for an engine that runs ``model.onnx`` unseen."""
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """Limits and targets of a compilation; an engine ignores what has no meaning for it.
+    """Targets and limits of a compilation; an engine ignores those that do not apply to it.
 
     Attributes:
         targets: engine-specific names such as ``sm86``; empty for the engine's default.
         max_batch: largest batch of the optimization profiles.
-        max_context: longest context (prompt and generated tokens, without the prefix).
-        max_prefill: longest piece of prompt in one call.
-        allow_float_linears: linears that may stay in floating point before the build counts as failed.
+        max_context: longest context in tokens (prompt and generated tokens, without the prefix).
+        max_prefill: most prompt tokens in one call.
+        allow_float_linears: linears that may stay in floating point before the compilation fails.
     """
 
     targets: Sequence[str] = ()
@@ -38,16 +41,19 @@ class CompileOptions:
 
 
 class Engine(Protocol):
-    """One engine: probe it, compile a graph for it, report what it made of the graph."""
+    """An inference engine: whether it is available, what it compiles, and how it runs a graph.
+
+    Constructing one is free: libraries are imported by the methods that need them, drivers only in a subprocess.
+    """
 
     @property
     def name(self) -> str:
-        """Name on the command line and of the folder in the bundle."""
+        """Name on the command line, and of the engine's folder in a bundle."""
         ...
 
     @property
-    def in_place_cache(self) -> bool:
-        """Whether it updates a static cache in place (KVCacheUpdate); one that grows is copied at every step."""
+    def compiles_to(self) -> Product:
+        """What :meth:`compile` writes, and so whether :meth:`open` runs a plan or ``model.onnx``."""
         ...
 
     @property
@@ -55,45 +61,62 @@ class Engine(Protocol):
         """Floating-point types of the graphs that it compiles, its default first."""
         ...
 
-    def require(self) -> None:
-        """Check that it can compile here; raises MissingDependency, with what to do, where it cannot."""
-        ...
-
-    def check(self, options: CompileOptions) -> None:
-        """Check what is asked for before anything is made for it; raises UsageError where it cannot be compiled."""
+    @property
+    def in_place_cache(self) -> bool:
+        """Whether it updates a static cache in place (KVCacheUpdate); a growing cache is copied at every step."""
         ...
 
     def version(self) -> str:
-        """Return the version of the library; raises MissingDependency when it is not there."""
+        """Return the version of the library; raises MissingDependency if it is not installed."""
         ...
 
     def gpus(self) -> tuple[str, ...] | None:
-        """Return the devices here that it could run on; None for an engine that needs none."""
+        """Return the GPUs of this machine that it could run on, or None if it needs none."""
+        ...
+
+    def require(self) -> None:
+        """Check that it can compile on this machine; raises MissingDependency, with what to do, if it cannot."""
+        ...
+
+    def check(self, options: CompileOptions) -> None:
+        """Check the options before any work is done for them; raises UsageError if they cannot be met."""
         ...
 
     def compile(self, graph: ExportedGraph, folder: Path, options: CompileOptions) -> EngineArtifact:
-        """Compile ``graph`` into the empty ``folder``, read the INT8 coverage off the result, write ``engine.json``.
+        """Compile ``graph`` into the empty ``folder``, count the linears in INT8, and write ``engine.json``.
 
         Raises:
-            MissingDependency: the library is not there.
-            UsageError: an unknown target or a limit that the engine cannot meet.
-            CheckFailed: fewer linears in INT8 than ``allow_float_linears`` permits.
+            MissingDependency: the library or the GPU that it needs is missing.
+            UsageError: an unknown target, a limit that cannot be met, or an engine that compiles nothing.
+            CheckFailed: fewer linears run in INT8 than ``allow_float_linears`` permits.
         """
         ...
 
+    def require_runnable(self, artifact: EngineArtifact, graph: ExportedGraph) -> None:
+        """Check that a plan can run on this machine, before its bytes are read.
 
-def version_of(distributions: Sequence[str], engine: str, extra: str) -> str:
-    """Return the version of the first of several distributions that is installed.
+        Args:
+            artifact: ``engine.json`` of the plan.
+            graph: graph of the bundle that holds the plan.
 
-    Raises:
-        MissingDependency: none is; the hint carries the install line.
-    """
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    raise MissingDependency(
-        f"engine '{engine}' needs {distributions[0]}, which is not installed",
-        hint=f"pip install 'cushion-deploy[{extra}]'",
-    )
+        Raises:
+            MissingDependency: the library or the GPU is missing.
+            CheckFailed: the plan was compiled for another library version, GPU or graph.
+        """
+        ...
+
+    def open(self, graph: ExportedGraph, plan: bytes = b"", *, threads: int | None = None) -> DecoderSession:
+        """Open a session.
+
+        Args:
+            graph: graph of a verified bundle, or one just written; the prefix and scales of its cache lie beside it.
+            plan: the compiled plan, if the engine has one. Deserializing a plan runs machine code from it: pass only
+                bytes whose digest is in a verified manifest, or that were compiled just now.
+            threads: threads of an engine on the CPU; None for one per physical core.
+
+        Raises:
+            MissingDependency: the library or the GPU is missing.
+            CheckFailed: the library refuses the plan, or the GPU has too little memory.
+            UntrustedArtifact: the graph or the plan does not match the contract of ``graph``.
+        """
+        ...

@@ -1,4 +1,8 @@
-"""Find out in a child process whether an engine's library can be used here: a driver fault must not end the tool."""
+"""Import a library and list the GPUs in a child process, because a fault of a driver ends the process.
+
+The devices are read from the driver, ``libcuda.so.1``, through ctypes: cuda-bindings is needed to run a plan and is not
+installed where plans are only compiled, and four calls of the driver API do not justify another package.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +28,13 @@ _REPLY = "probe: "
 
 @dataclass(frozen=True)
 class Probe:
-    """What a child process found out about a library.
+    """What a child process found about a library.
 
     Attributes:
-        module: module that was imported.
-        version: its ``__version__``; empty when it cannot be imported.
-        gpus: NVIDIA devices that the driver offers, e.g. ``sm86 NVIDIA GeForce RTX 3090``; empty without a driver.
-        problem: why the import or the driver failed; empty when nothing did.
+        module: name of the module.
+        version: its ``__version__``; empty if it cannot be imported.
+        gpus: NVIDIA GPUs of the driver, such as ``sm86 NVIDIA GeForce RTX 3090``; empty without a driver.
+        problem: why the import failed; empty if it did not.
     """
 
     module: str
@@ -46,19 +50,19 @@ class Probe:
 
 @functools.cache
 def probe(module: str) -> Probe:
-    """Return the findings about a module; asked once per process.
+    """Probe a module, once per process.
 
-    Nothing is raised: a library that crashes, hangs or is absent is a finding.
+    Nothing is raised: that a library crashes, hangs or is absent is a result.
     """
     return run_probe(module)
 
 
 def run_probe(module: str, timeout: float = TIMEOUT_SECONDS) -> Probe:
-    """Import ``module`` in a child process and ask the driver for devices there.
+    """Import ``module`` in a child process and list the GPUs there.
 
     Args:
-        module: importable name.
-        timeout: seconds after which the child is killed.
+        module: name of the module.
+        timeout: seconds until the child is killed.
     """
     command = [sys.executable, "-m", "cushion_deploy.engines.probe", module]
     try:
@@ -83,7 +87,7 @@ def run_probe(module: str, timeout: float = TIMEOUT_SECONDS) -> Probe:
 
 
 def how_it_ended(returncode: int) -> str:
-    """Return an exit status in words, signals by their name."""
+    """Return an exit status in words, a signal by its name."""
     if returncode >= 0:
         return f"exit code {returncode}"
     try:
@@ -95,19 +99,19 @@ def how_it_ended(returncode: int) -> str:
 def package_root() -> Path:
     """Return the folder that holds cushion_deploy.
 
-    Children start in it: ``python -m`` imports from the working folder first, and a user's may hold anything.
+    Child processes run in it: ``python -m`` imports from the working folder first, and the user's may hold anything.
     """
     return Path(cushion_deploy.__file__).resolve().parents[1]
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment in which a child imports the very same cushion_deploy."""
+    """Return the environment in which a child process imports this same cushion_deploy."""
     paths = [str(package_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def cuda_devices(library: str = "libcuda.so.1") -> tuple[str, ...]:
-    """Return the devices of the driver as ``sm<major><minor> <name>``; empty when there is no driver."""
+    """Return the GPUs of the driver as ``sm<major><minor> <name>``; empty if there is no driver."""
     try:
         cuda: Any = ctypes.CDLL(library)
     except OSError:
@@ -131,15 +135,15 @@ def _describe(cuda: Any, index: int) -> str:
 
 
 def _answer(module: str) -> Probe:
-    """Run inside the child."""
+    """Probe a module in this process, the child."""
     try:
         version = str(importlib.import_module(module).__version__)
-    except Exception as e:  # whatever a foreign library raises while it loads is the finding
+    except Exception as e:  # whatever the library raises on import is the result
         return Probe(module, problem=f"{type(e).__name__}: {e}")
     return Probe(module, version, cuda_devices())
 
 
 if __name__ == "__main__":
     print(_REPLY + json.dumps(asdict(_answer(sys.argv[1]))), flush=True)
-    # Some driver libraries crash while they unload; the answer is already out.
+    # Some driver libraries crash while they unload, after the reply has been sent.
     os._exit(0)

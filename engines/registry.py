@@ -1,4 +1,4 @@
-"""The table of engines: one line each."""
+"""The table of engines, one line each, and what is available on this machine."""
 
 from __future__ import annotations
 
@@ -6,23 +6,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cushion_deploy.engines.base import Engine
-from cushion_deploy.engines.onnxruntime.compile import OnnxRuntimeCpu
-from cushion_deploy.engines.tensorrt.compile import TensorRt
+from cushion_deploy.engines.onnxruntime import settings as providers
+from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
+from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.engines.tensorrt.flavours import RTX, STANDARD
 from cushion_deploy.errors import MissingDependency, unknown_choice
 
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (OnnxRuntimeCpu(), TensorRt(RTX), TensorRt(STANDARD))}
+_ENGINES: tuple[Engine, ...] = (
+    OnnxRuntime(providers.CPU),
+    OnnxRuntime(providers.CUDA),
+    OnnxRuntime(providers.TENSORRT),
+    OnnxRuntime(providers.TENSORRT_RTX),
+    TensorRt(RTX),
+    TensorRt(STANDARD),
+)
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in _ENGINES}
+"""Every engine that a bundle can run on."""
 
 
 @dataclass(frozen=True)
 class Availability:
-    """An engine on this machine.
+    """What a compiling engine can do on this machine.
 
     Attributes:
-        name: of the engine.
+        name: name of the engine.
         compiles: whether it can compile here.
-        version: of its library; empty where that is not there.
-        gpus: devices that it could run on, see :class:`~cushion_deploy.engines.probe.Probe`.
+        version: version of its library; empty if that is not installed.
+        gpus: GPUs that it could run on, see :class:`~cushion_deploy.engines.probe.Probe`.
         note: what it can do here, or what to install.
     """
 
@@ -33,9 +43,49 @@ class Availability:
     note: str
 
 
+def compiling_engines() -> dict[str, Engine]:
+    """Return the engines that compile something; the others run ``model.onnx`` as it is."""
+    return {name: engine for name, engine in ENGINES.items() if engine.compiles_to != "nothing"}
+
+
+def find_engine(name: str) -> Engine:
+    """Return an engine by name; raises UsageError, with the valid names, if there is none."""
+    if name not in ENGINES:
+        raise unknown_choice("engine", name, list(ENGINES))
+    return ENGINES[name]
+
+
+def choose_engines(names: Sequence[str] | None) -> list[Engine]:
+    """Return the engines to compile for: the named ones, or every one that can compile on this machine.
+
+    Raises:
+        UsageError: an unknown name, or an engine that compiles nothing; the hint lists the valid names.
+        MissingDependency: a named engine cannot compile here; the hint is the install command.
+    """
+    engines = compiling_engines()
+    if names is None:
+        return [engine for engine in engines.values() if why_missing(engine) is None]
+    chosen = []
+    for name in names:
+        if name not in engines:
+            raise unknown_choice("engine", name, sorted(engines))
+        engines[name].require()
+        chosen.append(engines[name])
+    return chosen
+
+
 def availabilities() -> tuple[Availability, ...]:
-    """Return what every engine of the table can do here."""
-    return tuple(map(_availability, ENGINES.values()))
+    """Return what each compiling engine can do on this machine."""
+    return tuple(map(_availability, compiling_engines().values()))
+
+
+def why_missing(engine: Engine) -> MissingDependency | None:
+    """Return why an engine cannot compile on this machine, or None if it can."""
+    try:
+        engine.require()
+    except MissingDependency as e:
+        return e
+    return None
 
 
 def _availability(engine: Engine) -> Availability:
@@ -47,30 +97,3 @@ def _availability(engine: Engine) -> Availability:
     if gpus is not None and not gpus:
         note = "compiles here, ahead of time; running needs an NVIDIA GPU"
     return Availability(engine.name, True, engine.version(), gpus or (), note)
-
-
-def choose_engines(names: Sequence[str] | None) -> list[Engine]:
-    """Return the engines to compile for: those asked for, or every one that is available here.
-
-    Raises:
-        UsageError: an unknown name, with the valid ones.
-        MissingDependency: an engine was asked for that cannot compile here, with the install line.
-    """
-    if names is None:
-        return [engine for engine in ENGINES.values() if why_missing(engine) is None]
-    chosen = []
-    for name in names:
-        if name not in ENGINES:
-            raise unknown_choice("engine", name, sorted(ENGINES))
-        ENGINES[name].require()
-        chosen.append(ENGINES[name])
-    return chosen
-
-
-def why_missing(engine: Engine) -> MissingDependency | None:
-    """Return why an engine cannot compile here, or None where it can."""
-    try:
-        engine.require()
-    except MissingDependency as e:
-        return e
-    return None

@@ -311,7 +311,7 @@ def test_a_report_without_checks_has_not_passed() -> None:
 )
 def test_an_engine_that_tells_of_no_graph_is_not_trusted(details: dict[str, Any]) -> None:
     artifact = EngineArtifact("tensorrt-rtx", ("sm86",), "k", ("engine.json",), 1, 1, 0, False, details, Lineage(), {})
-    with pytest.raises(UntrustedArtifact, match=r"engine\.json of tensorrt-rtx tells of a graph"):
+    with pytest.raises(UntrustedArtifact, match=r"engine\.json of tensorrt-rtx describes a graph"):
         artifact.form  # noqa: B018 - it raises
     assert dataclasses.replace(artifact, details={}).form == ("float32", 0)
     assert dataclasses.replace(artifact, details={"dtype": "bfloat16", "cache_capacity": 64}).form == ("bfloat16", 64)

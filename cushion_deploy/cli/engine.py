@@ -1,4 +1,4 @@
-"""`engine`: compile a graph for an engine, or a bundle for one more."""
+"""`engine`: compile a graph for an engine, or add an engine to a bundle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.engines.base import CompileOptions, Engine
-from cushion_deploy.engines.registry import ENGINES, choose_engines
+from cushion_deploy.engines.registry import choose_engines, compiling_engines
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
@@ -32,17 +32,19 @@ from cushion_deploy.store import MANIFEST_NAME
 from cushion_deploy.verbs.engine import add_engine
 
 SHOWN = 2000
-"""Characters of the vendor's command that are printed; with 30 layers it has 20,000."""
+"""Most characters of the vendor's command to print; for 30 layers it has 20,000."""
 
 
 @click.command("engine")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--engine", "name", required=True, help=f"One of: {', '.join(ENGINES)}.")
+@click.option("--engine", "name", required=True, help=f"One of: {', '.join(compiling_engines())}.")
 @target_option
 @plan_options
 @float_linears_option
-@click.option("--model", help="The original model of a bundle; default: the one that its recipe names.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder; or the bundle.")
+@click.option("--model", help="Original model of the bundle; default: the one in its recipe.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder, or the bundle itself."
+)
 @run_options
 def command(
     folder: Path,
@@ -61,14 +63,14 @@ def command(
 ) -> None:
     """Compile FOLDER for an engine and count the linears that run in INT8.
 
-    FOLDER is a graph of `export`, which gives the engine alone, or a bundle, which gives the bundle with that engine.
-    Where the engine compiles another graph than the bundle's (another floating-point type, a static cache), the
-    original model is needed.
+    FOLDER is a graph written by `export`, or a bundle. For a graph, OUTPUT is the compiled engine; for a bundle, OUTPUT
+    is the bundle with that engine added or replaced. If the engine needs another graph than the bundle's (another
+    floating-point type, a static cache), that is exported from the original model.
     """
     (engine,) = choose_engines([name])
     if plan_dtype and plan_dtype not in engine.dtypes:
         raise UsageError(
-            f"engine '{name}' compiles {', '.join(engine.dtypes)} graphs, not {plan_dtype}", hint="leave --dtype out"
+            f"engine '{name}' compiles {', '.join(engine.dtypes)} graphs, not {plan_dtype}", hint="omit --dtype"
         )
     wanted = {
         "tensorrt.max_batch": max_batch,
@@ -97,17 +99,19 @@ def command(
     fused = f", {artifact.fused_attention} fused attention kernels" if artifact.details.get("limits") else ""
     click.echo(f"{artifact.engine}: {artifact.summary}{fused}")
     if not artifact.form[1] and artifact.details.get("prefix_mode") == "cache":
-        click.echo("the cache grows: an INT8 cache, or a library without KVCacheUpdate, is not updated in place")
+        click.echo(
+            "the cache grows: an INT8 cache is not updated in place, nor any cache without KVCacheUpdate in the library"
+        )
     if not artifact.ran:
         click.echo(str(artifact.details.get("not_run", "not run")))
     if hazards := artifact.details.get("half_accumulators"):
         click.echo(f"warning: {len(hazards)} INT8 products are written as half and may overflow: {hazards[0]} ...")
     if command_line := artifact.details.get("command"):
-        shown = textwrap.shorten(command_line, SHOWN, placeholder=" ... (the whole line stands in engine.json)")
-        click.echo(f"the same plan by the vendor's tool:\n  {shown}")
+        shown = textwrap.shorten(command_line, SHOWN, placeholder=" ... (see engine.json for the whole line)")
+        click.echo(f"command of the vendor's tool that builds the same plan:\n  {shown}")
     click.echo(f"written: {output}")
     if os.path.lexists(output / MANIFEST_NAME) and artifact.details.get("limits"):
-        click.echo(f"the graph behind it is checked by: cushion-deploy parity {output} --model MODEL")
+        click.echo(f"check the graph of this plan with: cushion-deploy parity {output} --model MODEL")
 
 
 def _compile_graph(
@@ -115,13 +119,13 @@ def _compile_graph(
 ) -> EngineArtifact:
     require_new_folder(output)
     graph = read_graph(folder)
-    # A folder of `export` has no manifest but the digest of its graph: no engine sees a byte that was not compared.
+    # A folder of `export` has no manifest, but the digest of its graph: it is compared before an engine reads a byte.
     verify_graph(graph)
     found = graph.contract.dtype
     if found not in engine.dtypes or (dtype and dtype != found):
         wanted = dtype or engine.dtypes[0]
         raise UsageError(
-            f"engine '{engine.name}' shall compile a {wanted} graph, the one in {folder} is {found}",
+            f"engine '{engine.name}' was asked to compile a {wanted} graph, the one in {folder} is {found}",
             hint=f"write one with `cushion-deploy export --dtype {wanted}`",
         )
     with elapsed(report, f"compiling for {engine.name}"), new_folder(output) as staged:

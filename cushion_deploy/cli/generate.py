@@ -1,4 +1,4 @@
-"""`generate`: text from a bundle, streamed; no torch in the process."""
+"""`generate`: stream text from a bundle, without torch in the process."""
 
 from __future__ import annotations
 
@@ -8,39 +8,47 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime import SamplingParams, load
-from cushion_deploy.runtime.engine import ENGINES
 
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
-@click.option("--chat", is_flag=True, help="Treat the prompt as a user's message and apply the chat template.")
-@click.option("--system", help="System message; with --chat.")
+@click.option("--chat", is_flag=True, help="Apply the chat template to the prompt as a user message.")
+@click.option("--system", help="System message; needs --chat.")
 @click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Most tokens to generate.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="Choose among the k likeliest; 0 keeps all.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Share of the probability to choose from.")
+@click.option(
+    "--top-k", type=int, default=0, show_default=True, help="Sample among the k most probable tokens; 0 keeps all."
+)
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Sample among the most probable tokens whose probabilities sum to this.",
+)
 @click.option(
     "--min-p",
     type=float,
     default=0.0,
     show_default=True,
-    help="Least probability, as a share of the likeliest token's.",
+    help="Drop tokens below this fraction of the highest probability.",
 )
 @click.option(
     "--repetition-penalty",
     type=float,
     default=1.0,
     show_default=True,
-    help="Above 1: tokens seen before are less likely.",
+    help="Above 1 makes tokens less probable that have occurred before.",
 )
-@click.option("--seed", type=int, help="Seed of sampling.")
-@click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
+@click.option("--seed", type=int, help="Random seed.")
+@click.option("--stop", multiple=True, help="Text that ends the generation; may be repeated.")
 @click.option("--engine", default="onnxruntime", show_default=True, help=f"Engine to run on: {', '.join(ENGINES)}.")
-@click.option("--threads", type=int, help="Threads of an engine on the CPU; default: one per core.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done, instead of streaming.")
+@click.option("--threads", type=int, help="Threads of an engine on the CPU; default: one per physical core.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 def command(
     bundle: Path,
     prompt: str | None,
@@ -58,7 +66,7 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Generate text from PROMPT with BUNDLE; PROMPT is read from stdin where it is left out."""
+    """Generate text from PROMPT with BUNDLE. Without PROMPT it is read from stdin."""
     if prompt is None:
         prompt = sys.stdin.read()
     if system and not chat:
@@ -86,6 +94,6 @@ def command(
         return
     click.echo()
     if last.usage and last.usage.new_tokens > 1 and sys.stderr.isatty():
-        # The first token is the work of the prefill.
+        # The first token belongs to the prefill.
         rate = (last.usage.new_tokens - 1) / max(last.usage.decode_seconds, 1e-9)
         click.echo(f"[{last.usage.new_tokens} tokens, {rate:.1f} tokens/s, {last.finish_reason}]", err=True)

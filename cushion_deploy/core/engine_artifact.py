@@ -1,29 +1,35 @@
-"""A compiled engine in its folder: what it was made of, where it runs, how much of it is INT8."""
+"""A compiled engine: what it was compiled from, where it runs, how much of it is INT8."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.errors import UntrustedArtifact
+from cushion_deploy.store.files import replace_file
+
+ENGINE_FILE = "engine.json"
+"""File of an engine's folder that holds its :class:`EngineArtifact`."""
 
 
 @dataclass(frozen=True)
 class EngineArtifact:
-    """A compiled engine in its folder.
+    """A compiled engine, as ``engine.json`` describes it.
 
     Attributes:
         engine: registry name, e.g. ``onnxruntime``.
         targets: what it runs on, e.g. ``("cpu",)`` or ``("sm80", "sm86")``.
-        key: compatibility key: digest over everything that decides whether the engine may be used.
-        files: file names inside the engine's folder, the report included.
+        key: compatibility key: digest of everything that determines the compiled engine.
+        files: names of the files in the engine's folder, ``engine.json`` included.
         linears: linears expected in INT8, counted before packing.
         int8_linears: linears found in INT8 in the compiled engine, counted the same way.
         fused_attention: fused attention kernels found.
-        ran: whether the engine was executed on this machine (False where its device is absent).
+        ran: whether the engine was executed where it was compiled.
         details: engine-specific facts (kernel counts, rewrites, options, why it did not run).
         lineage: the graph it was compiled from, and what that was made of.
         versions: distribution to version, of what compiled it.
@@ -46,19 +52,19 @@ class EngineArtifact:
         """Floating-point type and cache capacity of the graph that it was compiled from.
 
         Raises:
-            UntrustedArtifact: the details tell something else.
+            UntrustedArtifact: the details hold no such type or capacity.
         """
         dtype, capacity = self.details.get("dtype", "float32"), self.details.get("cache_capacity", 0)
         if dtype not in get_args(Dtype) or type(capacity) is not int or capacity < 0:
             raise UntrustedArtifact(
-                f"engine.json of {self.engine} tells of a graph of type {dtype!r:.40} and a cache of {capacity!r:.40}",
+                f"engine.json of {self.engine} describes a graph of type {dtype!r:.40} and a cache of {capacity!r:.40}",
                 hint="build the bundle again",
             )
         return dtype, capacity
 
     @property
     def summary(self) -> str:
-        """Targets, and of a plan its type, limits, cache and size, in one line."""
+        """Targets and coverage in one line; for a plan also type, limits, cache and size."""
         parts, limits = [", ".join(self.targets)], self.details.get("limits")
         if limits:
             parts += [f"{self.form[0]}, batch {limits['batch']}, context {limits['context']:,}"]
@@ -81,3 +87,18 @@ class EngineArtifact:
         d["lineage"] = Lineage.from_json(parents)
         d["versions"] = {name: value for name, value in parents.items() if name not in Lineage.names_in_files()}
         return cls(**d)
+
+
+def write_artifact(artifact: EngineArtifact, folder: Path) -> None:
+    """Write ``engine.json`` into ``folder``, all or nothing."""
+    text = json.dumps(artifact.to_json(), indent=1, sort_keys=True) + "\n"
+    replace_file(folder / ENGINE_FILE, text.encode())
+
+
+def read_artifact(folder: Path) -> EngineArtifact:
+    """Return the engine described by ``engine.json`` in ``folder``; raises UntrustedArtifact for anything else."""
+    file = folder / ENGINE_FILE
+    try:
+        return EngineArtifact.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, KeyError, ValueError) as e:
+        raise UntrustedArtifact(f"{file} does not describe an engine: {e}", hint="build the bundle again") from e

@@ -1,4 +1,4 @@
-"""Run a decoder graph step by step: the protocol of every engine, and what their sessions share.
+"""The protocol of a decoder session, and what the sessions of all engines share.
 
 Shapes in comments: B batch, S new tokens, T tokens in the cache after the step, K key/value heads, D head size.
 """
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 NeedLogits = Literal["all", "last", "none"]
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float32, "int8": np.int8}
-"""Types of caches in host memory; numpy has no bfloat16, which takes float32 there."""
+"""Types of caches in host memory; numpy has no bfloat16, so that is float32 there."""
 CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-"""Bytes of one number of a cache in device memory."""
+"""Bytes per element of a cache in device memory."""
 _SCALES = "open the graph with its kv_scales.json beside it"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class DecoderSession(Protocol):
-    """A loaded decoder with its cache; the caller counts its own tokens and never sees the prefix."""
+    """A loaded decoder with its cache. Lengths count the caller's tokens; the prefix is not visible."""
 
     contract: GraphContract
 
@@ -49,15 +49,16 @@ class DecoderSession(Protocol):
 
         Args:
             ids: int64 ``[B, S]``.
-            mask: int64 ``[B, length + S]``, 1 on tokens and 0 on left padding; None where nothing is padded.
-            positions: int64 ``[B, S]``, position of each token among its row's own; None to count them by the mask.
-            need_logits: of which of the S tokens logits are wanted.
+            mask: int64 ``[B, length + S]``, 1 for tokens and 0 for left padding; None if nothing is padded.
+            positions: int64 ``[B, S]``, position of each token in its row, padding not counted; None to derive them
+                from the mask.
+            need_logits: which of the S tokens to return logits for.
 
         Returns:
             float32 ``[B, S, vocab]`` for ``all``, ``[B, 1, vocab]`` for ``last``, None for ``none``.
 
         Raises:
-            UsageError: shapes that do not fit each other, or more tokens than the model has positions for.
+            UsageError: shapes that do not match each other, or more tokens than the model has positions for.
         """
         ...
 
@@ -66,42 +67,42 @@ class DecoderSession(Protocol):
         ...
 
     def truncate(self, length: int) -> None:
-        """Keep only the first ``length`` tokens of the cache; raises UsageError when it holds fewer."""
+        """Keep only the first ``length`` tokens of the cache; raises UsageError if it holds fewer."""
         ...
 
     def close(self) -> None:
-        """Give back what the garbage collector does not: the memory of a device."""
+        """Free what the garbage collector does not: device memory."""
         ...
 
 
 def context_limit(contract: GraphContract) -> int:
-    """Return how many tokens of its own a caller may have in the context: the prefix takes the other positions."""
+    """Return the longest context of a caller in tokens: the positions that the prefix does not take."""
     return contract.max_positions - contract.prefix_length
 
 
 def require_kept(length: int, held: int) -> None:
-    """Check that ``length`` tokens of a cache of ``held`` can be kept; raises UsageError where there are fewer."""
+    """Check that ``length`` of ``held`` cached tokens can be kept; raises UsageError if there are fewer."""
     if not 0 <= length <= held:
         raise UsageError(f"cannot keep {length} tokens of a cache of {held}", hint="give at most the session's length")
 
 
 def past_names(contract: GraphContract) -> list[str]:
-    """Return the names of the inputs that carry the cache, layer by layer, keys before values."""
+    """Return the names of the cache inputs, layer by layer, keys before values."""
     return [f"past_key_values.{i}.{part}" for i in range(contract.num_layers) for part in ("key", "value")]
 
 
 def cached_prefix(graph: ExportedGraph) -> Prefix | None:
-    """Return the prefix that every cache of a graph begins with, None where there is none; see ``artifacts``."""
+    """Read the prefix that every cache of a graph begins with, or None if it is not in the cache; see ``artifacts``."""
     if not graph.contract.prefix_slots:
         return None
-    # Here, not above: only a bundle of this kind needs safetensors to run.
+    # Imported here because only such a bundle needs safetensors to run.
     from cushion_deploy.core.artifacts import read_cached_prefix
 
     return read_cached_prefix(graph)
 
 
 def cached_scales(graph: ExportedGraph) -> KvScales | None:
-    """Return the scales of a graph's INT8 cache, None where it is in floating point; see ``artifacts``."""
+    """Read the scales of an INT8 cache, or None if the cache is in floating point; see ``artifacts``."""
     if not graph.contract.quantized_cache:
         return None
     from cushion_deploy.core.artifacts import read_cached_scales
@@ -112,16 +113,18 @@ def cached_scales(graph: ExportedGraph) -> KvScales | None:
 def first_caches(
     contract: GraphContract, prefix: Prefix | None, batch: int, kv: KvScales | None = None
 ) -> list[npt.NDArray[Any]]:
-    """Return what every cache begins with, ``[B, K, P, D]`` by :func:`past_names`: the prefix, or nothing.
+    """Return the initial content of every cache, ``[B, K, P, D]`` in the order of :func:`past_names`.
+
+    P is the length of the prefix, or 0 if the cache begins empty.
 
     Args:
-        contract: of the graph.
-        prefix: what the cache begins with, where the contract says so.
+        contract: contract of the graph.
+        prefix: what the cache begins with, if the contract says so.
         batch: B.
-        kv: scales of an INT8 cache; needed where it begins with a prefix.
+        kv: scales of an INT8 cache; needed to quantize a prefix.
 
     Raises:
-        UsageError: the contract wants a prefix there, and none of that length is given, or no scales for it.
+        UsageError: the contract requires a prefix of another length than the given one, or its scales are missing.
     """
     found = prefix.length if prefix else 0
     if found != contract.prefix_slots:
@@ -144,7 +147,7 @@ def first_caches(
 
 
 def bfloat16_bits(x: FloatArray) -> npt.NDArray[np.uint16]:
-    """Return the bit patterns of finite float32 values rounded to bfloat16, half to even."""
+    """Return finite float32 values rounded to bfloat16, half to even, as bit patterns."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -155,7 +158,7 @@ def bfloat16_values(x: FloatArray) -> FloatArray:
 
 
 def count_positions(mask: IntArray, new: int) -> IntArray:
-    """Return the positions of the last ``new`` tokens, int64 ``[B, new]``; padding on the left counts as nothing.
+    """Return the positions of the last ``new`` tokens, int64 ``[B, new]``; left padding is not counted.
 
     Args:
         mask: int64 ``[B, T]``.
@@ -173,16 +176,16 @@ def checked_inputs(
     mask: IntArray | None,
     positions: IntArray | None,
 ) -> tuple[IntArray, IntArray]:
-    """Return mask and positions of a call as the graph takes them: what is left out filled in, prefix slots counted.
+    """Check the arguments of a call, and return mask and positions as the graph takes them, prefix slots included.
 
     Args:
-        contract: of the graph.
+        contract: contract of the graph.
         length: tokens in the cache.
-        rows: of the cache; None where it is empty.
-        ids, mask, positions: of the call, see :meth:`DecoderSession.run`.
+        rows: batch size of the cache; None if it is empty.
+        ids, mask, positions: arguments of :meth:`DecoderSession.run`.
 
     Raises:
-        UsageError: shapes that do not fit each other, or more tokens than the model has positions for.
+        UsageError: shapes that do not match each other, or more tokens than the model has positions for.
     """
     if ids.ndim != 2 or ids.dtype != np.int64 or not ids.size:
         raise UsageError(
@@ -197,7 +200,7 @@ def checked_inputs(
             hint="call reset() before a new batch",
         )
     limit = context_limit(contract)
-    # Left padding takes no position, but a row without any is as long as the array.
+    # Left padding takes no position, but some row may have none.
     if total > limit:
         raise UsageError(
             f"a context of {total} tokens is longer than the {limit} that the engine has room for",

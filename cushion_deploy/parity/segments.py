@@ -26,7 +26,7 @@ from cushion_deploy.core.kv_scales import kv_site
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.session import first_caches, past_names
 from cushion_deploy.core.sites import Site
-from cushion_deploy.engines.onnxruntime.compile import SESSION_CONFIG
+from cushion_deploy.engines.onnxruntime.settings import SESSION_CONFIG
 from cushion_deploy.parity.bfloat16 import widen
 from cushion_deploy.store import place
 

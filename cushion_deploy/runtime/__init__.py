@@ -1,4 +1,4 @@
-"""The edge runtime: open a bundle and generate, on numpy, tokenizers and one engine; nothing else is imported."""
+"""The edge runtime: open a bundle and generate text. Imports only numpy, tokenizers and the chosen engine."""
 
 from __future__ import annotations
 

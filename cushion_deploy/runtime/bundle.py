@@ -1,4 +1,4 @@
-"""Open a bundle: verify every byte, then read what the runtime needs of it."""
+"""Open a bundle: verify every byte, then read graph, tokenizer, chat template and special tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cushion_deploy.store.manifest import read_json
 CONTRACT_NAME = "export.json"
 GRAPH_NAME = "model.onnx"
 TEXT_NAME = "text.json"
-"""How text is fed: ``{"keep_bos": bool}``. A bundle without it keeps the token."""
+"""How prompts are tokenized: ``{"keep_bos": bool}``, true if the file is absent."""
 _REBUILD = "build the bundle again with this version of cushion-deploy"
 
 
@@ -28,18 +28,18 @@ class Bundle:
     """A verified bundle.
 
     Attributes:
-        path: its folder.
-        manifest: what it was made of.
+        path: folder of the bundle.
+        manifest: files with their digests, the recipe, and the digests of what the bundle was built from.
         config: config.json of the model.
-        generation_config: generation_config.json, empty where there is none.
-        graph: the decoder graph, ``graph.path`` its file.
-        tokenizer: reads and writes the model's text; padding and truncation are off.
-        tokenizer_config: tokenizer_config.json, empty where there is none.
-        chat_template: None for a model that was not trained to chat.
-        bos_token_id: beginning-of-sequence token, None where the model has none.
+        generation_config: generation_config.json; empty if there is none.
+        graph: the decoder graph, in the file ``graph.path``.
+        tokenizer: tokenizer of the model, without padding and truncation.
+        tokenizer_config: tokenizer_config.json; empty if there is none.
+        chat_template: chat template; None for a model that was not trained to chat.
+        bos_token_id: beginning-of-sequence token; None if the model has none.
         eos_token_ids: tokens that end a generation.
-        keep_bos: whether a text is fed with the beginning-of-sequence token that its tokenizer or template puts
-            before it; False where the prefix begins with that token.
+        keep_bos: whether a prompt keeps the beginning-of-sequence token that its tokenizer or template adds; False if
+            the prefix takes the place of that token.
     """
 
     path: Path
@@ -61,16 +61,16 @@ class Bundle:
 
     @property
     def model_path(self) -> Path:
-        """The canonical graph, ``model.onnx``."""
+        """Path of the graph, ``model.onnx``."""
         return self.graph.path
 
     @property
     def prefix_mode(self) -> PrefixMode:
-        """Where the prefix is."""
+        """Where the prefix is: in the graph, in the cache, or nowhere."""
         return self.contract.prefix_mode
 
     def require_chat_template(self) -> ChatTemplate:
-        """Return the chat template; raises UsageError where the model has none."""
+        """Return the chat template; raises UsageError if the model has none."""
         if self.chat_template is None:
             raise UsageError(
                 f"{self.path} has no chat template: its model was not trained to chat",
@@ -83,8 +83,8 @@ def open_bundle(path: Path | str) -> Bundle:
     """Verify a bundle and read it; no engine is loaded.
 
     Raises:
-        UsageError: the path is no folder.
-        UntrustedArtifact: a file is missing, extra, altered or not what a bundle holds.
+        UsageError: the path is not a folder.
+        UntrustedArtifact: a file is missing, added, altered, or not valid in a bundle.
     """
     path = Path(path)
     manifest = verify_bundle(path)
@@ -113,7 +113,7 @@ def _read(path: Path, *, optional: bool = False) -> Mapping[str, Any]:
         return {}
     _, value = read_json(path)
     if not isinstance(value, dict):
-        raise UntrustedArtifact(f"{path} holds no JSON object", hint=_REBUILD)
+        raise UntrustedArtifact(f"{path} is not a JSON object", hint=_REBUILD)
     return value
 
 
@@ -125,10 +125,10 @@ def _keep_bos(path: Path) -> bool:
 
 
 def read_graph(path: Path) -> ExportedGraph:
-    """Return the graph in a folder of ``export`` or a bundle; raises UntrustedArtifact where there is none."""
+    """Read the graph of a bundle or of a folder of ``export``; raises UntrustedArtifact if there is none."""
     data = _read(path / CONTRACT_NAME)
     try:
-        # The name of the file is fixed: a path out of a file could lead anywhere.
+        # The file name is fixed: a path read from a file could point anywhere.
         graph = ExportedGraph.from_json({**data, "path": GRAPH_NAME}, path)
     except (TypeError, KeyError) as e:
         raise UntrustedArtifact(f"{path / CONTRACT_NAME} does not describe a graph: {e}", hint=_REBUILD) from e
@@ -140,7 +140,7 @@ def read_graph(path: Path) -> ExportedGraph:
 
 
 def verify_graph(graph: ExportedGraph) -> None:
-    """Compare a graph's files with the digest that its export wrote down; raises UntrustedArtifact on a difference."""
+    """Compare the files of a graph with the digest recorded at export; raises UntrustedArtifact if they differ."""
     missing = [file.name for file in graph.files if not file.is_file()]
     if missing or digest_json({file.name: hash_file(file) for file in graph.files}) != graph.digest:
         raise UntrustedArtifact(
@@ -155,7 +155,7 @@ def _tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises bare Exception
-        raise UntrustedArtifact(f"{path} is no tokenizer: {e!s:.200}", hint=_REBUILD) from e
+        raise UntrustedArtifact(f"{path} is not a tokenizer: {e!s:.200}", hint=_REBUILD) from e
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

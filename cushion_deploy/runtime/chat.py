@@ -1,4 +1,4 @@
-"""Turn messages into a prompt by the model's own chat template, as transformers renders it, and text into ids."""
+"""Render messages with the chat template of the model, as transformers does, and tokenize prompts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tokenizers import Tokenizer
 from cushion_deploy.errors import MissingDependency, UsageError
 
 Message = Mapping[str, Any]
-"""``role`` and ``content``, and whatever else the template reads."""
+"""``role`` and ``content``, and any other key that the template reads."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template in Jinja2, run in a sandbox: it comes with the model and is not trusted.
+    """A chat template in Jinja2, rendered in a sandbox because it comes with the model and is not trusted.
 
     Attributes:
-        source: the template.
-        special_tokens: name (``bos_token``, ``eos_token``, ...) to text, for the template's use.
+        source: text of the template.
+        special_tokens: name (``bos_token``, ``eos_token``, ...) to text, available to the template.
     """
 
     source: str
@@ -34,14 +34,14 @@ class ChatTemplate:
         Args:
             messages: the conversation so far.
             add_generation_prompt: end with the header of the assistant's turn.
-            variables: further names for the template, such as ``tools``.
+            variables: further variables of the template, such as ``tools``.
 
         Raises:
-            UsageError: no message, or the template is broken or refuses these.
+            UsageError: there is no message, or the template is invalid or rejects the messages.
             MissingDependency: jinja2 is not installed.
         """
         if not messages:
-            raise UsageError("the conversation holds no message", hint='give at least {"role": "user", "content": ...}')
+            raise UsageError("the conversation has no message", hint='give at least {"role": "user", "content": ...}')
         try:
             import jinja2
         except ImportError as e:
@@ -55,7 +55,7 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
             raise UsageError(
-                f"the chat template refuses these messages: {e}",
+                f"the chat template rejects these messages: {e}",
                 hint="each message is an object with `role` and `content`, in the order that the model was trained on",
             ) from e
 
@@ -67,7 +67,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """The block that marks the assistant's words for training; here it only shows what is inside."""
+        """The block that marks the assistant's text for training; rendered as its content."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -86,7 +86,7 @@ def _environment() -> Any:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        # Not jinja2's own filter, which escapes for HTML: models are trained on plain JSON.
+        # The filter of jinja2 escapes for HTML; models are trained on plain JSON.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
@@ -101,19 +101,19 @@ def _environment() -> Any:
 def encode_chat(
     tokenizer: Tokenizer, rendered: str, bos_token_id: int | None = None, *, keep_bos: bool = True
 ) -> list[int]:
-    """Return the ids of a rendered template, which writes every special token itself, the first one included.
+    """Return the token ids of a rendered chat template, which contains every special token itself.
 
-    Without ``keep_bos`` the first one is left out, because the prefix has it.
+    Without ``keep_bos`` the beginning-of-sequence token is removed, because the prefix takes its place.
     """
     ids = list(tokenizer.encode(rendered, add_special_tokens=False).ids)
     return ids if keep_bos else _without_bos(ids, bos_token_id)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, bos_token_id: int | None, *, keep_bos: bool = True) -> list[int]:
-    """Return the ids of plain text with the special tokens that the tokenizer adds.
+    """Return the token ids of plain text, with the special tokens that the tokenizer adds.
 
-    A text that brings its own beginning-of-sequence token keeps one of it, not two; without ``keep_bos`` none,
-    because the prefix has it.
+    If the text starts with a beginning-of-sequence token of its own, there is one in the result, not two. Without
+    ``keep_bos`` there is none, because the prefix takes its place.
     """
     ids = _encode_once(tokenizer, text, bos_token_id)
     return ids if keep_bos else _without_bos(ids, bos_token_id)
@@ -127,6 +127,6 @@ def _encode_once(tokenizer: Tokenizer, text: str, bos_token_id: int | None) -> l
     ids = list(tokenizer.encode(text).ids)
     if bos_token_id is not None and ids[:2] == [bos_token_id] * 2:
         plain = tokenizer.encode(text, add_special_tokens=False).ids
-        # Only what the tokenizer added is taken off: a text that writes it twice means it.
+        # Only a token that the tokenizer added is removed: a text may contain it twice on purpose.
         return ids[1:] if len(plain) < len(ids) else ids
     return ids

@@ -1,74 +1,57 @@
-"""Open any engine of a bundle by one interface."""
+"""Open an engine of a bundle: pick it from the registry and pass it verified bytes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 
-from cushion_deploy.core.engine_artifact import EngineArtifact
-from cushion_deploy.core.graphs import ExportedGraph
-from cushion_deploy.core.session import DecoderSession, cached_prefix, cached_scales
-from cushion_deploy.engines.onnxruntime.session import PROVIDERS, open_session
-from cushion_deploy.engines.probe import probe
-from cushion_deploy.engines.tensorrt.compatibility import require_runnable
-from cushion_deploy.engines.tensorrt.flavours import FLAVOURS
-from cushion_deploy.engines.tensorrt.session import TensorRtSession
-from cushion_deploy.errors import UntrustedArtifact, UsageError, unknown_choice
+from cushion_deploy.core.engine_artifact import ENGINE_FILE, EngineArtifact, read_artifact
+from cushion_deploy.core.session import DecoderSession
+from cushion_deploy.engines.registry import find_engine
+from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.runtime.bundle import Bundle
-
-ENGINES = (*PROVIDERS, *FLAVOURS)
-REPORT = "engine.json"
 
 
 def open_engine(bundle: Bundle, engine: str = "onnxruntime", threads: int | None = None) -> DecoderSession:
-    """Return a session of one of a bundle's engines.
+    """Open a session of a bundle on one of its engines.
 
     Args:
-        bundle: verified.
-        engine: one of ``ENGINES``.
-        threads: of an engine on the CPU; None for one per physical core.
+        bundle: a verified bundle.
+        engine: a name in :data:`~cushion_deploy.engines.registry.ENGINES`.
+        threads: threads of an engine on the CPU; None for one per physical core.
 
     Raises:
         UsageError: an unknown engine, or one that the bundle was not built for.
-        MissingDependency: the engine's library, or its device, is not there.
-        CheckFailed: the plan is for another library or device.
-        UntrustedArtifact: a plan that is not the one in the manifest; no library has then seen it.
+        MissingDependency: the library of the engine, or its GPU, is missing.
+        CheckFailed: the plan was compiled for another library version or GPU.
+        UntrustedArtifact: the plan is not the one in the manifest; no library has read a byte of it then.
     """
-    if engine not in ENGINES:
-        raise unknown_choice("engine", engine, list(ENGINES))
-    if engine in PROVIDERS:
-        return open_session(bundle.graph, threads=threads, provider=PROVIDERS[engine])
+    chosen = find_engine(engine)
+    if chosen.compiles_to != "plan":
+        return chosen.open(bundle.graph, threads=threads)
     artifact = read_engine(bundle, engine)
-    flavour = FLAVOURS[engine]
-    install = f"pip install 'cushion-deploy[{flavour.extra},cuda]'"
-    require_runnable(artifact, bundle.graph, probe(flavour.module), install)
-    return open_plan(engine, _read_plan(bundle, artifact), bundle.graph)
-
-
-def open_plan(engine: str, plan: bytes, graph: ExportedGraph) -> TensorRtSession:
-    """Return a session of a plan that is known to be what was compiled from a graph."""
-    module = FLAVOURS[engine].module
-    return TensorRtSession(plan, graph.contract, module, cached_prefix(graph), cached_scales(graph))
+    chosen.require_runnable(artifact, bundle.graph)
+    return chosen.open(bundle.graph, _read_plan(bundle, artifact), threads=threads)
 
 
 def read_engine(bundle: Bundle, engine: str) -> EngineArtifact:
-    """Return what a bundle says of one of its engines; raises UsageError where it was not built for it."""
-    file = bundle.path / "engines" / engine / REPORT
-    if f"engines/{engine}/{REPORT}" not in bundle.manifest.files:
+    """Return ``engine.json`` of one of a bundle's engines; raises UsageError if the bundle was not built for it."""
+    if f"engines/{engine}/{ENGINE_FILE}" not in bundle.manifest.files:
         raise UsageError(f"{bundle.path} was not built for engine '{engine}'", hint=f"build it with --engine {engine}")
-    try:
-        artifact = EngineArtifact.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, KeyError, ValueError) as e:
-        raise UntrustedArtifact(f"{file} does not describe an engine: {e}", hint="build the bundle again") from e
+    folder = bundle.path / "engines" / engine
+    artifact = read_artifact(folder)
     if artifact.engine != engine:
-        raise UntrustedArtifact(f"{file} describes '{artifact.engine}'", hint="build the bundle again")
+        raise UntrustedArtifact(f"{folder / ENGINE_FILE} describes '{artifact.engine}'", hint="build the bundle again")
     return artifact
 
 
 def _read_plan(bundle: Bundle, artifact: EngineArtifact) -> bytes:
-    """Return a plan's bytes, compared with the manifest once more: what is deserialized is what was read here."""
-    paths = [f"engines/{artifact.engine}/{name}" for name in artifact.files if name != REPORT]
-    # What the manifest lists is inside of the bundle; what it does not list is not read.
+    """Return the bytes of a plan after comparing their digest with the manifest.
+
+    The bundle was verified when it was opened. Comparing again what was read here means that the bytes deserialized
+    are the verified ones, even if the file changed in between.
+    """
+    paths = [f"engines/{artifact.engine}/{name}" for name in artifact.files if name != ENGINE_FILE]
+    # A path in the manifest lies inside the bundle; any other is not read.
     entry = bundle.manifest.files.get(paths[0]) if len(paths) == 1 else None
     plan = (bundle.path / paths[0]).read_bytes() if entry else b""
     if entry is None or hashlib.sha256(plan).hexdigest() != entry.sha256:

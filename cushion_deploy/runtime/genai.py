@@ -1,4 +1,4 @@
-"""The description of a bundle that onnxruntime-genai reads, so that it runs the graph without knowing of a prefix."""
+"""genai_config.json, by which onnxruntime-genai runs the graph of a bundle; it does not need to know the prefix."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cushion_deploy.core.graphs import GraphContract
-from cushion_deploy.engines.onnxruntime.compile import SESSION_CONFIG
+from cushion_deploy.engines.onnxruntime.settings import SESSION_CONFIG
 
 GENAI_NAME = "genai_config.json"
 DECODER = "llama"
-"""Its name for a decoder with a cache and nothing particular; our graphs are that, whatever the family."""
+"""Its name for a plain decoder with a cache, which every exported graph is, whatever the model family."""
 
 
 def genai_config(
@@ -19,10 +19,10 @@ def genai_config(
     """Return genai_config.json of a graph.
 
     Args:
-        contract: of the graph; the positions that its prefix takes are taken off the context.
+        contract: contract of the graph; the context is its positions less those of the prefix.
         config: config.json of the model, for its special tokens.
         eos_token_ids: tokens that end a generation.
-        heads, hidden_size: of the model.
+        heads, hidden_size: number of attention heads and hidden size of the model.
     """
     context = contract.max_positions - contract.prefix_length
     ends = list(eos_token_ids)
@@ -58,6 +58,6 @@ def genai_config(
                 },
             },
         },
-        # The cache grows by concatenation: it is not one buffer that past and present share.
+        # The cache grows by concatenation: past and present are separate buffers.
         "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False, "num_beams": 1},
     }

@@ -1,4 +1,4 @@
-"""Generate token by token: prefill, decode, text that is only ever whole characters, and when to stop."""
+"""Generate token by token: prefill, decode, streamed text of whole characters, and stop conditions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LONGEST_HOLD = 256
 
 @dataclass(frozen=True)
 class Usage:
-    """What a generation cost: counts of tokens, and seconds of wall time in the engine and the sampler."""
+    """Token counts of a generation, and the seconds of wall time in engine and sampler."""
 
     prompt_tokens: int
     new_tokens: int
@@ -37,9 +37,9 @@ class TokenEvent:
 
     Attributes:
         token_id: the token.
-        text: the text that became certain with it; empty while a character or a stop string may be unfinished.
-        finish_reason: on the last event alone: ``eos`` (a stop id), ``stop`` (a stop string) or ``length``.
-        usage: on the last event alone.
+        text: the text that became final with it; empty while a character or a stop string may be incomplete.
+        finish_reason: only on the last event: ``eos`` (a stop id), ``stop`` (a stop string) or ``length``.
+        usage: only on the last event.
     """
 
     token_id: int
@@ -49,37 +49,37 @@ class TokenEvent:
 
 
 class Detokenizer:
-    """Turns token ids into text piece by piece; the pieces joined are the text of all tokens decoded at once.
+    """Decodes a stream of token ids; the pieces concatenated are the text of all tokens decoded at once.
 
-    A character whose bytes span tokens is held back until it is whole. Decoders look at neighbours (a leading space
-    is dropped at the beginning alone), so each piece is cut out of the text of a small window of tokens.
+    A character whose bytes span tokens is held back until it is complete. Decoding depends on neighbouring tokens (a
+    leading space is dropped only at the start), so each piece is cut from the text of a small window of tokens.
 
     Args:
         tokenizer: the tokenizer.
-        context: the token ids before the first.
+        context: token ids before the first one.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        """Begin after ``context``."""
+        """Start after ``context``."""
         self._tokenizer = tokenizer
         self._window = list(context[-_CONTEXT_TOKENS:])
         self._fresh = len(self._window)
         self._emitted = len(self._decode().rstrip(REPLACEMENT))
 
     def push(self, token_id: int) -> str:
-        """Return the text that became certain with this token."""
+        """Return the text that became final with this token."""
         self._window.append(token_id)
         text = self._decode()
         stable = text.rstrip(REPLACEMENT)
         held = len(self._window) - self._fresh
         if stable != text and held > _LONGEST_HOLD:
-            stable = text  # no character is that long: these bytes will never be one
+            stable = text  # no character has that many tokens: these bytes are invalid
         if len(stable) <= self._emitted:
             return ""
         piece = stable[self._emitted :]
         self._emitted = len(stable)
         if stable == text:
-            # Everything is out: the window moves on, and the tokens just shown become the context of the next.
+            # All text is emitted: these tokens become the context of the next window.
             self._window = self._window[self._fresh :]
             self._fresh = len(self._window)
             self._emitted = len(self._decode())
@@ -90,24 +90,24 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Holds back text that may turn out to be the beginning of a stop string.
+    """Holds back text that may be the start of a stop string.
 
     Args:
-        strings: what ends the generation; not part of its text.
+        strings: texts that end the generation and are not part of its text.
 
     Raises:
         UsageError: an empty string, which would match everywhere.
     """
 
     def __init__(self, strings: Collection[str]) -> None:
-        """Begin with nothing held."""
+        """Start with no text held back."""
         if "" in strings:
-            raise UsageError("a stop string is empty", hint="leave it out to stop at the end of text alone")
+            raise UsageError("a stop string is empty", hint="omit it to stop only at the end of the text")
         self._strings = tuple(strings)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Return the text that is certain now, and whether a stop string was found; the text before it is certain."""
+        """Return the text that became final, up to a stop string, and whether one was found."""
         self._held += text
         found = [at for s in self._strings if (at := self._held.find(s)) >= 0]
         if found:
@@ -118,7 +118,7 @@ class StopStrings:
         return certain, False
 
     def flush(self) -> str:
-        """Return what was held back."""
+        """Return the text held back."""
         held, self._held = self._held, ""
         return held
 
@@ -139,26 +139,26 @@ def generate(
 ) -> Iterator[TokenEvent]:
     """Yield one event per generated token; the last carries the finish reason and the usage.
 
-    The session is emptied first. Everything that can be refused is refused before this returns; text of a character
-    that the last token left unfinished is dropped.
+    The session is reset first. Invalid arguments raise at the call, not at the first event. A character that the last
+    token left incomplete is dropped.
 
     Args:
-        session: a decoder.
-        tokenizer: the tokenizer of its model.
+        session: decoder session.
+        tokenizer: tokenizer of the model.
         prompt_ids: token ids of the prompt, at least one.
-        params: how to choose tokens; None for greedy.
+        params: sampling parameters; None for greedy decoding.
         max_new_tokens: most tokens to generate, at least 1.
-        stop_ids: tokens that end the generation; their text is not shown.
-        stop_strings: texts that end the generation; neither they nor what follows is shown.
+        stop_ids: tokens that end the generation; their text is not emitted.
+        stop_strings: texts that end the generation; neither they nor what follows is emitted.
 
     Raises:
         UsageError: an empty prompt, or a context longer than the model has positions for.
-        CheckFailed: while iterating: the model returned NaN.
+        CheckFailed: while iterating, if a logit is NaN or infinite.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}", hint="ask for at least one token")
     if not prompt_ids:
-        raise UsageError("the prompt holds no token", hint="give a prompt that is not empty")
+        raise UsageError("the prompt has no token", hint="give a prompt that is not empty")
     limit = context_limit(session.contract)
     if len(prompt_ids) + max_new_tokens > limit:
         raise UsageError(
@@ -167,7 +167,7 @@ def generate(
             hint=f"shorten the prompt, or ask for at most {max(limit - len(prompt_ids), 0)} new tokens",
         )
     sampler, stops = Sampler(params or SamplingParams()), StopStrings(stop_strings)
-    # An inner generator, so that the checks above run at the call and not at the first token.
+    # An inner generator, so that the checks above run at the call and not at the first event.
     return _events(session, tokenizer, list(prompt_ids), sampler, max_new_tokens, frozenset(stop_ids), stops)
 
 
@@ -207,6 +207,6 @@ def _feed(session: DecoderSession, ids: list[int]) -> FloatArray:
     """Return the logits after the last of ``ids``, ``[vocab]``."""
     logits = session.run(np.asarray([ids], dtype=np.int64), need_logits="last")
     if logits is None:
-        raise TypeError("the session returned no logits although it was asked for them")
+        raise TypeError("the session returned no logits for need_logits='last'")
     last: FloatArray = logits[0, -1]
     return last

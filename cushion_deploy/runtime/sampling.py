@@ -18,17 +18,17 @@ Probabilities = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose a token; the defaults are greedy.
+    """Sampling parameters; the defaults are greedy.
 
     The steps apply in the order that transformers uses: repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
         temperature: divides the logits; 0 takes the most probable token and ignores the filters.
-        top_k: keep the k most probable tokens and those that tie with the last of them; 0 keeps all.
+        top_k: keep the k most probable tokens and any that tie with the last of them; 0 keeps all.
         top_p: keep the fewest most probable tokens whose probabilities sum to at least this.
         min_p: keep tokens at least this many times as probable as the most probable one.
-        repetition_penalty: positive logits of tokens that were already there are divided by it, others multiplied.
-        seed: of numpy's PCG64; None draws one from the operating system.
+        repetition_penalty: divides the positive logits of tokens in the history, multiplies the negative ones.
+        seed: seed of PCG64; None for one from the operating system.
 
     Raises:
         UsageError: a value outside its range.
@@ -67,8 +67,8 @@ def distribution(logits: FloatArray, params: SamplingParams, history: Iterable[i
 
     Args:
         logits: float ``[vocab]``; minus infinity forbids a token.
-        params: how to choose; temperature 0 puts everything on the most probable token, the first of equals.
-        history: token ids that the repetition penalty holds for; the prompt's are among them by custom.
+        params: sampling parameters; temperature 0 gives probability 1 to the most probable token, the first of ties.
+        history: token ids that the repetition penalty applies to, usually those of the prompt included.
 
     Raises:
         CheckFailed: a logit is NaN or plus infinity, or none is finite.
@@ -78,7 +78,7 @@ def distribution(logits: FloatArray, params: SamplingParams, history: Iterable[i
         bad = int(np.isnan(scores).sum() + (scores == np.inf).sum())
         raise CheckFailed(
             f"{bad} of {scores.size} logits are NaN or infinite, so no token can be chosen",
-            hint="run `cushion-deploy parity` on the bundle to find the layer where this begins",
+            hint="run `cushion-deploy parity` on the bundle to find the first layer where this happens",
         )
     if top == -np.inf:
         raise CheckFailed("every token is forbidden: all logits are minus infinity", hint="allow at least one token")
@@ -87,7 +87,7 @@ def distribution(logits: FloatArray, params: SamplingParams, history: Iterable[i
         chosen = np.zeros(scores.size)
         chosen[int(scores.argmax())] = 1.0
         return chosen
-    # The maximum is taken off before the division: a tiny temperature would otherwise overflow.
+    # The maximum is subtracted before the division, so that a tiny temperature does not overflow.
     scores = (scores - scores.max()) / params.temperature
     if 0 < params.top_k < scores.size:
         limit = np.partition(scores, -params.top_k)[-params.top_k]
@@ -117,7 +117,7 @@ def _softmax(scores: Probabilities) -> Probabilities:
 
 
 def _nucleus(probabilities: Probabilities, top_p: float) -> Probabilities:
-    # Tokens below (1 - p) / V sum to less than 1 - p, so the nucleus lies within the others: few need sorting.
+    # Tokens below (1 - p) / V sum to less than 1 - p, so the nucleus is within the others and only those are sorted.
     candidates = np.flatnonzero(probabilities >= (1 - top_p) / probabilities.size)
     order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
     count = int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1
@@ -127,10 +127,10 @@ def _nucleus(probabilities: Probabilities, top_p: float) -> Probabilities:
 
 
 class Sampler:
-    """Draws tokens one after another; the same seed and logits give the same tokens."""
+    """Draws tokens in sequence; the same seed and logits give the same tokens."""
 
     def __init__(self, params: SamplingParams) -> None:
-        """Start the random stream of ``params.seed``."""
+        """Seed the random generator with ``params.seed``."""
         self.params = params
         self._random = np.random.Generator(np.random.PCG64(params.seed))
 
@@ -139,7 +139,7 @@ class Sampler:
 
         Args:
             logits: float ``[vocab]``.
-            history: token ids that the repetition penalty holds for.
+            history: token ids that the repetition penalty applies to.
 
         Raises:
             CheckFailed: a logit is NaN or infinite.
@@ -148,5 +148,5 @@ class Sampler:
         if self.params.temperature == 0:
             return int(probabilities.argmax())
         cumulative = np.cumsum(probabilities)
-        # Scaled by the last sum, which rounding leaves a little off 1; `right` never lands on a probability of 0.
+        # Scaled by the last sum, which is not exactly 1 after rounding; `right` never selects a probability of 0.
         return int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))

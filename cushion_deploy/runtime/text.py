@@ -1,4 +1,4 @@
-"""Text in, text out: a bundle and its loaded engine together."""
+"""Text in, text out: a bundle with a session of one of its engines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cushion_deploy.runtime.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished generation: its text, token ids (the one that ended it included), why it ended, what it cost."""
+    """A finished generation: text, token ids (including the one that ended it), finish reason and usage."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -27,13 +27,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """A bundle with its engine loaded; one generation at a time."""
+    """A bundle with an open session; one generation at a time."""
 
     bundle: Bundle
     session: DecoderSession
 
     def close(self) -> None:
-        """Give the engine's memory back; the generator cannot be used afterwards."""
+        """Free the memory of the engine; the generator cannot be used afterwards."""
         self.session.close()
 
     def stream(
@@ -44,7 +44,7 @@ class TextGenerator:
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
     ) -> Iterator[TokenEvent]:
-        """Continue a plain text, event by event; see :func:`~cushion_deploy.runtime.generate`."""
+        """Continue a plain text and yield events; see :func:`~cushion_deploy.runtime.generate`."""
         ids = encode_prompt(self.bundle.tokenizer, prompt, self.bundle.bos_token_id, keep_bos=self.bundle.keep_bos)
         return self._run(ids, params, max_new_tokens, stop)
 
@@ -56,7 +56,7 @@ class TextGenerator:
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
     ) -> Iterator[TokenEvent]:
-        """Answer a conversation, event by event; raises UsageError where the model has no chat template."""
+        """Answer a conversation and yield events; raises UsageError if the model has no chat template."""
         rendered = self.bundle.require_chat_template().render(messages)
         ids = encode_chat(self.bundle.tokenizer, rendered, self.bundle.bos_token_id, keep_bos=self.bundle.keep_bos)
         return self._run(ids, params, max_new_tokens, stop)
@@ -69,7 +69,7 @@ class TextGenerator:
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
     ) -> Generation:
-        """Continue a plain text; returns when it has ended."""
+        """Continue a plain text and return the whole generation."""
         return _collect(self.stream(prompt, params=params, max_new_tokens=max_new_tokens, stop=stop))
 
     def chat(
@@ -80,7 +80,7 @@ class TextGenerator:
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
     ) -> Generation:
-        """Answer a conversation; returns when the answer has ended."""
+        """Answer a conversation and return the whole generation."""
         return _collect(self.stream_chat(messages, params=params, max_new_tokens=max_new_tokens, stop=stop))
 
     def _run(
@@ -98,18 +98,18 @@ class TextGenerator:
 
 
 def load(path: Path | str, engine: str = "onnxruntime", threads: int | None = None) -> TextGenerator:
-    """Verify a bundle, then load its graph into an engine.
+    """Verify a bundle, then open a session on one of its engines.
 
     Args:
-        path: the bundle's folder.
-        engine: one of :data:`~cushion_deploy.runtime.engine.ENGINES`.
-        threads: of an engine on the CPU; None for one per physical core.
+        path: folder of the bundle.
+        engine: a name in :data:`~cushion_deploy.engines.registry.ENGINES`.
+        threads: threads of an engine on the CPU; None for one per physical core.
 
     Raises:
-        UsageError: the path is no folder, or the engine is unknown or not in the bundle.
-        UntrustedArtifact: the bundle is damaged; the engine has then seen no byte of it.
-        MissingDependency: the engine's library, or its device, is not there.
-        CheckFailed: the plan is for another library or device.
+        UsageError: the path is not a folder, or the engine is unknown or not in the bundle.
+        UntrustedArtifact: the bundle is damaged; no engine has read a byte of it then.
+        MissingDependency: the library of the engine, or its GPU, is missing.
+        CheckFailed: the plan was compiled for another library version or GPU.
     """
     bundle = open_bundle(path)
     return TextGenerator(bundle, open_engine(bundle, engine, threads))
@@ -119,6 +119,6 @@ def _collect(events: Iterator[TokenEvent]) -> Generation:
     seen = list(events)
     last = seen[-1]
     if last.finish_reason is None or last.usage is None:
-        raise CheckFailed("the generation broke off without a finish reason", hint="run it again")
+        raise CheckFailed("the generation ended without a finish reason", hint="run it again")
     text, ids = "".join(e.text for e in seen), tuple(e.token_id for e in seen)
     return Generation(text, ids, last.finish_reason, last.usage)

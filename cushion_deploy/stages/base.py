@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -196,4 +196,6 @@ def _plain(value: Any) -> Any:
     digest = getattr(value, "digest", None)
     if isinstance(digest, str):
         return digest
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     return list(map(_plain, value)) if isinstance(value, tuple) else value

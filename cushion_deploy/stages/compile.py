@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.engine_artifact import EngineArtifact, read_artifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.progress import elapsed
@@ -16,9 +16,7 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Node, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.store import place
-from cushion_deploy.store.json_files import read_json
 
-DESCRIPTION = "engine.json"
 LINKED_BYTES = 64 << 20
 """An engine's file of this size or more shares its bytes with the work folder; smaller ones may be edited: copied."""
 
@@ -73,7 +71,7 @@ class Compile(Stage[CompiledEngine]):
 
     def read(self, folder: Path) -> CompiledEngine:
         """Return the engine."""
-        return CompiledEngine(EngineArtifact.from_json(read_json(folder / DESCRIPTION)), folder)
+        return CompiledEngine(read_artifact(folder), folder)
 
     def digest_of(self, artifact: CompiledEngine) -> str:
         """Return the compatibility key: two plans of one graph differ by some bytes."""

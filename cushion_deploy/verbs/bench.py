@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cushion_deploy.core.engine_artifact import ENGINE_FILE
 from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.session import DecoderSession
@@ -22,7 +23,7 @@ from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, peak_memory, time_sessions
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.runtime.engine import REPORT, open_engine, open_plan, read_engine
+from cushion_deploy.runtime.engine import open_engine, read_engine
 from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.export import engine_form
 from cushion_deploy.stages.pipeline import Pipeline
@@ -163,7 +164,7 @@ def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, st
     opened: dict[str, DecoderSession] = {}
     reasons: dict[str, str] = {}
     for engine in FLAVOURS:
-        if f"engines/{engine}/{REPORT}" in bundle.manifest.files:
+        if f"engines/{engine}/{ENGINE_FILE}" in bundle.manifest.files:
             try:
                 opened[engine] = open_engine(bundle, engine)
             except CushionError as e:
@@ -202,5 +203,5 @@ class _Twins:
         # Compiled anew and in a folder of its own: opening a plan runs code, and a work folder may be anybody's.
         with tempfile.TemporaryDirectory(prefix="cushion-bench-") as name:
             made = ENGINES[engine].compile(graph, Path(name), options)
-            plan = next(Path(name) / file for file in made.files if file != REPORT).read_bytes()
-        return dtype, open_plan(engine, plan, graph)
+            plan = next(Path(name) / file for file in made.files if file != ENGINE_FILE).read_bytes()
+        return dtype, ENGINES[engine].open(graph, plan)

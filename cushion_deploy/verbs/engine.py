@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.engine_artifact import ENGINE_FILE, EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import ENGINES
@@ -100,7 +100,7 @@ def _copy(bundle: Bundle, staged: Path, besides: str) -> None:
 
 def _graphs_checked(bundle: Bundle) -> set[str]:
     """Return the digests of the graphs that a bundle's engines were compiled from: its report has parity of those."""
-    names = (name for name in ENGINES if f"engines/{name}/engine.json" in bundle.manifest.files)
+    names = (name for name in ENGINES if f"engines/{name}/{ENGINE_FILE}" in bundle.manifest.files)
     return {bundle.graph.digest, *(read_engine(bundle, name).lineage.graph for name in names)}
 
 

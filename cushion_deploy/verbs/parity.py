@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cushion_deploy.core.artifacts import SCALES_FILE, read_scales
-from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.engine_artifact import ENGINE_FILE, read_artifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.engines.registry import ENGINES
@@ -87,11 +86,11 @@ def _graphs_behind_plans(
     """
     graphs: list[Node[ExportedGraph]] = []
     unchecked = []
-    for file in (bundle / "engines" / name / "engine.json" for name in ENGINES):
-        artifact = EngineArtifact.from_json(json.loads(file.read_text())) if file.is_file() else None
-        if artifact and "not_run" in artifact.details:
+    folders = [bundle / "engines" / name for name in ENGINES]
+    for artifact in (read_artifact(folder) for folder in folders if (folder / ENGINE_FILE).is_file()):
+        if "not_run" in artifact.details:
             unchecked.append(f"the plan of {artifact.engine} itself was {artifact.details['not_run']}")
-        if artifact is None or artifact.lineage.graph == graph.digest:
+        if artifact.lineage.graph == graph.digest:
             continue
         dtype, capacity = artifact.form
         form = replace(pipeline.form, dtype=dtype)

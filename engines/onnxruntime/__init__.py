@@ -1,1 +1,1 @@
-"""ONNX Runtime: on the CPU the embedded default, on a GPU through its providers."""
+"""ONNX Runtime: the default engine on the CPU, and its GPU execution providers."""

@@ -1,4 +1,4 @@
-"""May a compiled plan run here? Every reason why not is one sentence, with the remedy beside it."""
+"""Check whether a compiled plan can run on this machine; an error names each mismatch and how to fix it."""
 
 from __future__ import annotations
 
@@ -13,60 +13,66 @@ from cushion_deploy.errors import CheckFailed, MissingDependency
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One reason why a plan cannot run here, and what to do about it."""
+    """One reason why a plan cannot run on this machine, and how to fix it."""
 
-    sentence: str
-    remedy: str
+    problem: str
+    fix: str
 
     def __str__(self) -> str:
-        """Put both into one line."""
-        return f"{self.sentence}: {self.remedy}"
+        """Return both in one line."""
+        return f"{self.problem}: {self.fix}"
 
 
 def mismatches(artifact: EngineArtifact, graph: ExportedGraph, version: str, gpus: Sequence[str]) -> list[Mismatch]:
-    """Return why a plan does not fit a bundle, a library and a device; empty where it does.
+    """Return why a plan does not match a bundle, a library and a GPU; empty if it does.
 
     Args:
-        artifact: of the plan.
-        graph: of the bundle that holds it.
-        version: of the library here.
-        gpus: devices here as :class:`~cushion_deploy.engines.probe.Probe` names them; the first is used.
+        artifact: ``engine.json`` of the plan.
+        graph: graph of the bundle that holds the plan.
+        version: version of the installed library.
+        gpus: GPUs as in :class:`~cushion_deploy.engines.probe.Probe`; the first is used.
     """
     found = []
     here = gpus[0].partition(" ")[0]
     rebuild = f"`cushion-deploy engine BUNDLE --engine {artifact.engine} --targets {here} --output NEW`"
     expected = vars(replace(graph.lineage, graph=artifact.lineage.graph))
     for part in artifact.lineage.differences(expected):
-        found.append(Mismatch(f"the plan was made of {part} than this bundle's", f"run {rebuild}"))
+        found.append(Mismatch(f"the plan was compiled from {part} than this bundle's", f"run {rebuild}"))
     mode = artifact.details.get("prefix_mode", graph.contract.prefix_mode)
     if mode != graph.contract.prefix_mode:
         found.append(
             Mismatch(
-                f"the plan was made with export.prefix={mode}, this bundle with {graph.contract.prefix_mode}",
+                f"the plan was compiled with export.prefix={mode}, this bundle has {graph.contract.prefix_mode}",
                 f"run {rebuild}",
             )
         )
-    made_with = artifact.versions.get(artifact.engine, "")
-    if made_with != version:
+    compiled_by = artifact.versions.get(artifact.engine, "")
+    if compiled_by != version:
         found.append(
             Mismatch(
-                f"the plan was made by {artifact.engine} {made_with} and {version} is installed",
-                f"install {made_with}, or run {rebuild}",
+                f"the plan was compiled by {artifact.engine} {compiled_by} and {version} is installed",
+                f"install {compiled_by}, or run {rebuild}",
             )
         )
     device = artifact.details.get("device") or ""
     if here not in artifact.targets or device not in ("", gpus[0]):
-        made_for = device or ", ".join(artifact.targets)
-        found.append(Mismatch(f"the plan is for {made_for} and this device is {gpus[0]}", f"run {rebuild}"))
+        compiled_for = device or ", ".join(artifact.targets)
+        found.append(Mismatch(f"the plan is for {compiled_for} and this device is {gpus[0]}", f"run {rebuild}"))
     return found
 
 
 def require_runnable(artifact: EngineArtifact, graph: ExportedGraph, found: Probe, install: str) -> None:
-    """Check that a plan can run here, before its bytes are looked at.
+    """Check that a plan can run on this machine, before its bytes are read.
+
+    Args:
+        artifact: ``engine.json`` of the plan.
+        graph: graph of the bundle that holds the plan.
+        found: the library and the GPUs of this machine.
+        install: command that installs what running a plan needs.
 
     Raises:
-        MissingDependency: the library or a device is not there.
-        CheckFailed: the plan is for another library or device; the message names every mismatch.
+        MissingDependency: the library or the GPU is missing.
+        CheckFailed: the plan does not match the bundle, the library or the GPU; the message names every mismatch.
     """
     if not found.importable:
         raise MissingDependency(f"{artifact.engine} cannot be used: {found.problem}", hint=install)
@@ -77,4 +83,4 @@ def require_runnable(artifact: EngineArtifact, graph: ExportedGraph, found: Prob
         )
     wrong = mismatches(artifact, graph, found.version, found.gpus)
     if wrong:
-        raise CheckFailed("; ".join(m.sentence for m in wrong), hint="; ".join(m.remedy for m in wrong))
+        raise CheckFailed("; ".join(m.problem for m in wrong), hint="; ".join(m.fix for m in wrong))

@@ -1,8 +1,7 @@
-"""One step of a plan as a CUDA graph: recorded once, launched again for every token.
+"""A decode step as a CUDA graph: captured once, launched for every further token.
 
-Only a step whose shapes and addresses stay the same can be recorded: a decode step with a static cache. A graph of our
-own, not the one that TensorRT-RTX can record by itself (``IRuntimeConfig.cuda_graph_strategy``): standard TensorRT has
-none, and what runs here is then the same for both.
+Only a step whose shapes and addresses do not change can be captured: a decode step with a static cache. TensorRT-RTX
+can capture by itself (``IRuntimeConfig.cuda_graph_strategy``), but standard TensorRT cannot; this serves both.
 """
 
 from __future__ import annotations
@@ -19,62 +18,63 @@ logger = logging.getLogger(__name__)
 
 
 class StepGraph:
-    """Records the second step of a kind and launches the recording from then on.
+    """Captures the second step of a key, and launches the captured graph from then on.
 
-    The first step runs plainly: TensorRT wants to have met the shapes, and kernels are compiled and loaded then, which
-    cannot be recorded. A plan that cannot be recorded at all runs plainly, after one warning.
+    The first step runs without capture: TensorRT requires that a context has run with the same shapes before, and it
+    compiles and loads kernels in that run, which cannot be captured. If a plan cannot be captured at all, every step
+    runs without capture, after one warning.
     """
 
     def __init__(self, cuda: Cuda) -> None:
-        """Begin without a recording."""
+        """Start without a graph."""
         self._cuda = cuda
-        self._kind: Hashable = None
-        self._recorded: Any = None
+        self._key: Hashable = None
+        self._graph: Any = None
         self._usable = True
 
-    def has_met(self, kind: Hashable) -> bool:
-        """Return whether a step of a kind ran last: its shapes and addresses are bound then, and stay so."""
-        return kind == self._kind
+    def is_bound(self, key: Hashable) -> bool:
+        """Return whether the last step had this key, so that its shapes and addresses are still bound."""
+        return key == self._key
 
-    def launch(self, kind: Hashable) -> bool:
-        """Queue the recorded step of a kind; False, and nothing is queued, where there is none.
+    def launch(self, key: Hashable) -> bool:
+        """Queue the captured step of a key; return False, with nothing queued, if there is none.
 
-        Inputs must lie at the addresses that were bound when it was recorded.
+        Inputs must be at the addresses that were bound at the capture.
         """
-        if self._recorded is None or kind != self._kind:
+        if self._graph is None or key != self._key:
             return False
-        self._cuda.launch(self._recorded)
+        self._cuda.launch(self._graph)
         return True
 
-    def run(self, kind: Hashable, context: Any, enqueue: Callable[[], None]) -> None:
-        """Queue a step that is not recorded yet: plainly where it is the first of its kind, else by recording it.
+    def run(self, key: Hashable, context: Any, enqueue: Callable[[], None]) -> None:
+        """Queue a step that is not captured yet: the first of its key as it is, the second by capturing it.
 
         Args:
-            kind: all that the shapes of the step depend on; a recording of another kind is dropped.
+            key: everything that the shapes of the step depend on; the graph of another key is destroyed.
             context: execution context with every input bound.
-            enqueue: queues the step on the stream; raises CheckFailed where that is refused.
+            enqueue: queues the step on the stream; raises CheckFailed if the plan refuses.
         """
-        if kind != self._kind:
+        if key != self._key:
             self.close()
-            self._kind = kind
-        elif self._usable and self._record(context, enqueue):
-            self._cuda.launch(self._recorded)
+            self._key = key
+        elif self._usable and self._capture(context, enqueue):
+            self._cuda.launch(self._graph)
             return
         enqueue()
 
     def close(self) -> None:
-        """Give the recording back; nothing of it may be running."""
-        recorded, self._recorded, self._kind = self._recorded, None, None
-        if recorded is not None:
+        """Destroy the graph, which must not be running."""
+        graph, self._graph, self._key = self._graph, None, None
+        if graph is not None:
             with suppress(CheckFailed):
-                self._cuda.destroy(recorded)
+                self._cuda.destroy(graph)
 
-    def _record(self, context: Any, enqueue: Callable[[], None]) -> bool:
+    def _capture(self, context: Any, enqueue: Callable[[], None]) -> bool:
         try:
             able = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX has it since 1.2
             if able is not None and not able(self._cuda.stream):
-                raise CheckFailed("TensorRT says that it cannot be recorded", hint="build the bundle again")
-            self._recorded = self._cuda.record(enqueue)
+                raise CheckFailed("TensorRT reports that the step cannot be captured", hint="build the bundle again")
+            self._graph = self._cuda.capture(enqueue)
         except CheckFailed as e:
             self._usable = False
             logger.warning("decoding without a CUDA graph, which is slower: %s", e.message)

@@ -1,4 +1,4 @@
-"""What TensorRT-RTX and standard TensorRT do differently, in one place; everything else is the same code."""
+"""Every difference between TensorRT-RTX and standard TensorRT; all other code is the same for both."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class Flavour:
     """One of the two libraries.
 
     Attributes:
-        name: of the engine.
+        name: name of the engine.
         module: Python module of the library.
-        product: its name in prose.
-        extra: the pip extra that installs it.
-        oldest: first version that is supported.
-        cache_update: first version whose parser reads TensorScatter and makes KVCacheUpdate of it.
-        ahead_of_time: whether plans are built without a device, for any of :attr:`targets`; otherwise on the device
-            that they run on, and for nothing else.
-        targets: compute capabilities that it builds for ahead of time; none where it needs the device.
-        default_targets: of :attr:`targets`, where none is asked for.
+        product: name of the library in messages.
+        extra: pip extra that installs it.
+        oldest: oldest supported version.
+        cache_update: first version whose parser maps TensorScatter to KVCacheUpdate.
+        ahead_of_time: whether plans are built without a device, for any of :attr:`targets`; otherwise they are built on
+            the device that they run on, and for that one only.
+        targets: compute capabilities that it builds for ahead of time; empty if it needs the device.
+        default_targets: targets to build for if none is named.
         tool: the vendor's command line tool that builds the same plan.
-        issues: where its faults are reported.
+        issues: issue tracker of the library.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Flavour:
 
     @property
     def install(self) -> str:
-        """The line that installs it."""
+        """Install command."""
         return f"pip install 'cushion-deploy[{self.extra}]'"
 
     def require_version(self, version: str) -> None:
-        """Check a version of the library; raises MissingDependency for one that is too old."""
+        """Check a version of the library; raises MissingDependency if it is too old."""
         if _numbers(version) < self.oldest:
             wanted = ".".join(map(str, self.oldest))
             raise MissingDependency(f"{self.product} {version} is older than {wanted}", hint=self.install)
@@ -56,24 +56,24 @@ class Flavour:
         return _numbers(version) >= self.cache_update
 
     def choose_targets(self, names: Sequence[str], gpus: Sequence[str]) -> tuple[str, ...]:
-        """Return the targets to build for, in ascending order, without repetition; the default for none.
+        """Return the targets to build for, in ascending order, without repetition.
 
         Args:
-            names: what was asked for, such as ``sm86``.
-            gpus: devices here, ``sm<major><minor> <name>``; the first is built for where the library needs it.
+            names: targets asked for, such as ``sm86``; empty for the default.
+            gpus: GPUs of this machine, ``sm<major><minor> <name>``; a library that needs the device builds for the
+                first.
 
         Raises:
-            UsageError: an unknown target, or another than the device here; the hint lists the valid ones.
+            UsageError: an unknown target, or another one than the device here; the hint lists the valid ones.
         """
         chosen = {name.lower() for name in names}
         if not self.ahead_of_time:
             here = gpus[0].partition(" ")[0] if gpus else ""
             for name in sorted(chosen - {here}):
                 raise UsageError(
-                    f"{self.product} builds for the device here alone, {gpus[0] if gpus else 'and there is none'}, "
+                    f"{self.product} builds only for the device here, {gpus[0] if gpus else 'and there is none'}, "
                     f"not for {name}",
-                    hint=f"leave --targets out, and build on a machine with {name}; engine 'tensorrt-rtx' builds "
-                    "ahead of time",
+                    hint=f"omit --targets and build on a machine with {name}, or ahead of time with tensorrt-rtx",
                 )
             return (here,)
         chosen = chosen or set(self.default_targets)
@@ -112,9 +112,9 @@ STANDARD = Flavour(
     module="tensorrt",
     product="TensorRT",
     extra="tensorrt",
-    # Strong typing with Q/DQ as it is used here; JetPack 6 ships 10.3.
+    # First version with strong typing and Q/DQ as used here; JetPack 6 ships 10.3.
     oldest=(10, 3),
-    # 11 documents opset 24. The parser of 10.15 has TensorScatter too; not tried there, so its caches grow.
+    # 11 documents opset 24. The parser of 10.15 has TensorScatter as well; untested there, so its caches grow.
     cache_update=(11, 0),
     ahead_of_time=False,
     targets=(),

@@ -1,6 +1,6 @@
-"""The network that a parser of TensorRT made of a graph: its linears, its attention, and Q/DQ rules that are broken.
+"""The network that TensorRT parsed from a graph: its linears, its attention, and the Q/DQ rules that linears break.
 
-Runs in the worker alone, on objects of the library; returns plain values.
+Runs only in the worker, on objects of the library, and returns plain values.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _ATTENTION = "ATTENTION_OUTPUT"
 
 @dataclass(frozen=True)
 class ParsedNetwork:
-    """A network with the layer that makes each tensor.
+    """A network, with the layer that produces each tensor.
 
     Attributes:
-        trt: the library's module.
-        network: its network.
+        trt: module of the library.
+        network: its ``INetworkDefinition``.
     """
 
     trt: Any
@@ -33,18 +33,18 @@ class ParsedNetwork:
 
     @cached_property
     def producers(self) -> dict[str, Any]:
-        """The layer behind each tensor, by the tensor's name."""
+        """The layer that produces each tensor, by the name of the tensor."""
         return {layer.get_output(j).name: layer for layer in self.layers for j in range(layer.num_outputs)}
 
     def matmuls(self) -> dict[str, Any]:
         """Return the matrix products, sorted into linears and attention.
 
-        A linear has a constant operand, perhaps behind a DQ; the name of that constant leads to its Site. Attention
-        that is one operator counts as one product.
+        A linear has a constant operand, possibly through a DQ; the name of the constant gives its Site. An attention
+        operator counts as one product.
 
         Returns:
-            ``linears``: node, weight, and ``broken``, the Q/DQ rule that keeps it from INT8 (empty for none);
-            ``attention``: names of products of two computed operands.
+            ``linears``: node, weight, and ``broken``, the Q/DQ rule that prevents INT8 (empty if none does);
+            ``attention``: names of the products of two computed operands.
         """
         linears, attention = [], []
         for layer in self.layers:
@@ -67,14 +67,14 @@ class ParsedNetwork:
         return {"linears": linears, "attention": attention}
 
     def allow_decomposition(self) -> None:
-        """Let attention fall apart into products where no kernel takes its size or type; the build would fail there."""
+        """Let TensorRT decompose attention that no fused kernel supports; otherwise the build would fail."""
         for layer in self.layers:
             if kind(layer) == _ATTENTION:
                 layer.__class__ = self.trt.IAttentionOutputLayer
                 layer.attention.decomposable = True
 
     def _broken_rule(self, product: Any, weight_side: int) -> str:
-        """Return the first rule of INT8 products that this one breaks, in words; empty where none is."""
+        """Return the first rule of INT8 products that this one breaks, in words; empty if it breaks none."""
         weight = self._dequantizer(product.get_input(weight_side))
         activation = self._dequantizer(product.get_input(1 - weight_side))
         if weight is None and activation is None:
@@ -94,7 +94,7 @@ class ParsedNetwork:
         if self._constant(weight.get_input(1)) is None:
             return "weight-scales: the scale of the weight is computed"
         # As the second operand a weight [in, out] has its output channels on axis 1; as the first, or transposed, on 0.
-        # The library hands out layers as their base class; this is its way to reach their own attributes.
+        # The library returns layers as their base class; setting __class__ is its documented way to downcast.
         product.__class__, weight.__class__ = self.trt.IMatrixMultiplyLayer, self.trt.IDequantizeLayer
         transposed = (product.op1 if weight_side else product.op0).name == "TRANSPOSE"
         if _size(weight.get_input(1)) != 1 and weight.axis != (weight_side ^ transposed):
@@ -102,19 +102,19 @@ class ParsedNetwork:
         return ""
 
     def _dequantizer(self, tensor: Any) -> Any:
-        """Return the DQ that an operand comes from; None where it is in floating point."""
+        """Return the DQ that an operand comes from, or None if it is in floating point."""
         layer = self._behind(tensor)
         return layer if layer is not None and kind(layer) == "DEQUANTIZE" else None
 
     def _constant(self, tensor: Any) -> str | None:
-        """Return the constant that an operand is made of by conversions and a DQ; None when it is computed."""
+        """Return the name of the constant behind conversions and a DQ, or None if the operand is computed."""
         layer = self._behind(tensor)
         if layer is not None and kind(layer) == "DEQUANTIZE":
             layer = self._behind(layer.get_input(0))
         return str(layer.name) if layer is not None and kind(layer) == "CONSTANT" else None
 
     def _behind(self, tensor: Any) -> Any:
-        """Return the layer that makes a tensor, looking through layers which only convert it; None for an input."""
+        """Return the layer that produces a tensor, skipping layers that only convert it; None for an input."""
         for _ in range(_DEPTH):
             layer = self.producers.get(tensor.name)
             if layer is None or kind(layer) not in _CONVERSIONS:
@@ -124,7 +124,7 @@ class ParsedNetwork:
 
 
 def kind(layer: Any) -> str:
-    """Return the type of a layer by the name that the library gives it."""
+    """Return the name of the type of a layer."""
     return str(layer.type.name)
 
 

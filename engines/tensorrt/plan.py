@@ -1,4 +1,4 @@
-"""A deserialized plan: that it is of the graph it should be of, what it admits, its execution contexts."""
+"""A deserialized plan: checked against the contract of its graph; its profiles and execution contexts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.core.session import INPUTS, past_names
 from cushion_deploy.engines.tensorrt.cuda import Cuda, DeviceBuffer
-from cushion_deploy.engines.tensorrt.plan_profiles import CACHE, Profile, read_profiles
+from cushion_deploy.engines.tensorrt.profiles import CACHE, WRITE_INDICES, Profile, read_profiles
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact
 
 REBUILD = "compile the engine again here: `cushion-deploy build ... --engine {engine}`"
-WRITE_INDICES = "write_indices"
 _TYPES: dict[str, Dtype] = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16"}
 
 
@@ -22,18 +21,18 @@ class Plan:
     """A plan of TensorRT or TensorRT-RTX.
 
     Attributes:
-        contract: of the plan: that of the bundle's graph, with the type, capacity and room of the plan.
-        profiles: the narrowest first.
+        contract: contract of the bundle's graph, with the type, cache capacity and positions of the plan.
+        profiles: optimization profiles, fewest new tokens first.
 
     Args:
-        plan: bytes of a plan whose digest stood in a verified manifest; deserializing runs code.
-        contract: of the graph that the bundle holds.
+        plan: bytes of a plan that is trusted: deserializing runs machine code.
+        contract: contract of the graph in the bundle.
         module: ``tensorrt_rtx`` or ``tensorrt``.
 
     Raises:
-        MissingDependency: the library is not there.
+        MissingDependency: the library is not installed.
         CheckFailed: the library refuses the plan.
-        UntrustedArtifact: the plan is not of a graph with this contract.
+        UntrustedArtifact: the plan was compiled from a graph with another contract.
     """
 
     def __init__(self, plan: bytes, contract: GraphContract, module: str) -> None:
@@ -44,12 +43,12 @@ class Plan:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise CheckFailed(
-                f"{module} {self._trt.__version__} refuses the plan: made by another version or for another GPU",
+                f"{module} {self._trt.__version__} refuses the plan: compiled by another version or for another GPU",
                 hint=REBUILD.format(engine=module.replace("_", "-")),
             )
         dtype, capacity = _check_contract(self._engine, contract)
         self.profiles = read_profiles(self._engine)
-        # A plan may hold fewer tokens than the model has positions for: whoever asks for the limit hears that one.
+        # A plan may admit fewer tokens than the model has positions: then its own limit is the one reported.
         room = max(profile.past[1] for profile in self.profiles) + 1 - contract.prefix_slots
         positions = min(contract.max_positions, room + contract.prefix_length)
         self.contract = replace(contract, dtype=dtype, max_positions=positions, cache_capacity=capacity)
@@ -57,18 +56,19 @@ class Plan:
 
     @property
     def scratch_bytes(self) -> int:
-        """Device memory that one call needs besides its inputs and outputs, in the profile that needs most."""
+        """Device memory that a call needs besides inputs and outputs, in the most demanding profile."""
         return int(self._engine.device_memory_size_v2)
 
     def context(self, profile: Profile, cuda: Cuda, scratch: DeviceBuffer) -> Any:
-        """Return an execution context for a profile, working in ``scratch``; several may share that, one after another.
+        """Create an execution context for a profile that works in ``scratch``.
 
-        Each would reserve as much for itself otherwise, for the larger of the profiles.
+        Contexts that never run at the same time may share the scratch memory; otherwise each would reserve as much as
+        the most demanding profile needs.
 
         Raises:
-            CheckFailed: the library has none.
+            CheckFailed: the library cannot create the context.
         """
-        context = self._engine.create_execution_context(self._wanted(profile))
+        context = self._engine.create_execution_context(self._context_config(profile))
         if context is None or not context.set_optimization_profile_async(profile.index, cuda.stream):
             raise CheckFailed(
                 f"no execution context for the profile '{profile.name}'",
@@ -78,11 +78,11 @@ class Plan:
         context.set_device_memory(scratch.at(self.scratch_bytes), self.scratch_bytes)
         return context
 
-    def _wanted(self, profile: Profile) -> Any:
-        """Return who gives the memory of a context, and where TensorRT-RTX specializes kernels, how.
+    def _context_config(self, profile: Profile) -> Any:
+        """Return what to create a context with: caller-managed memory, and the kernel specialization of TensorRT-RTX.
 
-        Decoding in a static cache has one shape for each batch: its kernels are compiled for it in the first step, so
-        that a recording holds those and not the slower ones that stand in for them meanwhile.
+        Decoding with a static cache has one shape per batch size. Its specialized kernels are compiled in the first
+        step (EAGER), so that the CUDA graph captures those and not the slower generic ones used meanwhile.
         """
         memory = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         strategies = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
@@ -95,18 +95,18 @@ class Plan:
         return config
 
     def inspect(self) -> str:
-        """Return what the engine inspector says of the plan, as JSON."""
+        """Return the JSON of the engine inspector."""
         inspector = self._engine.create_engine_inspector()
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def close(self) -> None:
-        """Give the engine back; its contexts are gone before."""
+        """Release the engine; its contexts must have been released before."""
         self._configs.clear()
         self._engine = self._runtime = None
 
 
 def import_library(module: str) -> Any:
-    """Return the module of a library; raises MissingDependency with the install line where it is not there."""
+    """Import a library; raises MissingDependency, with the install command, if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -117,9 +117,9 @@ def import_library(module: str) -> Any:
 
 
 def _check_contract(engine: Any, contract: GraphContract) -> tuple[Dtype, int]:
-    """Return floating-point type and capacity of a plan; raises UntrustedArtifact for the plan of another graph.
+    """Return floating-point type and cache capacity of a plan; raises UntrustedArtifact if its graph is another one.
 
-    An INT8 cache says nothing of that type: the contract's own is returned then.
+    With an INT8 cache the plan does not show the floating-point type: that of the contract is returned.
     """
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     past = past_names(contract)
@@ -128,12 +128,12 @@ def _check_contract(engine: Any, contract: GraphContract) -> tuple[Dtype, int]:
     expected = {*INPUTS, *past, *present, "logits", *([WRITE_INDICES] if static else [])}
     found = tuple(engine.get_tensor_shape(CACHE)) if CACHE in names else ()
     wanted = (contract.num_kv_heads, contract.head_dim)
-    # A static cache has no place for a prefix but its own slots.
+    # With a static cache the prefix can only be in the cache.
     wrong = set(names) != expected or (found[1], found[3]) != wanted or static != (found[2] > 0)
     if wrong or (static and contract.prefix_length != contract.prefix_slots):
         differing = sorted(set(names) ^ expected)
         raise UntrustedArtifact(
-            f"the plan is not of this bundle's graph: {differing[0] if differing else CACHE} does not fit",
+            f"the plan is not of this bundle's graph: {differing[0] if differing else CACHE} does not match",
             hint="build the bundle again",
         )
     for source, target in zip(past, present, strict=True):

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX as a decoder session: one plan, its optimization profiles, caches in device memory.
+"""TensorRT and TensorRT-RTX as a decoder session: one plan, its profiles, and caches in device memory.
 
 Shapes in comments: B batch, S new tokens, T tokens in the cache after the step, K key/value heads, D head size.
 """
@@ -18,11 +18,11 @@ from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.session import INPUTS, NeedLogits, checked_inputs, first_caches, require_kept
-from cushion_deploy.engines.tensorrt.caches import Caches, GrowingCaches, InPlaceCaches
+from cushion_deploy.engines.tensorrt.caches import Caches, GrowingCaches, Initial, InPlaceCaches, initial_content
 from cushion_deploy.engines.tensorrt.cuda import Cuda, DeviceBuffer
 from cushion_deploy.engines.tensorrt.cuda_graph import StepGraph
-from cushion_deploy.engines.tensorrt.plan import WRITE_INDICES, Plan
-from cushion_deploy.engines.tensorrt.plan_profiles import Profile
+from cushion_deploy.engines.tensorrt.plan import Plan
+from cushion_deploy.engines.tensorrt.profiles import WRITE_INDICES, Profile
 from cushion_deploy.errors import CheckFailed, UsageError
 
 
@@ -30,20 +30,20 @@ class TensorRtSession:
     """A plan on an NVIDIA GPU (implements ``DecoderSession``).
 
     Device memory is allocated once, for the largest shapes of the profiles. A plan with a static cache updates it in
-    place, and its decode steps are launched as one CUDA graph. Otherwise keys and values lie in two sets of buffers: a
-    step reads one and writes the other, and no step has the shapes of the one before.
+    place, and its decode steps are launched as one CUDA graph. With a growing cache a step reads one set of buffers and
+    writes another, and every step has other shapes than the one before.
 
     Args:
-        plan: bytes of a plan whose digest stood in a verified manifest; deserializing runs code.
-        contract: of the graph that the bundle holds; the plan may have another floating-point type.
+        plan: bytes of a plan that is trusted, see :meth:`~cushion_deploy.engines.base.Engine.open`.
+        contract: contract of the graph in the bundle; the plan may have another floating-point type.
         module: ``tensorrt_rtx`` or ``tensorrt``.
-        prefix: what every cache begins with, where the contract says so.
-        kv: scales of an INT8 cache, for its prefix.
+        prefix: what every cache begins with, if the contract says so.
+        kv: scales of an INT8 cache, to quantize the prefix.
 
     Raises:
-        MissingDependency: the library or a device is not there.
-        CheckFailed: the library refuses the plan, or the device has too little memory.
-        UntrustedArtifact: the plan is not of a graph with this contract.
+        MissingDependency: the library or the GPU is missing.
+        CheckFailed: the library refuses the plan, or the GPU has too little memory.
+        UntrustedArtifact: the plan was compiled from a graph with another contract.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TensorRtSession:
         """Deserialize the plan and allocate; the cache is empty."""
         self._buffers: list[DeviceBuffer] = []
         self._contexts: dict[int, Any] = {}
-        self._prefix, self._kv, self._length = prefix, kv, 0
+        self._length = 0
         self._rows: int | None = None
         self._plan: Plan | None = None
         self._graph: StepGraph | None = None
@@ -72,7 +72,7 @@ class TensorRtSession:
             self._contexts = {p.index: self._plan.context(p, self._cuda, scratch) for p in self.profiles}
             if self.contract.cache_capacity:
                 self._graph = StepGraph(self._cuda)
-            self._caches = self._allocate()
+            self._caches = self._allocate(partial(initial_content, self.contract, prefix, kv))
         except BaseException:
             self.close()
             raise
@@ -84,14 +84,14 @@ class TensorRtSession:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory taken since the session was opened: weights, buffers, scratch, kernels compiled in first steps.
+        """Device memory taken since the session was opened: weights, buffers, scratch, compiled kernels.
 
-        As the driver counts it, so other processes on the device spoil it.
+        Counted by the driver, so allocations of other processes on the device are included.
         """
         return self._free_before - self._cuda.free_bytes()
 
     def inspect(self) -> str:
-        """Return what the engine inspector says of the plan, for :mod:`cushion_deploy.engines.tensorrt.inspector`."""
+        """Return the JSON of the engine inspector, see :mod:`cushion_deploy.engines.tensorrt.coverage.inspector`."""
         if self._plan is None:
             raise UsageError("the session is closed", hint="open the bundle again")
         return self._plan.inspect()
@@ -101,7 +101,7 @@ class TensorRtSession:
         self._length, self._rows = 0, None
 
     def truncate(self, length: int) -> None:
-        """Keep only the first ``length`` tokens of the cache; raises UsageError when it holds fewer."""
+        """Keep only the first ``length`` tokens of the cache; raises UsageError if it holds fewer."""
         require_kept(length, self._length)
         if length == 0:
             self.reset()
@@ -116,12 +116,12 @@ class TensorRtSession:
         *,
         need_logits: NeedLogits = "last",
     ) -> FloatArray | None:
-        """Feed tokens after those in the cache, in pieces that the profiles admit; see ``DecoderSession.run``.
+        """Feed tokens after those in the cache, in chunks that the profiles admit; see ``DecoderSession.run``.
 
         A call that fails leaves the cache as it was.
 
         Raises:
-            UsageError: shapes that do not fit each other, the model, or any profile; the message names them.
+            UsageError: shapes that do not match each other, the model, or any profile.
             CheckFailed: the device reports an error.
         """
         if not self._open:
@@ -130,15 +130,15 @@ class TensorRtSession:
         before, (batch, new) = (self._length, self._rows), ids.shape
         start = mask.shape[1] - new
         step = max(profile.sequence for profile in self.profiles)
-        pieces = [(begin, min(begin + step, new)) for begin in range(0, new, step)]
-        # Refused before anything runs.
-        used = [self._choose(batch, end - begin, start + begin) for begin, end in pieces]
+        chunks = [(begin, min(begin + step, new)) for begin in range(0, new, step)]
+        # Every chunk is checked before the first one runs.
+        used = [self._choose(batch, end - begin, start + begin) for begin, end in chunks]
         if self._rows is None:
             self._caches.seed(batch)
             self._cuda.synchronize()
         collected: list[FloatArray] = []
         try:
-            for (begin, end), profile in zip(pieces, used, strict=True):
+            for (begin, end), profile in zip(chunks, used, strict=True):
                 rows = end - begin if need_logits == "all" else int(need_logits == "last" and end == new)
                 logits = self._step(profile, ids[:, begin:end], mask[:, : start + end], positions[:, begin:end], rows)
                 collected += [logits] if logits is not None else []
@@ -148,11 +148,11 @@ class TensorRtSession:
         return np.concatenate(collected, axis=1) if collected else None
 
     def close(self) -> None:
-        """Give the device memory back; the session cannot be used afterwards."""
+        """Free the device memory; the session cannot be used afterwards."""
         if not self._open:
             return
         self._open = False
-        # A context that still ran would write into memory that is gone.
+        # Work that is still running would write to freed memory.
         with suppress(CheckFailed):
             self._cuda.synchronize()
         if self._graph is not None:
@@ -177,7 +177,7 @@ class TensorRtSession:
         """Close it."""
         self.close()
 
-    def _allocate(self) -> Caches:
+    def _allocate(self, initial: Initial) -> Caches:
         c = self.contract
         batch, total = (max(p.batch for p in self.profiles), max(p.total for p in self.profiles))
         sequence = max(p.sequence for p in self.profiles)
@@ -185,15 +185,15 @@ class TensorRtSession:
         self._inputs = {name: self._new(8 * batch * length) for name, length in lengths.items()}
         self._logits = self._new(4 * batch * sequence * c.vocab_size)
         if c.cache_capacity:
-            return InPlaceCaches(self._cuda, self._new, c, self._prefix, batch)
-        return GrowingCaches(self._cuda, self._new, c, self._prefix, self._kv, batch, total)
+            return InPlaceCaches(self._cuda, self._new, c, initial, batch)
+        return GrowingCaches(self._cuda, self._new, c, initial, batch, total)
 
     def _new(self, size: int) -> DeviceBuffer:
         self._buffers.append(self._cuda.allocate(size))
         return self._buffers[-1]
 
     def _choose(self, batch: int, sequence: int, past: int) -> Profile:
-        """Return the profile for a call, the narrowest first."""
+        """Return the profile with the fewest new tokens that admits a call."""
         for profile in self.profiles:
             if profile.admits(batch, sequence, past):
                 return profile
@@ -206,21 +206,21 @@ class TensorRtSession:
     def _step(
         self, profile: Profile, ids: IntArray, mask: IntArray, positions: IntArray, rows: int
     ) -> FloatArray | None:
-        """Feed one piece; return the logits of its last ``rows`` tokens, ``[B, rows, vocab]``."""
+        """Feed one chunk; return the logits of its last ``rows`` tokens, ``[B, rows, vocab]``."""
         c, (batch, new) = self.contract, ids.shape
         given = self._given(ids, mask, positions)
         for name, array in given.items():
             self._cuda.upload(array, self._inputs[name])
-        decoding, kind = self._graph if new == 1 else None, (profile.index, batch)
-        if decoding is None or not decoding.launch(kind):
+        decoding, key = self._graph if new == 1 else None, (profile.index, batch)
+        if decoding is None or not decoding.launch(key):
             context, enqueue = self._contexts[profile.index], partial(self._enqueue, profile)
-            if decoding is None or not decoding.has_met(kind):
-                # Not before a recording: shapes that were set anew would want another plain step first.
+            if decoding is None or not decoding.is_bound(key):
+                # Not before a capture: after setting shapes, a step has to run without capture first.
                 self._bind_all(context, given, batch, new, mask.shape[1] - new)
             if decoding is None:
                 enqueue()
             else:
-                decoding.run(kind, context, enqueue)
+                decoding.run(key, context, enqueue)
         logits = np.empty((batch, rows, c.vocab_size), dtype=np.float32) if rows else None
         if logits is not None:
             line = 4 * c.vocab_size
@@ -237,7 +237,7 @@ class TensorRtSession:
             )
 
     def _given(self, ids: IntArray, mask: IntArray, positions: IntArray) -> dict[str, IntArray]:
-        """Return the inputs of a call by name; those of a static cache are as long as it and say where to write."""
+        """Return the inputs of a call by name; a static cache takes a mask of its capacity, and the slots to write."""
         given = dict(zip(INPUTS, (ids, mask, positions), strict=True))
         if capacity := self.contract.cache_capacity:
             given["attention_mask"] = np.zeros((len(ids), capacity), dtype=np.int64)
@@ -246,7 +246,7 @@ class TensorRtSession:
         return given
 
     def _bind_all(self, context: Any, given: Mapping[str, IntArray], batch: int, new: int, past: int) -> None:
-        """Bind every input and output of a call, and check that the plan takes and gives these shapes."""
+        """Bind every input and output of a call, and check that the plan accepts and returns these shapes."""
         for name, array in given.items():
             self._bind_input(context, name, array.shape, self._inputs[name].at(array.nbytes))
         for cache in self._caches.bindings(batch, past, new):
@@ -259,10 +259,13 @@ class TensorRtSession:
         except RuntimeError as e:
             raise CheckFailed(f"the plan refuses these shapes: {e}", hint="build the bundle again") from e
         if missing:
-            raise CheckFailed(f"shapes that the plan misses: {', '.join(missing)}", hint="build the bundle again")
+            raise CheckFailed(f"the plan is missing the shapes of {', '.join(missing)}", hint="build the bundle again")
         shape = tuple(context.get_tensor_shape("logits"))
         if shape != wanted:
-            raise CheckFailed(f"the plan gives logits {list(shape)}", hint="build the bundle again")
+            raise CheckFailed(
+                f"the plan returns logits of shape {list(shape)}, expected {list(wanted)}",
+                hint="build the bundle again",
+            )
 
     def _bind_input(self, context: Any, name: str, shape: Sequence[int], address: int) -> None:
         if not context.set_input_shape(name, tuple(shape)):
@@ -271,17 +274,17 @@ class TensorRtSession:
 
     def _bind(self, context: Any, name: str, address: int) -> None:
         if not context.set_tensor_address(name, address):
-            raise CheckFailed(f"the plan has no {name}", hint="build the bundle again")
+            raise CheckFailed(f"the plan has no tensor {name}", hint="build the bundle again")
 
     def _keep(self, rows: int, length: int) -> None:
-        """Go on with the first ``length`` tokens of every row."""
+        """Continue with the first ``length`` tokens of every row."""
         self._caches.keep(rows, self._length, length)
         self._cuda.synchronize()
         self._length = length
 
     def _undo(self, length: int, rows: int | None) -> None:
-        """Go back to the cache before a call that failed: a later cache begins with it."""
-        # After an error of a kernel nothing can be copied any more: the session is lost, and its next call says so.
+        """Restore the cache to what it was before a failed call."""
+        # After an error in a kernel nothing can be copied: the session is unusable, and its next call raises.
         with suppress(CheckFailed):
             if rows is None:
                 self.reset()

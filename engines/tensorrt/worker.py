@@ -1,8 +1,8 @@
-"""Both ends of the child process that drives TensorRT: parse an ONNX file, build one plan, tell what was made.
+"""Both ends of the child process that drives TensorRT: parse an ONNX file, build one plan, report the outcome.
 
-It runs apart from the tool because a fault of a native library ends a process, and because a build inside native
-code hears no Ctrl-C: the parent kills it instead. The request is one line of JSON on stdin; stdin then stays open,
-and its end means that the parent is gone. Log lines go to stderr, the outcome into ``outcome.json``.
+A child process, because a fault in a native library ends the process, and because native code does not react to Ctrl-C
+during a build: the parent kills the child instead. The request is one line of JSON on stdin. Stdin then stays open, and
+its end means that the parent is gone. Log lines go to stderr, the outcome to ``outcome.json``.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from cushion_deploy.engines.tensorrt.network import ParsedNetwork
 from cushion_deploy.errors import CheckFailed
 
 OUTCOME, PLAN, LAYERS, INSPECTION = "outcome.json", "plan.partial", "layers.txt", "layers.json"
-"""File names inside the scratch folder of the request."""
+"""File names in the scratch folder."""
 _TAIL = 15
-"""Log lines of a failed build that the error shows."""
+"""Last log lines of a failed build that the error shows."""
 
 
 def run_worker(flavour: Flavour, request: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
-    """Build in a child process and return its outcome; the child dies with this call, whatever ends it.
+    """Build in a child process and return its outcome; the child never outlives this call.
 
     Args:
-        flavour: whose library builds.
+        flavour: library that builds.
         request: see :func:`build`; the module is added.
         scratch: empty folder.
 
     Raises:
-        CheckFailed: the parser refused the graph, the builder failed, or the library crashed.
+        CheckFailed: the parser rejects the graph, the builder fails, or the library crashes.
         OSError: the plan could not be written.
     """
     log = scratch / "log.txt"
@@ -53,7 +53,7 @@ def run_worker(flavour: Flavour, request: Mapping[str, Any], scratch: Path) -> d
             stderr=stderr,
             cwd=package_root(),
             env=child_environment(),
-            start_new_session=True,  # Ctrl-C reaches this process alone, which kills the child
+            start_new_session=True,  # Ctrl-C reaches only this process, which kills the child
         )
         try:
             _send(child, {**request, "module": flavour.module, "scratch": str(scratch.resolve())})
@@ -62,7 +62,7 @@ def run_worker(flavour: Flavour, request: Mapping[str, Any], scratch: Path) -> d
             child.kill()
             child.wait()
             if child.stdin is not None:
-                # What the dead child did not read is flushed once more here; its exit code tells why it did not.
+                # close() flushes what the child did not read; its exit code says why it did not.
                 with suppress(BrokenPipeError):
                     child.stdin.close()
     outcome_file = scratch / OUTCOME
@@ -90,18 +90,18 @@ def run_worker(flavour: Flavour, request: Mapping[str, Any], scratch: Path) -> d
 
 
 def read_inspection_file(scratch: Path) -> str:
-    """Return what the engine inspector said of a plan; raises CheckFailed when the plan could not be opened."""
+    """Return the JSON of the engine inspector; raises CheckFailed if the plan could not be opened."""
     file = scratch / INSPECTION
     if not file.exists():
         raise CheckFailed(
             "the plan was built and cannot be opened here, so its INT8 coverage cannot be counted",
-            hint="see what `nvidia-smi` says; free device memory",
+            hint="check `nvidia-smi`; free device memory",
         )
     return file.read_text(encoding="utf-8")
 
 
 def read_listing(scratch: Path) -> str:
-    """Return the one layer listing of a build; raises CheckFailed when there is none or several."""
+    """Return the layer listing of a build; raises CheckFailed unless there is exactly one."""
     file = scratch / LAYERS
     listings = file.read_text(encoding="utf-8").split("\n\f\n")[:-1] if file.exists() else []
     if len(listings) != 1:
@@ -127,13 +127,13 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
     Args:
         request: ``module`` of the library, ``onnx`` (path), ``targets`` (names of compute capabilities; none for the
-            device here), ``profiles`` (list of input name to [min, opt, max] shapes) and ``user_allocation`` (whether
-            a CUDA graph shall be captured of the plan).
+            device here), ``profiles`` (list of input name to [min, opt, max] shapes) and ``user_allocation`` (True
+            if the plan will be captured as a CUDA graph).
         scratch: folder for the plan and the listing of its layers.
 
     Returns:
-        ``errors`` of the parser (then nothing was built), or ``os_error``, or what was built: what
-        :meth:`~cushion_deploy.engines.tensorrt.network.ParsedNetwork.matmuls` tells, seconds, bytes.
+        ``errors`` of the parser (then nothing was built), or ``os_error``, or the outcome of the build: seconds, bytes,
+        and the result of :meth:`~cushion_deploy.engines.tensorrt.network.ParsedNetwork.matmuls`.
     """
     trt: Any = importlib.import_module(request["module"])
     started = time.monotonic()
@@ -166,7 +166,7 @@ def build(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
 
 def _write_plan(builder: Any, network: Any, config: Any, writer: Any) -> bool:
-    """Build and write the plan, piece by piece where the library can: older ones hold it in memory."""
+    """Build and write the plan, as a stream if the library supports that; older versions hold it in memory."""
     if hasattr(builder, "build_serialized_network_to_stream"):
         return bool(builder.build_serialized_network_to_stream(network, config, writer))
     plan = builder.build_serialized_network(network, config)
@@ -176,7 +176,7 @@ def _write_plan(builder: Any, network: Any, config: Any, writer: Any) -> bool:
 
 
 def _inspect(trt: Any, logger: Any, scratch: Path) -> None:
-    """Write what the engine inspector says of the plan that was just built on the device here."""
+    """Write the JSON of the engine inspector for the plan that was just built."""
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine((scratch / PLAN).read_bytes())
     if engine is not None:
@@ -188,7 +188,7 @@ def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> An
     config = builder.create_builder_config()
     # Only at this verbosity does the builder list its kernels with their types.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # standard TensorRT has none
+    flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # not in standard TensorRT
     if request["user_allocation"] and flag is not None:
         config.set_flag(flag)
     if request["targets"]:
@@ -206,7 +206,7 @@ def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> An
 
 def _logger(trt: Any, layers: Path) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps the listing of kernels, and passes on everything of INFO and above."""
+        """Saves the listing of kernels, and passes on messages of INFO and above."""
 
         def log(self, severity: Any, message: str) -> None:
             if message.startswith("Layers:"):
@@ -222,7 +222,7 @@ def _writer(trt: Any, path: Path) -> Any:
     base: Any = getattr(trt, "IStreamWriter", object)
 
     class Writer(base):  # type: ignore[misc]
-        """Writes the plan as it comes, so that it never lies in memory a second time."""
+        """Writes the plan as it is produced, so that it is never in memory twice."""
 
         def __init__(self) -> None:
             base.__init__(self)
@@ -232,7 +232,7 @@ def _writer(trt: Any, path: Path) -> Any:
         def write(self, data: bytes) -> int:
             try:
                 return self._file.write(data)
-            except OSError as e:  # raising through native code would end the process without a word
+            except OSError as e:  # an exception in native code would end the process without a message
                 self.error = e
                 return 0
 
@@ -253,16 +253,16 @@ def _parser_error(error: Any) -> dict[str, str]:
 
 
 def _leave_with_parent() -> None:
-    """End this process, native build included, when the other end of stdin is gone."""
+    """End this process, including a native build, when the parent closes stdin."""
     sys.stdin.read()
     os._exit(1)
 
 
 def _send(child: subprocess.Popen[bytes], request: Mapping[str, Any]) -> None:
-    """Write the request and leave stdin open: its end tells the child that this process is gone."""
+    """Write the request and leave stdin open: its end signals the child that this process is gone."""
     if child.stdin is None:
         return
-    # A child that died before it read is told by its exit code and log.
+    # If the child died before reading, its exit code and log say why.
     with suppress(BrokenPipeError):
         child.stdin.write(json.dumps(request).encode() + b"\n")
         child.stdin.flush()

@@ -10,6 +10,7 @@ import pytest
 
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.probe import probe
+from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.speed import Comparison, Workload
 from cushion_deploy.verbs import bench as benching
@@ -71,8 +72,8 @@ def test_a_plan_runs_beside_its_own_float_twin_or_says_why_not(
     # Where there is a device: stand-ins that compute with ONNX Runtime, the float plan really compiled.
     opened = []
 
-    def stand_in(engine: str, plan: bytes, graph: Any) -> Any:
-        opened.append((engine, len(plan) > 1000, graph.contract.dtype, graph.quantized))
+    def stand_in(engine: TensorRt, graph: Any, plan: bytes) -> Any:
+        opened.append((engine.name, len(plan) > 1000, graph.contract.dtype, graph.quantized))
         return open_session(graph, threads=1)
 
     def int8(bundle: Any, engine: str) -> Any:
@@ -82,7 +83,7 @@ def test_a_plan_runs_beside_its_own_float_twin_or_says_why_not(
         return SimpleNamespace(contract=half, device_bytes=12345, **calls)
 
     monkeypatch.setattr(benching, "open_engine", int8)
-    monkeypatch.setattr(benching, "open_plan", stand_in)
+    monkeypatch.setattr(TensorRt, "open", stand_in)
     done = cli("bench", bundle, *work, *SMALL, "--json")
     assert done.code == 0, done.err
     assert opened == [("tensorrt-rtx", True, "float16", False)]
@@ -93,16 +94,16 @@ def test_a_plan_runs_beside_its_own_float_twin_or_says_why_not(
     assert found["not_run"] == {}
     assert "tensorrt-rtx, float16" in cli("bench", bundle, *work, *SMALL).out
 
-    # A plan that cannot take the workload is told, given back, and no reason to time nothing.
+    # A plan that cannot run the workload is reported and closed; everything else is still timed.
     closed: list[str] = []
 
-    def refuses(engine: str, plan: bytes, graph: Any) -> Any:
+    def refuses(engine: TensorRt, graph: Any, plan: bytes) -> Any:
         def run(*_: Any, **__: Any) -> Any:
             raise UsageError("fits no profile", hint="compile it larger")
 
-        return SimpleNamespace(contract=graph.contract, run=run, close=lambda: closed.append(engine))
+        return SimpleNamespace(contract=graph.contract, run=run, close=lambda: closed.append(engine.name))
 
-    monkeypatch.setattr(benching, "open_plan", refuses)
+    monkeypatch.setattr(TensorRt, "open", refuses)
     found = cli("bench", bundle, *work, *SMALL, "--json").json
     assert found["not_run"] == {"tensorrt-rtx": "not run: fits no profile"}
     assert set(found["engines"]) == {"onnxruntime, INT8", "onnxruntime, float32"}

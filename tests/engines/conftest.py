@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from fake_plans import device
+from tiny_llama import hf_folder, ids, session, tiny, tokenizer
 
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.lineage import Lineage
@@ -17,6 +19,8 @@ from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
+
+__all__ = ["device", "edited", "hf_folder", "ids", "session", "tiny", "tiny_graphs", "tokenizer"]
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from cushion_deploy.engines.onnxruntime.compile import OnnxRuntimeCpu
-from cushion_deploy.engines.registry import ENGINES, choose_engines
-from cushion_deploy.engines.tensorrt.compile import TensorRt
+from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
+from cushion_deploy.engines.registry import ENGINES, choose_engines, compiling_engines, find_engine
+from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.errors import ExitCode, MissingDependency, UsageError
 
 
@@ -17,7 +21,7 @@ def only_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(engine: TensorRt) -> None:
         raise MissingDependency("the library is not there", hint=engine.flavour.install)
 
-    monkeypatch.setattr(OnnxRuntimeCpu, "require", lambda self: None)
+    monkeypatch.setattr(OnnxRuntime, "require", lambda self: None)
     monkeypatch.setattr(TensorRt, "require", missing)
 
 
@@ -26,15 +30,30 @@ def test_names_are_the_keys() -> None:
     assert all(engine.name == name for name, engine in ENGINES.items())
 
 
+def test_engines_that_only_run_are_not_offered_for_compiling(tmp_path: Path) -> None:
+    assert set(ENGINES) - set(compiling_engines()) == {
+        "onnxruntime-cuda",
+        "onnxruntime-tensorrt",
+        "onnxruntime-tensorrt-rtx",
+    }
+    with pytest.raises(UsageError, match="unknown engine 'onnxruntime-cuda'"):
+        choose_engines(["onnxruntime-cuda"])
+    contract = GraphContract(1, 1, 8, 32, 256, "float32", 0)
+    graph = ExportedGraph(tmp_path, contract, quantized=True, sites={}, rules=(), opset=17, digest="", parents={})
+    with pytest.raises(UsageError, match="as it is: there is nothing to compile"):
+        find_engine("onnxruntime-cuda").compile(graph, tmp_path, CompileOptions())
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("only_onnxruntime")
-def test_without_a_wish_every_available_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_names_every_available_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [e.name for e in choose_engines(None)] == ["onnxruntime"]
     monkeypatch.setattr(TensorRt, "require", lambda self: None)
     assert [e.name for e in choose_engines(None)] == ["onnxruntime", "tensorrt-rtx", "tensorrt"]
 
 
 @pytest.mark.usefixtures("only_onnxruntime")
-def test_wishes_are_kept_in_order() -> None:
+def test_names_are_kept_in_order() -> None:
     assert [e.name for e in choose_engines(["onnxruntime"])] == ["onnxruntime"]
     assert choose_engines([]) == []
 

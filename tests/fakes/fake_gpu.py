@@ -1,9 +1,8 @@
-"""A device that is not there: `cuda.bindings.runtime` and TensorRT as a session uses them, every contract checked.
+"""A fake device: `cuda.bindings.runtime` and TensorRT as far as a session uses them, with every contract checked.
 
-Memory is bytes at made-up addresses. Work that is queued on the stream happens at synchronization and not before, so
-that a read too early sees nothing, and a buffer or host array that is gone too early is found. A plan is JSON that
-names an ONNX graph; running it runs that graph in ONNX Runtime, on what lies at the bound addresses at that moment.
-Graphs are in `fake_graphs.py`.
+Memory is bytes at made-up addresses. Queued work runs at synchronization and not before, so that a read too early sees
+nothing, and a buffer or host array that was freed too early is detected. A plan is JSON that names an ONNX graph;
+running it runs that graph in ONNX Runtime, on the bytes at the bound addresses. CUDA graphs are in `fake_graphs.py`.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class FakeCuda(FakeGraphs):
             return Status.cudaErrorMemoryAllocation, 0
         self.used += size
         address, self.next = self.next, self.next + (size + 0xFFF) // 0x1000 * 0x1000 + 0x1000
-        # No numbers, in every floating-point type: what nobody wrote must not look like something.
+        # NaN in every floating-point type: unwritten memory must not look valid.
         self.memory[address] = bytearray(b"\xff" * size)
         return Status.cudaSuccess, address
 
@@ -104,7 +103,7 @@ class FakeCuda(FakeGraphs):
     ) -> tuple[Status]:
         assert stream in self.streams
         assert width <= min(to, pitch)
-        self.require_not_recording()  # a launch would copy from and to host memory that is gone by then
+        self.require_not_recording()  # a launch would access host memory that is freed by then
 
         def copy() -> None:
             for row in range(rows):
@@ -145,7 +144,7 @@ class FakeTensorRt:
         self.cuda = cuda
         self.executed: list[int] = []
         self.records = "yes"
-        """Whether a step can be recorded: ``yes``, ``no`` where it says so, ``fails`` where it turns out so."""
+        """Whether a step can be captured: ``yes``, ``no`` if the context says so, ``fails`` if capturing it fails."""
         outer = self
 
         class Logger:
@@ -280,7 +279,7 @@ class Context:
         assert stream_handle in cuda.streams
         assert set(self.addresses) == set(self.engine.tensors), "an address is missing"
         assert not self.infer_shapes()
-        if cuda.last_error:  # it looks there behind each of its kernels
+        if cuda.last_error:  # TensorRT checks it after each of its kernels
             return False
         if cuda.recording is not None:
             assert tuple(self.shapes.values()) in self.met, "recorded before it ran with these shapes"

@@ -1,4 +1,4 @@
-"""CUDA graphs of a device that is not there: recorded work runs again at each launch, on what lies in memory then."""
+"""CUDA graphs of the fake device: captured work runs again at each launch, on the memory of that moment."""
 
 from __future__ import annotations
 

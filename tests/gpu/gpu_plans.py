@@ -16,11 +16,11 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.engines.tensorrt.flavours import Flavour
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.load import LoadedModel
-from cushion_deploy.runtime.engine import open_plan
 
 IDS = np.random.default_rng(0).integers(5, 300, (1, 48))
 CONTEXT = 200
@@ -42,7 +42,7 @@ class Device:
     def open_plan(self, graph: ExportedGraph, folder: Path) -> TensorRtSession:
         """Compile a graph for the device and open the plan; what its cache begins with lies beside the graph."""
         artifact = self.compile(graph, folder)
-        return open_plan(self.flavour.name, (folder / artifact.files[0]).read_bytes(), graph)
+        return TensorRt(self.flavour).open(graph, (folder / artifact.files[0]).read_bytes())
 
 
 def graph_of(

@@ -17,8 +17,8 @@ from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.onnxruntime.session import open_session
-from cushion_deploy.engines.tensorrt.inspector import read_inspection
-from cushion_deploy.engines.tensorrt.plan_report import PlanReport
+from cushion_deploy.engines.tensorrt.coverage.inspector import read_inspection
+from cushion_deploy.engines.tensorrt.coverage.plan_report import PlanReport
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.evaluate.speed import Workload, compare, time_sessions
 from cushion_deploy.modeling.forward import compute_prefix

@@ -13,6 +13,7 @@ import torch
 
 from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession
+from cushion_deploy.engines.onnxruntime.settings import SessionSettings
 from cushion_deploy.parity.checks import ParityCheck
 from cushion_deploy.parity.compare import CodeDistance
 from cushion_deploy.parity.ladder import (
@@ -36,7 +37,7 @@ def passed(checks: list[ParityCheck]) -> list[bool]:
 
 
 def open_session(graph: Any, kind: type[OnnxRuntimeSession] = OnnxRuntimeSession, **options: Any) -> OnnxRuntimeSession:
-    return kind(graph.path, graph.contract, threads=1, **options)
+    return kind(graph.path, graph.contract, SessionSettings(threads=1, **options))
 
 
 class ForgetsPositions(OnnxRuntimeSession):

@@ -71,7 +71,7 @@ def test_tokenizer_without_bos_adds_none(fallback_tokenizer: Any) -> None:
 
 def test_refusal_of_the_template_is_the_message() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UsageError, match="refuses these messages: roles must alternate"):
+    with pytest.raises(UsageError, match="rejects these messages: roles must alternate"):
         template.render(MESSAGES)
 
 
@@ -92,12 +92,12 @@ def test_date_is_todays() -> None:
     ],
 )
 def test_hostile_or_broken_template_is_an_error(source: str) -> None:
-    with pytest.raises(UsageError, match="chat template refuses"):
+    with pytest.raises(UsageError, match="chat template rejects"):
         ChatTemplate(source).render(MESSAGES)
 
 
 def test_no_message_is_an_error() -> None:
-    with pytest.raises(UsageError, match="holds no message"):
+    with pytest.raises(UsageError, match="has no message"):
         ChatTemplate("x").render([])
 
 

@@ -184,7 +184,7 @@ def test_nan_logits_end_in_an_error(tiny: Any, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ([], {}, "holds no token"),
+        ([], {}, "has no token"),
         ([5], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([5] * 90, {"max_new_tokens": 4}, "90 prompt tokens and 4 new ones are more than the 93"),
         ([5], {"max_new_tokens": 5, "stop_strings": ["a", ""]}, "stop string is empty"),

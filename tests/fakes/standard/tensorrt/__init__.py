@@ -1,8 +1,8 @@
-"""Standard TensorRT 11 where it cannot be installed: parser and builder are those of TensorRT-RTX, which are real.
+"""A stand-in for standard TensorRT 11, which PyPI alone does not provide: the parser and builder of TensorRT-RTX.
 
-What standard TensorRT does otherwise is done here: it builds for the device at hand and takes no list of targets, it
-holds a plan in memory, and its plan opens on the device and is told by the inspector. The inspector's text is made of
-the real listing of the same build.
+It differs as standard TensorRT does: it builds for the device of this machine and takes no list of targets, it holds a
+plan in memory, and the plan opens on the device for the inspector. The JSON of the inspector is generated from the real
+layer listing of the same build.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the names of a plan's kernels tell: the optimization profile that each serves, and the ONNX nodes behind it."""
+"""Parse kernel names: the optimization profile that a kernel serves, and the ONNX nodes it was built from."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _GROUP = re.compile(r"_myl(\d+)_\d+$")
 
 
 def onnx_nodes(metadata: str) -> tuple[str, ...]:
-    """Return the ONNX nodes that a kernel's metadata names."""
+    """Return the ONNX nodes named in the metadata of a kernel."""
     return tuple(_PROFILE.sub("", node) for node in _NODE.findall(metadata))
 
 
 def kernel_profiles(kernels: Sequence[tuple[str, str]]) -> tuple[int, ...]:
     """Return the optimization profile of each kernel.
 
-    Kernels are numbered in groups, ``_myl<group>_<index>``. Some kernels and tensors of a group carry the words
-    ``[profile N]``, those of profile 0 never do.
+    Kernels are numbered in groups, ``_myl<group>_<index>``. Some kernels and tensors of a group are marked ``[profile
+    N]``; those of profile 0 never are.
 
     Args:
-        kernels: name of each, and everything that is told of it.
+        kernels: name of each kernel, and its whole text.
     """
     of_group: dict[str, int] = {}
     for name, text in kernels:

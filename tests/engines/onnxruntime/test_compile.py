@@ -20,8 +20,10 @@ from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.onnxruntime import compile as engine_file
-from cushion_deploy.engines.onnxruntime.compile import SESSION_CONFIG, OnnxRuntimeCpu, read_coverage
+from cushion_deploy.engines.onnxruntime import coverage as coverage_file
+from cushion_deploy.engines.onnxruntime.coverage import read_coverage
+from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
+from cushion_deploy.engines.onnxruntime.settings import SESSION_CONFIG
 from cushion_deploy.errors import CheckFailed, ExitCode, MissingDependency
 
 STRICT = CompileOptions()
@@ -90,15 +92,15 @@ def test_every_linear_of_the_graph_runs_in_int8(
     assert coverage.kernels["MatMulIntegerToFloat"] == len(graph.sites)
     assert coverage.kernels["DequantizeLinear"] == 0
     assert coverage.kernels["QuantizeLinear"] == len(graph.sites)
-    assert coverage.rewritten in (0, len(graph.sites)), "all or none: it depends on the processor alone"
-    artifact = OnnxRuntimeCpu().compile(graph, tmp_path, STRICT)
+    assert coverage.rewritten in (0, len(graph.sites)), "all or none: it depends only on the processor"
+    artifact = OnnxRuntime().compile(graph, tmp_path, STRICT)
     assert (artifact.linears, artifact.int8_linears) == (linears, linears)
 
 
 def test_the_graph_on_disk_stays_as_it_is(tiny_graphs: dict[str, ExportedGraph], tmp_path: Path) -> None:
     graph = tiny_graphs["int8"]
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in graph.path.parent.iterdir()}
-    OnnxRuntimeCpu().compile(graph, tmp_path, STRICT)
+    OnnxRuntime().compile(graph, tmp_path, STRICT)
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in graph.path.parent.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["engine.json"]
 
@@ -115,12 +117,12 @@ def test_a_linear_that_left_int8_is_found_and_fails_unless_allowed(
     out.mkdir()
     for allowed in (0, 1):
         with pytest.raises(CheckFailed, match=f"runs {LINEARS - 2} of {LINEARS} linears in INT8") as caught:
-            OnnxRuntimeCpu().compile(graph, out, CompileOptions(allow_float_linears=allowed))
+            OnnxRuntime().compile(graph, out, CompileOptions(allow_float_linears=allowed))
         assert caught.value.exit_code == ExitCode.CHECK_FAILED
         assert "--allow-float-linears" in caught.value.hint
         assert "layers.1.mlp" in caught.value.message
         assert not list(out.iterdir())
-    artifact = OnnxRuntimeCpu().compile(graph, out, CompileOptions(allow_float_linears=2))
+    artifact = OnnxRuntime().compile(graph, out, CompileOptions(allow_float_linears=2))
     assert (artifact.linears, artifact.int8_linears) == (LINEARS, LINEARS - 2)
     assert artifact.details["left_in_float"] == coverage.left
 
@@ -128,7 +130,7 @@ def test_a_linear_that_left_int8_is_found_and_fails_unless_allowed(
 def test_a_graph_that_lost_every_quantizer_fails_and_names_sites(tiny_graphs, tmp_path: Path) -> None:
     graph = dataclasses.replace(tiny_graphs["float"], quantized=True)
     with pytest.raises(CheckFailed, match=f"runs 0 of {LINEARS} linears in INT8; left: head: not in"):
-        OnnxRuntimeCpu().compile(graph, tmp_path, STRICT)
+        OnnxRuntime().compile(graph, tmp_path, STRICT)
 
 
 def test_integer_kernels_on_int8_activations_do_not_count(tiny_graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +145,7 @@ def test_integer_kernels_on_int8_activations_do_not_count(tiny_graphs, monkeypat
 
 def test_a_float_graph_has_nothing_to_prove(tiny_graphs, tmp_path: Path) -> None:
     graph = tiny_graphs["float"]
-    artifact = OnnxRuntimeCpu().compile(graph, tmp_path, STRICT)
+    artifact = OnnxRuntime().compile(graph, tmp_path, STRICT)
     assert (artifact.linears, artifact.int8_linears) == (LINEARS, 0)
     assert artifact.details["left_in_float"] == []
     assert artifact.details["integer_matmuls"] == 0
@@ -180,18 +182,18 @@ def test_a_rewrite_that_changes_one_code_fails(
 
     monkeypatch.setattr(ort, "InferenceSession", rewriting)
     if bump == 0:
-        artifact = OnnxRuntimeCpu().compile(tiny_graphs["int8"], tmp_path, STRICT)
+        artifact = OnnxRuntime().compile(tiny_graphs["int8"], tmp_path, STRICT)
         assert artifact.details["weights_stored_as_uint8"] >= 1
         assert artifact.details["codes_changed"] == 0
         return
     with pytest.raises(CheckFailed, match=f"changed weight codes of {VICTIM}"):
-        OnnxRuntimeCpu().compile(tiny_graphs["int8"], tmp_path, CompileOptions(allow_float_linears=99))
+        OnnxRuntime().compile(tiny_graphs["int8"], tmp_path, CompileOptions(allow_float_linears=99))
     assert not list(tmp_path.iterdir())
 
 
 def test_engine_json_is_the_artifact(tiny_graphs, tmp_path: Path) -> None:
     graph = tiny_graphs["int8"]
-    artifact = OnnxRuntimeCpu().compile(graph, tmp_path, STRICT)
+    artifact = OnnxRuntime().compile(graph, tmp_path, STRICT)
     again = EngineArtifact.from_json(json.loads((tmp_path / "engine.json").read_text()))
     assert again == artifact
     assert again.engine == "onnxruntime"
@@ -210,7 +212,7 @@ def test_the_key_is_of_graph_version_and_configuration(
     graph = tiny_graphs["int8"]
 
     def key(graph: ExportedGraph = graph, options: CompileOptions = STRICT) -> str:
-        return OnnxRuntimeCpu().compile(graph, tmp_path, options).key
+        return OnnxRuntime().compile(graph, tmp_path, options).key
 
     first = key()
     assert first == key() == key(options=CompileOptions(max_batch=7)), "limits mean nothing to this engine"
@@ -229,14 +231,14 @@ def no_such_distribution(name: str) -> str:
     raise metadata.PackageNotFoundError(name)
 
 
-def test_without_the_library_the_install_line_is_told(
+def test_without_the_library_the_hint_is_the_install_command(
     tiny_graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "version", no_such_distribution)
     with pytest.raises(MissingDependency, match="engine 'onnxruntime' needs onnxruntime, which is not installed"):
-        OnnxRuntimeCpu().require()
+        OnnxRuntime().require()
     with pytest.raises(MissingDependency) as caught:
-        OnnxRuntimeCpu().compile(tiny_graphs["int8"], tmp_path, STRICT)
+        OnnxRuntime().compile(tiny_graphs["int8"], tmp_path, STRICT)
     assert caught.value.exit_code == ExitCode.MISSING
     assert caught.value.hint == "pip install 'cushion-deploy[cpu]'"
 
@@ -246,13 +248,13 @@ def test_the_gpu_build_of_the_library_serves_as_well(monkeypatch: pytest.MonkeyP
         return "1.2.3" if name == "onnxruntime-gpu" else no_such_distribution(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    OnnxRuntimeCpu().require()
-    assert OnnxRuntimeCpu().version() == "1.2.3"
+    OnnxRuntime().require()
+    assert OnnxRuntime().version() == "1.2.3"
 
 
 def test_space_for_the_optimized_graph_is_asked_for_first(tiny_graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(engine_file, "require_space", lambda folder, needed: asked.append(needed))
+    monkeypatch.setattr(coverage_file, "require_space", lambda folder, needed: asked.append(needed))
     read_coverage(tiny_graphs["int8"])
     assert asked == [
         2 * sum(tiny_graphs["int8"].path.with_name(n).stat().st_size for n in ("int8.onnx", "int8.onnx.data"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_gpu import Context, FakeTensorRt
+from fake_plans import close, plan_of
 
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.tensorrt.cuda import Cuda
-from cushion_deploy.engines.tensorrt.profiles import Limits, profiles
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.errors import CheckFailed, UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
@@ -24,12 +23,6 @@ from cushion_deploy.export.folder import export_graph
 pytestmark = pytest.mark.parametrize("tiny", ["cache"], indirect=True)
 CONTEXT = 60
 LIMITS = CompileOptions(max_batch=3, max_context=2048, max_prefill=8)
-
-
-def plan_of(graph: ExportedGraph) -> bytes:
-    """Return a plan of the fake for a graph, with the profiles that a compilation would give it."""
-    shapes = profiles(graph.contract, Limits.of(LIMITS, graph.contract))
-    return json.dumps({"onnx": str(graph.path), "profiles": list(shapes.values())}).encode()
 
 
 @pytest.fixture(scope="module", params=["float16", "float32"])
@@ -45,7 +38,7 @@ def graphs(tiny: Any, request: Any, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def session(device: FakeTensorRt, graphs: Any, tiny: Any) -> Any:
     """Return a session, opened by the contract of the bundle's own graph; closed with nothing left behind."""
-    with TensorRtSession(plan_of(graphs[0]), tiny.graph.contract, "tensorrt_rtx", tiny.prefix) as opened:
+    with TensorRtSession(plan_of(graphs[0], LIMITS), tiny.graph.contract, "tensorrt_rtx", tiny.prefix) as opened:
         yield opened
     cuda = device.cuda
     assert [*cuda.memory, *cuda.streams, *cuda.graphs, *cuda.executables] == []
@@ -55,10 +48,6 @@ def session(device: FakeTensorRt, graphs: Any, tiny: Any) -> Any:
 def expected(graphs: Any) -> Any:
     """Return a session of the growing graph in ONNX Runtime."""
     return open_session(graphs[1], threads=1)
-
-
-def close(found: Any, wanted: Any) -> None:
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.02 * np.abs(wanted).max())
 
 
 def decode(session: Any, expected: Any, ids: Any, begin: int, end: int, mask: Any = None) -> None:
@@ -222,7 +211,7 @@ def test_a_launch_on_memory_that_is_gone_is_found(session: Any, ids: Any) -> Non
         session.run(ids[:, i : i + 1], need_logits="none")
     session._inputs["position_ids"].free()
     with pytest.raises(AssertionError, match="illegal access"):
-        session._cuda.launch(session._graph._recorded)
+        session._cuda.launch(session._graph._graph)
 
 
 def test_standard_tensorrt_has_fewer_calls(
@@ -230,7 +219,7 @@ def test_standard_tensorrt_has_fewer_calls(
 ) -> None:
     monkeypatch.delattr(device, "DynamicShapesKernelSpecializationStrategy")
     monkeypatch.delattr(Context, "is_stream_capturable")
-    with TensorRtSession(plan_of(graphs[0]), tiny.graph.contract, "tensorrt", tiny.prefix) as session:
+    with TensorRtSession(plan_of(graphs[0], LIMITS), tiny.graph.contract, "tensorrt", tiny.prefix) as session:
         decode(session, expected, ids, 0, 4)
     assert device.cuda.recorded == 1
 
@@ -268,9 +257,9 @@ def test_the_contract_takes_the_plans_own_type_and_capacity(session: Any, graphs
 def test_a_static_plan_of_another_graph_is_refused(graphs: Any, tiny: Any, device: Any) -> None:
     baked = replace(tiny.graph.contract, prefix_in_cache=False)
     with pytest.raises(UntrustedArtifact, match="not of this bundle's graph"):
-        TensorRtSession(plan_of(graphs[0]), baked, "tensorrt_rtx")
+        TensorRtSession(plan_of(graphs[0], LIMITS), baked, "tensorrt_rtx")
     with pytest.raises(UsageError, match="every cache begins with a prefix"):
-        TensorRtSession(plan_of(graphs[0]), tiny.graph.contract, "tensorrt_rtx")
+        TensorRtSession(plan_of(graphs[0], LIMITS), tiny.graph.contract, "tensorrt_rtx")
     assert not device.cuda.memory
     assert not device.cuda.streams
 
@@ -280,7 +269,7 @@ def test_a_plan_that_copies_its_cache_is_refused(
 ) -> None:
     monkeypatch.setattr("fake_gpu.Engine.get_aliased_input_tensor", lambda *_: None)
     with pytest.raises(UntrustedArtifact, match=r"does not update past_key_values\.0\.key in place"):
-        TensorRtSession(plan_of(graphs[0]), tiny.graph.contract, "tensorrt_rtx", tiny.prefix)
+        TensorRtSession(plan_of(graphs[0], LIMITS), tiny.graph.contract, "tensorrt_rtx", tiny.prefix)
 
 
 def test_a_prefix_that_did_not_arrive_is_sent_again(

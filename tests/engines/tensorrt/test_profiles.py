@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.tensorrt.profiles import Limits, profiles
+from cushion_deploy.engines.tensorrt.profiles import Limits, profile_shapes
 from cushion_deploy.errors import UsageError
 
 
@@ -22,7 +22,7 @@ def test_every_point_of_a_profile_is_consistent(batch: int, context: int, prefil
     contract = GraphContract(2, 3, 8, 32, 256, "float16", prefix)
     limits = Limits.of(CompileOptions(max_batch=batch, max_context=context, max_prefill=prefill), contract)
     assert limits.prefill <= limits.context <= 256 - prefix
-    for name, shapes in profiles(contract, limits).items():
+    for name, shapes in profile_shapes(contract, limits).items():
         assert set(shapes) == {
             "input_ids",
             "attention_mask",

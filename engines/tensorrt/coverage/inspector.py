@@ -1,10 +1,10 @@
-"""Read the kernels of a plan off the engine inspector, which needs the device that the plan is for.
+"""Read the kernels of a plan from the engine inspector, which needs the device that the plan is for.
 
-The JSON is that of ``get_engine_information`` of a plan built with detailed profiling. Versions spell the type of a
-tensor in several ways: ``Datatype`` or ``DataType: Int8``, ``Format/Datatype: Int8``, before 10 in prose (``Row major
-Int8 format``). Of tensors whose shape is not known yet some kernels say only ``N/A due to dynamic shapes``: their type
-is unknown then, and never counts as INT8. A matrix product of ours whose operands are unknown is refused, because its
-linear could be neither counted nor blamed.
+The JSON is that of ``get_engine_information`` for a plan built with detailed profiling. Versions write the type of a
+tensor differently: ``Datatype`` or ``DataType: Int8``, ``Format/Datatype: Int8``, before 10 in prose (``Row major Int8
+format``). For tensors of dynamic shape some kernels give only ``N/A due to dynamic shapes``: then the type is unknown,
+and never counts as INT8. A matrix product of the graph with operands of unknown type is an error, because it could be
+counted neither as INT8 nor as a fallback.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cushion_deploy.engines.tensorrt.kernel_names import kernel_profiles, onnx_nodes
-from cushion_deploy.engines.tensorrt.plan_report import Kernel, KernelTensor, PlanReport
+from cushion_deploy.engines.tensorrt.coverage.kernel_names import kernel_profiles, onnx_nodes
+from cushion_deploy.engines.tensorrt.coverage.plan_report import Kernel, KernelTensor, PlanReport
 from cushion_deploy.errors import CheckFailed
 
 _TYPES = {
@@ -36,29 +36,29 @@ _TYPES = {
     "UInt8": "UInt8",
     "FP8": "FP8",
 }
-"""Spellings of types, and the one that :class:`KernelTensor` uses."""
+"""Spellings of types, to the spelling in :class:`KernelTensor`."""
 UNKNOWN = "Unknown"
 _KEYS = ("datatype", "format/datatype")
 _WORD = re.compile(r"[A-Za-z]+\d*")
 
 
 def read_inspection(text: str, profiles: int, version: str) -> PlanReport:
-    """Parse the inspector's JSON.
+    """Parse the JSON of the engine inspector.
 
     Args:
-        text: of ``get_engine_information(LayerInformationFormat.JSON)``.
-        profiles: optimization profiles of the plan.
-        version: of the library that wrote it, for the error.
+        text: result of ``get_engine_information(LayerInformationFormat.JSON)``.
+        profiles: number of optimization profiles of the plan.
+        version: version of the library, for the error message.
 
     Raises:
-        CheckFailed: it is no such JSON, or a layer does not tell its kind and the types of its tensors.
+        CheckFailed: it is not such JSON, or a layer lacks its type or the types of its tensors.
     """
     try:
         layers = json.loads(text)["Layers"]
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise _unreadable("the whole text", f"no JSON object with Layers ({e})", version) from e
     if not isinstance(layers, list) or not all(isinstance(layer, dict) and "LayerType" in layer for layer in layers):
-        # Plans that were built without detailed profiling list names alone.
+        # A plan that was built without detailed profiling lists names only.
         raise _unreadable("Layers", "names without details", version)
     served = kernel_profiles([(str(layer.get("Name", "")), json.dumps(layer)) for layer in layers])
     kernels = tuple(_kernel(layer, profile, version) for layer, profile in zip(layers, served, strict=True))
@@ -84,14 +84,14 @@ def _kernel(layer: Mapping[str, Any], profile: int, version: str) -> Kernel:
         nodes=onnx_nodes(str(layer.get("Metadata", ""))),
     )
     if kernel.is_gemm and kernel.nodes and any(operand.dtype == UNKNOWN for operand in kernel.operands):
-        raise _unreadable(name, "a matrix product that does not tell the types of its operands", version)
+        raise _unreadable(name, "a matrix product without the types of its operands", version)
     return kernel
 
 
 def _list(layer: Mapping[str, Any], part: str, name: str, version: str) -> Sequence[Any]:
     found = layer.get(part, [])
     if not isinstance(found, list):
-        raise _unreadable(name, f"{part} is no list", version)
+        raise _unreadable(name, f"{part} is not a list", version)
     return found
 
 

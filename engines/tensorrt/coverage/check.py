@@ -1,4 +1,4 @@
-"""How much of a plan runs in INT8: its kernels held against the linears that the graph quantizes."""
+"""Check how many linears of the graph run in INT8, by comparing them with the kernels of the plan."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cushion_deploy.core.sites import Site
-from cushion_deploy.engines.tensorrt.plan_report import GraphLinear, PlanReport
+from cushion_deploy.engines.tensorrt.coverage.plan_report import GraphLinear, PlanReport
 from cushion_deploy.errors import CheckFailed
 
 
 def graph_linears(found: Sequence[Mapping[str, Any]], sites: Mapping[Site, int]) -> tuple[GraphLinear, ...]:
-    """Return the linears of the parsed network that stand behind a Site.
+    """Return the linears of the parsed network that belong to a Site.
 
     Args:
-        found: products with a constant operand that the worker saw: ``node``, ``weight`` (name of the constant) and
-            ``broken`` (a Q/DQ rule, or nothing).
-        sites: Sites that the exported graph claims to hold, with the linears packed into each.
+        found: products with a constant operand, as the worker found them: ``node``, ``weight`` (name of the constant)
+            and ``broken`` (a Q/DQ rule, or empty).
+        sites: Sites of the exported graph, with the number of linears packed into each.
 
     Raises:
         CheckFailed: a Site has no matrix product in the network, or several.
@@ -34,7 +34,7 @@ def graph_linears(found: Sequence[Mapping[str, Any]], sites: Mapping[Site, int])
     if wrong:
         raise CheckFailed(
             f"{len(wrong)} Sites do not have exactly one matrix product in the network: {'; '.join(wrong[:10])}",
-            hint="export the model again; the graph and its description do not belong together",
+            hint="export the model again; the graph does not match its description",
         )
     return tuple(
         GraphLinear(product["node"], site, sites[site], product["broken"]) for site, (product,) in by_site.items()
@@ -45,7 +45,7 @@ def check_coverage(plan: PlanReport, linears: Sequence[GraphLinear], allowed: in
     """Return how many linears run in INT8 in every profile, counted before packing.
 
     Raises:
-        CheckFailed: more than ``allowed`` do not, or the plan does not serve ``num_profiles`` profiles.
+        CheckFailed: more than ``allowed`` do not, or the plan does not have ``num_profiles`` profiles.
     """
     if plan.profiles != num_profiles:
         raise CheckFailed(
@@ -57,15 +57,15 @@ def check_coverage(plan: PlanReport, linears: Sequence[GraphLinear], allowed: in
         fallbacks = plan.fallbacks(linears)
         raise CheckFailed(
             f"{found} of {expected} linears run in INT8; in floating point: " + "; ".join(map(str, fallbacks[:10])),
-            hint=f"check the graph's Q/DQ nodes there, or permit it with --allow-float-linears {expected - found}",
+            hint=f"check the Q/DQ nodes of these linears, or permit it with --allow-float-linears {expected - found}",
         )
     return found
 
 
 def coverage_details(plan: PlanReport, linears: Sequence[GraphLinear], outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a plan report tells beside the coverage, JSON-ready; ``outcome`` is the worker's."""
+    """Return the further facts of a plan report, JSON-ready; ``outcome`` is that of the worker."""
     ours = {linear.node for linear in linears}
-    # The float32 graph multiplies a prefix that it holds apart: by a constant, and attention all the same.
+    # The float32 graph keeps a baked prefix separate: its products have a constant operand and still are attention.
     prefix = [p["node"] for p in outcome["linears"] if p["weight"].startswith("prefix.")]
     fallbacks = plan.fallbacks(linears)
     return {
@@ -82,5 +82,5 @@ def coverage_details(plan: PlanReport, linears: Sequence[GraphLinear], outcome: 
 
 
 def _site_of(weight: str) -> Site:
-    """Return the Site of a weight, which the exporter names ``<site>.weight_codes`` or ``<site>.weight``."""
+    """Return the Site of a weight; the exporter names it ``<site>.weight_codes`` or ``<site>.weight``."""
     return Site(weight.rpartition(".")[0])

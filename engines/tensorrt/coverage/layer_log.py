@@ -1,7 +1,7 @@
-"""Read the kernels of a plan off the build log of TensorRT-RTX, which needs no device.
+"""Read the kernels of a plan from the build log of TensorRT-RTX, which needs no device.
 
-The listing is the log message that begins with ``Layers:``. Its format is undocumented, so this reader is pinned to
-one version and refuses a line that it does not know.
+The listing is the log message that starts with ``Layers:``. Its format is undocumented, so this parser is written for
+one version, and a line that it cannot parse is an error.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cushion_deploy.engines.tensorrt.kernel_names import kernel_profiles, onnx_nodes
-from cushion_deploy.engines.tensorrt.plan_report import Kernel, KernelTensor, PlanReport
+from cushion_deploy.engines.tensorrt.coverage.kernel_names import kernel_profiles, onnx_nodes
+from cushion_deploy.engines.tensorrt.coverage.plan_report import Kernel, KernelTensor, PlanReport
 from cushion_deploy.errors import CheckFailed
 
 SUPPORTED_VERSION = "1.7.1"
@@ -33,10 +33,10 @@ def read_plan(listing: str, version: str) -> PlanReport:
 
     Args:
         listing: the whole message.
-        version: of the library that wrote it, for the error.
+        version: version of the library, for the error message.
 
     Raises:
-        CheckFailed: a line cannot be read, or the sections are not those of the supported version.
+        CheckFailed: a line cannot be parsed, or a section of the supported version is missing.
     """
     lines = listing.split("\n")
     if lines[0] != "Layers:":
@@ -86,7 +86,7 @@ def _tensors(text: str, number: int, line: str, version: str) -> tuple[KernelTen
 
 
 def _num_profiles(lines: Sequence[str], offset: int, version: str) -> int:
-    """Return the number of profiles: entries of ``ProfileInfo`` of the first input or output."""
+    """Return the number of profiles: the entries of ``ProfileInfo`` of the first input or output."""
     for number, line in enumerate(lines, start=offset + 1):
         if line.startswith(" Name: "):
             _, separator, entries = line.partition(", ProfileInfo: [")
@@ -99,6 +99,6 @@ def _num_profiles(lines: Sequence[str], offset: int, version: str) -> int:
 def _unreadable(number: int, line: str, version: str) -> CheckFailed:
     return CheckFailed(
         f"line {number} of the layer listing of TensorRT-RTX {version} cannot be read: {line[:300]!r}",
-        hint=f"this reader knows the listing of version {SUPPORTED_VERSION}; "
+        hint=f"only the listing of version {SUPPORTED_VERSION} is supported; "
         f"install it with pip install 'tensorrt-rtx-cu13=={SUPPORTED_VERSION}.*'",
     )

@@ -1,7 +1,7 @@
-"""What TensorRT made of a graph, kernel by kernel: INT8 GEMMs, fused attention, hazards. One schema for every source.
+"""The kernels of a plan: INT8 GEMMs, fused attention, INT8 products whose sum may overflow.
 
-The kernels are read from the build log (:mod:`cushion_deploy.engines.tensorrt.layer_log`) or from the engine inspector
-(:mod:`cushion_deploy.engines.tensorrt.inspector`). What cannot be attributed counts as not INT8.
+One schema for both sources, the build log (:mod:`.layer_log`) and the engine inspector (:mod:`.inspector`). A linear
+whose kernel cannot be identified counts as not INT8.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from cushion_deploy.core.sites import Site
 
 _FUSION = re.compile(r"__myl_([A-Za-z]+)_0x[0-9a-f]+")
-"""Tactic of a fusion: four letters of every operation in it, in order."""
+"""Tactic of a fusion: the first four letters of each of its operations, in order."""
 _WORD = re.compile(r"[A-Z][a-z]*")
 _MOVES = frozenset({"Cast", "Conc", "Move", "Resh", "Slic", "Tran"})
 
 
 @dataclass(frozen=True)
 class KernelTensor:
-    """An operand or result of a kernel; ``dtype`` as the builder spells it, e.g. ``Int8`` or ``Half``."""
+    """An operand or result of a kernel; ``dtype`` as TensorRT spells it, e.g. ``Int8`` or ``Half``."""
 
     name: str
     dtype: str
@@ -33,11 +33,12 @@ class Kernel:
     """One kernel of the plan.
 
     Attributes:
-        name, kind: as listed; ``kind`` is e.g. ``gemm`` or ``kgen``.
-        tactic: name of the implementation; empty when none is given.
+        name: name of the kernel.
+        kind: layer type, e.g. ``gemm`` or ``kgen``.
+        tactic: name of the implementation; empty if none is listed.
         profile: index of the optimization profile that it serves.
         inputs, constants, outputs: tensors.
-        nodes: ONNX nodes that it was made from, wholly or in part.
+        nodes: ONNX nodes that it implements, wholly or in part.
     """
 
     name: str
@@ -51,19 +52,19 @@ class Kernel:
 
     @property
     def is_gemm(self) -> bool:
-        """Whether it is a matrix product of its own."""
+        """Whether it is a matrix product, not part of a fusion."""
         return self.kind == "gemm"
 
     @property
     def operands(self) -> tuple[KernelTensor, ...]:
-        """What it multiplies, where it is a matrix product: its first input by its first constant or second input."""
+        """Operands of a matrix product: the first input, and the first constant or second input."""
         return (*self.inputs[:1], *(self.constants or self.inputs[1:])[:1])
 
     @property
     def is_int8_gemm(self) -> bool:
         """Whether it multiplies INT8 activations by an INT8 weight.
 
-        Fusions of kind ``kgen`` and ``runtime_fusion`` may read INT8 too, but widen it before they multiply.
+        Fusions of kind ``kgen`` and ``runtime_fusion`` may read INT8 as well, but widen it before they multiply.
         """
         operands = self.operands
         return self.is_gemm and len(operands) == 2 and all(t.dtype == "Int8" for t in operands)
@@ -72,32 +73,32 @@ class Kernel:
     def has_half_accumulator(self) -> bool:
         """Whether an INT8 product is written as half.
 
-        Scales of output channels are applied behind the product then: what is written is the bare sum, which half
-        cannot hold beyond 65504.
+        The scales of output channels are then applied after the product. What is written is the unscaled sum, which
+        overflows half beyond 65504.
         """
         return self.is_int8_gemm and any(t.dtype == "Half" for t in self.outputs)
 
     @property
     def only_moves(self) -> bool:
-        """Whether it computes nothing: a copy, a cast, another layout."""
+        """Whether it only moves data: a copy, a cast, a change of layout."""
         words = _WORD.findall(tactic.group(1)) if (tactic := _FUSION.fullmatch(self.tactic)) else []
         return self.kind == "Reformat" or (bool(words) and _MOVES.issuperset(words))
 
     @property
     def is_fused_attention(self) -> bool:
-        """Whether it is a whole attention: scores, softmax and context in one kernel."""
+        """Whether it is a fused attention: scores, softmax and context in one kernel."""
         return "_mha" in self.tactic or "_mha" in self.name
 
 
 @dataclass(frozen=True)
 class GraphLinear:
-    """A matrix product with a constant operand, as the parsed network holds it.
+    """A matrix product with a constant operand in the parsed network.
 
     Attributes:
         node: name of the ONNX node.
         site: Site of its input.
-        linears: linears of the model that it packs.
-        broken: the Q/DQ rule that keeps it from INT8; empty for none.
+        linears: number of linears of the model that are packed into it.
+        broken: the Q/DQ rule that prevents INT8; empty if none does.
     """
 
     node: str
@@ -108,7 +109,7 @@ class GraphLinear:
 
 @dataclass(frozen=True)
 class Fallback:
-    """A linear that has no INT8 GEMM in some profile, and the kernels that stand in for it."""
+    """A linear without an INT8 GEMM in a profile, and the kernels that compute it instead."""
 
     linear: GraphLinear
     profile: int
@@ -116,11 +117,11 @@ class Fallback:
 
     @property
     def reason(self) -> str:
-        """The Q/DQ rule that is broken, or that none is."""
+        """The broken Q/DQ rule, or that none is broken."""
         return self.linear.broken or "no Q/DQ rule is broken: the builder chose another kernel"
 
     def __str__(self) -> str:
-        """Name the Site, the node, the profile, the reason and the kernels."""
+        """Return Site, node, profile, reason and kernels in one line."""
         where = ", ".join(self.kernels) or "no kernel names it"
         return f"{self.linear.site} ({self.linear.node}) in profile {self.profile}: {self.reason} ({where})"
 
@@ -131,7 +132,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Every kernel of a plan, and how many optimization profiles they serve."""
+    """Every kernel of a plan, and the number of its optimization profiles."""
 
     kernels: tuple[Kernel, ...]
     profiles: int
@@ -143,7 +144,7 @@ class PlanReport:
 
     @property
     def fused_attention(self) -> int:
-        """Fused attention kernels in the profile that has fewest."""
+        """Fused attention kernels in the profile that has the fewest."""
         return min(self._count(k.profile for k in self.kernels if k.is_fused_attention), default=0)
 
     @property
@@ -157,7 +158,7 @@ class PlanReport:
         return self._count(k.profile for k in self.kernels if k.only_moves)
 
     def fallbacks(self, linears: Sequence[GraphLinear]) -> tuple[Fallback, ...]:
-        """Return the linears without an INT8 GEMM, one entry for each profile where it is missing."""
+        """Return the linears without an INT8 GEMM, one entry per profile that lacks it."""
         found = {(node, k.profile) for k in self.kernels if k.is_int8_gemm for node in k.nodes}
         return tuple(
             Fallback(linear, profile, self._kernels_of(linear.node, profile))
@@ -167,12 +168,12 @@ class PlanReport:
         )
 
     def int8_linears(self, linears: Sequence[GraphLinear]) -> int:
-        """Return how many linears of the model, counted before packing, run in INT8 in every profile."""
+        """Return the number of linears, counted before packing, that run in INT8 in every profile."""
         missing = {fallback.linear.node for fallback in self.fallbacks(linears)}
         return sum(linear.linears for linear in linears if linear.node not in missing)
 
     def unknown_gemms(self, nodes: Iterable[str]) -> tuple[str, ...]:
-        """Return GEMM kernels that belong to none of the given nodes: products that nobody asked for."""
+        """Return the GEMM kernels that belong to none of the given nodes."""
         known = frozenset(nodes)
         return tuple(k.name for k in self.kernels if k.is_gemm and known.isdisjoint(k.nodes))
 

@@ -15,7 +15,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from cushion_deploy.core.session import bfloat16_bits, context_limit, count_positions
-from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session, session_options
+from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
+from cushion_deploy.engines.onnxruntime.settings import CUDA, SessionSettings, session_options
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.modeling.forward import logits as torch_logits
 
@@ -106,7 +107,7 @@ def test_float16_cache_follows_the_contract(tiny: Any, tmp_path: Path, ids: Any)
 
     loaded = tiny.loaded
     half = export_graph(loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), tmp_path, dtype="float16")
-    session: Any = OnnxRuntimeSession(half.path, half.contract, threads=1)
+    session: Any = OnnxRuntimeSession(half.path, half.contract, SessionSettings(threads=1))
     expected = torch_logits(loaded, ids, tiny.prefix)
     session.run(ids[:, :-1], need_logits="none")
     got = session.run(ids[:, -1:])
@@ -180,11 +181,11 @@ def test_missing_onnxruntime_carries_its_install_line(tiny: Any, monkeypatch: py
     assert caught.value.hint == "pip install 'cushion-deploy[cpu]'"
 
 
-def test_a_provider_that_is_not_there_is_told_with_its_install_line(tiny: Any) -> None:
+def test_a_missing_provider_is_an_error_with_its_install_command(tiny: Any) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has the provider")
     with pytest.raises(MissingDependency, match="has no CUDAExecutionProvider; it has") as caught:
-        tiny.session(provider="CUDAExecutionProvider")
+        tiny.session(provider=CUDA)
     assert "pip install 'cushion-deploy[gpu]'" in caught.value.hint
 
 
@@ -200,7 +201,7 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(tiny: Any, monkeypatch: pytest
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
     monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
     with pytest.raises(MissingDependency, match="runs the graph on CPUExecutionProvider, asked for CUDA"):
-        tiny.session(provider="CUDAExecutionProvider")
+        tiny.session(provider=CUDA)
     assert asked == [both]
 
 
@@ -215,7 +216,7 @@ def test_file_that_is_no_graph_is_refused(tiny: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"num_layers": 3}, {"head_dim": 8}, {"vocab_size": 11}, {"dtype": "float16"}])
 def test_contract_of_another_graph_is_refused(tiny: Any, change: dict[str, Any]) -> None:
     with pytest.raises(UntrustedArtifact, match="not the graph that its contract describes"):
-        OnnxRuntimeSession(tiny.plain.path, replace(tiny.plain.contract, **change), threads=1)
+        OnnxRuntimeSession(tiny.plain.path, replace(tiny.plain.contract, **change), SessionSettings(threads=1))
 
 
 def test_every_session_flushes_subnormals_and_multiplies_exactly() -> None:
@@ -245,18 +246,18 @@ def test_integer_sums_do_not_saturate(tmp_path: Path) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, tmp_path / "linear.onnx")
-    options = session_options(threads=1)
+    options = session_options(SessionSettings(threads=1))
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3  # it warns that the saved file fits this machine alone, which is all it is for
+    options.log_severity_level = 3  # it warns that the saved file is valid only on this machine
     session = onnxruntime.InferenceSession(tmp_path / "linear.onnx", options, providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"x": activations})
     np.testing.assert_array_equal(got, activations.astype(np.int64) @ weights.astype(np.int64))
     assert "MatMulIntegerToFloat" in {n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node}
 
 
-def test_head_runs_for_wanted_tokens_alone(tiny: Any, tmp_path: Path, ids: Any) -> None:
+def test_head_runs_only_for_wanted_tokens(tiny: Any, tmp_path: Path, ids: Any) -> None:
     session: Any = tiny.session(chunk=16)
-    profiled = session_options(threads=1)
+    profiled = session_options(SessionSettings(threads=1))
     profiled.enable_profiling = True
     profiled.profile_file_prefix = str(tmp_path / "profile")
     providers = ["CPUExecutionProvider"]

@@ -1,4 +1,4 @@
-"""The reader of the engine inspector's JSON: the same kernels as the build log tells, and nothing half understood."""
+"""Parsing the JSON of the engine inspector: the same kernels as in the build log; anything unknown is an error."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cushion_deploy.core.sites import Site
-from cushion_deploy.engines.tensorrt.inspector import read_inspection
-from cushion_deploy.engines.tensorrt.plan_report import GraphLinear
+from cushion_deploy.engines.tensorrt.coverage.inspector import read_inspection
+from cushion_deploy.engines.tensorrt.coverage.plan_report import GraphLinear
 from cushion_deploy.errors import CheckFailed
 
 VERSION = "10.13.2"
@@ -52,7 +52,7 @@ def test_an_int8_product_is_found_in_every_spelling(operands: dict[str, Any]) ->
 
 
 def test_kernels_of_other_kinds_need_not_tell_their_types() -> None:
-    # As TensorRT writes of tensors whose shape is open, and of types that are none of ours.
+    # As TensorRT writes tensors of dynamic shape, and types that are not used here.
     silent = [{"Name": "a", "Dimensions": None, "Format/Datatype": "N/A due to dynamic shapes"}, {"Name": "b"}]
     report = read_inspection(
         text(layer("Reformat", Inputs=silent, Constants=[], Metadata=""), layer("kgen", Outputs=silent), layer("gemm")),
@@ -61,7 +61,7 @@ def test_kernels_of_other_kinds_need_not_tell_their_types() -> None:
     )
     assert report.int8_linears([MATMUL]) == 1
     assert [tensor.dtype for tensor in report.kernels[0].inputs] == ["Unknown", "Unknown"]
-    # And a product without an operand that is told is not INT8, whatever its tactic is called.
+    # A product without listed operands is not INT8, whatever the name of its tactic.
     other = layer("gemm", Inputs=silent, Metadata="")
     assert read_inspection(text(other), 1, VERSION).int8_gemms == (0,)
 
@@ -105,10 +105,10 @@ def test_kernels_of_a_second_profile_are_its_own() -> None:
         (text(), "kernels of profile -1"),
         (
             text(layer("gemm", Inputs=[{"Name": "a", "Format/Datatype": "Q4"}])),
-            "does not tell the types of its operands",
+            "without the types of its operands",
         ),
-        (text(layer("gemm", Inputs=[{"Name": "a", "Dimensions": None}])), "does not tell the types of its operands"),
-        (text(layer("gemm", Inputs="a")), "Inputs is no list"),
+        (text(layer("gemm", Inputs=[{"Name": "a", "Dimensions": None}])), "without the types of its operands"),
+        (text(layer("gemm", Inputs="a")), "Inputs is not a list"),
         (text(layer("gemm", Name="x_myl1_0 [profile 3]")), "kernels of profile 3 in a plan of 2"),
     ],
 )

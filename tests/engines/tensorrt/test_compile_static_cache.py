@@ -13,20 +13,12 @@ from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.engines.tensorrt.compile import TensorRt
-from cushion_deploy.engines.tensorrt.flavours import RTX
-from cushion_deploy.engines.tensorrt.profiles import Limits, profiles
+from cushion_deploy.engines.tensorrt.engine import TensorRt
+from cushion_deploy.engines.tensorrt.profiles import Limits, profile_shapes
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 
 LIMITS = CompileOptions(("sm86",), max_batch=2, max_context=48, max_prefill=16)
-
-
-@pytest.fixture
-def rtx() -> TensorRt:
-    """Return the engine where its library is installed."""
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is an optional extra: pip install 'cushion-deploy[rtx]'")
-    return TensorRt(RTX)
 
 
 def export(model: Any, folder: Path, dtype: Any, capacity: int) -> ExportedGraph:
@@ -74,7 +66,7 @@ def test_every_point_of_a_profile_has_the_whole_cache(capacity: int, context: in
     contract = GraphContract(2, 3, 8, 32, 256, "float16", 2, prefix_in_cache=True, cache_capacity=capacity)
     limits = Limits.of(LIMITS, contract)
     assert limits == Limits(2, context, 16)
-    for name, shapes in profiles(contract, limits).items():
+    for name, shapes in profile_shapes(contract, limits).items():
         for point, (batch, longest) in enumerate(((1, 1), (1, 16), (2, 16))):
             assert list(shapes["input_ids"][point]) == [batch, 1 if name == "decode" else longest]
             assert list(shapes["attention_mask"][point]) == [batch, capacity]
@@ -83,4 +75,4 @@ def test_every_point_of_a_profile_has_the_whole_cache(capacity: int, context: in
                 for part in ("key", "value"):
                     assert list(shapes[f"past_key_values.{i}.{part}"][point]) == [batch, 3, capacity, 8]
     growing = dataclasses.replace(contract, cache_capacity=0)
-    assert "write_indices" not in profiles(growing, Limits.of(LIMITS, growing))["decode"]
+    assert "write_indices" not in profile_shapes(growing, Limits.of(LIMITS, growing))["decode"]

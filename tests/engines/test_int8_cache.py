@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fake_gpu import FakeTensorRt
+from fake_plans import close, plan_of
 
 from cushion_deploy.core.artifacts import read_kv_scales, write_kv_scales
 from cushion_deploy.core.graphs import ExportedGraph
@@ -17,14 +18,13 @@ from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.session import first_caches
+from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
+from cushion_deploy.engines.tensorrt.engine import TensorRt
+from cushion_deploy.engines.tensorrt.flavours import RTX
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
-from cushion_deploy.runtime import OnnxRuntimeSession, open_session
-from cushion_deploy.runtime.engine import open_plan
-
-from .test_tensorrt import close, plan_of
 
 
 def made_up(tiny: Any) -> KvScales:
@@ -112,7 +112,7 @@ def test_a_plan_keeps_codes_on_the_device(
     ids: np.ndarray,
 ) -> None:
     reference = open_session(graph, threads=1)
-    with open_plan("tensorrt-rtx", plan_of(graph), graph) as session:
+    with TensorRt(RTX).open(graph, plan_of(graph)) as session:
         assert session.contract.cache_dtype == "int8"
         close(session.run(ids[:, :20], need_logits="all"), reference.run(ids[:, :20], need_logits="all"))
         for i in range(20, 24):
@@ -130,5 +130,5 @@ def test_a_plan_keeps_codes_on_the_device(
 def test_a_plan_with_another_cache_is_refused(graph: ExportedGraph, device: FakeTensorRt, tiny: Any) -> None:
     other = replace(graph, contract=replace(graph.contract, quantized_cache=False))
     with pytest.raises(UntrustedArtifact, match="keeps its cache as INT8"):
-        open_plan("tensorrt-rtx", plan_of(graph), other)
+        TensorRt(RTX).open(other, plan_of(graph))
     assert not device.cuda.memory

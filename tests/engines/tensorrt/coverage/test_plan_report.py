@@ -1,4 +1,4 @@
-"""The reader of the builder's layer listing, on real listings of TensorRT-RTX 1.7.1.116."""
+"""Parsing the layer listing of the build log, on real listings of TensorRT-RTX 1.7.1.116."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cushion_deploy.core.sites import Site
-from cushion_deploy.engines.tensorrt.layer_log import SUPPORTED_VERSION, read_plan
-from cushion_deploy.engines.tensorrt.plan_report import GraphLinear
+from cushion_deploy.engines.tensorrt.coverage.layer_log import SUPPORTED_VERSION, read_plan
+from cushion_deploy.engines.tensorrt.coverage.plan_report import GraphLinear
 from cushion_deploy.errors import CheckFailed
 
 DATA = Path(__file__).parent / "data"
@@ -29,7 +29,7 @@ def listing(name: str) -> str:
 
 
 def gemm_nodes(text: str) -> list[str]:
-    """Return the nodes that open the names of gemm kernels of profile 0, by a reading of its own."""
+    """Return the nodes that start the names of gemm kernels of profile 0, by independent parsing."""
     names = re.findall(r"^Name: ([^ ,]+), LayerType: gemm", text, flags=re.MULTILINE)
     return [re.sub(r"_U\d+_myl\d+_\d+$", "", name) for name in names]
 
@@ -75,7 +75,7 @@ def test_an_int8_product_written_as_half_is_a_hazard() -> None:
 
 
 def test_kernels_that_only_move_are_counted() -> None:
-    # One for each of SmolLM2's 30 attentions in each profile, by a reading of its own.
+    # One for each of SmolLM2's 30 attentions in each profile, by independent parsing.
     tactics = re.findall(r"TacticName: __myl_([A-Za-z]+)_0x", listing(SMOLLM2))
     expected = sum(re.fullmatch("(Move|Resh|Tran|Cast|Slic|Conc)+", tactic) is not None for tactic in tactics)
     assert expected == 60
@@ -107,8 +107,8 @@ def test_a_linear_that_lost_int8_is_named_with_its_site_and_the_kernels_that_sta
     assert [(f.linear.site, f.profile) for f in fallbacks] == [(linear.site, 0), (linear.site, 1)]
     assert "layers.0.mlp.gate_up (layers.0.mlp/MatMul_90) in profile 0: no Q/DQ rule is broken" in str(fallbacks[0])
     assert "(runtime_fusion __myl_" in str(fallbacks[0])
-    told = report.fallbacks([dataclasses.replace(linear, broken="weight-scales: on the contracting axis")])
-    assert told[0].reason == "weight-scales: on the contracting axis"
+    found = report.fallbacks([dataclasses.replace(linear, broken="weight-scales: on the contracting axis")])
+    assert found[0].reason == "weight-scales: on the contracting axis"
 
 
 def test_a_linear_that_no_kernel_names_counts_as_floating_point() -> None:

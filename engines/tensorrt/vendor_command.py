@@ -1,4 +1,4 @@
-"""The command of the vendor's own tool that builds the same plan, to try or report one without this project."""
+"""The command of the vendor's own tool that builds the same plan, to reproduce one without this project."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _POINTS = ("min", "opt", "max")
 def vendor_command(
     flavour: Flavour, graph: ExportedGraph, plan: str, targets: Sequence[str], profiles: Mapping[str, Shapes]
 ) -> str:
-    """Return the line of ``trtexec`` (standard TensorRT) or ``tensorrt_rtx`` that builds the same plan.
+    """Return the command line of ``trtexec`` (standard TensorRT) or ``tensorrt_rtx`` that builds the same plan.
 
-    Empty for a graph with a static cache: its attention is marked as one that may be decomposed, and its memory as the
-    caller's, which no option of the tools does.
+    Empty for a graph with a static cache: its attention is marked as decomposable and its memory as managed by the
+    caller, and the tools have no option for either.
 
     Args:
-        flavour: which tool.
-        graph: what is compiled.
-        plan: file name.
-        targets: such as ``sm86``.
+        flavour: library whose tool is used.
+        graph: graph to compile.
+        plan: file name of the plan.
+        targets: compute capabilities such as ``sm86``.
         profiles: shapes of each optimization profile, in order.
     """
     if graph.contract.cache_capacity:

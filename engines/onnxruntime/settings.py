@@ -1,0 +1,123 @@
+"""Execution providers and session settings of ONNX Runtime, shared by the coverage count and by sessions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from cushion_deploy.errors import MissingDependency, UsageError
+
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+SESSION_CONFIG = {
+    # Softmax over masked positions produces subnormals, which made one call up to 30 times slower.
+    "session.set_denormal_as_zero": "1",
+    # x86 without VNNI adds products of uint8 and int8 in saturating 16 bits. On such a processor this stores the int8
+    # weights as uint8 with zero point 128: the same codes, and exact sums.
+    "session.x64quantprecision": "1",
+}
+"""Config entries of every session. Coverage is counted with the same entries, so what was counted is what runs."""
+CHUNK = 128
+"""Most prompt tokens in one call by default."""
+_INSTALL_GPU = "pip uninstall onnxruntime, then pip install 'cushion-deploy[gpu]'"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider of ONNX Runtime, and the engine that runs ``model.onnx`` on it.
+
+    Attributes:
+        engine: name of the engine.
+        name: name of the provider in ONNX Runtime.
+        install: command or advice that installs it.
+    """
+
+    engine: str
+    name: str
+    install: str
+
+
+CPU = Provider("onnxruntime", "CPUExecutionProvider", "pip install 'cushion-deploy[cpu]'")
+CUDA = Provider("onnxruntime-cuda", "CUDAExecutionProvider", _INSTALL_GPU)
+TENSORRT = Provider("onnxruntime-tensorrt", "TensorrtExecutionProvider", _INSTALL_GPU)
+TENSORRT_RTX = Provider(
+    "onnxruntime-tensorrt-rtx",
+    "NvTensorRTRTXExecutionProvider",
+    "install a build with this provider, such as onnxruntime-trt-rtx",
+)
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How a session runs a graph.
+
+    Attributes:
+        threads: threads of one operator; None for one per physical core.
+        fused: False runs the graph as written, Q and DQ as separate nodes: the slow reference.
+        chunk: most prompt tokens in one call. A prompt fed in chunks skips most of what the causal mask would discard.
+        provider: execution provider; nodes that a GPU provider does not support run on the CPU.
+
+    Raises:
+        UsageError: a value below 1.
+    """
+
+    threads: int | None = None
+    fused: bool = True
+    chunk: int = CHUNK
+    provider: Provider = CPU
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise UsageError(f"chunk is {self.chunk}", hint="feed at least 1 token in a call, 128 by default")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads is {self.threads}", hint="give at least 1, or leave it out for one per core")
+
+
+DEFAULTS = SessionSettings()
+
+
+def session_options(settings: SessionSettings = DEFAULTS) -> Any:
+    """Return the ``onnxruntime.SessionOptions`` of a decoder graph.
+
+    Raises:
+        MissingDependency: onnxruntime is not installed.
+    """
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    # Errors only: it warns of every initializer that a caller may override, as logits_start is on purpose.
+    options.log_severity_level = 3
+    if settings.threads is not None:
+        options.intra_op_num_threads = settings.threads
+    # ONNX Runtime applies flush-to-zero to the calling thread only through the first session of a process; to its own
+    # worker threads through every session. So every session carries the entry.
+    for key, value in SESSION_CONFIG.items():
+        options.add_session_config_entry(key, value)
+    if not settings.fused:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def import_onnxruntime() -> Any:
+    """Return the module; raises MissingDependency, with the install command, if it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise MissingDependency("onnxruntime is not installed", hint=CPU.install) from e
+    return onnxruntime
+
+
+def installed_version(provider: Provider) -> str:
+    """Return the version of ONNX Runtime, without importing it.
+
+    Raises:
+        MissingDependency: no distribution of it is installed; the hint is the install command of the provider.
+    """
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    raise MissingDependency(
+        f"engine '{provider.engine}' needs {DISTRIBUTIONS[0]}, which is not installed", hint=provider.install
+    )
