@@ -91,9 +91,9 @@ def command(
 
 
 def _summary(study: Any) -> list[str]:
-    from cushion_deploy.report.wording import one_line
+    from cushion_deploy.report.render.printable import one_line
     from cushion_deploy.study.document import PARTS
-    from cushion_deploy.study.prose import headline, sentences
+    from cushion_deploy.study.statements import headline, sentences
 
     lines = [one_line(headline(study))]
     for part, title in PARTS.items():

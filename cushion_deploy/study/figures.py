@@ -1,38 +1,28 @@
-"""The figures of a study: schemes and remedies as points, magnitudes and attention layer by layer."""
+"""The figures of a study: perplexity of schemes and remedies, activation magnitudes and attention by layer."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cushion_deploy.report.figures import Drawing, draw, magnitudes_figure
-from cushion_deploy.report.style import (
-    WIDE_LIGHT,
-    Canvas,
-    category_axis,
-    layer_ticks,
-    line,
-    log_ticks,
-    new_figure,
-    plain_axes,
-    settings,
-)
-from cushion_deploy.report.wording import one_line
-from cushion_deploy.study.document import Attention, Pair, Score, Step, Study
+from cushion_deploy.report.figures import magnitudes_figure
+from cushion_deploy.report.render.axes import Series, category_axis, layer_panels, legend, log_ticks, plain_axes
+from cushion_deploy.report.render.drawing import WIDE_LIGHT, Canvas, Drawing, Painter, draw, new_figure, settings
+from cushion_deploy.report.render.printable import one_line
+from cushion_deploy.study.document import Attention, LayerAttention, Pair, Score, Step, Study
 from cushion_deploy.study.tables import on
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = tuple[str, float | None, float | None]
-"""A label with two values on the same axis; None where there is none."""
+"""A label with two values on the same axis; None for a missing value."""
 
 
 def points_figure(
     rows: Sequence[Row], names: tuple[str, str], references: Sequence[tuple[str, float]], canvas: Canvas = WIDE_LIGHT
 ) -> Figure:
-    """Draw two points a row on a logarithmic axis, joined, and references as vertical lines."""
+    """Draw two connected points per row on a log axis, and references as vertical lines."""
     theme = canvas.theme
     with settings(theme):
         figure = new_figure(canvas, 1.0 + 0.32 * max(len(rows), 1))
@@ -59,49 +49,34 @@ def points_figure(
         category_axis(axes, canvas, [one_line(label) for label, _, _ in rows])
         log_ticks(axes.xaxis)
         axes.set_xlabel("perplexity, log scale (lower is better)")
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=2 if canvas.narrow else 4)
+        legend(figure, axes, 2 if canvas.narrow else 4)
     return figure
 
 
 def attention_figure(found: Attention, canvas: Canvas = WIDE_LIGHT) -> Figure:
     """Draw the shares of attention per layer, without and with the prefix, from 0 to 100 %."""
-    with settings(canvas.theme):
-        figure = new_figure(canvas, 5.6 if canvas.narrow else 3.3)
-        rows, columns = (2, 1) if canvas.narrow else (1, 2)
-        panels = list(figure.subplots(rows, columns, sharex=True, sharey=True))
-        for axes, title, layers in (
-            (panels[0], "without prefix", found.without),
-            (panels[1], "with prefix", found.with_prefix),
-        ):
-            plain_axes(axes, canvas, title)
-            depth = [entry.layer for entry in layers]
-            for index, (label, values) in enumerate(
-                (
-                    ("on the prefix", [100 * entry.prefix for entry in layers]),
-                    ("on the first token", [100 * entry.first for entry in layers]),
-                    ("on all other tokens", [100 * entry.rest for entry in layers]),
-                )
-            ):
-                line(axes, canvas, index, label, depth, values)
-            axes.set_ylim(-3, 103)
-            layer_ticks(axes)
-            if axes is panels[-1] or not canvas.narrow:
-                axes.set_xlabel("layer")
-            if axes is panels[0] or canvas.narrow:
-                axes.set_ylabel("share of attention, %")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=2 if canvas.narrow else 3)
-    return figure
+
+    def series(layers: Sequence[LayerAttention]) -> list[Series]:
+        return [
+            ("on the prefix", [100 * entry.prefix for entry in layers]),
+            ("on the first token", [100 * entry.first for entry in layers]),
+            ("on all other tokens", [100 * entry.rest for entry in layers]),
+        ]
+
+    panels = [
+        (title, [entry.layer for entry in layers], series(layers))
+        for title, layers in (("without prefix", found.without), ("with prefix", found.with_prefix))
+    ]
+    return layer_panels(canvas, panels, "share of attention, %", height=3.3, limits=(-3, 103))
 
 
 def draw_figures(study: Study) -> dict[str, Drawing]:
-    """Return the figures of the parts that the study has, by the part's name.
+    """Return the figures of the parts that the study has, by name of the part.
 
     Raises:
         MissingDependency: matplotlib is not installed.
     """
-    painters: dict[str, Callable[[Canvas], Figure]] = {}
+    painters: dict[str, Painter] = {}
     figure2, figure3 = study.figure2, study.figure3
     if study.texts:
         text = study.texts[0].name
@@ -118,13 +93,13 @@ def draw_figures(study: Study) -> dict[str, Drawing]:
     return {name: draw(painter) for name, painter in painters.items()}
 
 
-def _pairs_painter(pairs: Sequence[Pair], study: Study, text: str) -> Callable[[Canvas], Figure]:
+def _pairs_painter(pairs: Sequence[Pair], study: Study, text: str) -> Painter:
     rows = [(pair.label, _value(on(pair.without, text)), _value(on(pair.with_prefix, text))) for pair in pairs]
     references = _known([("FP", on(study.fp, text)), ("FP + prefix", on(study.fp_prefix, text))])
     return lambda canvas: points_figure(rows, ("without prefix", "with prefix"), references, canvas)
 
 
-def _steps_painter(steps: Sequence[Step], study: Study, text: str) -> Callable[[Canvas], Figure]:
+def _steps_painter(steps: Sequence[Step], study: Study, text: str) -> Painter:
     rows = [(step.label, _value(on(step.scores, text)), _value(on(step.fp, text))) for step in steps]
     references = _known([("FP, no prefix", on(study.fp, text))])
     return lambda canvas: points_figure(rows, ("static W8A8", "FP with the same prefix"), references, canvas)
@@ -135,4 +110,4 @@ def _known(scores: Sequence[tuple[str, Score | None]]) -> list[tuple[str, float]
 
 
 def _value(score: Score | None) -> float | None:
-    return None if score is None or score.perplexity is None or math.isinf(score.perplexity) else score.perplexity
+    return None if score is None else score.perplexity
