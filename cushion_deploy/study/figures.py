@@ -48,7 +48,8 @@ def points_figure(
             axes.axvline(value, color=theme.muted, linewidth=1, linestyle=("--", ":")[index % 2], label=name, zorder=0)
         category_axis(axes, canvas, [one_line(label) for label, _, _ in rows])
         log_ticks(axes.xaxis)
-        axes.set_xlabel("perplexity, log scale (lower is better)")
+        # Right-aligned, the label has room to the left on a narrow canvas.
+        axes.set_xlabel("perplexity, log scale (lower is better)", loc="right" if canvas.narrow else "center")
         legend(figure, axes, 2 if canvas.narrow else 4)
     return figure
 

@@ -116,7 +116,7 @@ def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: str) -> list[str
     closer = sum(_nearer(b, a) for a, b in both)
     return [
         f"{sentence} The prefix lowers perplexity in {gains} of {plural(len(pairs), 'scheme')} and reduces the "
-        f"divergence from the original model in {closer}."
+        f"divergence from the original model in {closer} of them."
     ]
 
 
