@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cushion_deploy.report.document import Calibration, LayerMagnitude, Magnitudes, Perplexity, Report, Stage
+from cushion_deploy.report.document import Report, Stage
+from cushion_deploy.report.document.measurements import Calibration, LayerMagnitude, Magnitudes, Perplexity
 from cushion_deploy.report.render.axes import (
     Series,
     category_axis,

@@ -8,7 +8,7 @@ from cushion_deploy.report import sections
 from cushion_deploy.report.document import Report
 from cushion_deploy.report.provenance import environment_section, recipe_section
 from cushion_deploy.report.render.drawing import Drawing
-from cushion_deploy.report.render.elements import Fact, Page, Span
+from cushion_deploy.report.render.elements import Fact, Page, Section, Span
 from cushion_deploy.report.render.formatting import count, date_time, duration, model_name, plural, size
 from cushion_deploy.report.render.printable import one_line
 from cushion_deploy.report.statements import failed_checks, verdict
@@ -20,19 +20,17 @@ def report_page(report: Report, figures: Mapping[str, Drawing]) -> Page:
     """Return the page of a report; a figure that is missing from ``figures`` is left out."""
     m, outcome = report.model, verdict(report)
     parts = (
-        sections.perplexity_section(report, figures),
-        sections.prefix_section(report),
-        sections.activations_section(report, figures),
-        sections.search_section(report),
-        sections.tuning_section(report),
-        sections.parity_section(report),
-        sections.engines_section(report),
-        sections.scales_section(report, figures),
-        sections.graph_section(report),
-        sections.time_section(report, figures),
-        sections.usage_section(),
-        recipe_section(report.recipe),
-        environment_section(report.environment, m),
+        ("perplexity", "Perplexity", sections.perplexity(report, figures)),
+        ("prefix", "Prefix", sections.prefix(report)),
+        ("magnitudes", "Activations", sections.activations(report, figures)),
+        ("search", "Prefix search", sections.search(report)),
+        ("tuning", "Tuning", sections.tuning(report)),
+        ("parity", "Parity", sections.parity(report)),
+        ("engines", "Engines", sections.engines(report)),
+        ("scales", "Scales", sections.scales(report, figures)),
+        ("graph", "Graph", sections.graph(report)),
+        ("time", "Time", sections.time(report, figures)),
+        ("use", "Using the bundle", sections.usage()),
     )
     return Page(
         title=f"{model_name(m.source)}, static {one_line(report.precision).upper()}: cushion-deploy report",
@@ -47,7 +45,11 @@ def report_page(report: Report, figures: Mapping[str, Drawing]) -> Page:
             f"{plural(m.vocab_size, 'vocabulary token')}.",
         ),
         facts=tuple(_facts(report)),
-        sections=tuple(part for part in parts if part is not None),
+        sections=(
+            *(Section(name, title, tuple(blocks)) for name, title, blocks in parts if blocks),
+            recipe_section(report.recipe),
+            environment_section(report.environment, m),
+        ),
         footer=(
             f"Written by cushion-deploy {report.tool.version} from report.json (schema {report.schema_version}), "
             "which contains every number on this page."

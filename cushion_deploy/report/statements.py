@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cushion_deploy.report.document import Engine, Magnitudes, ParityRow, Perplexity, Report, Tuning
+from cushion_deploy.report.document import Engine, ParityRow, Report
+from cushion_deploy.report.document.measurements import Magnitudes, Perplexity
+from cushion_deploy.report.document.prefix import Tuning
 from cushion_deploy.report.render.formatting import (
     listing,
     model_name,

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cushion_deploy.report import statements
-from cushion_deploy.report.document import Engine, ParityRow, Perplexity, Report
+from cushion_deploy.report.document import Engine, ParityRow, Report
+from cushion_deploy.report.document.measurements import Perplexity
 from cushion_deploy.report.render.formatting import duration
 from cushion_deploy.report.render.printable import one_line, visible
 

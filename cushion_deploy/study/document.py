@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, model_validator
 
-from cushion_deploy.report.document import Environment, Magnitudes, Model, Tool
 from cushion_deploy.report.document.base import (
     Count,
     FreeForm,
@@ -16,7 +15,10 @@ from cushion_deploy.report.document.base import (
     Seconds,
     StrictModel,
     read_document,
+    require_one_string_per_id,
 )
+from cushion_deploy.report.document.build import Environment, Model, Tool
+from cushion_deploy.report.document.measurements import Magnitudes
 
 STUDY_JSON = "study.json"
 PARTS = {
@@ -64,8 +66,7 @@ class PrefixInUse(StrictModel):
 
     @model_validator(mode="after")
     def _one_string_per_id(self) -> PrefixInUse:
-        if len(self.token_ids) != len(self.tokens):
-            raise ValueError(f"{len(self.token_ids)} token ids but {len(self.tokens)} token strings")
+        require_one_string_per_id(self.token_ids, self.tokens)
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -43,6 +44,12 @@ class StrictModel(BaseModel):
         validate_by_name=True,
         validate_by_alias=True,
     )
+
+
+def require_one_string_per_id(token_ids: Sequence[int], tokens: Sequence[str]) -> None:
+    """Raise ValueError if the numbers of token ids and token strings differ."""
+    if len(token_ids) != len(tokens):
+        raise ValueError(f"{len(token_ids)} token ids but {len(tokens)} token strings")
 
 
 DocumentT = TypeVar("DocumentT", bound=StrictModel)

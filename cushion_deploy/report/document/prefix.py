@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cushion_deploy.report.document.base import Count, Seconds, StrictModel
+from cushion_deploy.report.document.base import Count, Seconds, StrictModel, require_one_string_per_id
 
 # "screen" is how reports named "self-sink" while it was the only screen.
 CandidateSource = Literal["self-sink", "gradient", "obvious", "random", "seed", "scan", "screen"]
@@ -78,8 +78,7 @@ class Search(StrictModel):
 
     @model_validator(mode="after")
     def _one_string_per_id(self) -> Search:
-        if len(self.token_ids) != len(self.tokens):
-            raise ValueError(f"{len(self.token_ids)} token ids but {len(self.tokens)} token strings")
+        require_one_string_per_id(self.token_ids, self.tokens)
         return self
 
 

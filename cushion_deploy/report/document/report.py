@@ -7,12 +7,10 @@ from typing import Literal
 
 from pydantic import AwareDatetime, Field
 
-from cushion_deploy.report.document.artifacts import Engine, Export, ParityRow
 from cushion_deploy.report.document.base import FreeForm, StrictModel, read_document
-from cushion_deploy.report.document.build import Environment, Model, Stage, Tool
+from cushion_deploy.report.document.build import Engine, Environment, Export, Model, ParityRow, Stage, Tool
+from cushion_deploy.report.document.measurements import Calibration, KvCache, Magnitudes, Perplexity
 from cushion_deploy.report.document.prefix import Search, Tuning
-from cushion_deploy.report.document.quality import Magnitudes, Perplexity
-from cushion_deploy.report.document.quantization import Calibration, KvCache
 
 REPORT_JSON = "report.json"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from cushion_deploy.report.render.drawing import Drawing
 
@@ -33,7 +33,6 @@ Text: TypeAlias = "str | tuple[str | Span, ...]"
 class Paragraph:
     """A paragraph; a ``note`` is secondary and set smaller."""
 
-    kind: ClassVar = "paragraph"
     text: Text
     note: bool = False
 
@@ -42,7 +41,6 @@ class Paragraph:
 class Subheading:
     """A heading inside a section."""
 
-    kind: ClassVar = "subheading"
     text: Text
 
 
@@ -51,7 +49,7 @@ class Table:
     """A table.
 
     Attributes:
-        head: column headings; the first column names the rows.
+        head: column headings, all empty for a list of names and values; the first column names the rows.
         rows: as many cells each as there are headings. A row of a single cell is a heading for the rows below it.
         caption: what the table shows; empty for none.
         align: ``l`` or ``r`` for each column; by default the first is ``l`` and all others are ``r``.
@@ -59,7 +57,6 @@ class Table:
         strong_column: index of a column to highlight.
     """
 
-    kind: ClassVar = "table"
     head: tuple[str, ...]
     rows: tuple[tuple[Text, ...], ...]
     caption: str = ""
@@ -73,23 +70,14 @@ class Table:
         return self.align or "l" + "r" * (len(self.head) - 1)
 
     def is_strong(self, row: int, column: int) -> bool:
-        """Return whether a cell is highlighted."""
-        return row in self.strong or column == self.strong_column
-
-
-@dataclass(frozen=True)
-class Definitions:
-    """Terms with their values."""
-
-    kind: ClassVar = "definitions"
-    entries: tuple[tuple[str, Text], ...]
+        """Return whether a cell is highlighted; the heading of a group of rows always is."""
+        return len(self.rows[row]) == 1 or row in self.strong or column == self.strong_column
 
 
 @dataclass(frozen=True)
 class Preformatted:
     """Text whose line breaks and spaces are kept; ``language`` is the info string of a Markdown code block."""
 
-    kind: ClassVar = "preformatted"
     text: str
     language: str = ""
 
@@ -98,7 +86,6 @@ class Preformatted:
 class Figure:
     """A figure: embedded in HTML; in Markdown a link to ``<name>.svg`` beside the file."""
 
-    kind: ClassVar = "figure"
     name: str
     alt: str
     drawing: Drawing
@@ -108,12 +95,11 @@ class Figure:
 class Details:
     """Blocks that are hidden until the reader opens them."""
 
-    kind: ClassVar = "details"
     summary: str
     blocks: tuple[Block, ...]
 
 
-Block: TypeAlias = "Paragraph | Subheading | Table | Definitions | Preformatted | Figure | Details"
+Block: TypeAlias = "Paragraph | Subheading | Table | Preformatted | Figure | Details"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def render_html(page: Page) -> str:
     environment.filters.update(
         {
             "figure_uri": lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii"),
+            "kind": lambda block: type(block).__name__.lower(),
             "spans": lambda text: (text,) if isinstance(text, str) else text,
             "token_pieces": token_pieces,
             "unbroken": lambda text: text.replace(" %", "\u00a0%"),

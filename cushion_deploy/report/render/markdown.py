@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 
 from cushion_deploy.report.render.elements import (
     Block,
-    Definitions,
     Details,
     Figure,
     Page,
@@ -52,8 +51,6 @@ def _blocks(blocks: Iterable[Block]) -> Iterator[str]:
                 yield f"### {_inline(block.text)}"
             case Table():
                 yield from _table(block)
-            case Definitions():
-                yield from (f"- {_inline(term)}: {_inline(value)}" for term, value in block.entries)
             case Preformatted():
                 text = legible(block.text)
                 # A fence must be longer than any run of backticks inside.
@@ -73,11 +70,11 @@ def _table(table: Table) -> Iterator[str]:
     yield "| " + " | ".join(_inline(title) for title in table.head) + " |"
     yield "| " + " | ".join("---:" if letter == "r" else "---" for letter in table.alignment) + " |"
     for index, row in enumerate(table.rows):
-        cells = [_inline(cell) for cell in row]
-        marks = ["**" if cell and table.is_strong(index, column) else "" for column, cell in enumerate(cells)]
-        if len(cells) == 1:
-            cells, marks = [*cells, *[""] * (len(table.head) - 1)], ["**", *[""] * (len(table.head) - 1)]
-        yield "| " + " | ".join(f"{mark}{cell}{mark}" for mark, cell in zip(marks, cells, strict=True)) + " |"
+        cells = [
+            f"**{_inline(cell)}**" if cell and table.is_strong(index, i) else _inline(cell)
+            for i, cell in enumerate(row)
+        ]
+        yield "| " + " | ".join([*cells, *[""] * (len(table.head) - len(row))]) + " |"
 
 
 def _inline(text: Text) -> str:
