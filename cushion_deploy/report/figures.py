@@ -11,7 +11,7 @@ from cushion_deploy.report.document import Report, Stage
 from cushion_deploy.report.document.measurements import Calibration, LayerMagnitude, Magnitudes, Perplexity
 from cushion_deploy.report.render.axes import (
     Series,
-    category_axis,
+    category_figure,
     layer_panels,
     layer_ticks,
     legend,
@@ -56,22 +56,18 @@ def magnitudes_figure(magnitudes: Magnitudes, canvas: Canvas = WIDE_LIGHT) -> Fi
 def perplexity_figure(measured: Perplexity, canvas: Canvas = WIDE_LIGHT, *, prefix: bool = True) -> Figure:
     """Draw the measured columns as bars from zero, or as points on a log scale if they differ too much for bars."""
     theme = canvas.theme
-    named = [
+    columns = [
         ("FP", measured.fp, theme.muted),
         ("FP + prefix", measured.fp_prefix, theme.muted),
         ("quantized", measured.quantized, theme.series[1]),
         ("quantized + prefix", measured.quantized_prefix, theme.series[0]),
         ("engine + prefix" if prefix else "engine", measured.engine, theme.series[0]),
     ]
-    labels = [label for label, value, _ in named if value is not None]
-    colours = [colour for _, value, colour in named if value is not None]
-    values = [value for _, value, _ in named if value is not None]
+    known = [(label, value, colour) for label, value, colour in columns if value is not None]
+    labels, values, colours = ([column[i] for column in known] for i in range(3))
     positions = list(range(len(values)))
     logarithmic = bool(values) and max(values) > _LARGEST_BAR_RATIO * min(values)
-    with settings(theme):
-        figure = new_figure(canvas, 0.55 + 0.34 * max(len(values), 1))
-        axes = figure.subplots()
-        plain_axes(axes, canvas)
+    with category_figure(canvas, labels, margin=0.55, step=0.34) as (figure, axes):
         if logarithmic:
             axes.set_xscale("log")
             axes.scatter(values, positions, s=64, color=colours, zorder=3)
@@ -80,7 +76,6 @@ def perplexity_figure(measured: Perplexity, canvas: Canvas = WIDE_LIGHT, *, pref
         else:
             axes.barh(positions, values, height=0.62, color=colours)
             axes.set_xlim(0, max(values, default=1) * (1.25 if canvas.narrow else 1.1))
-        category_axis(axes, canvas, labels)
         for position, value in zip(positions, values, strict=True):
             value_label(axes, canvas, value, position, perplexity(value))
         axes.set_xlabel("perplexity, log scale (lower is better)" if logarithmic else "perplexity (lower is better)")
@@ -128,10 +123,7 @@ def stages_figure(stages: Sequence[Stage], canvas: Canvas = WIDE_LIGHT) -> Figur
     """Draw the seconds of every stage from top to bottom; reused stages are outlined and labelled."""
     theme = canvas.theme
     longest = max((stage.seconds for stage in stages), default=0) or 1
-    with settings(theme):
-        figure = new_figure(canvas, 0.55 + 0.32 * max(len(stages), 1))
-        axes = figure.subplots()
-        plain_axes(axes, canvas)
+    with category_figure(canvas, [one_line(stage.stage) for stage in stages], margin=0.55, step=0.32) as (figure, axes):
         for position, stage in enumerate(stages):
             axes.barh(
                 [position],
@@ -143,7 +135,6 @@ def stages_figure(stages: Sequence[Stage], canvas: Canvas = WIDE_LIGHT) -> Figur
             )
             label = duration(stage.seconds) + (" (reused)" if stage.reused else "")
             value_label(axes, canvas, stage.seconds, position, label)
-        category_axis(axes, canvas, [one_line(stage.stage) for stage in stages])
         axes.set_xlim(0, longest * (1.85 if canvas.narrow else 1.18))
         axes.set_xlabel("seconds")
     return figure

@@ -16,12 +16,11 @@ from cushion_deploy.report.render.elements import (
     Paragraph,
     Preformatted,
     Span,
-    Subheading,
     Table,
     Text,
     figure_if_drawn,
 )
-from cushion_deploy.report.render.formatting import duration, number, plural, sentence, size, value_and_limit
+from cushion_deploy.report.render.formatting import duration, number, plural, size, value_and_limit
 
 Blocks = list[Block]
 Figures = Mapping[str, Drawing]
@@ -179,24 +178,24 @@ def _parity_row(row: ParityRow) -> tuple[Text, ...]:
 def engines(report: Report) -> Blocks:
     """Return the INT8 coverage of every engine, and whether it was run."""
     blocks: Blocks = [Paragraph(statements.engines_sentence(report))]
+    if report.engines:
+        rows = tuple(_engine_row(engine) for engine in report.engines)
+        blocks.append(Table(("engine", "targets", "coverage", "on this machine"), rows, align="llll"))
     for engine in report.engines:
-        blocks.append(Subheading((f"{engine.engine} ", Span(f"({', '.join(engine.targets)})", "quiet"))))
-        blocks.append(Paragraph(_engine_summary(engine)))
-        if fused := statements.fused_attention_clause(report, engine):
-            blocks.append(Paragraph(sentence(fused), note=True))
+        if fused := statements.fused_attention_sentence(report, engine):
+            blocks.append(Paragraph(f"{engine.engine}: {fused}", note=True))
         if engine.details:
-            blocks.append(Details("Engine details", (json_block(engine.details),)))
+            blocks.append(Details(f"Details of {engine.engine}", (json_block(engine.details),)))
     return blocks
 
 
-def _engine_summary(engine: Engine) -> Text:
+def _engine_row(engine: Engine) -> tuple[Text, ...]:
     covered = statements.coverage(engine)
     if engine.fused_attention:
-        covered += f", with {plural(engine.fused_attention, 'fused attention kernel')}"
-    if not engine.ran:
-        return f"{covered}. ", Span(statements.not_run_reason(engine), "incomplete")
-    note = (" ", Span(engine.note, "quiet")) if engine.note else ()
-    return f"{covered}. ", Span("run on this machine", "passed"), *note
+        covered += f", {plural(engine.fused_attention, 'fused attention kernel')}"
+    status = Span("run", "passed") if engine.ran else Span(statements.not_run_reason(engine), "incomplete")
+    note = (" ", Span(engine.note, "quiet")) if engine.ran and engine.note else ()
+    return engine.engine, ", ".join(engine.targets), covered, (status, *note)
 
 
 def scales(report: Report, figures: Figures) -> Blocks:

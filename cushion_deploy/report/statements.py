@@ -186,7 +186,7 @@ def cache_sentence(report: Report) -> str:
     )
 
 
-def fused_attention_clause(report: Report, engine: Engine) -> str:
+def fused_attention_sentence(report: Report, engine: Engine) -> str:
     """State how many attention layers of a plan with an INT8 cache are fused kernels; empty if not applicable.
 
     ONNX Runtime fuses none of them on the CPU, whatever the cache.
@@ -195,10 +195,10 @@ def fused_attention_clause(report: Report, engine: Engine) -> str:
         return ""
     fused, layers = engine.fused_attention, report.model.layers
     if fused >= layers:
-        return f"all {layers} attention layers are fused kernels, also with the INT8 cache"
+        return f"All {layers} attention layers are fused kernels, also with the INT8 cache."
     return (
         f"{fused} of {layers} attention layers are fused kernels with the INT8 cache; "
-        "build with export.kv_cache=float to see whether a floating-point cache allows more"
+        "build with export.kv_cache=float to see whether a floating-point cache allows more."
     )
 
 

@@ -29,7 +29,7 @@ def summary(report: Report) -> RenderableType:
     parts += [_labelled("engine" if not i else "", _engine(e)) for i, e in enumerate(report.engines)]
     if report.kv_cache is not None:
         parts.append(_labelled("cache", Text(statements.cache_sentence(report))))
-        fused = (statements.fused_attention_clause(report, engine) for engine in report.engines)
+        fused = (statements.fused_attention_sentence(report, engine) for engine in report.engines)
         parts += [_labelled("", Text(sentence)) for sentence in fused if sentence]
     if not report.engines:
         parts.append(_labelled("engine", Text(statements.engines_sentence(report))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 from cushion_deploy.report.render.formatting import (
     NONE,
@@ -112,8 +113,8 @@ def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: str) -> list[str
         return [sentence + "."]
     sentence += f"; {perplexity(after)} with it, {_over(after, on(study.fp_prefix, text))} FP with the same prefix."
     both = [(on(p.without, text), on(p.with_prefix, text)) for p in pairs]
-    gains = sum(_less(b, a) for a, b in both)
-    closer = sum(_nearer(b, a) for a, b in both)
+    gains = sum(_lower(b, a, "perplexity") for a, b in both)
+    closer = sum(_lower(b, a, "divergence") for a, b in both)
     return [
         f"{sentence} The prefix lowers perplexity in {gains} of {plural(len(pairs), 'scheme')} and reduces the "
         f"divergence from the original model in {closer} of them."
@@ -209,7 +210,7 @@ def _table4(study: Study) -> list[str]:
         both = [(on(p.without, text.name), on(p.with_prefix, text.name)) for p in pairs]
         known = [(a, b) for a, b in both if a and b]
         if known:
-            gains = sum(_less(b, a) for a, b in known)
+            gains = sum(_lower(b, a, "perplexity") for a, b in known)
             said.append(f"On {text.name}, the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
     return said
 
@@ -296,16 +297,12 @@ def _over(value: Score | None, base: Score | None) -> str:
     return f"{text} {'relative to' if text.startswith('−') else 'over'}"
 
 
-def _less(a: Score | None, b: Score | None) -> bool:
-    if a is None or b is None or a.perplexity is None:
+def _lower(a: Score | None, b: Score | None, measure: Literal["perplexity", "divergence"]) -> bool:
+    """Return whether ``a`` is better than ``b``; a value that is not finite never is."""
+    if a is None or b is None:
         return False
-    return b.perplexity is None or a.perplexity < b.perplexity
-
-
-def _nearer(a: Score | None, b: Score | None) -> bool:
-    if a is None or b is None or a.divergence is None:
-        return False
-    return b.divergence is None or a.divergence < b.divergence
+    value, other = getattr(a, measure), getattr(b, measure)
+    return value is not None and (other is None or value < other)
 
 
 def _parts_run(study: Study) -> int:

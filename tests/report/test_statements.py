@@ -10,7 +10,7 @@ from cushion_deploy.report.render.html import render_html
 from cushion_deploy.report.statements import (
     cache_sentence,
     engines_sentence,
-    fused_attention_clause,
+    fused_attention_sentence,
     not_run_reason,
     parity_sentence,
     perplexity_rows,
@@ -161,22 +161,24 @@ def test_an_int8_cache_states_its_cost_and_its_size(data: dict[str, Any]) -> Non
 def test_attention_that_an_int8_cache_leaves_unfused_is_stated(data: dict[str, Any]) -> None:
     report = _with_cache(data)
     onnx, plan = report.engines
-    assert fused_attention_clause(report, onnx) == ""
-    assert fused_attention_clause(report, plan) == "all 30 attention layers are fused kernels, also with the INT8 cache"
+    assert fused_attention_sentence(report, onnx) == ""
+    assert (
+        fused_attention_sentence(report, plan) == "All 30 attention layers are fused kernels, also with the INT8 cache."
+    )
     data["engines"][1]["fused_attention"] = 28
     report = _with_cache(data)
-    assert fused_attention_clause(report, report.engines[1]).startswith(
+    assert fused_attention_sentence(report, report.engines[1]).startswith(
         "28 of 30 attention layers are fused kernels with"
     )
     floating = Report.model_validate(data)
-    assert fused_attention_clause(floating, floating.engines[1]) == ""
+    assert fused_attention_sentence(floating, floating.engines[1]) == ""
 
 
 def test_terminal_and_page_show_the_cache(data: dict[str, Any]) -> None:
     report = _with_cache(data)
     lines = " ".join(" ".join(summary_lines(report)).split())
     assert "cache INT8, one scale per head, the prefix in floating point: perplexity 31.20" in lines
-    assert "all 30 attention layers are fused kernels" in lines
+    assert "All 30 attention layers are fused kernels" in lines
     page = render_html(report_page(report, {}))
     assert "The key/value cache is INT8, one scale per head" in page
     assert "All 30 attention layers are fused kernels, also with the INT8 cache." in page

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cushion_deploy.report.render.drawing import Canvas, new_figure, settings
@@ -109,13 +110,25 @@ def layer_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_locator(import_extra("matplotlib.ticker").MaxNLocator(integer=True, nbins=8))
 
 
-def category_axis(axes: Axes, canvas: Canvas, labels: Sequence[str]) -> None:
-    """Name the rows of a bar or point figure, the first on top."""
-    axes.set_yticks(list(range(len(labels))), labels=list(labels))
-    axes.tick_params(axis="y", labelcolor=canvas.theme.ink)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.grid(visible=False, axis="y")
-    axes.grid(axis="x", color=canvas.theme.grid, linewidth=0.7)
+@contextmanager
+def category_figure(canvas: Canvas, labels: Sequence[str], margin: float, step: float) -> Iterator[tuple[Figure, Axes]]:
+    """Return a figure with one row per label, the first on top; its theme holds until the block ends.
+
+    Args:
+        canvas: what to draw on.
+        labels: names of the rows.
+        margin, step: height of the figure without rows and of one row, in inches.
+    """
+    with settings(canvas.theme):
+        figure = new_figure(canvas, margin + step * max(len(labels), 1))
+        axes = figure.subplots()
+        plain_axes(axes, canvas)
+        yield figure, axes
+        axes.set_yticks(list(range(len(labels))), labels=list(labels))
+        axes.tick_params(axis="y", labelcolor=canvas.theme.ink)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x", color=canvas.theme.grid, linewidth=0.7)
 
 
 def value_label(axes: Axes, canvas: Canvas, x: float, y: float, text: str) -> None:

@@ -38,13 +38,6 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
-class Subheading:
-    """A heading inside a section."""
-
-    text: Text
-
-
-@dataclass(frozen=True)
 class Table:
     """A table.
 
@@ -99,7 +92,7 @@ class Details:
     blocks: tuple[Block, ...]
 
 
-Block: TypeAlias = "Paragraph | Subheading | Table | Preformatted | Figure | Details"
+Block: TypeAlias = "Paragraph | Table | Preformatted | Figure | Details"
 
 
 @dataclass(frozen=True)

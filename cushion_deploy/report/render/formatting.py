@@ -103,8 +103,3 @@ def plural(amount: int, noun: str) -> str:
 def listing(items: list[str]) -> str:
     """Return ``a``, ``a and b`` or ``a, b and c``."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
-
-
-def sentence(text: str) -> str:
-    """Return a clause as a sentence: first letter in upper case, a full stop at the end."""
-    return f"{text[:1].upper()}{text[1:]}."

@@ -14,7 +14,6 @@ from cushion_deploy.report.render.elements import (
     Paragraph,
     Preformatted,
     Span,
-    Subheading,
     Table,
     Text,
 )
@@ -47,8 +46,6 @@ def _blocks(blocks: Iterable[Block]) -> Iterator[str]:
         match block:
             case Paragraph():
                 yield _inline(block.text)
-            case Subheading():
-                yield f"### {_inline(block.text)}"
             case Table():
                 yield from _table(block)
             case Preformatted():
