@@ -64,7 +64,7 @@ def perplexity_figure(measured: Perplexity, canvas: Canvas = WIDE_LIGHT, *, pref
         ("engine + prefix" if prefix else "engine", measured.engine, theme.series[0]),
     ]
     known = [(label, value, colour) for label, value, colour in columns if value is not None]
-    labels, values, colours = ([column[i] for column in known] for i in range(3))
+    labels, values, colours = [c[0] for c in known], [c[1] for c in known], [c[2] for c in known]
     positions = list(range(len(values)))
     logarithmic = bool(values) and max(values) > _LARGEST_BAR_RATIO * min(values)
     with category_figure(canvas, labels, margin=0.55, step=0.34) as (figure, axes):

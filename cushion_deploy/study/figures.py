@@ -31,7 +31,8 @@ def points_figure(
             if first is not None and second is not None:
                 axes.plot([first, second], [position, position], color=theme.grid, linewidth=2.5, zorder=1)
         for index, (name, marker) in enumerate(zip(names, "so", strict=True)):
-            known = [(row[1 + index], position) for position, row in enumerate(rows) if row[1 + index] is not None]
+            column = enumerate(row[1 + index] for row in rows)
+            known = [(value, position) for position, value in column if isinstance(value, float)]
             values, positions = [value for value, _ in known], [position for _, position in known]
             axes.scatter(values, positions, s=46, marker=marker, color=theme.series[1 - index], label=name, zorder=3)
         for index, (name, value) in enumerate(references):
