@@ -35,8 +35,10 @@ def headline(study: Study) -> str:
     without = _over(on(deployed.without, text), on(study.fp, text))
     if not deployed.with_prefix:
         return f"{name} in static W8A8 is {without} FP perplexity on {text}, without a prefix."
-    behind = _over(on(deployed.with_prefix, text), on(study.fp, text))
-    return f"{name} in static W8A8 is {behind} FP perplexity on {text} with the prefix, and {without} FP without it."
+    with_prefix = _over(on(deployed.with_prefix, text), on(study.fp, text))
+    return (
+        f"{name} in static W8A8 is {with_prefix} FP perplexity on {text} with the prefix, and {without} FP without it."
+    )
 
 
 def introduction(study: Study) -> list[str]:
@@ -136,8 +138,8 @@ def _table2(study: Study) -> list[str]:
     without = 100 * mean_of([r.value for r in last.without])
     sentence = f"The deployed recipe reaches {without:.2f} % without the prefix ({signed(without - fp)} points)"
     if last.with_prefix:
-        behind = 100 * mean_of([r.value for r in last.with_prefix])
-        sentence += f" and {behind:.2f} % with it ({signed(behind - fp)})"
+        with_prefix = 100 * mean_of([r.value for r in last.with_prefix])
+        sentence += f" and {with_prefix:.2f} % with it ({signed(with_prefix - fp)})"
     return [*said, sentence + "."]
 
 

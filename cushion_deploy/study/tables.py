@@ -75,13 +75,13 @@ def _pairs(study: Study, pairs: Sequence[Pair], text: str) -> Table:
 
 
 def _pair_row(
-    label: str, without: Score | None, behind: Score | None, fp: Score | None, fp_prefix: Score | None
+    label: str, without: Score | None, with_prefix: Score | None, fp: Score | None, fp_prefix: Score | None
 ) -> tuple[str, ...]:
-    if fp is None:  # the row of the float model
-        return (label, perplexity(without), "", divergence(without), perplexity(behind), "", change(behind, without),
-                divergence(behind))  # fmt: skip
-    return (label, perplexity(without), change(without, fp), divergence(without), perplexity(behind),
-            change(behind, fp_prefix), change(behind, fp), divergence(behind))  # fmt: skip
+    # Without fp this is the row of the float model itself.
+    over_fp, over_fp_prefix = ("", "") if fp is None else (change(without, fp), change(with_prefix, fp_prefix))
+    before = (perplexity(without), over_fp, divergence(without))
+    after = (perplexity(with_prefix), over_fp_prefix, change(with_prefix, fp or without), divergence(with_prefix))
+    return (label, *before, *after)
 
 
 def _steps(study: Study, steps: Sequence[Step], text: str) -> Table:
@@ -109,8 +109,8 @@ def _accuracy(pairs: Sequence[TaskPair]) -> Table:
         without = 100 * mean_of([r.value for r in pair.without])
         row = [pair.label, f"{without:.2f}", NONE, NONE]
         if pair.with_prefix:
-            behind = 100 * mean_of([r.value for r in pair.with_prefix])
-            row[2:] = [f"{behind:.2f}", signed(behind - without)]
+            with_prefix = 100 * mean_of([r.value for r in pair.with_prefix])
+            row[2:] = [f"{with_prefix:.2f}", signed(with_prefix - without)]
         rows.append(tuple(row))
     tasks = plural(len(pairs[0].without), "task") if pairs else "no task"
     head = ("scheme", "without", "with prefix", "change, points")
