@@ -71,8 +71,8 @@ def command(
 ) -> int:
     """Score a bundle or a model on texts and tasks.
 
-    A bundle is run in torch (FP and fake-quant, each with and without the prefix) and on its engine; a model is run
-    in FP. The exit code is 1 if the engine differs from fake-quant by more than the noise of the measurement.
+    TARGET is a bundle or a model. A bundle is run in torch (FP and fake-quant, each with and without the prefix) and
+    on its engine; a model is run in FP. The exit code is 1 if the engine differs from fake-quant by more than the noise of the measurement.
     """
     from cushion_deploy.evaluate.zeroshot import TaskSuite
     from cushion_deploy.pipeline.evaluating import choose_columns, evaluate_columns

@@ -115,9 +115,9 @@ def test_the_engine_alone_needs_no_model(cli: Any, tiny_bundle: Any, python: Any
     ("options", "message"),
     [
         (["--columns", "fq"], "unknown column 'fq'"),
-        (["--limit", "3"], "no task was given"),
+        (["--limit", "3"], "need --tasks"),
         (["--window", "100000", "--columns", "engine"], "longer than the"),
-        (["--recipe", "r.yaml"], "--recipe was given with a bundle"),
+        (["--recipe", "r.yaml"], "--recipe cannot be used with a bundle"),
         (["--data", "nowhere.txt", "--columns", "engine"], "unknown data set"),
     ],
 )
