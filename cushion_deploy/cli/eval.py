@@ -72,7 +72,8 @@ def command(
     """Score a bundle or a model on texts and tasks.
 
     TARGET is a bundle or a model. A bundle is run in torch (FP and fake-quant, each with and without the prefix) and
-    on its engine; a model is run in FP. The exit code is 1 if the engine differs from fake-quant by more than the noise of the measurement.
+    on its engine; a model is run in FP. The exit code is 1 if the engine differs from fake-quant by more than the
+    noise of the measurement.
     """
     from cushion_deploy.evaluate.zeroshot import TaskSuite
     from cushion_deploy.pipeline.evaluating import choose_columns, evaluate_columns
@@ -101,7 +102,7 @@ def command(
 
 
 def table(found: Evaluation) -> list[str]:
-    """Return the scores as lines: one row per text or task, one column per way to run the model, then the agreement."""
+    """Return the scores as lines: a row per text or task, a column per way to run the model, then the agreement."""
     from cushion_deploy.pipeline.evaluating import COLUMNS
 
     rows = [["", *(COLUMNS[c] for c in found.columns)]]

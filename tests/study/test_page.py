@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cushion_deploy.errors import UntrustedArtifact
+from cushion_deploy.report.render.drawing import Drawing
 from cushion_deploy.report.render.html import render_html
 from cushion_deploy.report.render.markdown import render_markdown
 from cushion_deploy.study.document import PARTS, Study, read_study
@@ -117,3 +118,17 @@ def test_a_file_that_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
         read_study(tmp_path / "study.json")
     with pytest.raises(UntrustedArtifact, match="cannot be read"):
         read_study(tmp_path / "absent.json")
+
+
+def test_the_committed_study_is_what_the_renderer_writes() -> None:
+    folder = Path(__file__).parents[2] / "bench" / "results" / "smollm2"
+    study = read_study(folder / "study.json")
+    drawings = {path.stem: Drawing(b"", b"", b"", b"", b"") for path in folder.glob("*.svg")}
+    assert set(drawings) == {"table1", "table3", "remedies", "table4", "figure2", "figure3"}
+    page = study_page(study, drawings)
+    assert render_markdown(page) == (folder / "study.md").read_text(encoding="utf-8")
+    # All but the images, whose bytes depend on the fonts of the machine.
+    written, committed = (
+        re.sub('base64,[^"]*', "", html) for html in (render_html(page), (folder / "study.html").read_text("utf-8"))
+    )
+    assert written == committed
