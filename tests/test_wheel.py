@@ -92,9 +92,10 @@ def test_it_owns_one_name_and_one_file_of_optimum_and_carries_what_is_no_python(
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"cushion_deploy"}
     assert "cushion_deploy/py.typed" in names
-    templates = [p.name for p in (ROOT / "cushion_deploy" / "report").glob("*.j2")]
-    assert templates
-    assert {f"cushion_deploy/report/{t}" for t in templates} <= set(names)
+    render = ROOT / "cushion_deploy" / "report" / "render"
+    templates = [p.name for p in render.iterdir() if p.suffix in (".j2", ".css")]
+    assert len(templates) == 2
+    assert {f"cushion_deploy/report/render/{t}" for t in templates} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -11,7 +11,7 @@ import click
 from cushion_deploy.cli.options import make_run, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.report import wording
+from cushion_deploy.report.render.formatting import size
 
 if TYPE_CHECKING:
     from cushion_deploy.verbs.bench import Bench
@@ -67,8 +67,8 @@ def _lines(found: Bench) -> list[str]:
                 f"{s['prefill_tokens_per_second']:,.0f}",
                 f"{s['decode_tokens_per_second']:,.1f}",
                 " / ".join(f"{value:.1f}" for value in s["decode_milliseconds"].values()),
-                wording.size(found.memory[name]) if name in found.memory else "",
-                wording.size(found.files[name]) if name in found.files else "",
+                size(found.memory[name]) if name in found.memory else "",
+                size(found.files[name]) if name in found.files else "",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -11,7 +11,7 @@ import click
 from cushion_deploy.cli.options import make_run, parse_settings, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.report import wording
+from cushion_deploy.report.render.formatting import count, duration, percent, perplexity, plural, size
 
 SHOWN = 5
 """Sinks and Sites to name."""
@@ -55,7 +55,7 @@ def command(
 def _lines(found: Diagnosis) -> list[str]:
     m = found.model
     lines = [
-        f"{m['source']}: {m['family']}, {wording.count(m['parameters'])} parameters, {m['layers']} layers, "
+        f"{m['source']}: {m['family']}, {count(m['parameters'])} parameters, {m['layers']} layers, "
         f"{m['linears']} linears, {m['positions']:,} positions",
         "",
         _sink_sentence(found),
@@ -75,16 +75,16 @@ def _lines(found: Diagnosis) -> list[str]:
     lines.append(_prefix_sentence(found))
     cost = found.cost
     lines += [
-        f"static W8A8 without a prefix or any other remedy: perplexity {wording.perplexity(cost.fp)} to "
-        f"{wording.perplexity(cost.quantized)}, {wording.percent(cost.change)} (rough: {cost.tokens:,} tokens)",
+        f"static W8A8 without a prefix or any other remedy: perplexity {perplexity(cost.fp)} to "
+        f"{perplexity(cost.quantized)}, {percent(cost.change)} (rough: {cost.tokens:,} tokens)",
         "",
     ]
     needed = found.resources
-    parts = ", ".join(f"{name} {wording.duration(seconds)}" for name, seconds in needed.seconds.items())
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in needed.seconds.items())
     lines += [
-        f"a build takes about {wording.duration(needed.total_seconds)} here ({parts}; conversion and engines not counted)",
-        f"memory about {wording.size(needed.memory)} ({wording.size(needed.memory_free)} free), "
-        f"disk about {wording.size(needed.disk)} ({wording.size(needed.disk_free)} free)",
+        f"a build takes about {duration(needed.total_seconds)} here ({parts}; conversion and engines not counted)",
+        f"memory about {size(needed.memory)} ({size(needed.memory_free)} free), "
+        f"disk about {size(needed.disk)} ({size(needed.disk_free)} free)",
         "",
     ]
     for engine in found.engines:
@@ -98,7 +98,7 @@ def _lines(found: Diagnosis) -> list[str]:
 def _sink_sentence(found: Diagnosis) -> str:
     if not found.sinks:
         return "no attention sinks: no token enters a linear much larger than the others"
-    return f"attention sinks at {wording.plural(len(found.sinks), 'position')}:"
+    return f"attention sinks at {plural(len(found.sinks), 'position')}:"
 
 
 def _prefix_sentence(found: Diagnosis) -> str:

@@ -1,4 +1,4 @@
-"""`eval`: perplexity and zero-shot tasks, on the torch model, on fake-quant, and on the artifact's engine."""
+"""`eval`: perplexity and zero-shot tasks of the torch model, of fake quantization, and of a bundle's engine."""
 
 from __future__ import annotations
 
@@ -25,27 +25,33 @@ if TYPE_CHECKING:
     "--data",
     multiple=True,
     metavar="DATA",
-    help="Text to score: file, wikitext, c4, org/name; repeatable. Default, without --tasks: the recipe's.",
+    help="Text to score: a file, wikitext, c4, or org/name. Repeatable. Default without --tasks: from the recipe.",
 )
-@click.option("--window", type=click.IntRange(2), help="Tokens in one window of text. Default: the recipe's.")
-@click.option("--max-tokens", type=click.IntRange(2), help="Most tokens of a text to score. Default: the recipe's.")
+@click.option("--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe.")
+@click.option(
+    "--max-tokens", type=click.IntRange(2), help="Maximum number of tokens to score per text. Default: from the recipe."
+)
 @click.option(
     "--tasks",
     multiple=True,
     metavar="TASKS",
-    help="Names of lm-eval (lambada, hellaswag, piqa, winogrande, openbookqa, rte, copa, or all), task files, or "
-    "folders of task files; commas between them. Task files may run Python of their own.",
+    help="Comma-separated lm-eval names (lambada, hellaswag, piqa, winogrande, openbookqa, rte, copa, or all), task "
+    "files, or folders of task files. Task files can run Python code.",
 )
 @click.option(
     "--task-data",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder with the data that task files name.",
+    help="Folder with the data files that task files refer to.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Rows of each task. Default: all.")
-@click.option("--columns", metavar="NAMES", help="fp,fp-prefix,quantized,quantized-prefix,engine. Default: all.")
-@click.option("--model", metavar="MODEL", help="The original model of a bundle; default: the one its recipe names.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings; for a model alone.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the engine; default: one per core.")
+@click.option("--limit", type=click.IntRange(1), help="Rows per task. Default: all.")
+@click.option(
+    "--columns",
+    metavar="NAMES",
+    help="Comma-separated: fp, fp-prefix, quantized, quantized-prefix, engine. Default: all.",
+)
+@click.option("--model", metavar="MODEL", help="Original model of the bundle. Default: from its recipe.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings; only for a model.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the engine. Default: one per core.")
 @run_options
 def command(
     target: str,
@@ -65,9 +71,9 @@ def command(
 ) -> int:
     """Score a bundle or a model on texts and tasks.
 
-    TARGET is a bundle or a model. A bundle is run in torch (FP and fake-quant, each with and without its prefix) and
-    on its engine; a model in FP.
-    Exit code 1 when the engine differs from fake-quant by more than the noise of the measurement.
+    TARGET is a bundle or a model. A bundle is run in torch (FP and fake-quant, each with and without the prefix) and
+    on its engine; a model is run in FP. The exit code is 1 if the engine differs from fake-quant by more than the
+    noise of the measurement.
     """
     from cushion_deploy.evaluate.zeroshot import TaskSuite
     from cushion_deploy.verbs.eval import Scored, choose_columns, evaluate_columns
@@ -81,7 +87,7 @@ def command(
     chosen = choose_columns(names([columns] if columns else []), bundle)
     wanted = names(tasks)
     if (limit is not None or task_data is not None) and not wanted:
-        raise UsageError("--limit and --task-data say how tasks run, but no task was given", hint="add --tasks")
+        raise UsageError("--limit and --task-data need --tasks, which was not given", hint="add --tasks")
     suite = TaskSuite(wanted, task_data) if wanted else None
     texts: Sequence[str | None] = data or ([] if wanted else [settings.evaluation.data])
     with progress(quiet) as report_progress:
@@ -96,7 +102,7 @@ def command(
 
 
 def table(found: Evaluation) -> list[str]:
-    """Return the scores as lines: a row a text or task, a column a way to run it, then the agreement."""
+    """Return the scores as lines: a row per text or task, a column per way to run the model, then the agreement."""
     from cushion_deploy.verbs.eval import COLUMNS
 
     rows = [["", *(COLUMNS[c] for c in found.columns)]]
@@ -116,24 +122,24 @@ def table(found: Evaluation) -> list[str]:
     for check in found.agreements:
         mark = "ok  " if check.passed else "FAIL"
         lines.append(
-            f"{mark} engine against fake-quant, {check.name}: {check.metric} differs by {check.difference:.4g} "
-            f"(at most {check.limit:.4g})"
+            f"{mark} engine vs. fake-quant, {check.name}: {check.metric} differs by {check.difference:.4g} "
+            f"(limit {check.limit:.4g})"
         )
     return [line.rstrip() for line in lines]
 
 
 def _open(target: str, model: str | None, recipe: Path | None) -> Bundle | None:
-    """Return the verified bundle at ``target``; None where it names a model."""
+    """Return the verified bundle at ``target``; None if it is a model."""
     from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.verbs.eval import is_bundle
 
     if is_bundle(target):
         if recipe:
-            raise UsageError("--recipe was given with a bundle, which has its own", hint="leave --recipe out")
+            raise UsageError("--recipe cannot be used with a bundle, which has its own recipe", hint="remove --recipe")
         return open_bundle(Path(target))
     if model:
         raise UsageError(
-            f"--model was given, but {target} is no bundle", hint="give the bundle, or the model as the only argument"
+            f"--model was given, but {target} is not a bundle", hint="pass a bundle, or the model as the only argument"
         )
     return None
 

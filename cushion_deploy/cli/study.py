@@ -1,4 +1,4 @@
-"""`study`: the paper's tables and figures for a model, cell by cell, as JSON, Markdown, figures and a page."""
+"""`study`: measure the paper's tables and figures for a model; write them as JSON, Markdown, figures and a page."""
 
 from __future__ import annotations
 
@@ -16,27 +16,31 @@ from cushion_deploy.errors import UsageError, require_modules
 @click.command("study")
 @click.argument("model", metavar="MODEL")
 @recipe_options
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the study.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder to write the study to."
+)
 @click.option(
     "--only",
     multiple=True,
     metavar="PARTS",
-    help="table1 to table6, remedies, figure2, figure3; commas between them. Default: all.",
+    help="Comma-separated parts: table1 to table6, remedies, figure2, figure3. Default: all.",
 )
-@click.option("--window", type=click.IntRange(2), help="Tokens in one window of text. Default: the recipe's.")
-@click.option("--max-tokens", type=click.IntRange(2), help="Most tokens of a text to score. Default: the recipe's.")
+@click.option("--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe.")
+@click.option(
+    "--max-tokens", type=click.IntRange(2), help="Maximum number of tokens to score per text. Default: from the recipe."
+)
 @click.option(
     "--tasks",
     multiple=True,
     metavar="TASKS",
-    help="Zero-shot tasks of Table 2, as `eval` takes them: names of lm-eval, task files, or folders of them.",
+    help="Zero-shot tasks for Table 2, as in `eval`: lm-eval names, task files, or folders of task files.",
 )
 @click.option(
     "--task-data",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder with the data that task files name.",
+    help="Folder with the data files that task files refer to.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Rows of each task. Default: all.")
+@click.option("--limit", type=click.IntRange(1), help="Rows per task. Default: all.")
 def command(
     output: Path,
     only: tuple[str, ...],
@@ -47,10 +51,10 @@ def command(
     limit: int | None,
     **values: Any,
 ) -> None:
-    """Measure the paper's tables and figures for MODEL, beside the paper's own numbers.
+    """Measure the tables and figures of the CushionCache paper for MODEL and compare them with the published numbers.
 
-    Every cell is kept in the work folder as it is made: a study that was stopped goes on where it was, and one with
-    more parts measures only what is missing. The prefix is the recipe's, tuned with --tune.
+    Every measurement is stored in the work folder, so an interrupted study continues where it stopped, and a study
+    with more parts measures only what is missing. The recipe determines the prefix; --tune tunes it.
     """
     from cushion_deploy.study.document import PARTS
 
@@ -58,16 +62,18 @@ def command(
     recipe = make_recipe({**values, "eval_data": texts[0] if texts else None})
     recipe = recipe.merged(scored_text(recipe, window, max_tokens))
     if recipe.export.kv_cache != "float":
-        raise UsageError("a study compares schemes behind a floating-point cache", hint="leave export.kv_cache out")
+        raise UsageError(
+            "a study needs a floating-point key/value cache", hint="remove export.kv_cache from the settings"
+        )
     require_new_folder(output)
     chosen = names(only)
     unknown = [name for name in chosen if name not in PARTS]
     if unknown:
         raise UsageError(f"unknown part '{unknown[0]}'", hint=f"choose from: {', '.join(PARTS)}")
     if (limit is not None or task_data is not None) and not tasks:
-        raise UsageError("--limit and --task-data say how tasks run, but no task was given", hint="add --tasks")
+        raise UsageError("--limit and --task-data need --tasks, which was not given", hint="add --tasks")
     if len(set(texts)) < len(texts):
-        raise UsageError("the same text was given twice", hint="give every --eval-data once")
+        raise UsageError("the same text was given twice", hint="pass each text to --eval-data only once")
     require_modules("torch", "transformers", "jinja2", "matplotlib")
     from cushion_deploy.stages.pipeline import Pipeline
     from cushion_deploy.study.cells import Cells
@@ -92,9 +98,9 @@ def command(
 
 
 def _summary(study: Any) -> list[str]:
-    from cushion_deploy.report.wording import one_line
+    from cushion_deploy.report.render.printable import one_line
     from cushion_deploy.study.document import PARTS
-    from cushion_deploy.study.prose import headline, sentences
+    from cushion_deploy.study.statements import headline, sentences
 
     lines = [one_line(headline(study))]
     for part, title in PARTS.items():
@@ -104,9 +110,9 @@ def _summary(study: Any) -> list[str]:
 
 
 def _study_options(params: list[click.Parameter]) -> list[click.Parameter]:
-    """Return the options of a build as a study takes them: the model is its argument, and texts may be several."""
+    """Return the options of `build`, with the model as an argument and --eval-data repeatable."""
     texts = click.Option(
-        ["--eval-data"], multiple=True, metavar="DATA", help="Text to measure perplexity on; repeatable."
+        ["--eval-data"], multiple=True, metavar="DATA", help="Text to measure perplexity on. Repeatable."
     )
     kept = [p for p in params if not (isinstance(p, click.Option) and p.name in ("model", "eval_data"))]
     at = next(i for i, p in enumerate(kept) if p.name == "calib_data") + 1

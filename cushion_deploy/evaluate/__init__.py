@@ -1,1 +1,1 @@
-"""Measure quality: perplexity on real text, for any way to run the model."""
+"""Evaluation of models, simulated quantization and engines: perplexity, zero-shot tasks and speed."""

@@ -1,4 +1,4 @@
-"""Text to token ids the way a model is fed: with or without the tokenizer's own beginning-of-sequence token."""
+"""Encoding of text for a model, with or without the tokenizer's beginning-of-sequence token."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cushion_deploy.runtime.chat import ChatTemplate, encode_prompt
 
 @dataclass(frozen=True)
 class Encoding:
-    """How text becomes ids.
+    """How text is converted to token ids.
 
     Attributes:
-        tokenizer: of the model; padding and truncation off.
-        bos_token_id: None where the model has none.
+        tokenizer: the model's tokenizer, with padding and truncation off.
+        bos_token_id: None if the model has none.
         eos_token_ids: tokens that end a generation.
-        keep_bos: False behind a prefix, which has taken the place of the beginning-of-sequence token.
-        chat_template: None for a model that was not trained to chat.
+        keep_bos: False with a prefix, which replaces the beginning-of-sequence token.
+        chat_template: None if the model has none.
     """
 
     tokenizer: Tokenizer
@@ -38,7 +38,7 @@ class Encoding:
 
     @property
     def first_token_id(self) -> int:
-        """The context of a text that has none: beginning, or else end of sequence; the first token needs something.
+        """Token used as context for a text without one: the beginning-of-sequence token, or else the end of sequence.
 
         Raises:
             UsageError: the model has neither.
@@ -48,14 +48,14 @@ class Encoding:
         if self.eos_token_ids:
             return self.eos_token_ids[0]
         raise UsageError(
-            "the model has neither a beginning- nor an end-of-sequence token to put before an empty context",
-            hint="score tasks whose contexts hold text",
+            "the model has neither a beginning- nor an end-of-sequence token to use as an empty context",
+            hint="score tasks whose contexts are not empty",
         )
 
     def prompt(self, text: str) -> list[int]:
-        """Return the ids of a text that begins a row."""
+        """Return the ids of a text at the start of a sequence."""
         return encode_prompt(self.tokenizer, text, self.bos_token_id, keep_bos=self.keep_bos)
 
     def plain(self, text: str) -> IntArray:
-        """Return the ids of a text alone, int64 ``[n]``: no special token is added."""
+        """Return the ids of a text without special tokens, int64 ``[n]``."""
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)

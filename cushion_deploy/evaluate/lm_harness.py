@@ -1,4 +1,4 @@
-"""The lm-eval model ``cushion``: a bundle, or anything else that a Scorer runs on, under lm-eval's tasks."""
+"""The lm-eval model ``cushion``, which runs lm-eval tasks on a bundle or on any other decoder session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cushion_deploy.runtime.sampling import SamplingParams
 from cushion_deploy.runtime.text import load
 
 try:
-    # Before anything of ours is registered: lm-eval registers its own models only into an empty registry.
+    # Imported before our model is registered, because lm-eval registers its own models only in an empty registry.
     import lm_eval.models  # noqa: F401
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -27,19 +27,19 @@ except ModuleNotFoundError as e:
     raise missing_lm_eval() from e
 
 NEW_TOKENS = 256
-"""Most tokens of a generation where the task does not say, as in lm-eval's own models."""
+"""Maximum generated tokens if the task does not specify it, as in lm-eval's own models."""
 Request = tuple[tuple[str, str], list[int], list[int]]
-"""Context and continuation as text, then both as ids."""
+"""Context and continuation as text, then the ids of each."""
 
 
 class ScorerLM(TemplateLM):  # type: ignore[misc]
-    """An lm-eval model over a :class:`Scorer`; rows run one by one, and shared contexts once.
+    """An lm-eval model on top of a :class:`Scorer`; requests run one by one, and shared contexts run once.
 
     Args:
-        scorer: what is scored.
-        encoding: how text becomes ids.
-        progress: where to report.
-        name: of the task that is reported.
+        scorer: computes log likelihoods.
+        encoding: converts text to ids.
+        progress: receives the number of finished requests.
+        name: name of the task in progress reports.
     """
 
     def __init__(
@@ -57,42 +57,42 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """Token that stands for an empty context."""
+        """Token used as an empty context."""
         return self.encoding.first_token_id
 
     @property
     def max_length(self) -> int:
-        """Tokens that fit into the context, the prefix left out."""
+        """Number of tokens that fit into the context, not counting the prefix."""
         return self.scorer.limit
 
     @property
     def max_gen_toks(self) -> int:
-        """Most tokens of a generation where the task does not say."""
+        """Maximum generated tokens if the task does not specify it."""
         return NEW_TOKENS
 
     @property
     def batch_size(self) -> int:
-        """Rows that run at once."""
+        """Number of requests that run at once."""
         return 1
 
     @property
     def tokenizer_name(self) -> str:
-        """Name that request caches are kept under."""
+        """Name under which lm-eval caches requests."""
         return f"cushion-{self.encoding.keep_bos}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the source of the model's chat template, None where it is not asked for or there is none."""
+        """Return the source of the model's chat template; None if it is not requested or does not exist."""
         found = self.encoding.chat_template
         return found.source if found and chat_template else None
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as a prompt; raises UsageError where the model has no chat template."""
+        """Return a conversation as a prompt; raises UsageError if the model has no chat template."""
         if self.encoding.chat_template is None:
             raise UsageError("the model has no chat template", hint="leave --apply_chat_template out")
         return self.encoding.chat_template.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of a text; ``add_special_tokens`` False adds none, anything else as the model is fed."""
+        """Return the ids of a text, with the model's special tokens unless ``add_special_tokens`` is False."""
         if add_special_tokens is False:
             return [int(i) for i in self.encoding.plain(string)]
         return self.encoding.prompt(string)
@@ -105,7 +105,7 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        # In the order of their tokens those that share a beginning are neighbours, and it runs once.
+        # Sorted by tokens, requests with a common beginning are adjacent, and the beginning runs once.
         order = sorted(range(len(requests)), key=lambda i: (requests[i][1], requests[i][2]))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for done, i in enumerate(order, 1):
@@ -116,7 +116,7 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Return the log probability of each whole text, cut into windows as lm-eval cuts it."""
+        """Return the log probability of each whole text, split into windows as in lm-eval."""
         totals = []
         for done, (text,) in enumerate((request.args for request in requests), 1):
             windows = get_rolling_token_windows(
@@ -145,8 +145,8 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         count = int(settings.get("max_gen_toks", NEW_TOKENS))
         if count >= self.max_length:
             raise UsageError(
-                f"{count} tokens are to be generated, the model takes {self.max_length} in all",
-                hint="give a smaller max_gen_toks",
+                f"the task generates {count} tokens, but the context of the model holds only {self.max_length}",
+                hint="use a smaller max_gen_toks",
             )
         ids = self.tok_encode(context)[-(self.max_length - count) :] or [self.prefix_token_id]
         params = SamplingParams()
@@ -176,14 +176,14 @@ class CushionLM(ScorerLM):
     """A bundle on its engine: ``--model cushion --model_args bundle=OUT``.
 
     Args:
-        bundle: folder of the bundle; every byte is verified first.
+        bundle: folder of the bundle; every file is verified first.
         engine: engine to run on.
-        threads: of the engine; None for one per core.
-        batch_size, max_batch_size, device: lm-eval gives them to every model; rows run one by one, on the CPU.
+        threads: threads of the engine; None for one per core.
+        batch_size, max_batch_size, device: accepted because lm-eval passes them to every model, and ignored.
 
     Raises:
-        UsageError: no such folder.
-        UntrustedArtifact: the bundle is damaged.
+        UsageError: the folder does not exist.
+        UntrustedArtifact: the bundle is corrupt.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class CushionLM(ScorerLM):
 
 
 def main() -> None:
-    """Run lm-eval's own command line with the model ``cushion`` known to it."""
+    """Run lm-eval's command line with the model ``cushion`` registered."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -1,4 +1,4 @@
-"""Perplexity as the field quotes it: non-overlapping windows, no stride, no token of a prefix scored."""
+"""Perplexity over non-overlapping windows; tokens of a prefix are not scored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
 
 TokenNll = Callable[[IntArray], FloatArray]
-"""Takes token ids int64 ``[1, n]``, returns the negative log likelihoods (nats) of tokens 1..n-1, ``[1, n-1]``."""
+"""Maps token ids int64 ``[1, n]`` to the negative log likelihoods (nats) of tokens 1..n-1, ``[1, n-1]``."""
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,30 @@ class TextScore:
 
     @property
     def tokens(self) -> int:
-        """Tokens that were scored."""
+        """Number of scored tokens."""
         return int(self.losses.size)
 
     @property
     def perplexity(self) -> float:
-        """Exp of the mean loss; infinity where that is beyond a float, or no number."""
+        """Exponential of the mean loss; infinity if that overflows or the mean is NaN."""
         mean = float(self.losses.mean(dtype=np.float64))
         return math.exp(mean) if mean < 700 else math.inf
 
     @property
     def stderr(self) -> float:
-        """Standard error of the perplexity, tokens taken as independent (delta method); NaN for a single token."""
+        """Standard error of perplexity (delta method, treating tokens as independent); NaN for a single token."""
         return self.perplexity * standard_error(self.losses)
 
 
 def standard_error(values: FloatArray) -> float:
-    """Return the standard error of the mean, with Bessel's correction; NaN for one value or infinite ones."""
+    """Return the standard error of the mean, with Bessel's correction; NaN for a single or a non-finite value."""
     if values.size < 2 or not np.isfinite(values).all():
         return math.nan
     return float(values.std(dtype=np.float64, ddof=1)) / math.sqrt(values.size)
 
 
 def cut_windows(ids: IntArray, window: int, max_tokens: int, name: str) -> IntArray:
-    """Return non-overlapping windows int64 ``[count, window]`` from the start of a text; a rest is left out.
+    """Return non-overlapping windows int64 ``[count, window]`` from the start of a text; the remainder is dropped.
 
     Raises:
         UsageError: the text is shorter than one window.
@@ -60,13 +60,13 @@ def cut_windows(ids: IntArray, window: int, max_tokens: int, name: str) -> IntAr
     if count == 0:
         raise UsageError(
             f"{name} holds {len(ids)} tokens, fewer than one window of {window}",
-            hint="give more text, or a smaller window (evaluation.window)",
+            hint="use more text or a smaller window (evaluation.window)",
         )
     return ids[: count * window].reshape(count, window)
 
 
 def score_text(nll: TokenNll, windows: IntArray, progress: Progress = silent, task: str = "perplexity") -> TextScore:
-    """Return the losses of all windows ``[count, window]``; the first token of each is context only."""
+    """Return the losses of all windows ``[count, window]``; the first token of each window is only context."""
     rows = []
     for done, window in enumerate(windows, 1):
         rows.append(nll(window[None]).astype(np.float32, copy=False))
@@ -75,7 +75,7 @@ def score_text(nll: TokenNll, windows: IntArray, progress: Progress = silent, ta
 
 
 def nll_of_logits(logits: FloatArray, ids: IntArray) -> FloatArray:
-    """Return the token losses ``[batch, n-1]`` of logits ``[batch, n, vocab]`` over ids ``[batch, n]``."""
+    """Return the token losses ``[batch, n-1]`` from logits ``[batch, n, vocab]`` and ids ``[batch, n]``."""
     scores = logits[:, :-1].astype(np.float64)
     top = scores.max(axis=-1, keepdims=True)
     normalizer = np.log(np.exp(scores - top).sum(axis=-1)) + top[..., 0]

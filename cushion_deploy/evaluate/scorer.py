@@ -1,4 +1,4 @@
-"""Log likelihoods of token ids on any decoder with a cache: torch, fake-quant, or the session of an engine."""
+"""Log likelihoods of token ids on any decoder session with a cache: torch, fake-quant, or an engine."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from cushion_deploy.errors import CheckFailed, UsageError
 
 
 def token_losses(logits: FloatArray, targets: IntArray) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """Return what each row of logits says of its target.
+    """Return the loss of each target, and whether greedy decoding would choose it.
 
     Args:
         logits: float32 ``[n, vocab]``.
         targets: int64 ``[n]``, the token that follows each row.
 
     Returns:
-        Negative log likelihoods (nats) float32 ``[n]``, and whether the target is the likeliest token, bool ``[n]``.
+        Negative log likelihoods (nats) float32 ``[n]``, and whether the target has the highest logit, bool ``[n]``.
     """
     scores = logits.astype(np.float32, copy=False)
     top = scores.max(axis=-1, keepdims=True)
-    # Exponentials in float32, a third of the time of float64; their sum in float64, because there are many.
+    # Exponentials in float32 take a third of the time of float64; the sum has many terms, so it is in float64.
     total = np.exp(scores - top).sum(axis=-1, dtype=np.float64)
     chosen = np.take_along_axis(scores, targets[:, None], axis=-1)
     losses = np.log(total) + (top - chosen)[:, 0].astype(np.float64)
@@ -32,26 +32,26 @@ def token_losses(logits: FloatArray, targets: IntArray) -> tuple[FloatArray, npt
 
 
 class Scorer:
-    """Scores one row at a time; what a request shares with the one before it is not run again.
+    """Scores one sequence at a time; tokens shared with the start of the previous one are reused from the cache.
 
     Args:
-        session: a decoder; it belongs to the scorer until :meth:`reset`.
-        piece: tokens whose logits are held at once; bounds memory.
+        session: a decoder; used by nothing else until :meth:`reset`.
+        piece: number of tokens whose logits are in memory at once.
     """
 
     def __init__(self, session: DecoderSession, piece: int = 128) -> None:
-        """Begin with an empty cache."""
+        """Start with an empty cache."""
         self.session = session
         self.piece = piece
         self.reset()
 
     @property
     def limit(self) -> int:
-        """Tokens that fit into the context, the prefix left out."""
+        """Number of tokens that fit into the context, not counting the prefix."""
         return context_limit(self.session.contract)
 
     def reset(self) -> None:
-        """Empty the cache; needed after anything else has used the session."""
+        """Empty the cache; required after anything else has used the session."""
         self._held: list[int] = []
         self.session.reset()
 
@@ -68,11 +68,11 @@ class Scorer:
     def loglikelihood(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
         """Return the log probability (nats) of a continuation, and whether greedy decoding would produce it.
 
-        A context that is too long loses its beginning, as in lm-eval.
+        A context that is too long is truncated at its beginning, as in lm-eval.
 
         Args:
-            context: token ids, one at least.
-            continuation: token ids, one at least.
+            context: token ids, at least one.
+            continuation: token ids, at least one.
 
         Raises:
             UsageError: an empty context or continuation, or a continuation that does not fit into the model.
@@ -81,19 +81,21 @@ class Scorer:
         if not context or not continuation:
             raise UsageError(
                 f"{len(context)} tokens of context and {len(continuation)} of continuation cannot be scored",
-                hint="give at least one of each; the beginning-of-sequence token may be the context",
+                hint="pass at least one of each; the beginning-of-sequence token may be the context",
             )
         if len(continuation) > self.limit:
             raise UsageError(
-                f"a continuation of {len(continuation)} tokens is longer than the {self.limit} that the model takes",
-                hint="score a shorter text, or let loglikelihood_rolling cut it",
+                f"a continuation of {len(continuation)} tokens does not fit into the model's {self.limit} positions",
+                hint="score a shorter text, or use loglikelihood_rolling, which splits it",
             )
         tokens = [*context, *continuation][-(self.limit + 1) :]
         losses, greedy = self._score(tokens, len(tokens) - len(continuation) - 1)
         total = float(losses.sum(dtype=np.float64))
         if np.isnan(total):
             self.reset()
-            raise CheckFailed("the model returned NaN", hint="run `cushion-deploy parity` to find where it arises")
+            raise CheckFailed(
+                "the model returned NaN", hint="run `cushion-deploy parity` to find where NaN first occurs"
+            )
         return -total, bool(greedy.all())
 
     def _score(self, tokens: list[int], first: int) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
@@ -110,18 +112,18 @@ class Scorer:
                 end = min(begin + self.piece, len(fed))
                 logits = self.session.run(ids[None, begin:end], need_logits="all")
                 if logits is None:
-                    raise TypeError("the session returned no logits although it was asked for them")
+                    raise TypeError("the session returned no logits although they were requested")
                 found = token_losses(logits[0], ids[begin + 1 : end + 1])
                 losses.append(found[0])
                 greedy.append(found[1])
         finally:
-            # Also after an error: whatever was fed until then is what the cache holds.
+            # Also after an error: the cache contains whatever was fed until then.
             self._held = fed[: self.session.length]
         return np.concatenate(losses), np.concatenate(greedy)
 
 
 def _common(held: Sequence[int], wanted: Sequence[int], most: int) -> int:
-    """Return how many tokens two rows share at their beginning, ``most`` at the most."""
+    """Return the length of the common beginning of two sequences, at most ``most``."""
     count = 0
     for a, b in zip(held[:most], wanted[:most], strict=False):
         if a != b:

@@ -1,6 +1,6 @@
-"""How fast decoders run beside each other: interleaved rounds in one process, so that a busy machine slows all alike.
+"""Speed of several decoders, timed in interleaved rounds so that load on the machine affects all of them equally.
 
-Peak memory is that of a child process that loads one graph, feeds the prompt and decodes a token:
+Peak memory is measured in a child process that loads one graph, runs the prompt and decodes one token:
 ``python -m cushion_deploy.evaluate.speed`` with the graph as JSON on stdin.
 """
 
@@ -27,18 +27,18 @@ from cushion_deploy.engines.probe import child_environment, package_root
 from cushion_deploy.errors import CheckFailed, UsageError
 
 LATENCIES = (50, 90, 99)
-"""Percentiles of a decode step that are told."""
+"""Reported percentiles of the decode step latency."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed.
+    """The timed workload.
 
     Attributes:
-        prompt: tokens of the prompt.
-        decoded: single steps after it.
-        batch: rows.
-        rounds: how often; one more warms up and is not counted.
+        prompt: number of prompt tokens.
+        decoded: number of decode steps after the prompt.
+        batch: number of sequences.
+        rounds: number of counted rounds; one more warm-up round is not counted.
     """
 
     prompt: int = 512
@@ -47,7 +47,7 @@ class Workload:
     rounds: int = 5
 
     def check(self, contract: GraphContract) -> None:
-        """Raise UsageError where the context does not hold it."""
+        """Raise UsageError if the workload does not fit into the context."""
         room = context_limit(contract)
         if self.prompt + self.decoded > room:
             raise UsageError(
@@ -64,7 +64,7 @@ class Times:
     decode: FloatArray
 
     def summary(self, workload: Workload) -> dict[str, Any]:
-        """Return tokens a second by the median, and latencies of a decode step in milliseconds."""
+        """Return median tokens per second, and decode step latencies in milliseconds."""
         return {
             "prefill_tokens_per_second": workload.batch * workload.prompt / float(np.median(self.prefill)),
             "decode_tokens_per_second": workload.batch / float(np.median(self.decode)),
@@ -74,7 +74,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many times as fast the first is as the second: medians of the ratios of rounds that ran side by side."""
+    """Speed-up of the first decoder over the second: the median ratio over paired rounds."""
 
     prefill: float
     decode: float
@@ -87,12 +87,12 @@ class Comparison:
 def time_sessions(
     sessions: Mapping[str, DecoderSession], workload: Workload, progress: Progress = silent
 ) -> dict[str, Times]:
-    """Return the times of every session, round by round in turn.
+    """Return the times of every session; the sessions take turns in every round.
 
     Args:
-        sessions: by name; their caches are emptied.
-        workload: what each runs.
-        progress: where to report rounds done.
+        sessions: sessions by name; their caches are emptied.
+        workload: what each session runs.
+        progress: receives the number of finished rounds.
 
     Raises:
         UsageError: the workload does not fit into the model's positions.
@@ -123,7 +123,7 @@ def time_sessions(
 
 
 def compare(ours: Times, theirs: Times, workload: Workload) -> Comparison:
-    """Return how many times as fast ``ours`` is as ``theirs``; rounds are paired."""
+    """Return the speed-up of ``ours`` over ``theirs``, with paired rounds."""
     steps = workload.rounds, workload.decoded
     return Comparison(
         float(np.median(theirs.prefill / ours.prefill)),

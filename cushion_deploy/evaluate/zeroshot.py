@@ -1,4 +1,4 @@
-"""Zero-shot tasks through lm-eval: find them by name, file or folder, run them, and read the scores."""
+"""Zero-shot tasks of lm-eval: found by name, file or folder, run on a model, and scored."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ USUAL_NAMES = {
     "rte": "rte",
     "copa": "copa",
 }
-"""The seven tasks of the paper, and what lm-eval calls them."""
+"""The seven tasks of the paper, mapped to their names in lm-eval."""
 FOLDERS = ("lambada", "hellaswag", "piqa", "winogrande", "openbookqa", "glue/rte", "super_glue/copa")
-"""Where those tasks lie among lm-eval's."""
+"""Folders of those tasks in lm-eval."""
 ALL = "all"
 FEWSHOT_SEED = 1234
-"""lm-eval's own default."""
-_LOCAL = "give --tasks FOLDER with task files (.yaml) whose data is local, and --task-data FOLDER for the data"
+"""The default of lm-eval."""
+_LOCAL = "pass --tasks FOLDER with task files (.yaml) whose data is local, and --task-data FOLDER for the data"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A value with its standard error; None where none is known."""
+    """A value with its standard error; None if it is unknown."""
 
     value: float
     stderr: float | None
@@ -43,13 +43,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What one model reached in one task.
+    """The score of one model on one task.
 
     Attributes:
-        task: lm-eval's name of it.
-        metric: the main metric: ``acc`` where the task has it.
-        n: rows.
-        metrics: every metric by name.
+        task: name of the task in lm-eval.
+        metric: the main metric: ``acc`` if the task has it.
+        n: number of rows.
+        metrics: all metrics by name.
     """
 
     task: str
@@ -69,7 +69,7 @@ class TaskScore:
 
 
 def require_lm_eval() -> None:
-    """Raise MissingDependency, with the install line, where lm-eval is not installed."""
+    """Raise MissingDependency, with the install command, if lm-eval is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError as e:
@@ -77,25 +77,26 @@ def require_lm_eval() -> None:
 
 
 def missing_lm_eval() -> MissingDependency:
-    """Return the error for an absent lm-eval."""
+    """Return the error for a missing lm-eval."""
     return MissingDependency("lm-eval is not installed", hint="pip install 'cushion-deploy[eval]'")
 
 
 class TaskSuite:
-    """Tasks that were asked for, found and checked; loaded afresh for every model, because lm-eval fills them.
+    """The requested tasks, found and checked; loaded again for every model, because lm-eval modifies loaded tasks.
 
     Args:
-        names: names of lm-eval, the short names of ``USUAL_NAMES``, ``all`` for those, ``.yaml`` files, and
-            folders of such files, in any mixture. A task file may name Python functions beside it, which run.
-        data: where bare file names in task files are looked for first; then beside the task file, then here.
+        names: any mixture of lm-eval task names, the short names of ``USUAL_NAMES``, ``all`` for all of those,
+            ``.yaml`` files, and folders of such files. A task file can run Python functions that are stored next to it.
+        data: first folder in which data files of task files are looked up, before the folder of the task file and
+            the current folder.
 
     Raises:
         MissingDependency: lm-eval is not installed.
-        UsageError: no such task, or a file that describes none.
+        UsageError: a task does not exist, or a file does not describe one.
     """
 
     def __init__(self, names: Sequence[str], data: Path | None = None) -> None:
-        """Find every task; none is loaded yet."""
+        """Find every task without loading it."""
         require_lm_eval()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         wanted = [name for given in names for name in (USUAL_NAMES if given == ALL else [given])]
@@ -110,13 +111,15 @@ class TaskSuite:
         for name in registered:
             if name not in self._manager.all_tasks:
                 error = unknown_choice("task", name, [*USUAL_NAMES, ALL])
-                raise UsageError(error.message, hint=f"{error.hint}; or another task of lm-eval, or a folder of .yaml")
+                raise UsageError(
+                    error.message, hint=f"{error.hint}; or name another task of lm-eval, or a folder of .yaml files"
+                )
         self._specs += registered
         if not self._specs:
             raise UsageError("no task was given", hint=f"choose from: {', '.join([*USUAL_NAMES, ALL])}")
 
     def load(self) -> Any:
-        """Return the tasks as lm-eval's evaluator takes them.
+        """Return the tasks in the form that lm-eval's evaluator expects.
 
         Raises:
             MissingDependency: the data of a task cannot be fetched.
@@ -139,23 +142,23 @@ class TaskSuite:
 
 
 def run_tasks(lm: Any, suite: TaskSuite, limit: int | None = None) -> list[TaskScore]:
-    """Return the scores of a model, one a task, in the order of the suite.
+    """Return the scores of a model, one per task, in the order of the suite.
 
     Args:
         lm: an lm-eval model, such as :class:`~cushion_deploy.evaluate.lm_harness.ScorerLM`.
         suite: the tasks.
-        limit: rows of each; None for all.
+        limit: rows per task; None for all.
     """
     from lm_eval.evaluator import evaluate
 
     loaded = suite.load()
-    # Bootstraps off: they take processes and minutes, and standard errors follow from the rows in closed form.
+    # Without bootstrapping, which takes minutes: standard errors follow from the rows in closed form.
     results = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     return [_score(name, results["results"][name], results["samples"][name]) for name in loaded["tasks"]]
 
 
 def mean_accuracy(scores: Sequence[TaskScore]) -> Metric:
-    """Return the plain mean of the main metrics over tasks, and its standard error; tasks are independent."""
+    """Return the mean of the main metrics over tasks, and its standard error, treating tasks as independent."""
     errors = [s.stderr for s in scores]
     known = [e for e in errors if e is not None]
     total = math.sqrt(sum(e * e for e in known)) / len(scores) if len(known) == len(errors) else None
@@ -169,7 +172,7 @@ def _score(name: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, An
         value = float(summary[f"{metric},{kept[0]['filter']}"])
         try:
             values = np.array([float(row[metric]) for row in kept], dtype=np.float32)
-        except (TypeError, ValueError):  # pairs of numbers: lm-eval aggregates them in its own way
+        except (TypeError, ValueError):  # pairs of numbers, which only lm-eval can aggregate
             metrics[metric] = Metric(value, None)
             continue
         error = standard_error(values)
@@ -182,14 +185,14 @@ def _score(name: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, An
 
 
 def _manager(names: Sequence[str]) -> Any:
-    """Return a task manager that knows these tasks of lm-eval if any does."""
+    """Return a task manager that knows these lm-eval tasks, if there is one."""
     import lm_eval.tasks as builtin
 
     root = Path(builtin.__file__).parent
     few = builtin.TaskManager(include_defaults=False, include_path=[root / f for f in FOLDERS] if names else None)
     if set(names) <= set(few.all_tasks):
         return few
-    # All of them are some ten thousand files, which takes most of a minute to read.
+    # lm-eval has about ten thousand task files, which take most of a minute to read.
     return builtin.TaskManager()
 
 
@@ -197,14 +200,14 @@ def _task_files(name: str) -> list[Path]:
     path = Path(name)
     if path.suffix == ".yaml":
         if not path.is_file():
-            raise UsageError(f"{path} does not exist", hint="give a task file of lm-eval")
+            raise UsageError(f"{path} does not exist", hint="pass an lm-eval task file")
         return [path]
-    # A folder that happens to be called like a task is not it: give ./piqa for the folder.
+    # A name of a task wins over a folder of that name; ./piqa is the folder.
     if not path.is_dir() or name in USUAL_NAMES:
         return []
     files = sorted(path.glob("*.yaml"))
     if not files:
-        raise UsageError(f"{path} holds no .yaml file", hint="give a folder of lm-eval task files")
+        raise UsageError(f"{path} contains no .yaml file", hint="pass a folder of lm-eval task files")
     return files
 
 
@@ -215,9 +218,9 @@ def _read_task(file: Path, data: Path | None) -> dict[str, Any]:
     try:
         found = load_yaml(file.resolve(), resolve_func=True)
     except (yaml.YAMLError, ImportError, AttributeError, ValueError, OSError) as e:
-        raise UsageError(f"{file} is no readable task: {e}", hint="see lm-eval's guide to new tasks") from e
+        raise UsageError(f"{file} cannot be read as a task: {e}", hint="see lm-eval's guide to new tasks") from e
     if not isinstance(found, dict) or not isinstance(found.get("task"), str):
-        raise UsageError(f"{file} describes no single task", hint="give files with `task: NAME`")
+        raise UsageError(f"{file} does not describe a single task", hint="use files with `task: NAME`")
     config: dict[str, Any] = dict(found)
     kwargs = config.get("dataset_kwargs")
     if isinstance(kwargs, dict) and "data_files" in kwargs:
@@ -227,7 +230,7 @@ def _read_task(file: Path, data: Path | None) -> dict[str, Any]:
 
 
 def _local(names: Any, folders: Sequence[Path], file: Path) -> Any:
-    """Return ``data_files`` with every bare name replaced by the path of the file."""
+    """Return ``data_files`` with every file name replaced by the path of the file."""
     if isinstance(names, dict):
         return {split: _local(value, folders, file) for split, value in names.items()}
     if isinstance(names, list):
@@ -238,13 +241,13 @@ def _local(names: Any, folders: Sequence[Path], file: Path) -> Any:
         if (folder / names).is_file():
             return str((folder / names).resolve())
     raise UsageError(
-        f"{file} reads {names}, which is not in {' nor '.join(str(f.resolve()) for f in folders)}",
-        hint="say with --task-data FOLDER where the data of the tasks lies",
+        f"{file} needs {names}, which is in none of {', '.join(str(f.resolve()) for f in folders)}",
+        hint="pass the folder that contains the data of the tasks with --task-data FOLDER",
     )
 
 
 def _load_error(error: Exception) -> CushionError:
-    """Return what a failed load means: no network, or a task that is broken."""
+    """Return the error for a task that failed to load: no network, or a broken task."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -253,5 +256,7 @@ def _load_error(error: Exception) -> CushionError:
     words = ("connect", "offline", "network", "resolve", "unreachable", "timed out", "proxy", "hub")
     first = (str(error).splitlines() or [type(error).__name__])[0]
     if any(isinstance(e, ConnectionError | TimeoutError) or any(w in str(e).lower() for w in words) for e in chain):
-        return MissingDependency(f"the data of a task cannot be fetched: {first:.300}", hint=f"no network? {_LOCAL}")
+        return MissingDependency(
+            f"the data of a task cannot be fetched: {first:.300}", hint=f"check the network, or {_LOCAL}"
+        )
     return UsageError(f"a task cannot be loaded: {type(error).__name__}: {first:.300}", hint=_LOCAL)

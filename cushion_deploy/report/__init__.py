@@ -1,7 +1,7 @@
-"""The proof beside a bundle: report.json, the page and figures made from it, and a summary for the terminal."""
+"""Build reports: report.json, and the page, figures and terminal summary made from it."""
 
 from cushion_deploy.report.document import Report, read_report
-from cushion_deploy.report.findings import Verdict, verdict
+from cushion_deploy.report.statements import Verdict, verdict
 from cushion_deploy.report.terminal import summary, summary_lines
 from cushion_deploy.report.write import write_json, write_report
 

@@ -1,106 +1,73 @@
-"""The four figures of the report: magnitudes, perplexity, scales and stages, as matplotlib figures and as bytes."""
+"""The figures of a report: activation magnitudes, perplexity, scales and stage times."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cushion_deploy.report.document import Calibration, Magnitudes, Perplexity, Report, Stage
-from cushion_deploy.report.findings import has_prefix
-from cushion_deploy.report.style import (
-    LIGHT,
-    NARROW_DARK,
-    NARROW_LIGHT,
-    WIDE_DARK,
-    WIDE_LIGHT,
-    Canvas,
-    category_axis,
+from cushion_deploy.report.document import Report, Stage
+from cushion_deploy.report.document.measurements import Calibration, LayerMagnitude, Magnitudes, Perplexity
+from cushion_deploy.report.render.axes import (
+    Series,
+    category_figure,
+    layer_panels,
     layer_ticks,
+    legend,
     line,
     log_ticks,
-    new_figure,
     plain_axes,
-    save,
-    settings,
     value_label,
 )
-from cushion_deploy.report.wording import duration, one_line, perplexity
+from cushion_deploy.report.render.drawing import WIDE_LIGHT, Canvas, Drawing, Painter, draw, new_figure, settings
+from cushion_deploy.report.render.formatting import duration, perplexity
+from cushion_deploy.report.render.printable import one_line
+from cushion_deploy.report.statements import has_prefix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LAYER_SITE = re.compile(r"layers\.(\d+)\.(.+)")
-# A bar must begin at zero; beyond this spread the short ones vanish, so points on a log axis are drawn instead.
-_LARGEST_BAR_SPREAD = 12.0
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One figure for the page (SVG, wide and narrow, light and dark) and for everything else (PNG on white)."""
-
-    png: bytes
-    wide_light: bytes
-    wide_dark: bytes
-    narrow_light: bytes
-    narrow_dark: bytes
+# Bars must begin at zero; beyond this ratio the short ones are invisible, so points on a log axis are drawn instead.
+_LARGEST_BAR_RATIO = 12.0
 
 
 def magnitudes_figure(magnitudes: Magnitudes, canvas: Canvas = WIDE_LIGHT) -> Figure:
     """Draw the top-1, top-2, top-3 and median magnitude per layer, without and with the prefix, on one log scale."""
-    with settings(canvas.theme):
-        figure = new_figure(canvas, 5.6 if canvas.narrow else 3.5)
-        rows, columns = (2, 1) if canvas.narrow else (1, 2)
-        panels = list(figure.subplots(rows, columns, sharex=True, sharey=True))
-        for axes, title, layers in (
-            (panels[0], "without prefix", magnitudes.without),
-            (panels[1], "with prefix", magnitudes.with_prefix),
-        ):
-            plain_axes(axes, canvas, title)
-            axes.set_yscale("log")
-            depth = [entry.layer for entry in layers]
-            for index, (label, values) in enumerate(
-                (
-                    ("largest", [entry.top1 for entry in layers]),
-                    ("second", [entry.top2 for entry in layers]),
-                    ("third", [entry.top3 for entry in layers]),
-                    ("median", [entry.median for entry in layers]),
-                )
-            ):
-                # A log axis has no zero: such a point is left out, not moved.
-                line(axes, canvas, index, label, depth, [value if value > 0 else math.nan for value in values])
-            layer_ticks(axes)
-            if axes is panels[-1] or not canvas.narrow:
-                axes.set_xlabel("layer")
-            if axes is panels[0] or canvas.narrow:
-                axes.set_ylabel("activation magnitude")
-        log_ticks(panels[0].yaxis)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=4)
-    return figure
+
+    def series(layers: Sequence[LayerMagnitude]) -> list[Series]:
+        named = (
+            ("largest", [entry.top1 for entry in layers]),
+            ("second", [entry.top2 for entry in layers]),
+            ("third", [entry.top3 for entry in layers]),
+            ("median", [entry.median for entry in layers]),
+        )
+        # A log axis has no zero: such a point is left out.
+        return [(name, [value if value > 0 else math.nan for value in values]) for name, values in named]
+
+    panels = [
+        (title, [entry.layer for entry in layers], series(layers))
+        for title, layers in (("without prefix", magnitudes.without), ("with prefix", magnitudes.with_prefix))
+    ]
+    return layer_panels(canvas, panels, "activation magnitude", height=3.5)
 
 
 def perplexity_figure(measured: Perplexity, canvas: Canvas = WIDE_LIGHT, *, prefix: bool = True) -> Figure:
-    """Draw the measured columns as bars from zero, or as points on a log scale when they lie too far apart."""
+    """Draw the measured columns as bars from zero, or as points on a log scale if they differ too much for bars."""
     theme = canvas.theme
-    named = [
+    columns = [
         ("FP", measured.fp, theme.muted),
         ("FP + prefix", measured.fp_prefix, theme.muted),
         ("quantized", measured.quantized, theme.series[1]),
         ("quantized + prefix", measured.quantized_prefix, theme.series[0]),
         ("engine + prefix" if prefix else "engine", measured.engine, theme.series[0]),
     ]
-    labels = [label for label, value, _ in named if value is not None]
-    colours = [colour for _, value, colour in named if value is not None]
-    values = [value for _, value, _ in named if value is not None]
+    known = [(label, value, colour) for label, value, colour in columns if value is not None]
+    labels, values, colours = [c[0] for c in known], [c[1] for c in known], [c[2] for c in known]
     positions = list(range(len(values)))
-    logarithmic = bool(values) and max(values) > _LARGEST_BAR_SPREAD * min(values)
-    with settings(theme):
-        figure = new_figure(canvas, 0.55 + 0.34 * max(len(values), 1))
-        axes = figure.subplots()
-        plain_axes(axes, canvas)
+    logarithmic = bool(values) and max(values) > _LARGEST_BAR_RATIO * min(values)
+    with category_figure(canvas, labels, margin=0.55, step=0.34) as (figure, axes):
         if logarithmic:
             axes.set_xscale("log")
             axes.scatter(values, positions, s=64, color=colours, zorder=3)
@@ -109,7 +76,6 @@ def perplexity_figure(measured: Perplexity, canvas: Canvas = WIDE_LIGHT, *, pref
         else:
             axes.barh(positions, values, height=0.62, color=colours)
             axes.set_xlim(0, max(values, default=1) * (1.25 if canvas.narrow else 1.1))
-        category_axis(axes, canvas, labels)
         for position, value in zip(positions, values, strict=True):
             value_label(axes, canvas, value, position, perplexity(value))
         axes.set_xlabel("perplexity, log scale (lower is better)" if logarithmic else "perplexity (lower is better)")
@@ -117,7 +83,7 @@ def perplexity_figure(measured: Perplexity, canvas: Canvas = WIDE_LIGHT, *, pref
 
 
 def scales_figure(calibration: Calibration, canvas: Canvas = WIDE_LIGHT) -> Figure:
-    """Draw the scale of every Site over its layer, one line per kind of Site; other Sites stand at the right end."""
+    """Draw the scale of every Site over its layer, one line per kind of Site; Sites outside layers are on the right."""
     kinds: dict[str, list[tuple[int, float]]] = {}
     others: list[tuple[str, float]] = []
     for entry in calibration.sites:
@@ -149,19 +115,15 @@ def scales_figure(calibration: Calibration, canvas: Canvas = WIDE_LIGHT) -> Figu
         layer_ticks(axes)
         axes.set_xlabel("layer")
         axes.set_ylabel("scale (one INT8 step)")
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=3 if canvas.narrow else 6)
+        legend(figure, axes, 3 if canvas.narrow else 6)
     return figure
 
 
 def stages_figure(stages: Sequence[Stage], canvas: Canvas = WIDE_LIGHT) -> Figure:
-    """Draw the seconds of every stage from top to bottom; reused stages are outlined and say so."""
+    """Draw the seconds of every stage from top to bottom; reused stages are outlined and labelled."""
     theme = canvas.theme
     longest = max((stage.seconds for stage in stages), default=0) or 1
-    with settings(theme):
-        figure = new_figure(canvas, 0.55 + 0.32 * max(len(stages), 1))
-        axes = figure.subplots()
-        plain_axes(axes, canvas)
+    with category_figure(canvas, [one_line(stage.stage) for stage in stages], margin=0.55, step=0.32) as (figure, axes):
         for position, stage in enumerate(stages):
             axes.barh(
                 [position],
@@ -173,19 +135,18 @@ def stages_figure(stages: Sequence[Stage], canvas: Canvas = WIDE_LIGHT) -> Figur
             )
             label = duration(stage.seconds) + (" (reused)" if stage.reused else "")
             value_label(axes, canvas, stage.seconds, position, label)
-        category_axis(axes, canvas, [one_line(stage.stage) for stage in stages])
         axes.set_xlim(0, longest * (1.85 if canvas.narrow else 1.18))
         axes.set_xlabel("seconds")
     return figure
 
 
 def draw_figures(report: Report) -> dict[str, Drawing]:
-    """Return the figures whose sections the report has, by name (``magnitudes``, ``perplexity``, ...).
+    """Return the figures of the sections that the report has, by name (``magnitudes``, ``perplexity``, ...).
 
     Raises:
         MissingDependency: matplotlib is not installed.
     """
-    painters: dict[str, Callable[[Canvas], Figure]] = {}
+    painters: dict[str, Painter] = {}
     magnitudes, measured, calibration = report.magnitudes, report.perplexity, report.calibration
     if magnitudes is not None and (magnitudes.without or magnitudes.with_prefix):
         painters["magnitudes"] = lambda canvas: magnitudes_figure(magnitudes, canvas)
@@ -196,15 +157,3 @@ def draw_figures(report: Report) -> dict[str, Drawing]:
     if report.stages:
         painters["stages"] = lambda canvas: stages_figure(report.stages, canvas)
     return {name: draw(painter) for name, painter in painters.items()}
-
-
-def draw(painter: Callable[[Canvas], Figure]) -> Drawing:
-    """Paint one figure on every canvas."""
-    wide = painter(WIDE_LIGHT)
-    return Drawing(
-        png=save(wide, "png", facecolor=LIGHT.background, dpi=200),
-        wide_light=save(wide, "svg", transparent=True),
-        wide_dark=save(painter(WIDE_DARK), "svg", transparent=True),
-        narrow_light=save(painter(NARROW_LIGHT), "svg", transparent=True),
-        narrow_dark=save(painter(NARROW_DARK), "svg", transparent=True),
-    )

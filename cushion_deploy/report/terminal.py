@@ -1,4 +1,4 @@
-"""The report in a terminal of 80 columns: what ``build`` ends with and ``cushion-deploy report`` prints."""
+"""The summary of a report for a terminal of 80 columns, printed by ``build`` and ``cushion-deploy report``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cushion_deploy.report import findings as words
-from cushion_deploy.report.document import Engine, ParityRow, Perplexity, Report, Stage
-from cushion_deploy.report.wording import duration, one_line, visible
+from cushion_deploy.report import statements
+from cushion_deploy.report.document import Engine, ParityRow, Report
+from cushion_deploy.report.document.measurements import Perplexity
+from cushion_deploy.report.render.formatting import duration
+from cushion_deploy.report.render.printable import one_line, visible
 
 WIDTH = 80
 _COLOURS = {"passed": "green", "incomplete": "yellow", "failed": "red"}
@@ -18,27 +20,27 @@ _SHOWN_FAILURES = 5
 
 
 def summary(report: Report) -> RenderableType:
-    """Return the summary as a rich renderable. Strings of the report are shown as text, never as markup."""
-    outcome = words.verdict(report)
+    """Return the summary as a rich renderable. Strings of the report are never read as markup."""
+    outcome = statements.verdict(report)
     parts: list[RenderableType] = [Text(outcome.sentence, style=f"bold {_COLOURS[outcome.status]}"), Text()]
     if report.perplexity is not None:
         parts += [_perplexity_table(report.perplexity), Text()]
     parts += [_labelled("prefix", _prefix(report))]
     parts += [_labelled("engine" if not i else "", _engine(e)) for i, e in enumerate(report.engines)]
     if report.kv_cache is not None:
-        parts.append(_labelled("cache", Text(words.cache_sentence(report))))
-        fused = (words.fused_attention_sentence(report, engine) for engine in report.engines)
+        parts.append(_labelled("cache", Text(statements.cache_sentence(report))))
+        fused = (statements.fused_attention_sentence(report, engine) for engine in report.engines)
         parts += [_labelled("", Text(sentence)) for sentence in fused if sentence]
     if not report.engines:
-        parts.append(_labelled("engine", Text(words.engines_sentence(report))))
-    parts.append(_labelled("parity", Text(words.parity_sentence(report))))
+        parts.append(_labelled("engine", Text(statements.engines_sentence(report))))
+    parts.append(_labelled("parity", Text(statements.parity_sentence(report))))
     # The sentence above names the first failure; these are the others.
-    failed = words.failed_checks(report)[1:]
+    failed = statements.failed_checks(report)[1:]
     parts += [_labelled("", _failure(row)) for row in failed[:_SHOWN_FAILURES]]
     if len(failed) > _SHOWN_FAILURES:
         parts.append(_labelled("", Text(f"and {len(failed) - _SHOWN_FAILURES} more")))
     if report.stages:
-        parts.append(_labelled("time", _stages(report.stages)))
+        parts.append(_labelled("time", _stages(report)))
     return Group(*parts)
 
 
@@ -63,34 +65,33 @@ def _labelled(label: str, content: Text) -> Table:
 def _perplexity_table(measured: Perplexity) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", style="dim")
-    for name in words.COLUMNS:
+    for name in statements.COLUMNS:
         table.add_column(name, justify="right")
-    for name, cells in words.perplexity_rows(measured):
+    for name, cells in statements.perplexity_rows(measured):
         table.add_row(name, *cells)
     return table
 
 
 def _prefix(report: Report) -> Text:
     if report.search is None or not report.search.token_ids:
-        return Text(words.prefix_sentence(report))
+        return Text(statements.prefix_sentence(report))
     pairs = zip(report.search.tokens, report.search.token_ids, strict=True)
     return Text("  ").join(Text(f"{visible(token)} ({token_id})") for token, token_id in pairs)
 
 
 def _engine(engine: Engine) -> Text:
     name = one_line(f"{engine.engine} ({', '.join(engine.targets)})")
-    text = Text(f"{name}: {words.coverage(engine)}")
-    return text if engine.ran else text.append(f"; {words.not_run_words(engine)}", style="yellow")
+    text = Text(f"{name}: {statements.coverage(engine)}")
+    return text if engine.ran else text.append(f"; {statements.not_run_reason(engine)}", style="yellow")
 
 
 def _failure(row: ParityRow) -> Text:
     where = f" ({one_line(row.site)})" if row.site else ""
-    return Text(f"{one_line(row.rung)}: {words.check_words(row)}{where}", style="red")
+    return Text(f"{one_line(row.rung)}: {statements.check_summary(row)}{where}", style="red")
 
 
-def _stages(stages: tuple[Stage, ...]) -> Text:
-    total = sum(stage.seconds for stage in stages if not stage.reused)
+def _stages(report: Report) -> Text:
     named = ", ".join(
-        f"{one_line(stage.stage)} {'reused' if stage.reused else duration(stage.seconds)}" for stage in stages
+        f"{one_line(stage.stage)} {'reused' if stage.reused else duration(stage.seconds)}" for stage in report.stages
     )
-    return Text(f"{duration(total)}: {named}")
+    return Text(f"{duration(report.build_seconds)}: {named}")

@@ -1,4 +1,4 @@
-"""Put the report into a folder: report.json, the page and the figures."""
+"""Write a report to a folder: report.json, report.html and the figures as PNG."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ REPORT_HTML = "report.html"
 def write_report(report: Report, folder: Path) -> list[str]:
     """Write report.json, report.html and one PNG per figure; return the names written.
 
-    A figure whose section the report lacks is not drawn. Nothing is written when a library is missing.
+    Figures of sections that the report does not have are not drawn. Nothing is written if a library is missing.
 
     Raises:
         MissingDependency: matplotlib or jinja2 is not installed.
     """
-    # Here, not above: reading and writing report.json alone must not need the extra.
+    # Imported here because reading and writing report.json alone must not need the extra.
     from cushion_deploy.report.figures import draw_figures
-    from cushion_deploy.report.html import render_html
+    from cushion_deploy.report.page import report_page
+    from cushion_deploy.report.render.html import render_html
 
     figures = draw_figures(report)
-    page = render_html(report, figures)
+    html = render_html(report_page(report, figures))
     folder.mkdir(parents=True, exist_ok=True)
     names = [*write_json(report, folder), REPORT_HTML]
-    (folder / REPORT_HTML).write_text(page, encoding="utf-8", newline="\n")
+    (folder / REPORT_HTML).write_text(html, encoding="utf-8", newline="\n")
     for name, drawing in figures.items():
         names.append(f"{name}.png")
         (folder / names[-1]).write_bytes(drawing.png)
@@ -33,7 +34,7 @@ def write_report(report: Report, folder: Path) -> list[str]:
 
 
 def write_json(report: Report, folder: Path) -> list[str]:
-    """Write report.json alone, which needs no extra; return its name in a list."""
+    """Write report.json alone, which needs no extra; return the names written."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT_JSON).write_text(report.to_text(), encoding="utf-8", newline="\n")
     return [REPORT_JSON]

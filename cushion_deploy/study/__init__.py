@@ -1,1 +1,1 @@
-"""The paper's tables and figures for any model: measured cell by cell, told in tables, prose, figures and a page."""
+"""Studies: the paper's tables and figures measured for any model, as study.json, Markdown, figures and a page."""

@@ -1,65 +1,64 @@
-"""study.json as types: everything a study measured, and the one source of its tables, prose, figures and page."""
+"""study.json as immutable types (schema 1): the only input of the tables, sentences, figures and page of a study."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
-from cushion_deploy.errors import UntrustedArtifact
-from cushion_deploy.report.document import (
+from cushion_deploy.report.document.base import (
     Count,
-    Environment,
     FreeForm,
-    Magnitudes,
-    Model,
+    NonNegativeFloat,
     PositiveFloat,
     Seconds,
-    Section,
-    Tool,
+    StrictModel,
+    read_document,
+    require_one_string_per_id,
 )
+from cushion_deploy.report.document.build import Environment, Model, Tool
+from cushion_deploy.report.document.measurements import Magnitudes
 
-SCHEMA = 1
 STUDY_JSON = "study.json"
 PARTS = {
-    "table1": "Table 1: perplexity of every scheme",
+    "table1": "Table 1: perplexity of each scheme",
     "table2": "Table 2: zero-shot accuracy",
-    "table3": "Table 3: what each part of the method brings",
-    "remedies": "Remedies beyond the paper, one by one",
+    "table3": "Table 3: ablation of the method",
+    "remedies": "Ablation of the remedies beyond the paper",
     "table4": "Table 4: six and four bits",
-    "table5": "Table 5: the input of the last block",
-    "table6": "Table 6: time",
-    "figure2": "Figure 2: magnitudes layer by layer",
-    "figure3": "Figure 3: where attention goes",
+    "table5": "Table 5: input of the last block",
+    "table6": "Table 6: search and tuning time",
+    "figure2": "Figure 2: activation magnitudes by layer",
+    "figure3": "Figure 3: attention by layer",
 }
 """Parts of a study in their order, with their titles; numbered as in the paper."""
 
 Share = Annotated[float, Field(ge=0, le=1.001)]
 
 
-class Score(Section):
-    """Perplexity on one text and mean KL divergence from the original model, nats a token; null: not finite.
+class Score(StrictModel):
+    """Perplexity on one text and mean KL divergence from the original model in nats per token; null if not finite.
 
-    ``stderr`` is the standard error of the perplexity, tokens taken as independent.
+    ``stderr`` is the standard error of the perplexity, treating tokens as independent.
     """
 
     text: str
     perplexity: PositiveFloat | None
-    stderr: Seconds | None = None
-    divergence: Seconds | None
+    stderr: NonNegativeFloat | None = None
+    divergence: NonNegativeFloat | None
 
 
-class Text(Section):
-    """A text that perplexity is measured on: tokens scored, in non-overlapping windows of ``window``."""
+class Text(StrictModel):
+    """A text that perplexity is measured on: ``tokens`` are scored in non-overlapping windows of ``window`` tokens."""
 
     name: str
     window: Count
     tokens: Count
 
 
-class PrefixInUse(Section):
-    """The prefix of every column that has one; empty where the search found no sink or the recipe wants none."""
+class PrefixInUse(StrictModel):
+    """The prefix of all columns with a prefix; empty if the search found no sink or the recipe disables the prefix."""
 
     token_ids: tuple[Count, ...] = ()
     tokens: tuple[str, ...] = ()
@@ -67,13 +66,12 @@ class PrefixInUse(Section):
 
     @model_validator(mode="after")
     def _one_string_per_id(self) -> PrefixInUse:
-        if len(self.token_ids) != len(self.tokens):
-            raise ValueError(f"{len(self.token_ids)} token ids but {len(self.tokens)} token strings")
+        require_one_string_per_id(self.token_ids, self.tokens)
         return self
 
 
-class Pair(Section):
-    """A scheme (null: floating point), without and with the prefix; ``with_prefix`` is empty where there is none."""
+class Pair(StrictModel):
+    """A scheme (null for floating point) without and with the prefix; ``with_prefix`` is empty without a prefix."""
 
     label: str
     scheme: str | None
@@ -83,18 +81,18 @@ class Pair(Section):
     with_prefix: tuple[Score, ...] = Field(default=(), validation_alias="with", serialization_alias="with")
 
 
-class TaskResult(Section):
-    """A zero-shot task: value of its main metric over ``n`` rows."""
+class TaskResult(StrictModel):
+    """One zero-shot task: the value of its main metric over ``n`` rows."""
 
     task: str
     metric: str
     n: Count
     value: float
-    stderr: Seconds | None
+    stderr: NonNegativeFloat | None
 
 
-class TaskPair(Section):
-    """A scheme in every task, without and with the prefix."""
+class TaskPair(StrictModel):
+    """A scheme on every task, without and with the prefix."""
 
     label: str
     scheme: str | None
@@ -102,8 +100,8 @@ class TaskPair(Section):
     with_prefix: tuple[TaskResult, ...] = Field(default=(), validation_alias="with", serialization_alias="with")
 
 
-class Step(Section):
-    """One row of an ablation: the recipe's settings that make it, and the float model with the same prefix."""
+class Step(StrictModel):
+    """One row of an ablation: the recipe settings that produce it, and the float model with the same prefix."""
 
     label: str
     settings: FreeForm
@@ -112,16 +110,16 @@ class Step(Section):
     fp: tuple[Score, ...]
 
 
-class BlockInput(Section):
-    """Magnitudes of the input of the last block: largest, 90th percentile and median, means over windows."""
+class BlockInput(StrictModel):
+    """Magnitudes at the input of the last block, averaged over windows: largest, 90th percentile and median."""
 
-    top1: Seconds
-    top10: Seconds
-    median: Seconds
+    top1: NonNegativeFloat
+    top10: NonNegativeFloat
+    median: NonNegativeFloat
 
 
-class LastBlock(Section):
-    """Table 5: without and with the prefix, over ``windows`` of ``length`` tokens."""
+class LastBlock(StrictModel):
+    """Table 5: input of the last block without and with the prefix, over ``windows`` of ``length`` tokens."""
 
     windows: Count
     length: Count
@@ -129,8 +127,8 @@ class LastBlock(Section):
     with_prefix: BlockInput | None = Field(default=None, validation_alias="with", serialization_alias="with")
 
 
-class Effort(Section):
-    """Table 6: wall time of search and tuning here; null where one was not run."""
+class Effort(StrictModel):
+    """Table 6: wall time of search and tuning on this machine; null if it was not run."""
 
     search_seconds: Seconds | None = None
     search_mode: str | None = None
@@ -142,8 +140,8 @@ class Effort(Section):
     tuning_loss: str | None = None
 
 
-class LayerAttention(Section):
-    """Shares of the attention of one layer, mean over heads and over every text token but the first."""
+class LayerAttention(StrictModel):
+    """Shares of attention in one layer, averaged over heads and over all text tokens except the first."""
 
     layer: Count
     prefix: Share
@@ -151,24 +149,24 @@ class LayerAttention(Section):
     rest: Share
 
 
-class Attention(Section):
-    """Figure 3 as numbers, over a text of ``tokens`` tokens."""
+class Attention(StrictModel):
+    """Figure 3: shares of attention per layer, measured on a text of ``tokens`` tokens."""
 
     tokens: Count
     without: tuple[LayerAttention, ...]
     with_prefix: tuple[LayerAttention, ...] = Field(default=(), validation_alias="with", serialization_alias="with")
 
 
-class Cell(Section):
-    """One measurement that is kept: wall time when it was made, and whether that was in an earlier run."""
+class Cell(StrictModel):
+    """One stored measurement: its wall time when computed, and whether it was computed in an earlier run."""
 
     name: str
     seconds: Seconds
     reused: bool
 
 
-class Study(Section):
-    """The whole of study.json. A part that was not run is null, and ``left_out`` says why where it was wanted."""
+class Study(StrictModel):
+    """The whole of study.json. A part that was not run is null; if it was requested, ``left_out`` gives the reason."""
 
     schema_version: Literal[1] = Field(default=1, validation_alias="schema", serialization_alias="schema")
     tool: Tool
@@ -206,14 +204,14 @@ class Study(Section):
             rows += [("FP", self.fp), ("FP + prefix", self.fp_prefix or self.fp)]
         for label, scores in rows:
             if [score.text for score in scores] != names:
-                raise ValueError(f"row '{label}' is not measured on {names}")
+                raise ValueError(f"row '{label}' must have one score for each of the texts {names}")
         unknown = [name for name in self.left_out if name not in PARTS]
         if unknown:
-            raise ValueError(f"'{unknown[0]}' is no part of a study")
+            raise ValueError(f"'{unknown[0]}' is not a part of a study; parts: {', '.join(PARTS)}")
         return self
 
     def to_text(self) -> str:
-        """Return the text of study.json: indented, key order of the schema, one final newline."""
+        """Return the text of study.json: indented, keys in the order of the schema, one final newline."""
         return self.model_dump_json(indent=1) + "\n"
 
 
@@ -221,16 +219,6 @@ def read_study(path: Path) -> Study:
     """Read study.json.
 
     Raises:
-        UntrustedArtifact: the file is missing, is no study, or has another schema.
+        UntrustedArtifact: the file is missing, is not a study, or has another schema.
     """
-    hint = f"give a {STUDY_JSON} that `cushion-deploy study` wrote"
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UntrustedArtifact(f"{path} cannot be read: {error.strerror}", hint=hint) from error
-    try:
-        return Study.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UntrustedArtifact(f"{path} is no study of schema {SCHEMA}: {where}: {first['msg']}", hint=hint) from error
+    return read_document(path, Study, hint=f"use a {STUDY_JSON} that `cushion-deploy study` wrote")

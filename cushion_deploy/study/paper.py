@@ -1,4 +1,4 @@
-"""The numbers that the paper printed, read from paper.json: what a study is set beside."""
+"""The numbers published in the paper, read from paper.json, for comparison with a study."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from cushion_deploy.report.document import Section
+from cushion_deploy.report.document.base import StrictModel
 
 
-class PaperRow(Section):
-    """One row: a value a column without the prefix, and with it where the paper has that; ``name`` is ours."""
+class PaperRow(StrictModel):
+    """One row: a value per column without the prefix, and with it where published; ``name`` is this project's."""
 
     name: str
     without: tuple[float, ...]
     with_prefix: tuple[float, ...] = Field(default=(), validation_alias="with", serialization_alias="with")
 
 
-class PaperTable(Section):
-    """One table of the paper: what its numbers are, its columns and its rows."""
+class PaperTable(StrictModel):
+    """One table of the paper: what it measures, its columns and its rows."""
 
     measure: str
     columns: tuple[str, ...]
@@ -31,7 +31,7 @@ class PaperTable(Section):
     def _complete(self) -> PaperTable:
         for row in self.rows:
             if len(row.without) != len(self.columns) or len(row.with_prefix) not in (0, len(self.columns)):
-                raise ValueError(f"row {row.name} does not fill {len(self.columns)} columns")
+                raise ValueError(f"row {row.name} does not have a value for each of the {len(self.columns)} columns")
         return self
 
     def row(self, name: str) -> PaperRow:
@@ -44,7 +44,7 @@ class PaperTable(Section):
 
 @cache
 def paper_source() -> str:
-    """Return authors, title and venue."""
+    """Return authors, title and venue of the paper."""
     return str(_data()["source"])
 
 

@@ -1,37 +1,17 @@
-"""The rows of every table of a study as text: ours from study.json, the paper's beside them."""
+"""The tables of a study, from study.json, and the tables of the paper that they are compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from cushion_deploy.report.wording import duration, percent, plural
+from cushion_deploy.report.render.elements import Table
+from cushion_deploy.report.render.formatting import NONE, NOT_FINITE, duration, percent, plural, signed
 from cushion_deploy.study.document import BlockInput, Effort, LastBlock, Pair, Score, Step, Study, TaskPair
 from cushion_deploy.study.paper import PaperTable, paper_tables
 
-NOT_FINITE = "not finite"
-NONE = "—"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as text.
-
-    Attributes:
-        caption: what it shows.
-        head: headings; the first column names the rows, the others hold numbers.
-        rows: as many cells each as there are headings.
-        strong: indices of rows that can be deployed, or are the point of the table.
-    """
-
-    caption: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    strong: frozenset[int] = frozenset()
-
 
 def tables(study: Study, part: str) -> list[Table]:
-    """Return our tables of a part; empty where it was not run or is a figure."""
+    """Return the measured tables of a part; empty if the part was not run or is a figure."""
     if part in ("table1", "table4"):
         pairs: Sequence[Pair] | None = study.table1 if part == "table1" else study.table4
         return [_pairs(study, pairs, text.name) for text in study.texts] if pairs is not None else []
@@ -48,39 +28,39 @@ def tables(study: Study, part: str) -> list[Table]:
 
 
 def paper_table(part: str) -> Table | None:
-    """Return the paper's own table of that number; None where it has none."""
+    """Return the paper's table for a part; None if the paper has none."""
     found = paper_tables().get(part)
     return _printed(found, part) if found else None
 
 
 def on(scores: Iterable[Score], text: str) -> Score | None:
-    """Return the score on a text; None where there is none."""
+    """Return the score on a text; None if there is none."""
     return next((score for score in scores if score.text == text), None)
 
 
 def change(value: Score | None, base: Score | None) -> str:
-    """Return by how much a perplexity lies over another one, in percent."""
+    """Return the relative change of a perplexity from another one, in percent."""
     if value is None or base is None or value.perplexity is None or base.perplexity is None:
         return NONE
     return percent(value.perplexity / base.perplexity - 1)
 
 
 def perplexity(score: Score | None) -> str:
-    """Return a perplexity with two decimals."""
+    """Return the perplexity of a score with two decimals."""
     if score is None:
         return NONE
     return NOT_FINITE if score.perplexity is None else f"{score.perplexity:,.2f}"
 
 
 def divergence(score: Score | None) -> str:
-    """Return a divergence with four decimals."""
+    """Return the divergence of a score with four decimals."""
     if score is None:
         return NONE
     return NOT_FINITE if score.divergence is None else f"{score.divergence:,.4f}"
 
 
 def mean_of(results: Sequence[float]) -> float:
-    """Return the plain mean."""
+    """Return the arithmetic mean."""
     return sum(results) / len(results)
 
 
@@ -90,17 +70,18 @@ def _pairs(study: Study, pairs: Sequence[Pair], text: str) -> Table:
     rows += [_pair_row(p.label, on(p.without, text), on(p.with_prefix, text), fp, fp_prefix) for p in pairs]
     head = ("scheme", "without", "over FP", "KL", "with prefix", "over FP + prefix", "over FP", "KL")
     strong = frozenset(i for i, pair in enumerate(pairs, 1) if pair.deployable)
-    return Table(f"Perplexity on {text}, and KL from the original model in nats a token", head, tuple(rows), strong)
+    caption = f"Perplexity on {text}, and KL divergence from the original model in nats per token"
+    return Table(head, tuple(rows), caption, strong=strong)
 
 
 def _pair_row(
-    label: str, without: Score | None, behind: Score | None, fp: Score | None, fp_prefix: Score | None
+    label: str, without: Score | None, with_prefix: Score | None, fp: Score | None, fp_prefix: Score | None
 ) -> tuple[str, ...]:
-    if fp is None:  # the row of the float model itself
-        return (label, perplexity(without), "", divergence(without), perplexity(behind), "", change(behind, without),
-                divergence(behind))  # fmt: skip
-    return (label, perplexity(without), change(without, fp), divergence(without), perplexity(behind),
-            change(behind, fp_prefix), change(behind, fp), divergence(behind))  # fmt: skip
+    # Without fp this is the row of the float model itself.
+    over_fp, over_fp_prefix = ("", "") if fp is None else (change(without, fp), change(with_prefix, fp_prefix))
+    before = (perplexity(without), over_fp, divergence(without))
+    after = (perplexity(with_prefix), over_fp_prefix, change(with_prefix, fp or without), divergence(with_prefix))
+    return (label, *before, *after)
 
 
 def _steps(study: Study, steps: Sequence[Step], text: str) -> Table:
@@ -112,7 +93,8 @@ def _steps(study: Study, steps: Sequence[Step], text: str) -> Table:
     best = _best(steps, text)
     head = ("static W8A8", "perplexity", "over FP", "over FP with the same prefix", "KL")
     strong = frozenset() if best is None else frozenset({best + 1})
-    return Table(f"On {text}; KL from the original model in nats a token", head, tuple(rows), strong)
+    caption = f"Perplexity on {text}, and KL divergence from the original model in nats per token"
+    return Table(head, tuple(rows), caption, strong=strong)
 
 
 def _best(steps: Sequence[Step], text: str) -> int | None:
@@ -127,18 +109,18 @@ def _accuracy(pairs: Sequence[TaskPair]) -> Table:
         without = 100 * mean_of([r.value for r in pair.without])
         row = [pair.label, f"{without:.2f}", NONE, NONE]
         if pair.with_prefix:
-            behind = 100 * mean_of([r.value for r in pair.with_prefix])
-            row[2:] = [f"{behind:.2f}", points(behind - without)]
+            with_prefix = 100 * mean_of([r.value for r in pair.with_prefix])
+            row[2:] = [f"{with_prefix:.2f}", signed(with_prefix - without)]
         rows.append(tuple(row))
     tasks = plural(len(pairs[0].without), "task") if pairs else "no task"
     head = ("scheme", "without", "with prefix", "change, points")
-    return Table(f"Average over {tasks}, %", head, tuple(rows), frozenset({len(rows) - 1}))
+    return Table(head, tuple(rows), f"Average over {tasks}, %", strong=frozenset({len(rows) - 1}))
 
 
 def _tasks(pairs: Sequence[TaskPair]) -> Table:
     first = pairs[0].without if pairs else ()
     kinds = {(r.metric, r.n) for r in first}
-    # A word that all names begin with, such as that of their collection, tells nothing.
+    # A first word that all names share, such as the name of their collection, carries no information.
     collections = {r.task.partition("_")[0] for r in first if len(first) > 1}
     shared = f"{collections.pop()}_" if len(collections) == 1 else ""
     names = [r.task.removeprefix(shared) for r in first]
@@ -152,14 +134,7 @@ def _tasks(pairs: Sequence[TaskPair]) -> Table:
         rows.append((pair.label, *(f"{100 * r.value:.1f}" for r in pair.without)))
         if pair.with_prefix:
             rows.append((f"{pair.label}, with prefix", *(f"{100 * r.value:.1f}" for r in pair.with_prefix)))
-    return Table(caption, head, tuple(rows))
-
-
-def points(difference: float) -> str:
-    """Return a difference of percentages with its sign."""
-    text = f"{abs(difference):.2f}"
-    sign = "" if float(text) == 0 else "−" if difference < 0 else "+"
-    return sign + text
+    return Table(head, tuple(rows), caption)
 
 
 def _last_block(found: LastBlock) -> Table:
@@ -167,7 +142,8 @@ def _last_block(found: LastBlock) -> Table:
     if found.with_prefix is not None:
         rows.append(_block_row("with prefix", found.with_prefix))
     caption = f"Mean over {plural(found.windows, 'window')} of {found.length} tokens"
-    return Table(caption, ("input of the last block", "top-1", "top 10 %", "median"), tuple(rows), frozenset({1}))
+    head = ("input of the last block", "top-1", "top 10 %", "median")
+    return Table(head, tuple(rows), caption, strong=frozenset({1}))
 
 
 def _block_row(label: str, found: BlockInput) -> tuple[str, ...]:
@@ -184,7 +160,7 @@ def _effort(found: Effort) -> Table:
     both = (found.search_seconds or 0) + (found.tuning_seconds or 0)
     if len(rows) == 2:
         rows.append(("both", duration(both), ""))
-    return Table("Wall time on this machine", ("step", "time", "work"), tuple(rows))
+    return Table(("step", "time", "work"), tuple(rows), "Wall time on this machine")
 
 
 def _printed(table: PaperTable, part: str) -> Table:
@@ -195,4 +171,4 @@ def _printed(table: PaperTable, part: str) -> Table:
             label = "+ CushionCache" if part != "table5" else f"{row.name} + CushionCache"
             rows.append((label, *(f"{value:,.2f}" for value in row.with_prefix)))
     strong = frozenset(i for i, row in enumerate(rows) if "CushionCache" in row[0])
-    return Table(f"The paper's: {table.measure}", ("", *table.columns), tuple(rows), strong)
+    return Table(("", *table.columns), tuple(rows), f"Paper: {table.measure}", strong=strong)

@@ -1,4 +1,4 @@
-"""Put a study into a folder: study.json, study.md, study.html and every figure as PNG and SVG."""
+"""Write a study to a folder: study.json, study.md, study.html and every figure as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ STUDY_MARKDOWN = "study.md"
 
 
 def write_study(study: Study, folder: Path) -> list[str]:
-    """Write everything that is made from a study; return the names written.
+    """Write study.json and everything that is made from it; return the names written.
 
     Raises:
         MissingDependency: matplotlib or jinja2 is not installed.
     """
-    # Here, not above: reading study.json alone must not need the extra.
+    # Imported here because reading study.json alone must not need the extra.
+    from cushion_deploy.report.render.html import render_html
+    from cushion_deploy.report.render.markdown import render_markdown
     from cushion_deploy.study.figures import draw_figures
-    from cushion_deploy.study.html import render_html
-    from cushion_deploy.study.markdown import render_markdown
+    from cushion_deploy.study.page import study_page
 
     figures = draw_figures(study)
+    page = study_page(study, figures)
     contents = {
         STUDY_JSON: study.to_text().encode(),
-        STUDY_MARKDOWN: render_markdown(study, figures).encode(),
-        STUDY_HTML: render_html(study, figures).encode(),
+        STUDY_MARKDOWN: render_markdown(page).encode(),
+        STUDY_HTML: render_html(page).encode(),
     }
     for name, drawing in figures.items():
         contents |= {f"{name}.png": drawing.png, f"{name}.svg": drawing.wide_light}

@@ -60,7 +60,7 @@ def test_an_engine_that_differs_ends_in_exit_code_1(
     monkeypatch.setattr(evaluating, "score_text", shifted)
     done = cli("eval", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--columns", "quantized-prefix,engine")
     assert done.code == 1
-    assert "FAIL engine against fake-quant" in done.out
+    assert "FAIL engine vs. fake-quant" in done.out
 
 
 def test_a_bundle_without_a_prefix_has_no_columns_twice(cli: Any, tiny_bundle: Any) -> None:
@@ -68,7 +68,7 @@ def test_a_bundle_without_a_prefix_has_no_columns_twice(cli: Any, tiny_bundle: A
     assert done.code == 0, done.err
     heading = done.out.splitlines()[0].split()
     assert heading == ["FP", "W8A8", "engine"]
-    assert "ok   engine against fake-quant" in done.out
+    assert "ok   engine vs. fake-quant" in done.out
     refused = cli("eval", tiny_bundle.bundle, "--columns", "fp-prefix")
     assert refused.code == 2
     assert "without a prefix" in refused.err
@@ -115,9 +115,9 @@ def test_the_engine_alone_needs_no_model(cli: Any, tiny_bundle: Any, python: Any
     ("options", "message"),
     [
         (["--columns", "fq"], "unknown column 'fq'"),
-        (["--limit", "3"], "no task was given"),
+        (["--limit", "3"], "need --tasks"),
         (["--window", "100000", "--columns", "engine"], "longer than the"),
-        (["--recipe", "r.yaml"], "--recipe was given with a bundle"),
+        (["--recipe", "r.yaml"], "--recipe cannot be used with a bundle"),
         (["--data", "nowhere.txt", "--columns", "engine"], "unknown data set"),
     ],
 )

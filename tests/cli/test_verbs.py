@@ -291,4 +291,4 @@ def test_a_study_refuses_an_int8_cache(cli: Any, tiny_bundle: Any, tmp_path: Pat
     model = tiny_bundle.options[list(tiny_bundle.options).index("--model") + 1]
     done = cli("study", model, "--set", "export.kv_cache=int8", "--output", tmp_path / "s")
     assert done.code == 2
-    assert "behind a floating-point cache" in done.err
+    assert "needs a floating-point key/value cache" in done.err

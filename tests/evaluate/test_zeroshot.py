@@ -78,9 +78,9 @@ def test_no_network_points_to_local_tasks(no_cache: None, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no readable task"),
-        ("group: g\n", "no single task"),
-        ("task: t\nx: !function nope.f\n", "no readable task"),
+        ("{", "cannot be read as a task"),
+        ("group: g\n", "does not describe a single task"),
+        ("task: t\nx: !function nope.f\n", "cannot be read as a task"),
     ],
 )
 def test_a_file_that_is_no_task_is_refused(tmp_path: Path, no_cache: None, text: str, message: str) -> None:
@@ -94,7 +94,7 @@ def test_a_file_that_is_no_task_is_refused(tmp_path: Path, no_cache: None, text:
 def test_files_and_folders_that_are_not_there_are_refused(tmp_path: Path, no_cache: None) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"holds no \.yaml"):
+    with pytest.raises(UsageError, match=r"contains no \.yaml"):
         TaskSuite([str(tmp_path / "empty")])
     with pytest.raises(UsageError, match="does not exist"):
         TaskSuite([str(tmp_path / "absent.yaml")])

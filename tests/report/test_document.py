@@ -95,7 +95,7 @@ def test_a_report_cannot_be_changed(report: Report) -> None:
 def test_a_file_that_is_no_report_is_untrusted(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
-    with pytest.raises(UntrustedArtifact, match="no report of schema 1") as caught:
+    with pytest.raises(UntrustedArtifact, match="is not a report of schema 1") as caught:
         read_report(path)
     assert "cushion-deploy verify" in caught.value.hint
 

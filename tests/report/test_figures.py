@@ -10,10 +10,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from cushion_deploy.report import figures, style
+from cushion_deploy.report import figures
 from cushion_deploy.report.document import Report, Stage
+from cushion_deploy.report.render import drawing
 
-CANVASES = [style.WIDE_LIGHT, style.NARROW_DARK]
+CANVASES = [drawing.WIDE_LIGHT, drawing.NARROW_DARK]
 
 
 def bars(axes: Axes) -> list[Rectangle]:
@@ -21,7 +22,9 @@ def bars(axes: Axes) -> list[Rectangle]:
 
 
 @pytest.mark.parametrize("canvas", CANVASES)
-def test_magnitudes_are_four_lines_on_two_panels_of_one_scale(report: Report, data: Any, canvas: style.Canvas) -> None:
+def test_magnitudes_are_four_lines_on_two_panels_of_one_scale(
+    report: Report, data: Any, canvas: drawing.Canvas
+) -> None:
     assert report.magnitudes is not None
     panels = figures.magnitudes_figure(report.magnitudes, canvas).axes
     assert [len(panel.lines) for panel in panels] == [4, 4]
@@ -78,7 +81,7 @@ def test_reused_stages_are_outlined_and_say_so() -> None:
 
 def test_names_are_never_read_as_formulas() -> None:
     stages = [Stage(stage=r"$\frac{1}{$ _", seconds=1, reused=False)]
-    assert style.save(figures.stages_figure(stages), "svg").startswith(b"<?xml")
+    assert drawing.save(figures.stages_figure(stages), "svg").startswith(b"<?xml")
 
 
 def test_drawings_are_real_images_and_missing_sections_have_none(data: dict[str, Any]) -> None:
@@ -91,10 +94,10 @@ def test_drawings_are_real_images_and_missing_sections_have_none(data: dict[str,
         pixels = np.asarray(image.convert("RGB"))
     assert tuple(pixels[0, 0]) == (255, 255, 255)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
-    assert style.DARK.ink.encode() in drawn["stages"].wide_dark
-    assert style.DARK.ink.encode() not in drawn["stages"].wide_light
+    assert drawing.DARK.ink.encode() in drawn["stages"].wide_dark
+    assert drawing.DARK.ink.encode() not in drawn["stages"].wide_light
 
 
 def test_equal_reports_give_equal_bytes(report: Report) -> None:
-    first, second = (style.save(figures.stages_figure(report.stages), "svg") for _ in range(2))
+    first, second = (drawing.save(figures.stages_figure(report.stages), "svg") for _ in range(2))
     assert first == second

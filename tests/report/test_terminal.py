@@ -14,8 +14,8 @@ def test_it_fits_eighty_columns_and_holds_every_part(report: Report) -> None:
     for part in (
         "perplexity 29.60 28.90 63.23 31.60",
         "⏎ (198) <|im_start|> (0)",
-        "onnxruntime (cpu): of 210 linears, 210 run in INT8",
-        "of 210 linears, 208 are compiled in INT8; not run: no NVIDIA GPU on this machine",
+        "onnxruntime (cpu): 210 of 210 linears run in INT8",
+        "208 of 210 linears are compiled in INT8; not run: no NVIDIA GPU on this machine",
         "All 7 parity checks hold.",
         "search reused",
     ):

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from cushion_deploy.errors import UntrustedArtifact
+from cushion_deploy.report.render.drawing import Drawing
+from cushion_deploy.report.render.html import render_html
+from cushion_deploy.report.render.markdown import render_markdown
 from cushion_deploy.study.document import PARTS, Study, read_study
 from cushion_deploy.study.figures import draw_figures
-from cushion_deploy.study.html import render_html
-from cushion_deploy.study.markdown import render_markdown
+from cushion_deploy.study.page import study_page
 from cushion_deploy.study.tables import paper_table, tables
 from cushion_deploy.study.write import write_study
 
@@ -40,8 +42,8 @@ class Page(HTMLParser):
 
 
 def test_every_cell_of_every_table_is_on_the_page_and_in_markdown(whole: Whole) -> None:
-    page = Page(render_html(whole.study, {}))
-    lines = {re.sub(r"[\\*]", "", line) for line in render_markdown(whole.study).splitlines()}
+    page = Page(render_html(study_page(whole.study, {})))
+    lines = {re.sub(r"[\\*]", "", line) for line in render_markdown(study_page(whole.study, {})).splitlines()}
     for part, title in PARTS.items():
         assert title in page.seen
         if part in whole.study.left_out:
@@ -53,10 +55,10 @@ def test_every_cell_of_every_table_is_on_the_page_and_in_markdown(whole: Whole) 
 
 
 def test_the_page_runs_nothing_and_fetches_nothing(whole: Whole) -> None:
-    text = render_html(whole.study, {})
+    text = render_html(study_page(whole.study, {}))
     assert not {"script", "link", "iframe", "object"} & set(Page(text).tags)
     assert not re.search(r"(src|href|srcset)=\"(?!data:)", text)
-    assert files("cushion_deploy.report").joinpath("page.css").read_text("utf-8") in text
+    assert files("cushion_deploy.report.render").joinpath("page.css").read_text("utf-8") in text
 
 
 def test_names_from_a_model_or_a_file_are_text(by_hand: ByHand) -> None:
@@ -65,19 +67,19 @@ def test_names_from_a_model_or_a_file_are_text(by_hand: ByHand) -> None:
     data["calibration"] = hostile
     data["prefix"] = {"token_ids": [1], "tokens": ["<b>`|\u202e"], "tuned": False}
     study = Study.model_validate(data)
-    page = render_html(study, {})
+    page = render_html(study_page(study, {}))
     assert "script" not in Page(page).tags
     assert "b" not in Page(page).tags[: Page(page).tags.index("dl")]
     assert "\u202e" not in page
-    markdown = render_markdown(study)
+    markdown = render_markdown(study_page(study, {}))
     assert r"\<script\>x\</script\>\|\*b\* " in markdown
     assert "\u202e" not in markdown
 
 
 def test_a_part_that_was_left_out_shows_its_reason_and_no_table(by_hand: ByHand) -> None:
     study = by_hand(left_out={"table2": "lm-eval is not installed"})
-    assert any("lm-eval is not installed" in text for text in Page(render_html(study, {})).seen)
-    markdown = render_markdown(study)
+    assert any("lm-eval is not installed" in text for text in Page(render_html(study_page(study, {}))).seen)
+    markdown = render_markdown(study_page(study, {}))
     assert "Left out: lm-eval is not installed." in markdown
     assert "seven zero-shot tasks" not in markdown
     assert PARTS["table1"] not in markdown
@@ -116,3 +118,17 @@ def test_a_file_that_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
         read_study(tmp_path / "study.json")
     with pytest.raises(UntrustedArtifact, match="cannot be read"):
         read_study(tmp_path / "absent.json")
+
+
+def test_the_committed_study_is_what_the_renderer_writes() -> None:
+    folder = Path(__file__).parents[2] / "bench" / "results" / "smollm2"
+    study = read_study(folder / "study.json")
+    drawings = {path.stem: Drawing(b"", b"", b"", b"", b"") for path in folder.glob("*.svg")}
+    assert set(drawings) == {"table1", "table3", "remedies", "table4", "figure2", "figure3"}
+    page = study_page(study, drawings)
+    assert render_markdown(page) == (folder / "study.md").read_text(encoding="utf-8")
+    # All but the images, whose bytes depend on the fonts of the machine.
+    written, committed = (
+        re.sub('base64,[^"]*', "", html) for html in (render_html(page), (folder / "study.html").read_text("utf-8"))
+    )
+    assert written == committed

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from cushion_deploy.study.document import PARTS, Study
 from cushion_deploy.study.paper import paper_tables
-from cushion_deploy.study.prose import headline, introduction, sentences
+from cushion_deploy.study.statements import headline, introduction, sentences
 from cushion_deploy.study.tables import paper_table, tables
 
 ByHand = Callable[..., Study]
@@ -52,7 +52,7 @@ def test_a_row_of_table_1_is_perplexity_and_its_distance_from_both_references(by
 
 @quiet
 @given(rows=st.lists(st.tuples(value, value), min_size=1, max_size=7))
-def test_table_1_says_how_many_schemes_gain_and_which_suffers_most(
+def test_table_1_says_how_many_schemes_gain_and_which_is_worst(
     by_hand: ByHand, rows: list[tuple[float, float]]
 ) -> None:
     study = by_hand(table1=[pair(f"scheme{i}", a, b) for i, (a, b) in enumerate(rows)])
@@ -60,7 +60,7 @@ def test_table_1_says_how_many_schemes_gain_and_which_suffers_most(
     gains = sum(b < a for a, b in rows)
     assert f"lowers perplexity in {gains} of {len(rows)} scheme" in said
     worst = max(a for a, _ in rows)
-    assert re.search(rf"On wiki scheme{[a for a, _ in rows].index(worst)} suffers most: {worst:,.2f} ", said)
+    assert re.search(rf"On wiki, scheme{[a for a, _ in rows].index(worst)} is worst: perplexity {worst:,.2f} ", said)
 
 
 @quiet
@@ -82,7 +82,7 @@ def test_what_is_not_finite_says_so_and_is_never_a_gain(by_hand: ByHand) -> None
     assert "lowers perplexity in 0 of 1 scheme" in " ".join(sentences(study, "table1"))
 
 
-def test_a_prefix_that_mends_what_was_not_finite_is_a_gain(by_hand: ByHand) -> None:
+def test_a_prefix_that_makes_perplexity_finite_is_a_gain(by_hand: ByHand) -> None:
     study = by_hand(table1=[pair("broken", None, 21.0), pair("other", 25.0, 26.0)])
     assert "lowers perplexity in 1 of 2 schemes" in " ".join(sentences(study, "table1"))
 
@@ -111,7 +111,7 @@ def test_table_3_says_what_share_the_search_brings(
     assert words in " ".join(sentences(study, "table3"))
 
 
-def test_remedies_name_the_nearest_to_the_original_and_the_largest_single_step(by_hand: ByHand) -> None:
+def test_remedies_name_the_closest_to_the_original_and_the_largest_single_step(by_hand: ByHand) -> None:
     rows = [
         step("ranges: max", 25.0, divergence=0.5),
         step("ranges: mse", 24.0, divergence=0.1),
@@ -119,9 +119,9 @@ def test_remedies_name_the_nearest_to_the_original_and_the_largest_single_step(b
         step("+ tuned scales", 22.0, fp=20.0, divergence=0.02),
     ]
     said = sentences(by_hand(remedies=rows), "remedies")[-1]
-    assert "'+ tuned scales' is nearest" in said
+    assert "'+ tuned scales' is closest" in said
     assert "at perplexity 22.00, +10.0 % over FP and +10.0 % over FP with the same prefix" in said
-    assert "The largest single step is '+ tuned scales', which takes 0.0700 nats off" in said
+    assert "The largest single step is '+ tuned scales', which lowers the divergence by 0.0700 nats" in said
     (table,) = tables(by_hand(remedies=rows), "remedies")
     assert table.strong == {4}
 
@@ -153,7 +153,7 @@ def test_tasks_of_one_kind_are_named_once(by_hand: ByHand) -> None:
     assert every.head == ("scheme", "copa", "piqa_x")
     assert every.caption == "Every task, % (acc, 25 rows each)"
     # Of the mean of two independent values with 3 points each: 3 / sqrt(2).
-    assert "One standard error of this average is 2.1 points." in sentences(study, "table2")[0]
+    assert "The standard error of this average is 2.1 points." in sentences(study, "table2")[0]
     mixed = [*results("a_x"), *results("b_x", n=7)]
     _, every = tables(by_hand(table2=[{**row, "without": mixed}]), "table2")
     assert every.head == ("scheme", "a_x (acc, n=25)", "b_x (acc, n=7)")
@@ -162,7 +162,7 @@ def test_tasks_of_one_kind_are_named_once(by_hand: ByHand) -> None:
 def test_table_5_says_how_far_the_largest_lies_above_the_median(by_hand: ByHand) -> None:
     blocks = {"without": {"top1": 200.0, "top10": 2.0, "median": 1.0}, "with": {"top1": 8.0, "top10": 2.0, "median": 2}}
     (said,) = sentences(by_hand(table5={"windows": 3, "length": 64, **blocks}), "table5")
-    assert "200.00, 200 times the median; with it 8.00, 4 times the median" in said
+    assert "200.00, 200 times the median; with the prefix it is 8.00, 4 times the median" in said
 
 
 def test_table_6_says_what_a_full_scan_would_take(by_hand: ByHand) -> None:
@@ -179,7 +179,7 @@ def test_table_6_says_what_a_full_scan_would_take(by_hand: ByHand) -> None:
     study = by_hand(table6=effort)
     said = " ".join(sentences(study, "table6"))
     assert (
-        "took 1 min 30 s and scored 12 candidates exactly; a scan of the whole vocabulary would take 40 times" in said
+        "took 1 min 30 s and scored 12 candidates exactly; a scan of the whole vocabulary would need 40 times" in said
     )
     assert tables(study, "table6")[0].rows[-1][:2] == ("both", "2 min 0 s")
     assert sentences(by_hand(table6={}), "table6") == ["No search was run."]
@@ -189,8 +189,8 @@ def test_figure_3_is_averaged_over_layers(by_hand: ByHand) -> None:
     without = [{"layer": i, "prefix": 0, "first": f, "rest": 1 - f} for i, f in enumerate((0.2, 0.6))]
     behind = [{"layer": i, "prefix": 0.5, "first": 0.1, "rest": 0.4} for i in range(2)]
     said = " ".join(sentences(by_hand(figure3={"tokens": 9, "without": without, "with": behind}), "figure3"))
-    assert "40 % of it falls on the first token" in said
-    assert "draws 50 %, the first token of the text 10 % and all others 40 %" in said
+    assert "40 % of the attention is on the first token" in said
+    assert "50 % is on the prefix, 10 % on the first token of the text and 40 % on all others" in said
 
 
 def test_what_was_left_out_says_why(by_hand: ByHand) -> None:

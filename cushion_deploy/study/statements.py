@@ -1,56 +1,71 @@
-"""What the numbers of a study say, in sentences made from the numbers; nothing here is written by hand."""
+"""The results of a study as sentences, generated from its numbers. Text between backticks is code."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
-from cushion_deploy.report.wording import count, duration, listing, model_name, number, percent, plural, visible
+from cushion_deploy.report.render.formatting import (
+    NONE,
+    count,
+    duration,
+    listing,
+    model_name,
+    number,
+    percent,
+    plural,
+    signed,
+)
+from cushion_deploy.report.render.printable import visible
+from cushion_deploy.report.statements import magnitude_sentence
 from cushion_deploy.study.document import PARTS, LayerAttention, Pair, Score, Step, Study
 from cushion_deploy.study.paper import paper_tables
-from cushion_deploy.study.tables import change, divergence, mean_of, on, perplexity, points
+from cushion_deploy.study.tables import change, divergence, mean_of, on, perplexity
 
 
 def headline(study: Study) -> str:
-    """Return the one sentence that opens the page: what the deployable recipe costs, without and with the prefix."""
+    """Return the sentence that opens the page: what the deployable recipe costs, without and with the prefix."""
     name = model_name(study.model.source)
     deployed = next((pair for pair in study.table1 or () if pair.deployable), None)
     if deployed is None or not study.texts:
-        return f"{name}: {_parts_run(study)} of {len(PARTS)} tables and figures measured."
+        return f"{name}: {_parts_run(study)} of {len(PARTS)} tables and figures were measured."
     text = study.texts[0].name
     without = _over(on(deployed.without, text), on(study.fp, text))
     if not deployed.with_prefix:
-        return f"{name} in static W8A8 is {without} FP perplexity on {text}; it needs no prefix or was given none."
-    behind = _over(on(deployed.with_prefix, text), on(study.fp, text))
-    return f"{name} in static W8A8 is {behind} FP perplexity on {text} with the prefix, and {without} FP without it."
+        return f"{name} in static W8A8 is {without} FP perplexity on {text}, without a prefix."
+    with_prefix = _over(on(deployed.with_prefix, text), on(study.fp, text))
+    return (
+        f"{name} in static W8A8 is {with_prefix} FP perplexity on {text} with the prefix, and {without} FP without it."
+    )
 
 
 def introduction(study: Study) -> list[str]:
-    """Say what was studied and how."""
+    """State what was studied and how it was measured."""
     m = study.model
     said = [
         f"{model_name(m.source)} has {count(m.parameters)} parameters in {plural(m.layers, 'layer')} of width "
-        f"{m.hidden_size:,}. Ranges and smoothing come from {study.calibration}."
+        f"{m.hidden_size:,}. Ranges and smoothing were calibrated on {study.calibration}."
     ]
     if study.prefix.token_ids:
         tokens = listing([f"`{_code(token)}`" for token in study.prefix.tokens])
-        how = "tuned after the search" if study.prefix.tuned else "as the search found it, not tuned"
+        how = "tuned after the search" if study.prefix.tuned else "as the search found it, without tuning"
         said.append(f"The prefix is {plural(len(study.prefix.tokens), 'token')} long, {tokens}, {how}.")
     else:
-        said.append("There is no prefix: the search found no sink worth one, or the recipe wants none.")
+        said.append("There is no prefix: the search found no sink that justifies one, or the recipe disables it.")
     if study.texts:
         texts = listing([f"{t.tokens:,} tokens of {t.name} in windows of {t.window:,}" for t in study.texts])
         said.append(
-            f"Perplexity is measured on {texts}: windows do not overlap, and no token of the prefix is scored. "
-            "KL is the mean divergence from the original model, which has neither prefix nor quantization. "
-            "A prefix alone moves perplexity, so FP with the same prefix stands beside FP."
+            f"Perplexity is measured on {texts}. Windows do not overlap, and tokens of the prefix are not scored. "
+            "KL is the mean divergence from the original model without prefix or quantization. "
+            "A prefix alone changes perplexity, so results are also compared with FP with the same prefix."
         )
     return said
 
 
 def sentences(study: Study, part: str) -> list[str]:
-    """Return what a part says; why it is missing where it was wanted and left out."""
+    """Return the statements of a part, or the reason why a requested part was left out."""
     if part in study.left_out:
         return [f"Left out: {study.left_out[part]}."]
     makers = {
@@ -69,8 +84,8 @@ def sentences(study: Study, part: str) -> list[str]:
 
 def _table1(study: Study) -> list[str]:
     said = [
-        "Schemes are the paper's: asymmetric activations, ranges from minimum to maximum, weights in groups, "
-        "SmoothQuant with its own alpha. The last row is what `cushion-deploy build` deploys."
+        "The schemes are those of the paper: asymmetric activations, min-max ranges, group-wise weights, and the "
+        "paper's alpha for SmoothQuant. The last row is the model that `cushion-deploy build` deploys."
     ]
     pairs = study.table1 or ()
     for text in study.texts:
@@ -79,32 +94,32 @@ def _table1(study: Study) -> list[str]:
     static, fp = printed.row("per-tensor static").with_prefix, printed.row("FP16").without
     over = [value / base - 1 for value, base in zip(static, fp, strict=True)]
     said.append(
-        f"In the paper per-tensor static W8A8 with the cache stays {percent(min(over))} to {percent(max(over))} over "
+        f"In the paper, per-tensor static W8A8 with CushionCache is {percent(min(over))} to {percent(max(over))} over "
         f"FP16 on {len(over)} models."
     )
     return said
 
 
 def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: str) -> list[str]:
-    """Say which scheme suffers most without the prefix, and how many of them gain by it."""
+    """State which scheme is worst without the prefix, and how many schemes the prefix improves."""
     known = [(s.perplexity, p) for p in pairs if (s := on(p.without, text)) and s.perplexity is not None]
     if not known:
         return []
     worst = max(known, key=lambda row: row[0])[1]
     before, after = on(worst.without, text), on(worst.with_prefix, text)
     sentence = (
-        f"On {text} {worst.label} suffers most: {perplexity(before)} without the prefix, "
+        f"On {text}, {worst.label} is worst: perplexity {perplexity(before)} without the prefix, "
         f"{_over(before, on(study.fp, text))} FP"
     )
     if after is None:
         return [sentence + "."]
     sentence += f"; {perplexity(after)} with it, {_over(after, on(study.fp_prefix, text))} FP with the same prefix."
     both = [(on(p.without, text), on(p.with_prefix, text)) for p in pairs]
-    gains = sum(_less(b, a) for a, b in both)
-    closer = sum(_nearer(b, a) for a, b in both)
+    gains = sum(_lower(b, a, "perplexity") for a, b in both)
+    closer = sum(_lower(b, a, "divergence") for a, b in both)
     return [
-        f"{sentence} The prefix lowers perplexity in {gains} of {plural(len(pairs), 'scheme')} and brings "
-        f"{closer} of them nearer to the original model."
+        f"{sentence} The prefix lowers perplexity in {gains} of {plural(len(pairs), 'scheme')} and reduces the "
+        f"divergence from the original model in {closer} of them."
     ]
 
 
@@ -115,40 +130,43 @@ def _table2(study: Study) -> list[str]:
     fp = 100 * mean_of([r.value for r in pairs[0].without])
     rows = f"the first {plural(study.task_limit, 'row')} of each task" if study.task_limit else "every row"
     errors = [r.stderr for r in pairs[0].without if r.stderr is not None]
-    said = [f"FP reaches {fp:.2f} % on average, over {rows}."]
+    said = [f"FP reaches an average of {fp:.2f} % over {rows}."]
     if len(errors) == len(pairs[0].without):
         spread = 100 * math.hypot(*errors) / len(errors)
-        said[0] += f" One standard error of this average is {spread:.1f} points."
+        said[0] += f" The standard error of this average is {spread:.1f} points."
     last = pairs[-1]
     without = 100 * mean_of([r.value for r in last.without])
-    sentence = f"The deployed recipe reaches {without:.2f} % without the prefix ({points(without - fp)} points)"
+    sentence = f"The deployed recipe reaches {without:.2f} % without the prefix ({signed(without - fp)} points)"
     if last.with_prefix:
-        behind = 100 * mean_of([r.value for r in last.with_prefix])
-        sentence += f" and {behind:.2f} % with it ({points(behind - fp)})"
+        with_prefix = 100 * mean_of([r.value for r in last.with_prefix])
+        sentence += f" and {with_prefix:.2f} % with it ({signed(with_prefix - fp)})"
     return [*said, sentence + "."]
 
 
 def _table3(study: Study) -> list[str]:
     steps = study.table3 or ()
     said = [
-        "Every row is a recipe in the deployable scheme, static per tensor and symmetric, with the recipe's smoothing "
-        "and ranges; where the paper shows accuracy under per-tensor dynamic quantization, this shows perplexity."
+        "Every row is a recipe in the deployable scheme (static, per-tensor, symmetric) with the recipe's smoothing "
+        "and ranges. The paper reports accuracy under per-tensor dynamic quantization; this table reports perplexity."
     ]
     for text in study.texts:
         scores = [on(step.scores, text.name) for step in steps]
         values = [s.perplexity for s in scores if s is not None and s.perplexity is not None]
         if 2 < len(values) == len(steps):
-            said.append(f"On {text.name} {_share_of_the_search(values[0], values[1], values[-1])}.")
+            said.append(f"On {text.name}, {_share_of_the_search(values[0], values[1], values[-1])}.")
     rows = [row.without[0] for row in paper_tables()["table3"].rows[1:]]
     said.append(
-        f"In the paper it brings {100 * (rows[1] - rows[0]) / (rows[-1] - rows[0]):.0f} % of the gain in accuracy."
+        f"In the paper, the search brings {100 * (rows[1] - rows[0]) / (rows[-1] - rows[0]):.0f} % of the gain in "
+        "accuracy."
     )
     return said
 
 
 def _share_of_the_search(first: float, greedy: float, last: float) -> str:
-    """Say what share of the fall of perplexity the search alone brings, tuning coming after it."""
-    course = f"the searched prefix takes perplexity from {first:,.2f} to {greedy:,.2f} and tuning to {last:,.2f}: "
+    """State which share of the gain in perplexity comes from the search, before any tuning."""
+    course = (
+        f"perplexity goes from {first:,.2f} to {greedy:,.2f} with the searched prefix and to {last:,.2f} with tuning: "
+    )
     if min(greedy, last) >= first:
         return course + "the method brings no gain"
     if last >= greedy:
@@ -160,7 +178,7 @@ def _share_of_the_search(first: float, greedy: float, last: float) -> str:
 
 def _remedies(study: Study) -> list[str]:
     steps = study.remedies or ()
-    said = ["Rows that begin with + add to the row above; the three ways to choose ranges stand beside each other."]
+    said = ["A row that begins with + adds one remedy to the row above; the three range estimators are alternatives."]
     for text in study.texts:
         known = [
             (s.divergence, step) for step in steps if (s := on(step.scores, text.name)) and s.divergence is not None
@@ -170,7 +188,7 @@ def _remedies(study: Study) -> list[str]:
         best = min(known, key=lambda row: row[0])[1]
         score, same = on(best.scores, text.name), on(best.fp, text.name)
         said.append(
-            f"On {text.name} '{best.label}' is nearest to the original model: {divergence(score)} nats a token at "
+            f"On {text.name}, '{best.label}' is closest to the original model: {divergence(score)} nats per token at "
             f"perplexity {perplexity(score)}, {_over(score, on(study.fp, text.name))} FP and {_over(score, same)} "
             f"FP with the same prefix.{_largest_step(known)}"
         )
@@ -184,18 +202,18 @@ def _largest_step(known: Sequence[tuple[float, Step]]) -> str:
     if not drops or max(drops)[0] <= 0:
         return " No remedy added to the ranges lowers the divergence."
     drop, label = max(drops)
-    return f" The largest single step is '{label}', which takes {drop:.4f} nats off."
+    return f" The largest single step is '{label}', which lowers the divergence by {drop:.4f} nats."
 
 
 def _table4(study: Study) -> list[str]:
-    said = ["Fewer bits, one scale a token, and not deployable: simulated, as in the paper."]
+    said = ["Fewer bits with one scale per token: simulated as in the paper, not deployable."]
     pairs = study.table4 or ()
     for text in study.texts:
         both = [(on(p.without, text.name), on(p.with_prefix, text.name)) for p in pairs]
         known = [(a, b) for a, b in both if a and b]
         if known:
-            gains = sum(_less(b, a) for a, b in known)
-            said.append(f"On {text.name} the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
+            gains = sum(_lower(b, a, "perplexity") for a, b in known)
+            said.append(f"On {text.name}, the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
     return said
 
 
@@ -203,14 +221,14 @@ def _table5(study: Study) -> list[str]:
     found = study.table5
     if found is None:
         return []
-    sentence = f"Without a prefix the largest value that enters the last block is {found.without.top1:,.2f}, "
+    sentence = f"Without a prefix, the largest value that enters the last block is {found.without.top1:,.2f}, "
     sentence += f"{_times(found.without.top1, found.without.median)} the median"
     if found.with_prefix is None:
         return [sentence + "."]
     after = found.with_prefix
     return [
-        f"{sentence}; with it {after.top1:,.2f}, {_times(after.top1, after.median)} the median. "
-        f"The median itself goes from {found.without.median:,.2f} to {after.median:,.2f}."
+        f"{sentence}; with the prefix it is {after.top1:,.2f}, {_times(after.top1, after.median)} the median. "
+        f"The median itself changes from {found.without.median:,.2f} to {after.median:,.2f}."
     ]
 
 
@@ -226,7 +244,7 @@ def _table6(study: Study) -> list[str]:
         )
         if 0 < found.positions_scored < found.positions_full_scan:
             ratio = found.positions_full_scan / found.positions_scored
-            sentence += f"; a scan of the whole vocabulary would take {ratio:,.0f} times the positions"
+            sentence += f"; a scan of the whole vocabulary would need {ratio:,.0f} times as many positions"
         said.append(sentence + ".")
     else:
         said.append("No search was run.")
@@ -239,15 +257,7 @@ def _table6(study: Study) -> list[str]:
 
 
 def _figure2(study: Study) -> list[str]:
-    found = study.figure2
-    if found is None or not found.without:
-        return []
-    before = max(found.without, key=lambda entry: entry.top1)
-    sentence = f"Without a prefix the largest activation is {before.top1:,.0f}, in layer {before.layer}"
-    if not found.with_prefix:
-        return [sentence + "."]
-    after = max(found.with_prefix, key=lambda entry: entry.top1)
-    return [f"{sentence}; with the prefix it is {after.top1:,.0f}, in layer {after.layer}."]
+    return [magnitude_sentence(study.figure2)] if study.figure2 is not None and study.figure2.without else []
 
 
 def _figure3(study: Study) -> list[str]:
@@ -256,13 +266,14 @@ def _figure3(study: Study) -> list[str]:
         return []
     first = _mean(found.without, "first")
     said = [
-        f"Shares of attention over {plural(found.tokens, 'token')}, mean over heads and over every text token but the "
-        f"first. Without a prefix {first:.0%} of it falls on the first token, averaged over layers."
+        f"Shares of attention on a text of {plural(found.tokens, 'token')}, averaged over heads and all text tokens "
+        f"except the first. Without a prefix, {first:.0%} of the attention is on the first token, averaged over layers."
     ]
     if found.with_prefix:
         said.append(
-            f"With it the prefix draws {_mean(found.with_prefix, 'prefix'):.0%}, the first token of the text "
-            f"{_mean(found.with_prefix, 'first'):.0%} and all others {_mean(found.with_prefix, 'rest'):.0%}."
+            f"With the prefix, {_mean(found.with_prefix, 'prefix'):.0%} is on the prefix, "
+            f"{_mean(found.with_prefix, 'first'):.0%} on the first token of the text and "
+            f"{_mean(found.with_prefix, 'rest'):.0%} on all others."
         )
     return [text.replace("%", " %") for text in said]
 
@@ -272,7 +283,7 @@ def _mean(layers: Sequence[LayerAttention], name: str) -> float:
 
 
 def _code(token: str) -> str:
-    """Return a token that may stand between backticks."""
+    """Return a token without characters that are invisible or end a code span."""
     return visible(token).replace("`", "‹U+0060›")
 
 
@@ -281,23 +292,19 @@ def _times(value: float, base: float) -> str:
 
 
 def _over(value: Score | None, base: Score | None) -> str:
-    """Return ``+4.2 % over``, or ``−1.0 % against``, to be followed by the name of the base."""
+    """Return ``+4.2 % over`` or ``−1.0 % relative to``, to be followed by the name of the base."""
     text = change(value, base)
-    if text == "—":
+    if text == NONE:
         return "not comparable with"
-    return f"{text} {'against' if text.startswith('−') else 'over'}"
+    return f"{text} {'relative to' if text.startswith('−') else 'over'}"
 
 
-def _less(a: Score | None, b: Score | None) -> bool:
-    if a is None or b is None or a.perplexity is None:
+def _lower(a: Score | None, b: Score | None, measure: Literal["perplexity", "divergence"]) -> bool:
+    """Return whether ``a`` is better than ``b``; a value that is not finite never is."""
+    if a is None or b is None:
         return False
-    return b.perplexity is None or a.perplexity < b.perplexity
-
-
-def _nearer(a: Score | None, b: Score | None) -> bool:
-    if a is None or b is None or a.divergence is None:
-        return False
-    return b.divergence is None or a.divergence < b.divergence
+    value, other = getattr(a, measure), getattr(b, measure)
+    return value is not None and (other is None or value < other)
 
 
 def _parts_run(study: Study) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from cushion_deploy.report.document import Report
-from cushion_deploy.report.figures import Drawing
-from cushion_deploy.report.html import render_html
+from cushion_deploy.report.page import report_page
+from cushion_deploy.report.render.drawing import Drawing
+from cushion_deploy.report.render.html import render_html
 
 SVG = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
 FIGURES = {name: Drawing(b"", SVG, SVG, SVG, SVG) for name in ("magnitudes", "perplexity", "scales", "stages")}
@@ -52,8 +53,12 @@ class Page(HTMLParser):
             self.text += text
 
 
+def html(data: dict[str, Any], figures: dict[str, Drawing]) -> str:
+    return render_html(report_page(Report.model_validate(data), figures))
+
+
 def render(data: dict[str, Any]) -> Page:
-    return Page(render_html(Report.model_validate(data), FIGURES))
+    return Page(html(data, FIGURES))
 
 
 def test_nothing_is_fetched_and_nothing_runs(data: dict[str, Any]) -> None:
@@ -63,7 +68,7 @@ def test_nothing_is_fetched_and_nothing_runs(data: dict[str, Any]) -> None:
         assert not name.startswith("on")
         if name in {"src", "srcset", "href", "action", "data", "poster"}:
             assert value.startswith("data:image/svg+xml;base64,"), (tag, name)
-    source = render_html(Report.model_validate(data), FIGURES)
+    source = html(data, FIGURES)
     assert not re.search(r"url\(|@import|https?://", source)
 
 
@@ -101,7 +106,7 @@ def test_hostile_strings_become_text_and_change_no_element(data: dict[str, Any],
 
 
 def test_whitespace_tokens_are_legible(data: dict[str, Any]) -> None:
-    source = render_html(Report.model_validate(data), FIGURES)
+    source = html(data, FIGURES)
     assert '<code class="token"><i>⏎</i></code>' in source
     assert '<code class="token"><i>␣</i></code>' in source
     assert '<code class="token">&lt;|im_start|&gt;</code>' in source
@@ -117,9 +122,9 @@ def test_direction_marks_cannot_disguise_any_string(data: dict[str, Any]) -> Non
 
 def test_an_engine_that_did_not_run_is_said_so(data: dict[str, Any]) -> None:
     text = " ".join(render(data).text.split())
-    assert "Of 210 linears, 208 are compiled in INT8" in text
+    assert "208 of 210 linears are compiled in INT8" in text
     assert "not run: no NVIDIA GPU on this machine" in text
-    assert "Of 210 linears, 210 run in INT8" in text
+    assert "210 of 210 linears run in INT8" in text
 
 
 def test_a_failed_check_shows_value_limit_and_site(data: dict[str, Any]) -> None:
@@ -131,9 +136,9 @@ def test_a_failed_check_shows_value_limit_and_site(data: dict[str, Any]) -> None
 
 def test_a_report_of_almost_nothing_still_reads(data: dict[str, Any]) -> None:
     minimal = {key: data[key] for key in ("schema", "tool", "created", "model", "precision")}
-    page = Page(render_html(Report.model_validate(minimal), {}))
+    page = Page(html(minimal, {}))
     for words in (
-        "Incomplete proof",
+        "Incomplete",
         "its perplexity was not measured",
         "The parity ladder was not run",
         "No engine was compiled",
@@ -148,11 +153,12 @@ def test_an_empty_prefix_reads_as_a_result(data: dict[str, Any]) -> None:
     data["search"].update(token_ids=[], tokens=[])
     page = render(data)
     assert "No prefix was needed." in page.text
-    assert "ol" not in page.tags
+    assert '<section id="prefix">' in html(data, FIGURES)
+    assert "<table" not in html(data, FIGURES).partition('<section id="prefix">')[2].partition("</section>")[0]
 
 
 def test_each_figure_is_embedded_for_light_dark_wide_and_narrow(report: Report) -> None:
     drawing = Drawing(b"", b"wide light", b"wide dark", b"narrow light", b"narrow dark")
-    source = render_html(report, {"stages": drawing})
+    source = render_html(report_page(report, {"stages": drawing}))
     embedded = [base64.b64decode(found) for found in re.findall(r"svg\+xml;base64,([\w+/=]+)", source)]
     assert embedded == [b"narrow dark", b"narrow light", b"wide dark", b"wide light"]

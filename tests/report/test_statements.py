@@ -5,18 +5,19 @@ from typing import Any
 import pytest
 
 from cushion_deploy.report.document import Report
-from cushion_deploy.report.findings import (
+from cushion_deploy.report.page import report_page
+from cushion_deploy.report.render.html import render_html
+from cushion_deploy.report.statements import (
     cache_sentence,
     engines_sentence,
     fused_attention_sentence,
-    not_run_words,
+    not_run_reason,
     parity_sentence,
     perplexity_rows,
     prefix_sentence,
     tuning_sentence,
     verdict,
 )
-from cushion_deploy.report.html import render_html
 from cushion_deploy.report.terminal import summary_lines
 
 
@@ -36,7 +37,7 @@ def test_the_verdict_compares_each_quantized_column_with_its_own_reference(repor
 
 def test_a_quantized_model_may_be_better_than_its_reference(data: dict[str, Any]) -> None:
     data["perplexity"]["quantized_prefix"] = 28.4665  # 0.985 of 28.90
-    assert "at −1.5 % perplexity against FP with the same prefix" in verdict(Report.model_validate(data)).sentence
+    assert "at −1.5 % perplexity relative to FP with the same prefix" in verdict(Report.model_validate(data)).sentence
 
 
 def test_a_failed_check_comes_before_every_good_number(data: dict[str, Any]) -> None:
@@ -44,7 +45,7 @@ def test_a_failed_check_comes_before_every_good_number(data: dict[str, Any]) -> 
     _fail(data, 6, 0.5)
     outcome = verdict(Report.model_validate(data))
     assert outcome.status == "failed"
-    assert outcome.sentence.startswith("Do not deploy: 2 of 7 parity checks do not hold. ")
+    assert outcome.sentence.startswith("Do not deploy: 2 of 7 parity checks fail. ")
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,10 @@ def test_a_compiled_engine_alone_does_not_make_the_model_run(data: dict[str, Any
     data["engines"] = data["engines"][1:]
     report = Report.model_validate(data)
     assert verdict(report).status == "incomplete"
-    assert "run by no engine here" in verdict(report).sentence
+    assert "not run by any engine on this machine" in verdict(report).sentence
     assert "runs in static" not in verdict(report).sentence
     assert engines_sentence(report) == "tensorrt-rtx was compiled but not run here."
-    assert not_run_words(report.engines[0]) == "not run: no NVIDIA GPU on this machine"
+    assert not_run_reason(report.engines[0]) == "not run: no NVIDIA GPU on this machine"
 
 
 def test_an_empty_prefix_is_a_result_and_is_said_in_words(data: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ def test_an_empty_prefix_is_a_result_and_is_said_in_words(data: dict[str, Any]) 
     report = Report.model_validate(data)
     assert verdict(report).sentence == (
         "SmolLM2-135M runs in static W8A8 at +2.5 % perplexity over FP; "
-        "no prefix was needed: the search found no attention sink worth one."
+        "no prefix was needed: the search found no attention sink that justifies one."
     )
     assert prefix_sentence(report).startswith("No prefix was needed.")
 
@@ -92,9 +93,9 @@ def test_the_four_columns_carry_both_deltas(report: Report) -> None:
     assert report.perplexity is not None
     assert perplexity_rows(report.perplexity) == [
         ("perplexity", ["29.60", "28.90", "63.23", "31.60"]),
-        ("against FP", ["", "−2.4 %", "+114 %", "+6.8 %"]),
-        ("against FP + prefix", ["+2.4 %", "", "+119 %", "+9.3 %"]),
-        ("KL from FP, nats a token", ["0.0000", "0.0310", "0.9200", "0.0680"]),
+        ("vs. FP", ["", "−2.4 %", "+114 %", "+6.8 %"]),
+        ("vs. FP + prefix", ["+2.4 %", "", "+119 %", "+9.3 %"]),
+        ("KL from FP, nats/token", ["0.0000", "0.0310", "0.9200", "0.0680"]),
     ]
 
 
@@ -116,9 +117,9 @@ def test_what_tuning_brought_is_told(data: dict[str, Any]) -> None:
     report = Report.model_validate(data)
     assert report.tuning is not None
     assert tuning_sentence(report.tuning) == (
-        "80 steps of tuning keys, values and activation scales (1 without effect, because a gradient was not finite) "
-        "took the divergence from the original model of the quantized model on held-out text from 0.0905 to 0.0752 "
-        "nats a token; the state after step 80 was kept."
+        "80 steps of tuning keys, values and activation scales (1 skipped because a gradient was not finite) "
+        "changed the quantized model's divergence from the original model on held-out text from 0.0905 to 0.0752 "
+        "nats per token; the state after step 80 was kept."
     )
 
 
@@ -128,8 +129,8 @@ def test_a_tuning_that_brought_nothing_says_so(data: dict[str, Any]) -> None:
     report = Report.model_validate(data)
     assert report.tuning is not None
     assert tuning_sentence(report.tuning) == (
-        "80 steps of tuning keys and values did not lower the cross-entropy on held-out text, so the prefix stayed as "
-        "it was found."
+        "80 steps of tuning keys and values did not lower the cross-entropy on held-out text, so the untuned prefix "
+        "was kept."
     )
 
 
@@ -145,26 +146,30 @@ def _with_cache(data: dict[str, Any], **changes: Any) -> Report:
     return Report.model_validate({**data, "kv_cache": cache})
 
 
-def test_an_int8_cache_tells_its_cost_and_its_size(data: dict[str, Any]) -> None:
+def test_an_int8_cache_states_its_cost_and_its_size(data: dict[str, Any]) -> None:
     assert cache_sentence(Report.model_validate(data)) == ""
     # 31.6 / 31.2 = 1.01282
     assert cache_sentence(_with_cache(data)) == (
         "INT8, one scale per head, the prefix in floating point: perplexity 31.20 with a floating-point cache, "
-        "31.60 with this one (+1.3 %); 11.5 kB a token against 46.1 kB in float32."
+        "31.60 with this one (+1.3 %); 11.5 kB per token, compared with 46.1 kB in float32."
     )
     other = cache_sentence(_with_cache(data, scales="per-tensor", with_prefix=True, float_perplexity=None))
     assert other.startswith("INT8, one scale per tensor, the prefix quantized too: perplexity — with")
     assert "%" not in other
 
 
-def test_attention_that_an_int8_cache_leaves_unfused_is_told(data: dict[str, Any]) -> None:
+def test_attention_that_an_int8_cache_leaves_unfused_is_stated(data: dict[str, Any]) -> None:
     report = _with_cache(data)
     onnx, plan = report.engines
     assert fused_attention_sentence(report, onnx) == ""
-    assert fused_attention_sentence(report, plan) == "all 30 attentions are fused kernels, with the INT8 cache too"
+    assert (
+        fused_attention_sentence(report, plan) == "All 30 attention layers are fused kernels, also with the INT8 cache."
+    )
     data["engines"][1]["fused_attention"] = 28
     report = _with_cache(data)
-    assert fused_attention_sentence(report, report.engines[1]).startswith("28 of 30 attentions are fused kernels with")
+    assert fused_attention_sentence(report, report.engines[1]).startswith(
+        "28 of 30 attention layers are fused kernels with"
+    )
     floating = Report.model_validate(data)
     assert fused_attention_sentence(floating, floating.engines[1]) == ""
 
@@ -173,8 +178,8 @@ def test_terminal_and_page_show_the_cache(data: dict[str, Any]) -> None:
     report = _with_cache(data)
     lines = " ".join(" ".join(summary_lines(report)).split())
     assert "cache INT8, one scale per head, the prefix in floating point: perplexity 31.20" in lines
-    assert "all 30 attentions are fused kernels" in lines
-    page = render_html(report, {})
+    assert "All 30 attention layers are fused kernels" in lines
+    page = render_html(report_page(report, {}))
     assert "The key/value cache is INT8, one scale per head" in page
-    assert "All 30 attentions are fused kernels, with the INT8 cache too." in page
-    assert "key/value cache is INT8" not in render_html(Report.model_validate(data), {})
+    assert "All 30 attention layers are fused kernels, also with the INT8 cache." in page
+    assert "key/value cache is INT8" not in render_html(report_page(Report.model_validate(data), {}))

@@ -1,0 +1,106 @@
+"""How the prefix was found and tuned."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, Field, model_validator
+
+from cushion_deploy.report.document.base import Count, Seconds, StrictModel, require_one_string_per_id
+
+# "screen" is how reports named "self-sink" while it was the only screen.
+CandidateSource = Literal["self-sink", "gradient", "obvious", "random", "seed", "scan", "screen"]
+
+
+def _refuse_unknown_sources(value: str) -> str:
+    known = get_args(CandidateSource)
+    for source in value.split(" + "):
+        if source not in known:
+            raise ValueError(f"unknown candidate source {source!r}; known sources: {', '.join(known)}")
+    return value
+
+
+CandidateSources = Annotated[str, AfterValidator(_refuse_unknown_sources)]
+"""All sources that proposed a token, such as ``self-sink + gradient``."""
+
+
+class Candidate(StrictModel):
+    """A token that was scored exactly in one step of the search."""
+
+    token_id: Count
+    token: str
+    source: CandidateSources
+    objective: float
+
+
+class SearchStep(StrictModel):
+    """One step of the greedy search: the best token, and whether its gain justified a prefix position.
+
+    Attributes:
+        proposed: number of tokens that each source proposed; a token proposed by several sources counts for each.
+        finalists: number of those that were scored exactly. Both are empty in reports that did not record them.
+    """
+
+    token_id: Count
+    token: str
+    source: CandidateSources
+    objective_before: float
+    objective_after: float
+    ratio: float
+    accepted: bool
+    top: tuple[Candidate, ...] = ()
+    proposed: dict[CandidateSource, Count] = Field(default_factory=dict)
+    finalists: dict[CandidateSource, Count] = Field(default_factory=dict)
+
+
+class Rank(StrictModel):
+    """Rank among ``of`` randomly sampled tokens of the vocabulary; 1 is the best."""
+
+    rank: Annotated[int, Field(ge=1)]
+    of: Count
+
+
+class Search(StrictModel):
+    """The prefix search; ``token_ids`` is empty if no attention sink justified a prefix."""
+
+    mode: str
+    objective: str
+    seed_tokens: tuple[int | str, ...] = ()
+    token_ids: tuple[Count, ...]
+    tokens: tuple[str, ...]
+    positions_scored: Count
+    positions_full_scan: Count
+    candidates_scored: Count
+    rank_in_random_sample: tuple[Rank, ...] = ()
+    seconds: Seconds
+    stopped: str
+    steps: tuple[SearchStep, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_string_per_id(self) -> Search:
+        require_one_string_per_id(self.token_ids, self.tokens)
+        return self
+
+
+class TuningState(StrictModel):
+    """The quantized model after a number of tuning steps: held-out loss, and the two parts of that step's loss."""
+
+    step: Count
+    held_out: float | None
+    prediction: float | None = None
+    error: float | None = None
+
+
+class Tuning(StrictModel):
+    """Tuning of the prefix; the state with the lowest held-out loss was kept, step 0 being the untuned prefix.
+
+    ``skipped`` counts steps that changed nothing because a gradient was not finite.
+    """
+
+    loss: str
+    scales_tuned: bool
+    steps: Count
+    seconds: Seconds
+    kept_step: Count
+    skipped: Count = 0
+    states: tuple[TuningState, ...]

@@ -1,0 +1,256 @@
+"""The sections of a report's page as blocks; one without data is empty or says what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+
+from cushion_deploy.report import statements
+from cushion_deploy.report.document import Engine, ParityRow, Report
+from cushion_deploy.report.document.prefix import Search, SearchStep
+from cushion_deploy.report.provenance import json_block, names_and_values
+from cushion_deploy.report.render.drawing import Drawing
+from cushion_deploy.report.render.elements import (
+    Block,
+    Details,
+    Paragraph,
+    Preformatted,
+    Span,
+    Table,
+    Text,
+    figure_if_drawn,
+)
+from cushion_deploy.report.render.formatting import duration, number, plural, size, value_and_limit
+
+Blocks = list[Block]
+Figures = Mapping[str, Drawing]
+_USAGE = """\
+# check every file against the manifest
+cushion-deploy verify OUT
+# generate text
+cushion-deploy generate OUT "The harbour was quiet"
+# run the parity ladder again on this machine
+cushion-deploy parity OUT"""
+
+
+def perplexity(report: Report, figures: Figures) -> Blocks:
+    """Return the four columns, the engine, and what an INT8 cache costs."""
+    measured = report.perplexity
+    if measured is None:
+        return [Paragraph("Perplexity was not measured.")]
+    rows = tuple((label, *cells) for label, cells in statements.perplexity_rows(measured))
+    note = (
+        f"{statements.engine_perplexity_sentence(measured)} Measured on {measured.corpus}: "
+        f"{plural(measured.tokens, 'token')} in windows of {measured.window:,}; calibration did not use this text. "
+        "Lower is better."
+    )
+    if statements.has_prefix(report):
+        note += " The prefix alone changes perplexity, so the last column should be compared with FP + prefix."
+    cache = statements.cache_sentence(report)
+    return [
+        Table(("", *statements.COLUMNS), rows, strong_column=len(statements.COLUMNS)),
+        *figure_if_drawn(figures, "perplexity", "Bar chart of the measured perplexities, listed in the table above."),
+        Paragraph(note, note=True),
+        *([Paragraph(f"The key/value cache is {cache}")] if cache else []),
+    ]
+
+
+def prefix(report: Report) -> Blocks:
+    """Return the tokens of the prefix, or why there is none."""
+    blocks: Blocks = [Paragraph(statements.prefix_sentence(report))]
+    found = report.search
+    if found is not None and found.token_ids:
+        rows = (
+            (f"{position}", (Span(token, "token"),), f"{token_id}")
+            for position, (token, token_id) in enumerate(zip(found.tokens, found.token_ids, strict=True))
+        )
+        blocks.append(Table(("position", "token", "id"), tuple(rows), align="lll"))
+    if found is not None and (found.token_ids or found.steps):
+        line_feed, space = Span("⏎", "code"), Span("␣", "code")
+        begin = "Whitespace and control characters are shown as symbols: "
+        blocks.append(Paragraph((begin, line_feed, " is a line feed, ", space, " is a space."), note=True))
+    return blocks
+
+
+def activations(report: Report, figures: Figures) -> Blocks:
+    """Return activation magnitudes per layer."""
+    if report.magnitudes is None:
+        return []
+    text = (
+        f"{statements.magnitude_sentence(report.magnitudes)} One static scale per tensor must cover the largest "
+        "value: the further it lies above the median, the fewer INT8 steps are left for typical values."
+    )
+    alt = "Largest, second, third and median activation magnitude per layer, without and with the prefix."
+    return [Paragraph(text.strip()), *figure_if_drawn(figures, "magnitudes", alt)]
+
+
+def search(report: Report) -> Blocks:
+    """Return the steps of the prefix search and their best candidates."""
+    if report.search is None:
+        return [Paragraph("No search was run.")]
+    blocks: Blocks = [Paragraph(_search_summary(report.search))]
+    steps = report.search.steps
+    if steps:
+        head = ("step", "best token", "id", "source", "objective before", "after", "ratio", "decision")
+        blocks.append(Table(head, tuple(_search_row(*step) for step in enumerate(steps, 1)), align="llrlrrrl"))
+    for index, step in enumerate(steps, 1):
+        if step.proposed:
+            counts = ", ".join(f"{s} {n:,} ({step.finalists.get(s, 0):,})" for s, n in step.proposed.items())
+            text = (
+                f"Candidates of step {index}, with the number that was scored exactly in parentheses: {counts}. "
+                "A token proposed by several sources counts for each."
+            )
+            blocks.append(Paragraph(text, note=True))
+    if report.search.rank_in_random_sample:
+        ranks = ", then ".join(f"{r.rank:,} of {r.of:,}" for r in report.search.rank_in_random_sample)
+        text = f"Compared with a random sample of the vocabulary, scored exactly, the chosen token ranks {ranks}."
+        blocks.append(Paragraph(text, note=True))
+    blocks += [_candidates(*step) for step in enumerate(steps, 1) if step[1].top]
+    return blocks
+
+
+def _search_summary(found: Search) -> Text:
+    text = (
+        f": {plural(found.candidates_scored, 'candidate')} scored exactly in {duration(found.seconds)}. "
+        f"The model processed {plural(found.positions_scored, 'position')}"
+    )
+    if found.positions_full_scan > found.positions_scored > 0:
+        ratio = found.positions_full_scan / found.positions_scored
+        text += f"; a full scan would need {found.positions_full_scan:,}, {ratio:,.0f} times as many"
+    text += f". The search stopped because {found.stopped}.{' Seed:' if found.seed_tokens else ''}"
+    seeds = [part for seed in found.seed_tokens for part in (" ", Span(str(seed), "token"))]
+    return "Mode ", Span(found.mode, "code"), ", objective ", Span(found.objective, "code"), text, *seeds
+
+
+def _search_row(index: int, step: SearchStep) -> tuple[Text, ...]:
+    before, after = number(step.objective_before, 4), number(step.objective_after, 4)
+    decision = "kept" if step.accepted else "not worth a position"
+    token = (Span(step.token, "token"),)
+    return f"{index}", token, f"{step.token_id}", step.source, before, after, f"{step.ratio:.3f}", decision
+
+
+def _candidates(index: int, step: SearchStep) -> Details:
+    rows = tuple(((Span(c.token, "token"),), f"{c.token_id}", c.source, number(c.objective)) for c in step.top)
+    table = Table(("token", "id", "source", "objective"), rows, align="lrlr")
+    return Details(f"Best {plural(len(step.top), 'candidate')} of step {index}", (table,))
+
+
+def tuning(report: Report) -> Blocks:
+    """Return what tuning gained, and the loss at every evaluation."""
+    found = report.tuning
+    if found is None:
+        return []
+    rows = tuple(
+        (
+            f"{state.step:,}{' (kept)' if state.step == found.kept_step else ''}",
+            "not finite" if state.held_out is None else f"{state.held_out:.4f}",
+            "" if state.prediction is None else f"{state.prediction:.4f}",
+            "" if state.error is None else f"{state.error:.3f}",
+        )
+        for state in found.states
+    )
+    head = ("step", f"held-out {found.loss} loss", "loss of the step", "quantization error, relative to untuned")
+    return [
+        Paragraph(f"{statements.tuning_sentence(found)} Tuning took {duration(found.seconds)}."),
+        Details("Every evaluation on held-out text", (Table(head, rows),)),
+    ]
+
+
+def parity(report: Report) -> Blocks:
+    """Return the checks of the parity ladder, rung by rung."""
+    blocks: Blocks = [Paragraph(statements.parity_sentence(report))]
+    rows: list[tuple[Text, ...]] = []
+    for rung, checks in groupby(report.parity, key=lambda row: row.rung):
+        rows += [(rung,), *(_parity_row(row) for row in checks)]
+    if rows:
+        blocks.append(Table(("check", "value", "limit", "result"), tuple(rows), align="lrrl"))
+    return blocks
+
+
+def _parity_row(row: ParityRow) -> tuple[Text, ...]:
+    value, limit = value_and_limit(row.value, row.limit)
+    site = (" at ", Span(row.site, "code")) if row.site else ()
+    note = (" ", Span(row.note, "quiet")) if row.note else ()
+    result = Span("holds", "passed") if row.passed else Span("fails", "failed")
+    return (row.metric, *site, *note), value, f"{'≤' if row.direction == 'at most' else '≥'} {limit}", (result,)
+
+
+def engines(report: Report) -> Blocks:
+    """Return the INT8 coverage of every engine, and whether it was run."""
+    blocks: Blocks = [Paragraph(statements.engines_sentence(report))]
+    if report.engines:
+        rows = tuple(_engine_row(engine) for engine in report.engines)
+        blocks.append(Table(("engine", "targets", "coverage", "on this machine"), rows, align="llll"))
+    for engine in report.engines:
+        if fused := statements.fused_attention_sentence(report, engine):
+            blocks.append(Paragraph(f"{engine.engine}: {fused}", note=True))
+        if engine.details:
+            blocks.append(Details(f"Details of {engine.engine}", (json_block(engine.details),)))
+    return blocks
+
+
+def _engine_row(engine: Engine) -> tuple[Text, ...]:
+    covered = statements.coverage(engine)
+    if engine.fused_attention:
+        covered += f", {plural(engine.fused_attention, 'fused attention kernel')}"
+    status = Span("run", "passed") if engine.ran else Span(statements.not_run_reason(engine), "incomplete")
+    note = (" ", Span(engine.note, "quiet")) if engine.ran and engine.note else ()
+    return engine.engine, ", ".join(engine.targets), covered, (status, *note)
+
+
+def scales(report: Report, figures: Figures) -> Blocks:
+    """Return the activation scales and how they were estimated."""
+    found = report.calibration
+    if found is None:
+        return []
+    text = f", estimated on {plural(found.tokens, 'token')} of {found.corpus}."
+    if found.smoothing_alpha is not None:
+        text += f" SmoothQuant with alpha {found.smoothing_alpha} is folded into the weights."
+    begin = f"{plural(len(found.sites), 'static scale')}, range estimator "
+    rows = tuple(((Span(e.site, "code"),), number(e.scale), number(e.amax)) for e in found.sites)
+    alt = "Activation scale of every Site by layer, one line per kind of Site; the table below lists the values."
+    return [
+        Paragraph((begin, Span(found.estimator, "code"), text)),
+        *figure_if_drawn(figures, "scales", alt),
+        Details("Every scale", (Table(("Site", "scale", "largest magnitude"), rows),)),
+    ]
+
+
+def graph(report: Report) -> Blocks:
+    """Return size, linears and rules of the exported graph."""
+    e = report.export
+    if e is None:
+        return []
+    bytes_text, linears = size(e.bytes), f"{e.linears:,}, packed into {e.packed_linears:,}"
+    if e.float_bytes:
+        share = 100 * e.bytes / e.float_bytes
+        bytes_text += f", {share:.0f} % of the same graph in floating point ({size(e.float_bytes)})"
+    if e.float_linears:
+        verb = "stays" if e.float_linears == 1 else "stay"
+        linears += f"; {e.float_linears:,} more {verb} in floating point, set by the recipe: {', '.join(e.float_sites)}"
+    rules: list[tuple[str, Text]] = [("Rules checked", ", ".join(e.rules_checked))] if e.rules_checked else []
+    head = "INT8" if e.quantize_head else "floating point"
+    rows = [("Size", bytes_text), ("Linears", linears), ("Head", head), ("ONNX opset", f"{e.opset}"), *rules]
+    return [names_and_values(rows)]
+
+
+def time(report: Report, figures: Figures) -> Blocks:
+    """Return the time of every stage."""
+    if not report.stages:
+        return []
+    rows = tuple((s.stage, duration(s.seconds), "reused" if s.reused else "computed") for s in report.stages)
+    text = (
+        f"This build took {duration(report.build_seconds)}. Outlined stages were reused from an earlier build and "
+        "are not counted."
+    )
+    return [
+        Paragraph(text),
+        *figure_if_drawn(figures, "stages", "Bar chart of the seconds that each stage took."),
+        Details("Every stage", (Table(("stage", "time", "result"), rows, align="lrl"),)),
+    ]
+
+
+def usage() -> Blocks:
+    """Return the commands to start with."""
+    text = ("Replace ", Span("OUT", "code"), " with the folder that contains ", Span("cushion.json", "code"), ":")
+    return [Paragraph(text), Preformatted(_USAGE, "sh")]

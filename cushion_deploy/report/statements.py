@@ -1,0 +1,255 @@
+"""The results of a report as sentences: the verdict, then perplexity, prefix, parity and engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cushion_deploy.report.document import Engine, ParityRow, Report
+from cushion_deploy.report.document.measurements import Magnitudes, Perplexity
+from cushion_deploy.report.document.prefix import Tuning
+from cushion_deploy.report.render.formatting import (
+    listing,
+    model_name,
+    percent,
+    perplexity,
+    plural,
+    size,
+    value_and_limit,
+)
+from cushion_deploy.report.render.printable import one_line
+
+Status = Literal["passed", "incomplete", "failed"]
+COLUMNS = ("FP", "FP + prefix", "quantized", "quantized + prefix")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a build: ``failed`` if a parity check failed, ``incomplete`` if a measurement is missing."""
+
+    status: Status
+    sentence: str
+
+
+def verdict(report: Report) -> Verdict:
+    """Return the status and the one sentence that opens the page and ends the build."""
+    sentence = _subject(report) + _cost(report)
+    failed = len(failed_checks(report))
+    if failed:
+        verb = "fails" if failed == 1 else "fail"
+        checks = plural(len(report.parity), "parity check")
+        return Verdict("failed", f"Do not deploy: {failed} of {checks} {verb}. {sentence}")
+    measured = report.perplexity is not None and report.perplexity.quantized_prefix is not None
+    complete = measured and bool(report.parity) and any(engine.ran for engine in report.engines)
+    return Verdict("passed" if complete else "incomplete", sentence)
+
+
+def _subject(report: Report) -> str:
+    name, precision = model_name(report.model.source), one_line(report.precision).upper()
+    if any(engine.ran for engine in report.engines):
+        return f"{name} runs in static {precision}"
+    if report.perplexity is None:
+        return f"{name} in static {precision} was not run by any engine on this machine"
+    return f"{name} in static {precision}, not run by any engine on this machine, is"
+
+
+def _cost(report: Report) -> str:
+    """Return what quantization costs in perplexity, with the prefix and without."""
+    if report.perplexity is None:
+        return "; its perplexity was not measured."
+    p = report.perplexity
+    if not has_prefix(report):
+        quantized = p.quantized if p.quantized_prefix is None else p.quantized_prefix
+        return f"{_at(quantized, p.fp, 'FP')}; {_why_no_prefix(report)}."
+    after = _at(p.quantized_prefix, p.fp_prefix, "FP with the same prefix")
+    if p.quantized is None or p.fp is None:
+        return f"{after}; without the prefix no finite perplexity was measured."
+    return f"{after}; without the prefix it would be {percent(p.quantized / p.fp - 1)}."
+
+
+def _at(value: float | None, reference: float | None, name: str) -> str:
+    if value is None or reference is None:
+        return f" at a perplexity that cannot be compared with {name} (not finite or not measured)"
+    change = value / reference - 1
+    return f" at {percent(change)} perplexity {'over' if change >= 0 else 'relative to'} {name}"
+
+
+def _why_no_prefix(report: Report) -> str:
+    if report.search is None:
+        return "it was built without a prefix"
+    return "no prefix was needed: the search found no attention sink that justifies one"
+
+
+def perplexity_rows(measured: Perplexity) -> list[tuple[str, list[str]]]:
+    """Return the rows of the four-column table: values, changes relative to FP and FP + prefix, KL divergence."""
+    columns = (measured.fp, measured.fp_prefix, measured.quantized, measured.quantized_prefix)
+
+    def changes(reference: int) -> list[str]:
+        base = columns[reference]
+        return [
+            "" if value is None or base is None or index == reference else percent(value / base - 1)
+            for index, value in enumerate(columns)
+        ]
+
+    rows = [
+        ("perplexity", [perplexity(value) for value in columns]),
+        ("vs. FP", changes(0)),
+        ("vs. FP + prefix", changes(1)),
+    ]
+    if measured.divergence is not None:
+        d = measured.divergence
+        divergences = (d.fp, d.fp_prefix, d.quantized, d.quantized_prefix)
+        rows.append(("KL from FP, nats/token", ["" if value is None else f"{value:.4f}" for value in divergences]))
+    return rows
+
+
+def engine_perplexity_sentence(measured: Perplexity) -> str:
+    """State the perplexity of the compiled engine, next to that of simulated quantization."""
+    if measured.engine is None:
+        return "Quantization is simulated in these columns; no compiled engine was measured."
+    text = f"The compiled engine measures {perplexity(measured.engine)}"
+    if measured.quantized_prefix is not None:
+        change = percent(measured.engine / measured.quantized_prefix - 1)
+        text += f", {change} relative to the simulated quantization in the last column"
+    return text + "."
+
+
+def magnitude_sentence(magnitudes: Magnitudes) -> str:
+    """State the largest activation without and with the prefix; empty if none was measured."""
+    if not magnitudes.without:
+        return ""
+    before = max(magnitudes.without, key=lambda entry: entry.top1)
+    text = f"Without a prefix the largest activation is {before.top1:,.0f}, in layer {before.layer}"
+    if not magnitudes.with_prefix:
+        return text + "."
+    after = max(magnitudes.with_prefix, key=lambda entry: entry.top1)
+    return f"{text}; with the prefix it is {after.top1:,.0f}, in layer {after.layer}."
+
+
+def has_prefix(report: Report) -> bool:
+    """Return whether the built model has a prefix."""
+    return report.search is not None and bool(report.search.token_ids)
+
+
+def prefix_sentence(report: Report) -> str:
+    """State how long the prefix is and what it does, or why there is none."""
+    if report.search is None:
+        return "No prefix search was run: the model was built without a prefix."
+    length = len(report.search.token_ids)
+    if not length:
+        return (
+            "No prefix was needed. The search found no attention sink that justifies a prefix position, "
+            "so the model runs unchanged."
+        )
+    return (
+        f"The prefix is {plural(length, 'token')} long. "
+        f"Its {'key and value are' if length == 1 else 'keys and values are'} constants in the graph, "
+        "placed before every text. They act as the attention sink, so that no token of the text has to."
+    )
+
+
+def tuning_sentence(tuning: Tuning) -> str:
+    """State what tuning gained on the held-out text."""
+    losses = {
+        state.step: "not finite" if state.held_out is None else f"{state.held_out:.4f}" for state in tuning.states
+    }
+    what = "keys, values and activation scales" if tuning.scales_tuned else "keys and values"
+    measure = "divergence from the original model" if tuning.loss == "distill" else "cross-entropy"
+    steps = f"{plural(tuning.steps, 'step')} of tuning {what}"
+    if tuning.skipped:
+        steps += f" ({tuning.skipped} skipped because a gradient was not finite)"
+    if tuning.kept_step == 0:
+        return f"{steps} did not lower the {measure} on held-out text, so the untuned prefix was kept."
+    return (
+        f"{steps} changed the quantized model's {measure} on held-out text from {losses[0]} to "
+        f"{losses[tuning.kept_step]} nats per token; the state after step {tuning.kept_step} was kept."
+    )
+
+
+def cache_sentence(report: Report) -> str:
+    """State what an INT8 cache costs in perplexity and saves in bytes; empty for a floating-point cache."""
+    cache = report.kv_cache
+    if cache is None:
+        return ""
+    found = report.perplexity.quantized_prefix if report.perplexity else None
+    after, before = perplexity(found), perplexity(cache.float_perplexity)
+    cost = f"perplexity {before} with a floating-point cache, {after} with this one"
+    if found is not None and cache.float_perplexity is not None:
+        cost += f" ({percent(found / cache.float_perplexity - 1)})"
+    scales = "one scale per head" if cache.scales == "per-head" else "one scale per tensor"
+    prefix = ""
+    if has_prefix(report):
+        prefix = ", the prefix quantized too" if cache.with_prefix else ", the prefix in floating point"
+    return (
+        f"INT8, {scales}{prefix}: {cost}; {size(cache.bytes_a_token)} per token, "
+        f"compared with {size(cache.float32_bytes_a_token)} in float32."
+    )
+
+
+def fused_attention_sentence(report: Report, engine: Engine) -> str:
+    """State how many attention layers of a plan with an INT8 cache are fused kernels; empty if not applicable.
+
+    ONNX Runtime fuses none of them on the CPU, whatever the cache.
+    """
+    if report.kv_cache is None or engine.engine.startswith("onnxruntime"):
+        return ""
+    fused, layers = engine.fused_attention, report.model.layers
+    if fused >= layers:
+        return f"All {layers} attention layers are fused kernels, also with the INT8 cache."
+    return (
+        f"{fused} of {layers} attention layers are fused kernels with the INT8 cache; "
+        "build with export.kv_cache=float to see whether a floating-point cache allows more."
+    )
+
+
+def failed_checks(report: Report) -> list[ParityRow]:
+    """Return the parity checks that fail, in ladder order."""
+    return [row for row in report.parity if not row.passed]
+
+
+def check_summary(row: ParityRow) -> str:
+    """Return the metric, value and limit of one check: ``max |Δlogit| 0.0031, at most 0.002``."""
+    value, limit = value_and_limit(row.value, row.limit)
+    return f"{one_line(row.metric)} {value}, {row.direction} {limit}"
+
+
+def parity_sentence(report: Report) -> str:
+    """State how many checks of the ladder hold, and where the first failure diverges."""
+    if not report.parity:
+        return "The parity ladder was not run, so nothing here shows that the engine computes what the model computes."
+    failed = failed_checks(report)
+    if not failed:
+        total = len(report.parity)
+        return f"All {total} parity checks hold." if total > 1 else "The one parity check holds."
+    first = failed[0]
+    site = next((row.site for row in failed if row.site), None)
+    where = f" First diverging Site: {one_line(site)}." if site else " No diverging Site was identified."
+    return (
+        f"{len(failed)} of {plural(len(report.parity), 'parity check')} {'fails' if len(failed) == 1 else 'fail'}, "
+        f"first on rung '{one_line(first.rung)}': {check_summary(first)}.{where}"
+    )
+
+
+def coverage(engine: Engine) -> str:
+    """State how many of an engine's linears are in INT8; they ``run`` only if the engine ran."""
+    verb = "run" if engine.ran else "are compiled"
+    return f"{engine.int8_linears:,} of {engine.linears:,} linears {verb} in INT8"
+
+
+def not_run_reason(engine: Engine) -> str:
+    """Return ``not run: <reason>`` for an engine that was not run on this machine."""
+    return f"not run: {one_line(engine.note) or 'no reason was recorded'}"
+
+
+def engines_sentence(report: Report) -> str:
+    """State which engines were compiled, and which of them were run on this machine."""
+    if not report.engines:
+        return "No engine was compiled: the bundle contains only the ONNX graph."
+    ran = [one_line(e.engine) for e in report.engines if e.ran]
+    compiled = [one_line(e.engine) for e in report.engines if not e.ran]
+    parts = []
+    if ran:
+        parts.append(f"{listing(ran)} {'was' if len(ran) == 1 else 'were'} compiled and run on this machine")
+    if compiled:
+        parts.append(f"{listing(compiled)} {'was' if len(compiled) == 1 else 'were'} compiled but not run here")
+    return "; ".join(parts) + "."
