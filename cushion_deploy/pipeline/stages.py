@@ -11,10 +11,12 @@ import numpy as np
 
 from cushion_deploy.core.artifacts import read_prefix, write_prefix
 from cushion_deploy.core.dtypes import Dtype, IntArray
+from cushion_deploy.core.graph_form import MIN_OPSET, GraphForm
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import PREFIX_FILE, Prefix
 from cushion_deploy.core.progress import elapsed
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.engines.base import Engine
 from cushion_deploy.families import get_family
 from cushion_deploy.pipeline.files import read_json, write_json
@@ -153,8 +155,6 @@ def export(
     ws: Workspace, deployed: Deployed, *, dtype: Dtype, name: str = "model", quantized: bool = True, capacity: int = 0
 ) -> ExportedGraph:
     """Return the exported graph, or its float twin, in its stage folder."""
-    from cushion_deploy.export.folder import MIN_OPSET
-
     opset = ws.recipe.export.opset or MIN_OPSET
     parents = {
         "model": ws.source.digest,
@@ -195,23 +195,21 @@ def export_deployed(
     capacity: int = 0,
 ) -> ExportedGraph:
     """Write a graph into a folder and return it."""
-    from cushion_deploy.export.folder import export_graph
+    from cushion_deploy.export.write import export_graph
 
-    return export_graph(
-        ws.model.spec,
-        ws.model.weights,
-        deployed.prefix,
-        deployed.scales if quantized else None,
-        deployed.scheme,
-        folder,
-        smoothing=deployed.smoothing,
-        kv=deployed.kv if quantized else None,
-        name=name,
-        dtype=dtype,
-        opset=opset,
-        prefix_in_cache=ws.recipe.export.prefix == "cache",
-        capacity=capacity,
+    quantization = Quantization(
+        deployed.prefix, deployed.scheme, deployed.scales, deployed.smoothing, kv_scales=deployed.kv
     )
+    int8_cache = quantized and deployed.kv is not None
+    form = GraphForm(
+        dtype=dtype,
+        quantized=quantized,
+        cache="int8" if int8_cache else "static" if capacity else "growing",
+        capacity=capacity,
+        prefix="cache" if ws.recipe.export.prefix == "cache" else "baked",
+        opset=opset,
+    )
+    return export_graph(ws.model.spec, ws.model.weights, quantization, form, folder, name=name)
 
 
 def model_files(ws: Workspace) -> Path:
