@@ -58,6 +58,4 @@ class BakedPrefix:
     def constant(self, layer: int, part: KvPart) -> ir.Value:
         """Return the keys or values of a layer as an initializer ``[1, K, P, D]``."""
         array = (self.prefix.keys if part == "key" else self.prefix.values)[layer]
-        return self.g.constant(
-            np.ascontiguousarray(array[None]).astype(self.g.dtype.numpy()), f"prefix.{layer}.{part}"
-        )
+        return self.g.constant(np.ascontiguousarray(array[None]).astype(self.g.dtype.numpy()), f"prefix.{layer}.{part}")

@@ -199,7 +199,7 @@ class DecoderGraph:
 
     @property
     def _has_logits_start(self) -> bool:
-        """Whether there is an input ``logits_start``: 16-bit and static graphs go to engines without optional inputs."""
+        """Whether there is ``logits_start``: the engines of 16-bit and static graphs have no optional inputs."""
         return self.form.dtype == "float32" and not self.form.capacity
 
     def _logits(self, x: ir.Value) -> ir.Value:

@@ -1,6 +1,7 @@
 """The key/value cache of the graph: growing, growing as INT8 codes, or static and updated in place.
 
-Shapes in comments: B batch, S sequence, T past + S, K key/value heads, D head size; in a static cache T is its capacity.
+Shapes in comments: B batch, S sequence, T past + S, K key/value heads, D head size. In a static cache T is its
+capacity.
 """
 
 from __future__ import annotations

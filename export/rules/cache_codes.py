@@ -1,4 +1,4 @@
-"""Rule cache-codes: an INT8 cache is int8 from past to present; new codes are appended, one DQ of equal scale reads it."""
+"""Rule cache-codes: an INT8 cache is int8 from past to present; one Q appends to it, one DQ of equal scale reads it."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class CachedTensor:
 
     @property
     def joined(self) -> bool:
-        """Whether the codes are appended to the past of the same name, which makes the present, and read nowhere else."""
+        """Whether the only reader of the codes appends them to the past of the same name, and that is the present."""
         if self.present is None or self.past is None or len(self.joins) != 1:
             return False
         named = (self.present.name or "").replace("present", "past_key_values")

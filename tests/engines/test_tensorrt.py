@@ -23,10 +23,12 @@ from onnx import numpy_helper
 
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
@@ -39,7 +41,7 @@ from cushion_deploy.engines.tensorrt.flavours import RTX, STANDARD, Flavour
 from cushion_deploy.engines.tensorrt.profiles import Limits, profiles
 from cushion_deploy.engines.tensorrt.worker import run_worker
 from cushion_deploy.errors import CheckFailed, MissingDependency, UsageError
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.families import get_family
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 2, 4, 2, 16, 64, 128, 256
@@ -101,7 +103,7 @@ class RandomWeights:
         return self._tensors[name][start:stop]
 
 
-def export(folder: Path, *, quantize_head: bool = True, dtype: Any = "float16", **options: Any) -> ExportedGraph:
+def export(folder: Path, *, quantize_head: bool = True, dtype: Any = "float16", **form: Any) -> ExportedGraph:
     """Export the tiny decoder with a prefix of two positions."""
     rng = np.random.default_rng(1)
     shape = (LAYERS, KV_HEADS, 2, HEAD_DIM)
@@ -112,7 +114,8 @@ def export(folder: Path, *, quantize_head: bool = True, dtype: Any = "float16", 
     scales = ActivationScales(
         dict.fromkeys(sites, 0.02), "max", Lineage(SPEC.weights_digest, prefix.digest, text="c"), tokens=1
     )
-    return export_graph(SPEC, RandomWeights(), prefix, scales, scheme, folder, dtype=dtype, **options)
+    quantization = Quantization(prefix, scheme, scales)
+    return export_graph(SPEC, RandomWeights(), quantization, GraphForm(dtype=dtype, **form), folder)
 
 
 @pytest.fixture(scope="module")
