@@ -122,7 +122,7 @@ class GraphBuilder:
             )
         return found
 
-    def _store(self, key: str, tensor: ir.Tensor | ir.LazyTensor) -> ir.Value:
+    def _store(self, key: str, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Value:
         value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         self._initializers[key] = value
         return value

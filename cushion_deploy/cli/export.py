@@ -17,22 +17,24 @@ from cushion_deploy.errors import UsageError
 
 @click.command("export")
 @recipe_options
-@click.option("--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search.")
-@click.option("--scales", "scales_file", type=click.Path(path_type=Path), help="scales.json; default: calibrate.")
+@click.option(
+    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; searched by default."
+)
+@click.option("--scales", "scales_file", type=click.Path(path_type=Path), help="scales.json; calibrated by default.")
 @click.option(
     "--smoothing",
     "smoothing_file",
     type=click.Path(path_type=Path),
-    help="smoothing.safetensors that the scales were calibrated under; only with --scales.",
+    help="smoothing.safetensors of the calibration that wrote the scales; requires --scales.",
 )
 @click.option(
     "--kv-scales",
     "kv_file",
     type=click.Path(path_type=Path),
-    help="kv_scales.json of the same calibration, for an INT8 cache; only with --scales.",
+    help="kv_scales.json of the same calibration, for an INT8 cache; requires --scales.",
 )
-@dtype_option("dtype", "Type of what stays in floating point.", default="fp32")
-@click.option("--float", "float_twin", is_flag=True, help="Write the floating-point twin, without Q/DQ nodes.")
+@dtype_option("dtype", "Type of everything that is not INT8.", default="fp32")
+@click.option("--float", "float_twin", is_flag=True, help="Write the float twin: the same graph without Q/DQ nodes.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the graph.")
 def command(
     prefix_file: Path | None,
@@ -44,7 +46,7 @@ def command(
     output: Path,
     **values: Any,
 ) -> None:
-    """Write model.onnx with Q/DQ nodes at Sites, INT8 weights, and the prefix as initializers."""
+    """Write model.onnx: Q/DQ nodes on the inputs of linears, INT8 weights, the prefix as initializers."""
     recipe = make_recipe(values)
     require_new_folder(output)
     if smoothing_file and not scales_file:
@@ -55,6 +57,7 @@ def command(
             "--kv-scales belongs to --scales and --kv-cache int8" if kv_file else "--scales without --kv-scales",
             hint="give all files of one calibration and --kv-cache int8, or none of them",
         )
+    from cushion_deploy.export.write import check_exported
     from cushion_deploy.pipeline.prepare import Deployed, prepare
     from cushion_deploy.pipeline.stages import export, search_prefix
     from cushion_deploy.store import place
@@ -66,11 +69,6 @@ def command(
             if scales_file:
                 smoothing = read_smoothing(smoothing_file) if smoothing_file else None
                 kv, scales = read_kv_scales(kv_file) if kv_file else None, read_scales(scales_file)
-                if kv and kv.lineage.text != scales.lineage.text:
-                    raise UsageError(
-                        "the cache scales were calibrated on another text than the scales",
-                        hint="give both files of one calibration",
-                    )
                 deployed = Deployed(prefix, smoothing, ws.scheme, scales, {}, kv=kv)
             else:
                 deployed = prepare(ws, prefix)
@@ -82,7 +80,9 @@ def command(
         click.echo(json.dumps(graph.to_json()))
         return
     kind = f"{graph.linears} linears behind {len(graph.sites)} Sites" if graph.quantized else "floating-point twin"
+    examined = check_exported(graph)
     click.echo(
-        f"opset {graph.opset}, {kind}, prefix of {deployed.prefix.length} positions; rules checked: {len(graph.rules)}"
+        f"opset {graph.opset}, {kind}, prefix of {deployed.prefix.length} positions; rules checked: {len(examined)}"
+        + (f", on {sum(examined.values()):,} nodes and tensors" if examined else "")
     )
     click.echo(f"written: {output / graph.path.name}")
