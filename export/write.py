@@ -37,14 +37,14 @@ def export_graph(
 ) -> ExportedGraph:
     """Write ``<name>.onnx`` and ``<name>.onnx.data``, and the prefix or cache scales that callers of the graph need.
 
-    Nothing is written where model, quantization and form do not fit each other.
+    Nothing is written if model, quantization and form do not fit each other.
 
     Args:
         spec, weights: the model.
         quantization: prefix, scheme, scales and smoothing; what the form leaves out of it is ignored. The smoothing is
             folded into the weights while they are written.
-        form: what the graph looks like. A prefix that belongs into the cache is written as ``prefix.safetensors``, the
-            scales of an INT8 cache as ``kv_scales.json``.
+        form: what the graph looks like. With ``prefix="cache"`` the prefix is written as ``prefix.safetensors``; the
+            scales of an INT8 cache are written as ``kv_scales.json``.
         folder: existing folder.
         name: file stem.
 
@@ -56,7 +56,7 @@ def export_graph(
     quantization = form.select(quantization)
     _check_deployable(quantization)
     form.check(spec, quantization)
-    family, prefix, smoothing = get_family(spec.family), quantization.prefix, quantization.smoothing
+    family, smoothing = get_family(spec.family), quantization.smoothing
     if smoothing:
         weights = FoldedWeights(weights, family, spec, smoothing)
     sites = quantization.scheme.of(family.linears(spec, head=True))
@@ -65,7 +65,7 @@ def export_graph(
     ir.save(model, path, external_data=f"{name}.onnx.data", alignment=4096)
     graph = ExportedGraph(
         path=path,
-        contract=form.contract(spec, prefix),
+        contract=form.contract(spec, quantization.prefix),
         quantized=form.quantized,
         sites={site: len(paths) for site, paths in sites.items()},
         rules=(),
@@ -74,10 +74,7 @@ def export_graph(
         lineage=quantization.lineage,
     )
     rules = tuple(check_exported(graph, form.scale_dtype))
-    if graph.contract.prefix_slots:
-        write_prefix(prefix, folder / PREFIX_FILE)
-    if quantization.kv_scales is not None:
-        write_kv_scales(quantization.kv_scales, folder / KV_SCALES_FILE)
+    _write_beside(graph, quantization)
     return replace(graph, rules=rules, digest=digest_json({file.name: hash_file(file) for file in graph.files}))
 
 
@@ -97,6 +94,14 @@ def check_exported(graph: ExportedGraph, scale_dtype: Dtype = "float32") -> dict
         return {}
     sites = set(graph.sites) if graph.quantized else set()
     return check_graph(ir.load(graph.path), sites, cache, DTYPES[scale_dtype])
+
+
+def _write_beside(graph: ExportedGraph, quantization: Quantization) -> None:
+    """Write what callers need to start and read a cache: the prefix, the scales of INT8 codes."""
+    if graph.contract.prefix_slots:
+        write_prefix(quantization.prefix, graph.path.with_name(PREFIX_FILE))
+    if quantization.kv_scales is not None:
+        write_kv_scales(quantization.kv_scales, graph.path.with_name(KV_SCALES_FILE))
 
 
 def _check_deployable(quantization: Quantization) -> None:

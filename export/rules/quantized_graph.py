@@ -17,7 +17,7 @@ MOVERS = frozenset(
     {"Cast", "Concat", "Expand", "Identity", "Mul", "Reshape", "Slice", "Split", "Squeeze", "TensorScatter"}
     | {"Transpose", "Unsqueeze"}
 )
-"""Operators that only move, scale or cast data: a DQ before them still quantizes the attention MatMul behind them."""
+"""Operators that only move, scale or cast data: attention that reads a DQ through them is quantized all the same."""
 
 
 @dataclass(frozen=True)
