@@ -127,11 +127,13 @@ def _export(model: Path, folder: Path, dtype: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from cushion_deploy.core.graph_form import GraphForm
     from cushion_deploy.core.lineage import Lineage
     from cushion_deploy.core.prefix import Prefix
+    from cushion_deploy.core.quantization import Quantization
     from cushion_deploy.core.scales import ActivationScales
     from cushion_deploy.core.schemes import QuantScheme
-    from cushion_deploy.export.folder import export_graph
+    from cushion_deploy.export.write import export_graph
     from cushion_deploy.families import get_family
     from cushion_deploy.modeling.load import SafetensorsWeights, describe
     from cushion_deploy.modeling.source import ModelSource
@@ -145,7 +147,8 @@ def _export(model: Path, folder: Path, dtype: str) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     folder.mkdir()
     weights = SafetensorsWeights(model, family)
-    graph = export_graph(spec, weights, prefix, scales, QuantScheme(), folder, dtype=dtype)  # type: ignore[arg-type]
+    quantization, form = Quantization(prefix, QuantScheme(), scales), GraphForm(dtype=dtype)  # type: ignore[arg-type]
+    graph = export_graph(spec, weights, quantization, form, folder)
     (folder / "export.json").write_text(json.dumps(graph.to_json()))
     largest = 4 * max(VOCAB * HIDDEN, INNER * HIDDEN)
     return {"bytes": _size(folder), "rss_before_bytes": before, "largest_tensor_bytes": largest}

@@ -1,4 +1,4 @@
-"""A thin layer over onnx_ir: append nodes, share constants, keep readable names."""
+"""A thin layer over onnx_ir: appends nodes, shares constants, keeps readable names."""
 
 from __future__ import annotations
 
@@ -9,16 +9,31 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cushion_deploy.core.dtypes import Dtype
+
 IR_VERSION = 8
-"""What ONNX 1.13 writes: old enough for the parser of TensorRT 10.3, new enough for opset 17."""
+"""IR version of ONNX 1.13: old enough for the parser of TensorRT 10.3, new enough for opset 17."""
+DTYPES: dict[Dtype, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+"""ONNX types of the floating-point types of a graph."""
 
 
 class GraphBuilder:
-    """Collects the nodes and initializers of one graph, in order."""
+    """Collects the nodes and initializers of one graph, in order.
 
-    def __init__(self, opset: int) -> None:
-        """Begin an empty graph of the given default-domain opset."""
+    Attributes:
+        opset: opset of the default domain.
+        dtype: floating-point type of activations.
+        inputs, outputs: of the graph, in order.
+    """
+
+    def __init__(self, opset: int, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+        """Start an empty graph."""
         self.opset = opset
+        self.dtype = dtype
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
@@ -26,7 +41,7 @@ class GraphBuilder:
         self._scope = ""
 
     def scope(self, name: str) -> None:
-        """Name the part of the model that the next nodes belong to, e.g. ``layers.3.attn``."""
+        """Set the prefix of the names of the nodes that follow, e.g. ``layers.3.attn``."""
         self._scope = name
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
@@ -36,7 +51,7 @@ class GraphBuilder:
         return value
 
     def optional_input(self, name: str, default: npt.NDArray[Any]) -> ir.Value:
-        """Declare an initializer that a caller may override; one who does not know of it gets the default."""
+        """Declare an input with a default value: an initializer that is listed as a graph input too."""
         value = self.constant(default, name)
         self.inputs.append(value)
         return value
@@ -62,15 +77,20 @@ class GraphBuilder:
         return node.outputs
 
     def constant(self, array: npt.NDArray[Any], name: str | None = None) -> ir.Value:
-        """Return an initializer; unnamed equal constants are stored once."""
+        """Return an initializer; equal constants without a name are stored once.
+
+        Raises:
+            ValueError: the name is taken by an initializer of another type, shape or value.
+        """
         key = name or f"const/{array.dtype}/{list(array.shape)}/{array.tobytes().hex()}"
-        if key not in self._initializers:
+        found = self._initializers.get(key)
+        if found is None:
             label = name or f"const_{len(self._initializers)}"
-            tensor = ir.Tensor(array, name=label)
-            self._initializers[key] = ir.Value(
-                name=label, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
-            )
-        return self._initializers[key]
+            return self._store(key, ir.Tensor(array, name=label))
+        tensor = found.const_value
+        if not isinstance(tensor, ir.Tensor) or not _equal(tensor.numpy(), array):
+            raise ValueError(f"constant '{name}' is in the graph already, with another value")
+        return found
 
     def ints(self, *values: int) -> ir.Value:
         """Return a 1-D int64 constant."""
@@ -80,18 +100,47 @@ class GraphBuilder:
         """Return a 0-D int64 constant."""
         return self.constant(np.array(value, dtype=np.int64))
 
+    def scalar(self, value: float) -> ir.Value:
+        """Return a 0-D constant of the graph's floating-point type."""
+        return self.constant(np.array(value, dtype=self.dtype.numpy()))
+
     def lazy(
         self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], npt.NDArray[Any]]
     ) -> ir.Value:
-        """Return a named initializer whose content is made only while it is being written."""
-        if name not in self._initializers:
-            size = ir.Shape(list(shape))
-            tensor = ir.LazyTensor(lambda: ir.Tensor(load()), dtype=dtype, shape=size, name=name)
-            self._initializers[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=size, const_value=tensor)
-        return self._initializers[name]
+        """Return a named initializer whose content is computed while it is written to disk, and not kept.
+
+        Raises:
+            ValueError: the name is taken by an initializer of another type or shape.
+        """
+        size = ir.Shape(list(shape))
+        found = self._initializers.get(name)
+        if found is None:
+            return self._store(name, ir.LazyTensor(lambda: ir.Tensor(load()), dtype=dtype, shape=size, name=name))
+        if found.dtype != dtype or found.shape != size:
+            raise ValueError(
+                f"initializer '{name}' is in the graph already as {found.dtype}{found.shape}, not {dtype}{size}"
+            )
+        return found
+
+    def _store(self, key: str, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Value:
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        self._initializers[key] = value
+        return value
+
+    def cast(self, x: ir.Value, source: ir.DataType, target: ir.DataType) -> ir.Value:
+        """Return ``x`` of type ``source`` as ``target``; no node where the two are equal."""
+        return x if source == target else self.op("Cast", x, to=int(target))
+
+    def to_float32(self, x: ir.Value) -> ir.Value:
+        """Return a value of the graph's floating-point type as float32."""
+        return self.cast(x, self.dtype, ir.DataType.FLOAT)
+
+    def from_float32(self, x: ir.Value) -> ir.Value:
+        """Return a float32 value in the graph's floating-point type."""
+        return self.cast(x, ir.DataType.FLOAT, self.dtype)
 
     def reduce_mean_last(self, x: ir.Value) -> ir.Value:
-        """Return the mean over the last axis, kept; the axes became an input in opset 18."""
+        """Return the mean over the last axis, which is kept with size 1; from opset 18 on the axes are an input."""
         if self.opset >= 18:
             return self.op("ReduceMean", x, self.ints(-1), keepdims=1)
         return self.op("ReduceMean", x, axes=[-1], keepdims=1)
@@ -107,3 +156,8 @@ class GraphBuilder:
             name=name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="cushion-deploy")
+
+
+def _equal(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
+    """Whether two arrays have the same type, shape and bytes; a NaN equals itself."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()

@@ -1,4 +1,4 @@
-"""Linears of the graph: one MatMul for all linears that share a Site, in floating point or between Q/DQ nodes."""
+"""Linears of the graph: one MatMul for all linears of a Site, in floating point or behind Q/DQ nodes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,13 @@ from cushion_deploy.export.builder import GraphBuilder
 class PackedLinear:
     """Linears that share one input, packed along the output channel.
 
-    Packing gives each Q one consumer (ONNX Runtime then fuses it) and changes no code: the linears share
-    their activation scale anyway, and weight scales are per output channel.
+    A Q then has a single consumer, which ONNX Runtime needs to fuse it. Packing changes no INT8 code: the linears
+    share their activation scale anyway, and weight scales are per output channel.
+
+    Attributes:
+        site: name of the shared input.
+        paths: module paths of the linears, in the order of their output channels.
+        weights: the model's tensors.
     """
 
     site: Site
@@ -46,14 +51,14 @@ class PackedLinear:
         return any(f"{path}.bias" in self.weights.names() for path in self.paths)
 
     def weight(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-        """Return the packed weight in a floating-point type, ``[in, sum(out)]``."""
+        """Return the packed weight ``[in, sum(out)]`` in a floating-point type."""
         packed = np.empty((self.in_features, sum(self.out_features)), dtype)
         for columns, _, block in self._blocks():
             packed[:, columns] = block.T
         return packed
 
     def bias(self) -> FloatArray:
-        """Return the packed bias, float32 ``[sum(out)]``; zeros for a linear that has none."""
+        """Return the packed bias, float32 ``[sum(out)]``; zero for a linear without one."""
         names = self.weights.names()
         parts = [
             whole(self.weights, f"{path}.bias") if f"{path}.bias" in names else np.zeros(n, dtype=np.float32)
@@ -73,7 +78,7 @@ class PackedLinear:
         return np.concatenate([weight_scale(block, path) for _, path, block in self._blocks()])
 
     def _blocks(self) -> Iterator[tuple[slice, str, FloatArray]]:
-        """Yield blocks of output channels: their columns in the packed weight, the linear, ``[some of out, in]``."""
+        """Yield blocks of output channels: columns of the packed weight, path of the linear, values ``[rows, in]``."""
         begin = 0
         for path, count in zip(self.paths, self.out_features, strict=True):
             for rows, block in blocks(self.weights, f"{path}.weight"):
@@ -85,33 +90,31 @@ def add_linear(
     g: GraphBuilder,
     x: ir.Value,
     linear: PackedLinear,
-    dtype: ir.DataType,
     scale: float | None,
     scale_dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Value:
     """Append a packed linear.
 
-    With ``scale`` None it is a floating-point MatMul. Otherwise Q -> DQ stands on the input and DQ on an INT8
-    weight ``[in, out]`` with a scale per output channel, as TensorRT and ONNX Runtime fuse them. Scales,
-    accumulator and product stay float32 in a float16 graph by default: a half accumulator can overflow.
+    With ``scale`` None it is one floating-point MatMul. Otherwise its input goes through Q -> DQ, and its INT8 weight
+    ``[in, out]`` through a DQ with one scale per output channel: the pattern that TensorRT and ONNX Runtime fuse.
+    Scales, accumulator and product stay float32 in a 16-bit graph by default, because a float16 accumulator can
+    overflow.
 
     Args:
         g: the graph.
-        x: input ``[batch, sequence, in]`` of type ``dtype``.
+        x: input ``[batch, sequence, in]`` of the graph's floating-point type.
         linear: the packed linears.
-        dtype: floating-point type of the graph.
         scale: static activation scale, or None.
-        scale_dtype: type of scales, and with it of the product.
+        scale_dtype: type of scales and of the product.
 
     Returns:
-        ``[batch, sequence, sum(out)]`` of type ``dtype``.
+        ``[batch, sequence, sum(out)]`` of the graph's floating-point type.
     """
     size = (linear.in_features, sum(linear.out_features))
     if scale is None:
-        weight = g.lazy(f"{linear.site}.weight", dtype, size, lambda: linear.weight(dtype.numpy()))
-        y = g.op("MatMul", x, weight, name="MatMul")
-        return _add_bias(g, y, linear, dtype)
-    wide = x if dtype == scale_dtype else g.op("Cast", x, to=int(scale_dtype))
+        weight = g.lazy(f"{linear.site}.weight", g.dtype, size, lambda: linear.weight(g.dtype.numpy()))
+        return _add_bias(g, g.op("MatMul", x, weight, name="MatMul"), linear, g.dtype)
+    wide = g.cast(x, g.dtype, scale_dtype)
     zero = g.constant(np.array(0, dtype=np.int8), "zero_point")
     step = g.constant(np.array(scale, dtype=scale_dtype.numpy()), f"{linear.site}.scale")
     codes = g.op("QuantizeLinear", wide, step, zero, name="Q")
@@ -119,16 +122,15 @@ def add_linear(
     inputs = g.op("DequantizeLinear", codes, step, zero, name="DQ")
     weight_codes = g.lazy(f"{linear.site}.weight_codes", ir.DataType.INT8, size, linear.codes)
     weight_scales = g.constant(linear.scales().astype(scale_dtype.numpy()), f"{linear.site}.weight_scales")
-    # Not shared between weights: ONNX Runtime's conversion to uint8 weights fails on a shared zero point.
+    # Each weight has zero points of its own: ONNX Runtime's conversion to uint8 weights fails on shared ones.
     weight_zeros = g.constant(np.zeros(size[1], dtype=np.int8), f"{linear.site}.weight_zero_points")
     weight = g.op("DequantizeLinear", weight_codes, weight_scales, weight_zeros, name="weight_DQ", axis=1)
-    y = g.op("MatMul", inputs, weight, name="MatMul")
-    y = _add_bias(g, y, linear, scale_dtype)
-    return y if dtype == scale_dtype else g.op("Cast", y, to=int(dtype))
+    y = _add_bias(g, g.op("MatMul", inputs, weight, name="MatMul"), linear, scale_dtype)
+    return g.cast(y, scale_dtype, g.dtype)
 
 
 def codes_name(site: Site) -> str:
-    """Return the name of the int8 tensor that enters a Site's linears."""
+    """Return the name of the int8 tensor that a Site's Q writes."""
     return f"{site}.codes"
 
 

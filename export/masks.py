@@ -1,4 +1,4 @@
-"""What is added to the scores of attention: causality, padding, sliding windows, ALiBi.
+"""The additive mask of attention scores: causality, padding, sliding windows, ALiBi.
 
 Shapes in comments: B batch, S sequence, T past + S, P prefix, L = P + T, H query heads, K key/value heads, G = H / K.
 In a static cache L is its capacity.
@@ -18,32 +18,37 @@ from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.families import Family
 
 MASKED = {ir.DataType.FLOAT: -1e9, ir.DataType.FLOAT16: -3e4, ir.DataType.BFLOAT16: -1e9}
-"""Additive mask: exp() of it is 0, and a score added to it stays finite in its type."""
+"""Value of masked scores: exp() of it is 0, and adding a score to it stays finite in its type."""
 
 
 @dataclass(frozen=True)
 class AttentionMasks:
     """Builds the additive masks of one graph: one for each window that its layers have.
 
-    ``grouped`` repeats their rows for the G query heads that share a key head.
+    Attributes:
+        g: the graph.
+        spec, family: the model.
+        grouped: whether the rows are repeated for the G query heads that share a key head.
     """
 
     g: GraphBuilder
     spec: ModelSpec
     family: Family
-    dtype: ir.DataType
     grouped: bool = True
 
     def add(self, ids: ir.Value, mask: ir.Value, write_indices: ir.Value | None = None) -> dict[int, ir.Value]:
-        """Return the additive mask ``[B, 1 or H, G * S, L]`` for each window that a layer has; 0 looks at everything.
+        """Return the additive mask for each window that a layer has; window 0 is the whole context.
 
-        Causal, and closed on padding; one row block per group where ``grouped``, else ``[B, 1 or H, S, L]``. Windows
-        and ALiBi count tokens, those of the prefix too and padding not, so that padding changes nothing.
+        A query sees no later token, no padding, and nothing beyond its window. Windows and ALiBi count tokens, those
+        of the prefix included and padding excluded, so that padding does not change the result.
 
         Args:
             ids: token ids ``[B, S]``.
-            mask: 1 on tokens, 0 on padding ``[B, L]``; what it says of slots behind the new tokens has no effect.
-            write_indices: slot of the first new token ``[B]`` in a static cache; None where the new tokens end it.
+            mask: 1 on tokens, 0 on padding ``[B, L]``; its values for slots after the new tokens have no effect.
+            write_indices: slot of the first new token ``[B]`` in a static cache; None where the new tokens come last.
+
+        Returns:
+            Window to ``[B, 1 or H, G * S, L]``, or ``[B, 1 or H, S, L]`` if not ``grouped``.
         """
         g = self.g
         length = g.op("Shape", mask, start=1, end=2)  # [1], L
@@ -60,11 +65,14 @@ class AttentionMasks:
         causal = g.op("LessOrEqual", keys, queries)  # [S, L] or [B, 1, S, L]
         kept = g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.BOOL)), g.ints(1, 2))  # [B, 1, 1, L]
         windows = sorted({self.spec.window(i) for i in range(self.spec.num_layers)})
-        alibi, counted = self._scalar(0.0), self.family.positions == "alibi"
+        alibi, counted = g.scalar(0.0), self.family.positions == "alibi"
         if counted or any(windows):
-            places = g.op("CumSum", mask, g.int_scalar(1))  # [B, L]
-            here = self._last(places, first) if write_indices is None else g.op("GatherElements", places, slots, axis=1)
-            distance = self._distance(places, here)
+            numbers = g.op("CumSum", mask, g.int_scalar(1))  # [B, L]
+            if write_indices is None:
+                query_numbers = self._columns_from(numbers, first)
+            else:
+                query_numbers = g.op("GatherElements", numbers, slots, axis=1)
+            distance = self._distance(numbers, query_numbers)
         if counted:
             alibi = self._alibi(distance)
         group = self.spec.num_heads // self.spec.num_kv_heads if self.grouped else 1
@@ -73,48 +81,43 @@ class AttentionMasks:
             allowed = g.op("And", causal, kept)  # [B, 1, S, L]
             if window:
                 allowed = g.op("And", allowed, g.op("Less", distance, g.int_scalar(window)))
-            bias = g.op("Where", allowed, alibi, self._scalar(MASKED[self.dtype]))
+            bias = g.op("Where", allowed, alibi, g.scalar(MASKED[g.dtype]))
             found[window] = bias if group == 1 else g.op("Concat", *[bias] * group, axis=2)
         return found
 
-    def _last(self, places: ir.Value, first: ir.Value) -> ir.Value:
+    def _columns_from(self, numbers: ir.Value, first: ir.Value) -> ir.Value:
         """Return the columns ``[B, S]`` of ``[B, L]`` from ``first`` on."""
         g = self.g
-        begin, end = g.op("Unsqueeze", first, g.ints(0)), g.ints(np.iinfo(np.int64).max)
-        return g.op("Slice", places, begin, end, g.ints(1))
+        start, end = g.op("Unsqueeze", first, g.ints(0)), g.ints(np.iinfo(np.int64).max)
+        return g.op("Slice", numbers, start, end, g.ints(1))
 
-    def _distance(self, places: ir.Value, here: ir.Value) -> ir.Value:
-        """Return how many tokens each key is before each query, int64 ``[B, 1, S, L]``.
+    def _distance(self, numbers: ir.Value, query_numbers: ir.Value) -> ir.Value:
+        """Return by how many tokens each key precedes each query, int64 ``[B, 1, S, L]``.
 
         Args:
-            places: number of each token among those of its row ``[B, L]``.
-            here: the same of the queries ``[B, S]``.
+            numbers: of each token among those of its row ``[B, L]``.
+            query_numbers: the same of the new tokens ``[B, S]``.
         """
         g = self.g
-        of_queries = g.op("Unsqueeze", here, g.ints(1, 3))  # [B, 1, S, 1]
-        return g.op("Sub", of_queries, g.op("Unsqueeze", places, g.ints(1, 2)))
+        of_queries = g.op("Unsqueeze", query_numbers, g.ints(1, 3))  # [B, 1, S, 1]
+        return g.op("Sub", of_queries, g.op("Unsqueeze", numbers, g.ints(1, 2)))
 
     def _alibi(self, distance: ir.Value) -> ir.Value:
-        """Return what ALiBi adds to the scores of each head, ``[B, H, S, L]``.
+        """Return the ALiBi bias of the scores of each head, ``[B, H, S, L]``.
 
-        By the distance from each query: softmax sees differences alone, so any origin would do, but only near zero
-        do the keys that matter keep their precision in half.
+        It is computed from the distance to the query. Softmax sees differences alone, so any origin would do, but
+        float16 is most precise near zero, and that is where the keys with the largest weights then are.
         """
         g = self.g
         slopes = -alibi_slopes(self.spec.num_heads)[None, :, None, None]
-        far = g.op("Cast", distance, to=int(ir.DataType.FLOAT))
-        added = g.op("Mul", far, g.constant(slopes, "alibi_slopes"))
-        return added if self.dtype == ir.DataType.FLOAT else g.op("Cast", added, to=int(self.dtype))
-
-    def _scalar(self, value: float) -> ir.Value:
-        """Return a constant of the graph's type."""
-        return self.g.constant(np.array(value, dtype=self.dtype.numpy()))
+        wide = g.op("Cast", distance, to=int(ir.DataType.FLOAT))
+        return g.from_float32(g.op("Mul", wide, g.constant(slopes, "alibi_slopes")))
 
 
 def alibi_slopes(heads: int) -> FloatArray:
     """Return the slope of each head, float32 ``[heads]``: powers of 2^(-8 / n) (Press et al., 2022).
 
-    n is the largest power of two within ``heads``; the heads beyond it take every other slope of 2 n heads.
+    n is the largest power of two up to ``heads``; the remaining heads take every other slope of 2 n heads.
     """
     whole = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / whole) for i in range(whole)]

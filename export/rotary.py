@@ -1,76 +1,47 @@
-"""Inverse frequencies of rotary positions, by scaling rule."""
+"""Rotary position embedding as nodes of the graph.
+
+Shapes in comments: B batch, S sequence, D head size, R rotated channels of a head.
+"""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
+import onnx_ir as ir
 
-from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.model_spec import RotaryScaling
+from cushion_deploy.export.builder import GraphBuilder
+from cushion_deploy.export.rotary_frequencies import attention_factor, inverse_frequencies, rotated_channels
 
 
-def turning_channels(rotary: RotaryScaling | None, head_dim: int) -> int:
-    """Return how many channels of a head turn, the first ones; none without rotary positions."""
-    return int(head_dim * rotary.partial) if rotary else 0
+class RotaryEmbedding:
+    """Rotates queries and keys by the positions of their tokens; one for all layers with the same frequencies."""
 
+    def __init__(self, g: GraphBuilder, rotary: RotaryScaling, head_dim: int, positions: ir.Value, name: str) -> None:
+        """Append the cosines and sines of positions ``[B, S]``; ``name`` is that of the stored frequencies."""
+        self.g, self._size, self._rotated = g, head_dim, rotated_channels(rotary, head_dim)
+        frequencies = g.constant(inverse_frequencies(rotary, head_dim), f"{name}_frequencies")
+        column = g.op("Unsqueeze", g.op("Cast", positions, to=int(ir.DataType.FLOAT)), g.ints(1, 3))
+        angles = g.op("Mul", column, frequencies)  # [B, 1, S, R / 2]
+        cos, sin = g.op("Cos", angles), g.op("Sin", angles)
+        if (scale := attention_factor(rotary)) != 1:
+            factor = g.constant(np.array(scale, dtype=np.float32))
+            cos, sin = g.op("Mul", cos, factor), g.op("Mul", sin, factor)
+        # The sine of the first half is negative, so that rotate() needs one addition and no subtraction.
+        pair = g.op("Concat", cos, cos, axis=-1), g.op("Concat", g.op("Neg", sin), sin, axis=-1)
+        self._cos, self._sin = g.from_float32(pair[0]), g.from_float32(pair[1])  # [B, 1, S, R]
 
-def inverse_frequencies(rotary: RotaryScaling, head_dim: int) -> FloatArray:
-    """Return the angle per position of each pair, float32 ``[turning channels / 2]``.
+    def rotate(self, x: ir.Value) -> ir.Value:
+        """Return ``x`` ``[B, heads, S, D]`` with the pairs ``(j, j + R / 2)`` of its first R channels rotated.
 
-    Rules: ``default``; ``linear`` divides every frequency by ``factor``; ``llama3`` divides the slow ones only,
-    with a smooth passage between the wavelengths given by ``low_freq_factor`` and ``high_freq_factor`` (Llama 3.1);
-    ``yarn`` the same with a passage that is linear in the channel (Peng et al., 2023); ``longrope`` divides each by
-    a factor of its own (Ding et al., 2024), that of contexts as long as the model was trained on: no other is built.
-    """
-    size = turning_channels(rotary, head_dim)
-    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    frequencies: FloatArray = (1.0 / np.power(np.float32(rotary.theta), exponents)).astype(np.float32)
-    if rotary.rule == "linear":
-        return np.asarray(frequencies / np.float32(_number(rotary, "factor")), dtype=np.float32)
-    if rotary.rule == "llama3":
-        rotations = _number(rotary, "original_max_position_embeddings") * frequencies / (2 * math.pi)
-        low, high = _number(rotary, "low_freq_factor"), _number(rotary, "high_freq_factor")
-        smooth = np.clip((rotations - low) / (high - low), 0.0, 1.0)
-        divided = frequencies / _number(rotary, "factor")
-        return np.asarray((1 - smooth) * divided + smooth * frequencies, dtype=np.float32)
-    if rotary.rule == "yarn":
-        first, last = (_yarn_channel(rotary, size, key, usual) for key, usual in (("beta_fast", 32), ("beta_slow", 1)))
-        if _number(rotary, "truncate", 1.0):
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, size - 1)
-        ramp = np.clip((np.arange(size // 2) - first) / (last - first or 0.001), 0.0, 1.0)
-        return np.asarray(frequencies * (ramp / _number(rotary, "factor") + 1 - ramp), dtype=np.float32)
-    if rotary.rule == "longrope":
-        return np.asarray(frequencies / np.asarray(rotary.parameters["short_factor"], dtype=np.float32))
-    return frequencies
-
-
-def rotary_gain(rotary: RotaryScaling) -> float:
-    """Return what cosines and sines are multiplied by: ``yarn`` and ``longrope`` sharpen attention in long contexts."""
-    if "attention_factor" in rotary.parameters:
-        return _number(rotary, "attention_factor")
-    factor = _number(rotary, "factor", 1.0)
-    if factor <= 1:
-        return 1.0
-    if rotary.rule == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(_number(rotary, "original_max_position_embeddings")))
-    if rotary.rule == "yarn":
-        above, below = _number(rotary, "mscale", 0.0), _number(rotary, "mscale_all_dim", 0.0)
-        if above and below:
-            return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
-        return 0.1 * math.log(factor) + 1
-    return 1.0
-
-
-def _yarn_channel(rotary: RotaryScaling, size: int, key: str, usual: float) -> float:
-    """Return the pair that turns ``key`` times within the positions that the model was trained on."""
-    turns, trained = _number(rotary, key, usual), _number(rotary, "original_max_position_embeddings")
-    return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
-
-
-def _number(rotary: RotaryScaling, key: str, usual: float | None = None) -> float:
-    value = rotary.parameters[key] if usual is None else rotary.parameters.get(key, usual)
-    if isinstance(value, tuple):
-        raise TypeError(f"rotary parameter {key} is a list")
-    return float(value)
+        As ``x * cos + swapped halves of x * signed sin``.
+        """
+        g, rotated = self.g, self._rotated
+        rest: list[ir.Value] = []
+        if rotated < self._size:
+            x, unrotated = g.ops("Split", 2, x, g.ints(rotated, self._size - rotated), axis=-1)
+            rest = [unrotated]
+        half = rotated // 2
+        first, second = g.ops("Split", 2, x, g.ints(half, half), axis=-1)
+        swapped = g.op("Concat", second, first, axis=-1)
+        total = g.op("Add", g.op("Mul", x, self._cos), g.op("Mul", swapped, self._sin))
+        return g.op("Concat", total, *rest, axis=-1) if rest else total

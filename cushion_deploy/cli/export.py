@@ -18,22 +18,24 @@ from cushion_deploy.errors import UsageError
 
 @click.command("export")
 @recipe_options
-@click.option("--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search.")
-@click.option("--scales", "scales_file", type=click.Path(path_type=Path), help="scales.json; default: calibrate.")
+@click.option(
+    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; searched by default."
+)
+@click.option("--scales", "scales_file", type=click.Path(path_type=Path), help="scales.json; calibrated by default.")
 @click.option(
     "--smoothing",
     "smoothing_file",
     type=click.Path(path_type=Path),
-    help="smoothing.safetensors that the scales were calibrated under; only with --scales.",
+    help="smoothing.safetensors of the calibration that wrote the scales; requires --scales.",
 )
 @click.option(
     "--kv-scales",
     "kv_file",
     type=click.Path(path_type=Path),
-    help="kv_scales.json of the same calibration, for an INT8 cache; only with --scales.",
+    help="kv_scales.json of the same calibration, for an INT8 cache; requires --scales.",
 )
-@dtype_option("dtype", "Type of what stays in floating point.", default="fp32")
-@click.option("--float", "float_twin", is_flag=True, help="Write the floating-point twin, without Q/DQ nodes.")
+@dtype_option("dtype", "Type of everything that is not INT8.", default="fp32")
+@click.option("--float", "float_twin", is_flag=True, help="Write the float twin: the same graph without Q/DQ nodes.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the graph.")
 def command(
     prefix_file: Path | None,
@@ -45,7 +47,7 @@ def command(
     output: Path,
     **values: Any,
 ) -> None:
-    """Write model.onnx with Q/DQ nodes at Sites, INT8 weights, and the prefix as initializers."""
+    """Write model.onnx: Q/DQ nodes on the inputs of linears, INT8 weights, the prefix as initializers."""
     recipe = make_recipe(values)
     require_new_folder(output)
     if smoothing_file and not scales_file:
@@ -57,6 +59,7 @@ def command(
             hint="give all files of one calibration and --kv-cache int8, or none of them",
         )
     from cushion_deploy.core.quantization import Quantization
+    from cushion_deploy.export.write import check_exported
     from cushion_deploy.stages.base import Given, Node
     from cushion_deploy.stages.pipeline import Pipeline
     from cushion_deploy.store import place
@@ -81,5 +84,9 @@ def command(
         click.echo(json.dumps(graph.to_json()))
         return
     kind = f"{graph.linears} linears behind {len(graph.sites)} Sites" if graph.quantized else "floating-point twin"
-    click.echo(f"opset {graph.opset}, {kind}, prefix of {length} positions; rules checked: {len(graph.rules)}")
+    examined = check_exported(graph)
+    click.echo(
+        f"opset {graph.opset}, {kind}, prefix of {length} positions; rules checked: {len(examined)}"
+        + (f", on {sum(examined.values()):,} nodes and tensors" if examined else "")
+    )
     click.echo(f"written: {output / graph.path.name}")

@@ -48,7 +48,7 @@ class Export(Stage[ExportedGraph]):
 
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write the graph, its weights and its description."""
-        from cushion_deploy.export.folder import export_graph
+        from cushion_deploy.export.write import export_graph
 
         model, quantization = inputs.get(self.model), inputs.get(self.quantization)
         with elapsed(inputs.progress, f"exporting the {self.form.dtype} graph"):

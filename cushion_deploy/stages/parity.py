@@ -77,7 +77,7 @@ class Parity(Stage[ParityResult]):
 
     def climb(self, inputs: Inputs, folder: Path) -> dict[str, Any]:
         """Return the result, JSON-ready; the float twin is exported into ``folder``."""
-        from cushion_deploy.export.folder import export_graph
+        from cushion_deploy.export.write import export_graph
         from cushion_deploy.parity.climb import Climb
         from cushion_deploy.parity.reference import torch_reference
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cushion_deploy.calib.corpora import Corpus, Part
-from cushion_deploy.core.graph_form import MIN_OPSET, GraphForm
+from cushion_deploy.core.graph_form import MIN_OPSET, CacheForm, GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization

@@ -71,7 +71,9 @@ def test_each_verb_works_on_the_output_of_the_one_before(cli: Any, planted_bundl
 
 
 def test_a_finished_stage_is_not_shared_with_what_export_wrote(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
-    assert cli("export", *planted_bundle.options, "--output", tmp_path / "g").code == 0
+    done = cli("export", *planted_bundle.options, "--output", tmp_path / "g")
+    assert done.code == 0
+    assert re.search(r"rules checked: 11, on \d{3,} nodes and tensors$", done.out, re.MULTILINE)
     assert (tmp_path / "g" / "model.onnx").stat().st_nlink == 1
 
 
@@ -81,6 +83,7 @@ def test_export_of_the_float_twin_has_no_quantizer(cli: Any, planted_bundle: Any
     done = cli("export", *planted_bundle.options, "--float", "--output", tmp_path / "g")
     assert done.code == 0, done.err
     assert "floating-point twin" in done.out
+    assert "rules checked: 0\n" in done.out
     operators = {n.op_type for n in onnx.load(tmp_path / "g" / "model.onnx", load_external_data=False).graph.node}
     assert "MatMul" in operators
     assert not operators & {"QuantizeLinear", "DequantizeLinear"}
@@ -258,7 +261,9 @@ def test_no_option_of_a_verb_is_dead(verb: str) -> None:
 
 def test_no_setting_of_the_recipe_is_dead() -> None:
     text = "\n".join(p.read_text() for p in PACKAGE.glob("**/*.py") if p.name != "recipe.py" and "cli" not in p.parts)
-    text += "\n".join(p.read_text() for name in ("calib", "export", "engines") for p in (PACKAGE / name).glob("*.py"))
+    text += "\n".join(
+        p.read_text() for name in ("calib", "export", "engines") for p in (PACKAGE / name).glob("**/*.py")
+    )
     for setting in Recipe.settings():
         last = setting.name.rpartition(".")[2]
         assert re.search(rf"\.{last}\b", text), f"{setting.name} is never used"
@@ -284,7 +289,7 @@ def test_export_takes_the_files_of_one_calibration(cli: Any, tiny_bundle: Any, t
     files["kv_scales"].write_text(json.dumps({**read, "corpus_digest": "0" * 64}))
     other = cli("export", *options, *given, "--output", tmp_path / "h")
     assert other.code == 2
-    assert "calibrated on another text" in other.err
+    assert "calibrated under another text" in other.err
 
 
 def test_a_study_refuses_an_int8_cache(cli: Any, tiny_bundle: Any, tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import pytest
 from fake_plans import device
 from tiny_llama import hf_folder, ids, session, tiny, tokenizer
 
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.lineage import Lineage
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
 
@@ -29,12 +31,13 @@ def tiny_graphs(tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactor
     prefix = compute_prefix(tiny_model, (7, 1, 100))
     values = {site: float(np.float32(0.02)) for site in tiny_model.sites}
     scales = ActivationScales(values, "max", Lineage(tiny_model.spec.weights_digest, prefix.digest, text="corpus"), 1)
-    parents = (tiny_model.spec, tiny_model.weights, prefix)
-    folder = tmp_path_factory.mktemp("graphs")
+    model, folder = (tiny_model.spec, tiny_model.weights), tmp_path_factory.mktemp("graphs")
+    whole = Quantization(prefix, QuantScheme(), scales)
+    float_head = Quantization(prefix, QuantScheme(quantize_head=False), scales)
     return {
-        "int8": export_graph(*parents, scales, QuantScheme(), folder, name="int8"),
-        "float head": export_graph(*parents, scales, QuantScheme(quantize_head=False), folder, name="head"),
-        "float": export_graph(*parents, None, QuantScheme(), folder, name="float"),
+        "int8": export_graph(*model, whole, GraphForm(), folder, name="int8"),
+        "float head": export_graph(*model, float_head, GraphForm(), folder, name="head"),
+        "float": export_graph(*model, whole, GraphForm(quantized=False), folder, name="float"),
     }
 
 

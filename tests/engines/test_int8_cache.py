@@ -13,16 +13,18 @@ from fake_gpu import FakeTensorRt
 from fake_plans import close, plan_of
 
 from cushion_deploy.core.artifacts import read_kv_scales, write_kv_scales
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
 from cushion_deploy.core.lineage import Lineage
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.session import first_caches
 from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
 from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.engines.tensorrt.flavours import RTX
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 
@@ -38,11 +40,10 @@ def made_up(tiny: Any) -> KvScales:
 @pytest.fixture(scope="module", params=["float32", "float16"])
 def graph(tiny: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportedGraph:
     """Return the tiny model's graph with an INT8 cache, prefix in the graph and in the cache."""
-    loaded, cached = tiny.loaded, tiny.graph.contract.prefix_in_cache
-    return export_graph(
-        loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), tmp_path_factory.mktemp("int8"),
-        kv=made_up(tiny), dtype=request.param, prefix_in_cache=cached,
-    )  # fmt: skip
+    loaded, folder = tiny.loaded, tmp_path_factory.mktemp("int8")
+    quantization = Quantization(tiny.prefix, QuantScheme(), kv_scales=made_up(tiny))
+    form = GraphForm(dtype=request.param, quantized=False, cache="int8", prefix=tiny.graph.contract.prefix_mode)
+    return export_graph(loaded.spec, loaded.weights, quantization, form, folder)
 
 
 FLOAT32 = pytest.mark.parametrize("graph", ["float32"], indirect=True)

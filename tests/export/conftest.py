@@ -14,12 +14,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.families import get_family
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, SafetensorsWeights, bind_sites, describe
@@ -82,12 +85,43 @@ def make_scales() -> Callable[[LoadedModel, Prefix], ActivationScales]:
 def export_float(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ExportedGraph]:
     """Return a function that exports the float graph of a model behind the prefix of some tokens."""
 
-    def export(model: LoadedModel, tokens: tuple[int, ...] = (), **options: Any) -> ExportedGraph:
-        prefix = compute_prefix(model, tokens)
+    def export(model: LoadedModel, tokens: tuple[int, ...] = (), name: str = "model", **form: Any) -> ExportedGraph:
+        quantization = Quantization(compute_prefix(model, tokens), QuantScheme())
         folder = tmp_path_factory.mktemp("graph")
-        return export_graph(model.spec, model.weights, prefix, None, QuantScheme(), folder, **options)
+        twin = GraphForm(quantized=False, **form)
+        return export_graph(model.spec, model.weights, quantization, twin, folder, name=name)
 
     return export
+
+
+@pytest.fixture(scope="session")
+def cache_scales() -> Callable[..., KvScales]:
+    """Return a function that gives every head another plausible cache scale."""
+
+    def make(model: LoadedModel, prefix: Prefix, granularity: Any = "per-head", with_prefix: bool = False) -> KvScales:
+        shape = (model.spec.num_layers, model.spec.num_kv_heads)
+        keys = (0.03 * (1 + np.arange(np.prod(shape)).reshape(shape) / 4)).astype(np.float32)
+        if granularity == "per-tensor":
+            keys[:] = keys[:, :1]
+        parents = (granularity, "max", Lineage(model.spec.weights_digest, prefix.digest, text="c"), 1)
+        return KvScales(keys, (keys / 2).astype(np.float32), *parents, with_prefix=with_prefix)
+
+    return make
+
+
+@pytest.fixture
+def export_cached(make_model: MakeModel, cache_scales: Callable[..., KvScales], tmp_path: Path) -> Any:
+    """Return a function that exports the random model with float linears and an INT8 cache, and its scales."""
+
+    def make(granularity: str = "per-head", *, cached: bool = False, **form: Any) -> tuple[ExportedGraph, KvScales]:
+        model = make_model()
+        prefix = compute_prefix(model, (7, 1, 100))
+        kv = cache_scales(model, prefix, granularity, with_prefix=cached)
+        quantization = Quantization(prefix, QuantScheme(), kv_scales=kv)
+        given = GraphForm(quantized=False, cache="int8", prefix="cache" if cached else "baked", **form)
+        return export_graph(model.spec, model.weights, quantization, given, tmp_path), kv
+
+    return make
 
 
 @pytest.fixture(scope="session")

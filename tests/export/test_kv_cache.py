@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KvScales, kv_site
-from cushion_deploy.core.lineage import Lineage
-from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.core.sites import Site
-from cushion_deploy.errors import CheckFailed, UsageError
-from cushion_deploy.export.folder import export_graph
-from cushion_deploy.export.rules import RULES, check_graph
+from cushion_deploy.errors import UsageError
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 
 TOKENS = (7, 1, 100)
-FIRST, VALUE = kv_site(0, "value"), kv_site(1, "value")
 CACHE = {kv_site(i, part) for i in range(2) for part in ("key", "value")}
-Edit = Callable[[onnx.ModelProto], None]
-
-
-def scales_of(model: Any, prefix: Prefix, granularity: str = "per-head", *, with_prefix: bool = False) -> KvScales:
-    shape = (model.spec.num_layers, model.spec.num_kv_heads)
-    keys = (0.03 * (1 + np.arange(np.prod(shape)).reshape(shape) / 4)).astype(np.float32)
-    if granularity == "per-tensor":
-        keys[:] = keys[:, :1]
-    parents = (granularity, "max", Lineage(model.spec.weights_digest, prefix.digest, text="c"), 1)
-    return KvScales(keys, (keys / 2).astype(np.float32), *parents, with_prefix=with_prefix)
-
-
-@pytest.fixture
-def export(make_model, tmp_path: Path):
-    """Return a function that exports the random model with float linears and an INT8 cache."""
-
-    def make(granularity: str = "per-head", *, cached: bool = False, **options: Any) -> tuple[ExportedGraph, KvScales]:
-        model = make_model()
-        prefix = compute_prefix(model, TOKENS)
-        kv = scales_of(model, prefix, granularity, with_prefix=cached)
-        given = {"kv": kv, "prefix_in_cache": cached, **options}
-        return export_graph(model.spec, model.weights, prefix, None, QuantScheme(), tmp_path, **given), kv
-
-    return make
 
 
 @pytest.fixture
@@ -85,9 +56,9 @@ def begin(graph: ExportedGraph, kv: KvScales, model: Any) -> dict[str, np.ndarra
 @pytest.mark.parametrize("granularity", ["per-head", "per-tensor"])
 @pytest.mark.parametrize("cached", [False, True], ids=["baked", "cache"])
 def test_codes_and_logits_are_those_of_torch_at_once_and_in_pieces(
-    granularity: str, cached: bool, export, make_model, runner, ids
+    granularity: str, cached: bool, export_cached, make_model, runner, ids
 ) -> None:
-    graph, kv = export(granularity, cached=cached)
+    graph, kv = export_cached(granularity, cached=cached)
     model, session = make_model(), runner(graph.path)
     expected, states = simulated_logits(model, kv, ids)
     past = begin(graph, kv, model)
@@ -107,8 +78,8 @@ def test_codes_and_logits_are_those_of_torch_at_once_and_in_pieces(
     assert np.abs(np.concatenate(parts, axis=1) - expected).max() <= 1e-4
 
 
-def test_left_padding_changes_nothing(export, make_model, runner, ids) -> None:
-    graph, kv = export()
+def test_left_padding_changes_nothing(export_cached, make_model, runner, ids) -> None:
+    graph, kv = export_cached()
     batch = np.stack([ids[0], np.r_[[0] * 6, ids[0, 6:]]])
     mask = (np.arange(20) >= np.array([[0], [6]])).astype(np.int64)
     logits, _ = runner(graph.path)(batch, mask=mask)
@@ -118,8 +89,8 @@ def test_left_padding_changes_nothing(export, make_model, runner, ids) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["per-head", "per-tensor"])
-def test_float16_is_close_and_quantizes_in_float32(granularity: str, export, make_model, runner, ids) -> None:
-    graph, kv = export(granularity, dtype="float16")
+def test_float16_is_close_and_quantizes_in_float32(granularity: str, export_cached, make_model, runner, ids) -> None:
+    graph, kv = export_cached(granularity, dtype="float16")
     expected, _ = simulated_logits(make_model(), kv, ids)
     logits, present = runner(graph.path)(ids)
     assert {codes.dtype for codes in present.values()} == {np.dtype(np.int8)}
@@ -131,8 +102,8 @@ def test_float16_is_close_and_quantizes_in_float32(granularity: str, export, mak
 
 @pytest.mark.parametrize("opset", [17, 19, 21, 22])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_checker_accepts_it_and_its_contract_says_int8(opset: int, dtype: str, export) -> None:
-    graph, _ = export(opset=opset, dtype=dtype)
+def test_the_checker_accepts_it_and_its_contract_says_int8(opset: int, dtype: str, export_cached) -> None:
+    graph, _ = export_cached(opset=opset, dtype=dtype)
     onnx.checker.check_model(graph.path, full_check=True)
     written = onnx.load(graph.path, load_external_data=False).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*written.input, *written.output)}
@@ -152,119 +123,23 @@ def test_a_floating_point_cache_leaves_no_trace(export_float, make_model) -> Non
     assert graph.contract.cache_dtype == "float32"
 
 
-def test_scales_of_something_else_are_refused(make_model, tmp_path: Path) -> None:
+def test_scales_of_something_else_are_refused(cache_scales, make_model, tmp_path: Path) -> None:
     model = make_model()
     prefix = compute_prefix(model, TOKENS)
-    good = scales_of(model, prefix)
-    for kv, options, words in (
+    good = cache_scales(model, prefix)
+
+    def export(kv: KvScales, form: GraphForm) -> None:
+        quantization = Quantization(prefix, QuantScheme(), kv_scales=kv)
+        export_graph(model.spec, model.weights, quantization, form, tmp_path)
+
+    for kv, form, words in (
         (replace(good, lineage=replace(good.lineage, model="other")), {}, "another model"),
         (replace(good, keys=good.keys[:1], values=good.values[:1]), {}, "another model"),
-        (replace(good, lineage=replace(good.lineage, prefix="other")), {}, "another prefix or smoothing"),
-        (replace(good, lineage=replace(good.lineage, smoothing="other")), {}, "another prefix or smoothing"),
+        (replace(good, lineage=replace(good.lineage, prefix="other")), {}, "another prefix"),
+        (replace(good, lineage=replace(good.lineage, smoothing="other")), {}, "another smoothing"),
         (replace(good, with_prefix=True), {}, "for a prefix in the cache, and it is inside the graph"),
-        (good, {"prefix_in_cache": True}, "for a prefix inside the graph, and it is in the cache"),
+        (good, {"prefix": "cache"}, "for a prefix inside the graph, and it is in the cache"),
     ):
         with pytest.raises(UsageError, match=words):
-            export_graph(model.spec, model.weights, prefix, None, QuantScheme(), tmp_path, kv=kv, **options)
+            export(kv, GraphForm(quantized=False, cache="int8", **form))
         assert not list(tmp_path.iterdir()), "nothing may be written"
-
-
-def node(model: onnx.ModelProto, output: str) -> onnx.NodeProto:
-    return next(n for n in model.graph.node if output in n.output)
-
-
-def reader(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(n for n in model.graph.node if name in n.input)
-
-
-def tensor(name: str, array: np.ndarray) -> Edit:
-    def edit(model: onnx.ModelProto) -> None:
-        found = next((t for t in model.graph.initializer if t.name == name), None) or model.graph.initializer.add()
-        found.CopyFrom(onnx.numpy_helper.from_array(array, name))
-
-    return edit
-
-
-def other_scale(model: onnx.ModelProto) -> None:
-    tensor("other", np.float32([0.1, 0.2]))(model)
-    reader(model, "present.0.value").input[1] = "other"
-
-
-def other_axis(model: onnx.ModelProto) -> None:
-    reader(model, "present.0.value").attribute[0].i = 3
-
-
-def read_twice(model: onnx.ModelProto) -> None:
-    model.graph.node.append(helper.make_node("Cast", ["present.0.value"], ["cast"], "cast", to=TensorProto.FLOAT))
-
-
-def not_read(model: onnx.ModelProto) -> None:
-    dq = reader(model, "present.0.value")
-    dq.input[0] = "past_key_values.0.value"
-
-
-def past_of_another_layer(model: onnx.ModelProto) -> None:
-    node(model, "present.0.value").input[0] = "past_key_values.1.value"
-
-
-def float_past(model: onnx.ModelProto) -> None:
-    value = next(v for v in model.graph.input if v.name == "past_key_values.0.value")
-    value.type.tensor_type.elem_type = TensorProto.FLOAT
-
-
-def read_before_it_is_turned(model: onnx.ModelProto) -> None:
-    model.graph.node.append(helper.make_node("Cast", ["present.0.key"], ["cast"], "cast", to=TensorProto.FLOAT))
-
-
-def another_output(model: onnx.ModelProto) -> None:
-    model.graph.output.append(helper.make_tensor_value_info(f"{FIRST}.codes", TensorProto.INT8, None))
-
-
-BROKEN: list[tuple[str, str, Edit]] = [
-    ("cache-codes", "has another scale than", other_scale),
-    ("cache-codes", "has a scale along another axis", other_axis),
-    ("cache-codes", "has a scale along another axis", tensor(f"{FIRST}.scale", np.ones(3, np.float32))),
-    ("cache-codes", "has a scale of type FLOAT16", tensor(f"{FIRST}.scale", np.ones(2, np.float16))),
-    ("cache-codes", "has a scale of 0.0", tensor(f"{FIRST}.scale", np.zeros(2, np.float32))),
-    ("cache-codes", "is read by DequantizeLinear, Cast", read_twice),
-    ("cache-codes", "is read by nothing", not_read),
-    ("cache-codes", "is not joined to its past", past_of_another_layer),
-    ("cache-codes", "keeps past_key_values.0.value as FLOAT", float_past),
-    ("cache-codes", f"output {FIRST}.codes: is int8", another_output),
-    ("cache-codes", "layers.0.kv.key: is read by Transpose, Cast", read_before_it_is_turned),
-    ("float-attention", "", not_read),
-]
-
-
-def check(path: Path, cache: set[Site], damage: Edit | None = None) -> list[str]:
-    model = onnx.load(path)
-    if damage:
-        damage(model)
-    return check_graph(ir.serde.deserialize_model(model), set(), cache)
-
-
-def test_a_whole_graph_obeys_every_rule(export) -> None:
-    graph, _ = export()
-    assert list(graph.rules) == check(graph.path, CACHE) == list(RULES)
-
-
-@pytest.mark.parametrize(
-    ("rule", "words", "damage"), BROKEN, ids=[f"{d.__name__}-{i}" for i, (*_, d) in enumerate(BROKEN)]
-)
-def test_a_damaged_cache_is_told(rule: str, words: str, damage: Edit, export) -> None:
-    graph, _ = export()
-    with pytest.raises(CheckFailed) as caught:
-        check(graph.path, CACHE, damage)
-    assert [line for line in caught.value.message.splitlines() if line.startswith(f"[{rule}]") and words in line]
-
-
-def test_a_cache_that_nobody_asked_for_and_one_that_is_missing_are_told(export, export_float, make_model) -> None:
-    graph, _ = export()
-    with pytest.raises(CheckFailed) as caught:
-        check(graph.path, set())
-    for rule in ("sites-exactly", "cache-codes", "float-attention"):
-        assert f"[{rule}]" in caught.value.message
-    with pytest.raises(CheckFailed) as caught:
-        check(export_float(make_model(), TOKENS).path, CACHE)
-    assert f"[sites-exactly] Site {VALUE}: has no QuantizeLinear" in caught.value.message
-    assert f"[cache-codes] {VALUE}: is not joined" in caught.value.message

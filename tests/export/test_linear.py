@@ -96,10 +96,10 @@ def test_a_missing_bias_among_packed_linears_is_zero() -> None:
 
 def run(folder: Path, packed: PackedLinear, x: np.ndarray, dtype: ir.DataType, scale: float | None) -> np.ndarray:
     """Return what the literal graph makes of ``x``."""
-    g = GraphBuilder(17)
+    g = GraphBuilder(17, dtype)
     g.scope("test")
     value = g.input("x", dtype, ["batch", "sequence", x.shape[-1]])
-    g.output(add_linear(g, value, packed, dtype, scale), "y", dtype, ["batch", "sequence", sum(packed.out_features)])
+    g.output(add_linear(g, value, packed, scale), "y", dtype, ["batch", "sequence", sum(packed.out_features)])
     path = folder / "linear.onnx"
     ir.save(g.build("test"), path)
     onnx.checker.check_model(path, full_check=True)

@@ -10,11 +10,13 @@ import numpy as np
 import onnx
 import pytest
 
+from cushion_deploy.core.graph_form import STATIC_OPSET, GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.errors import CheckFailed, UsageError
-from cushion_deploy.export.folder import STATIC_OPSET, export_graph
 from cushion_deploy.export.rules import RULES, check_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 
 TOKENS = (7, 1, 100)
@@ -28,9 +30,9 @@ def export(make_model: Any, make_scales: Any, tmp_path: Path) -> Any:
     def run(**options: Any) -> ExportedGraph:
         model = make_model(tie_word_embeddings=True)
         prefix = compute_prefix(model, TOKENS)
-        scales = make_scales(model, prefix)
-        given = {"prefix_in_cache": True, "capacity": CAPACITY} | options
-        return export_graph(model.spec, model.weights, prefix, scales, QuantScheme(), tmp_path, **given)
+        quantization = Quantization(prefix, QuantScheme(), make_scales(model, prefix))
+        form = GraphForm(**{"prefix": "cache", "cache": "static", "capacity": CAPACITY} | options)
+        return export_graph(model.spec, model.weights, quantization, form, tmp_path)
 
     return run
 
@@ -61,7 +63,7 @@ def test_every_cache_is_an_input_that_one_operator_updates_into_an_output(dtype:
 
 
 def test_what_a_growing_cache_says_of_itself_does_not_mention_a_capacity(export: Any) -> None:
-    graph = export(capacity=0)
+    graph = export(cache="growing", capacity=0)
     assert graph.opset == 17
     assert "cache_capacity" not in graph.to_json()["contract"]
     assert ExportedGraph.from_json(graph.to_json(), graph.path.parent).contract.cache_capacity == 0
@@ -70,7 +72,7 @@ def test_what_a_growing_cache_says_of_itself_does_not_mention_a_capacity(export:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"prefix_in_cache": False}, "cannot be joined with a prefix"),
+        ({"prefix": "baked"}, "cannot be joined with a prefix"),
         ({"capacity": 3}, "3 slots does not fit a prefix of 3"),
         ({"capacity": 129}, "a model of 128 positions"),
     ],

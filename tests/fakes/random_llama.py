@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from cushion_deploy.core.graph_form import GraphForm
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.graphs import ExportedGraph
@@ -19,7 +21,7 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.families import get_family
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 2, 4, 2, 16, 64, 128, 256
@@ -81,7 +83,7 @@ class RandomWeights:
         return self._tensors[name][start:stop]
 
 
-def export(folder: Path, *, quantize_head: bool = True, dtype: Any = "float16", **options: Any) -> ExportedGraph:
+def export(folder: Path, *, quantize_head: bool = True, dtype: Any = "float16", **form: Any) -> ExportedGraph:
     """Export the tiny decoder with a prefix of two positions."""
     rng = np.random.default_rng(1)
     shape = (LAYERS, KV_HEADS, 2, HEAD_DIM)
@@ -92,7 +94,8 @@ def export(folder: Path, *, quantize_head: bool = True, dtype: Any = "float16", 
     scales = ActivationScales(
         dict.fromkeys(sites, 0.02), "max", Lineage(SPEC.weights_digest, prefix.digest, text="c"), tokens=1
     )
-    return export_graph(SPEC, RandomWeights(), prefix, scales, scheme, folder, dtype=dtype, **options)
+    quantization = Quantization(prefix, scheme, scales)
+    return export_graph(SPEC, RandomWeights(), quantization, GraphForm(dtype=dtype, **form), folder)
 
 
 def edited(graph: ExportedGraph, folder: Path, edit: Callable[[onnx.ModelProto], None]) -> ExportedGraph:

@@ -13,10 +13,12 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cushion_deploy.core.graph_form import GraphForm
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
@@ -134,10 +136,11 @@ def tiny(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
     prefix = compute_prefix(loaded, (7, 1, 300))
     folder = tmp_path_factory.mktemp("graph")
     cached = request.param == "cache"
-    graph = export_graph(loaded.spec, loaded.weights, prefix, None, QuantScheme(), folder, prefix_in_cache=cached)
+    model, form = (loaded.spec, loaded.weights), GraphForm(quantized=False, prefix=request.param)
+    graph = export_graph(*model, Quantization(prefix, QuantScheme()), form, folder)
     assert graph.contract.prefix_mode == request.param
-    empty = Prefix.empty(loaded.spec)
-    plain = export_graph(loaded.spec, loaded.weights, empty, None, QuantScheme(), folder, name="plain")
+    empty = Quantization(Prefix.empty(loaded.spec), QuantScheme())
+    plain = export_graph(*model, empty, GraphForm(quantized=False), folder, name="plain")
     return Tiny(loaded, prefix, graph, plain)
 
 

@@ -11,8 +11,10 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from cushion_deploy.core.graph_form import GraphForm
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix, logits
 
 CLOSE = 1e-4
@@ -32,9 +34,9 @@ def graph_of(load_variant: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
         if (name, tokens) not in made:
             model = load_variant(name)
             folder = tmp_path_factory.mktemp("graph")
-            exported = export_graph(
-                model.spec, model.weights, compute_prefix(model, tokens), None, QuantScheme(), folder
-            )
+            quantization = Quantization(compute_prefix(model, tokens), QuantScheme())
+            form = GraphForm(quantized=False)
+            exported = export_graph(model.spec, model.weights, quantization, form, folder)
             made[name, tokens] = open_graph(exported.path)
         return made[name, tokens]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
 from cushion_deploy.cli.main import run as command
+from cushion_deploy.core.graph_form import GraphForm
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.onnxruntime.session import open_session
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix, logits, prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 from cushion_deploy.stages.pipeline import Pipeline
@@ -72,7 +73,8 @@ def test_the_graph_of_every_family_is_torch_with_a_simulated_cache(
     )  # fmt: skip
     with torch.inference_mode(), quantized_cache(model, kv):
         expected = run(model, torch.from_numpy(ids), prefix_tensors(prefix)).logits.numpy()
-    graph = export_graph(model.spec, model.weights, prefix, None, QuantScheme(), tmp_path, kv=kv)
+    quantization, form = Quantization(prefix, QuantScheme(), kv_scales=kv), GraphForm(quantized=False, cache="int8")
+    graph = export_graph(model.spec, model.weights, quantization, form, tmp_path)
     session = open_session(graph, threads=1, chunk=40)
     found = session.run(ids, need_logits="all")
     # Equal to 1e-5, but where a code lies at a tie: that one moves much less than the rounding of all codes does.
@@ -140,13 +142,14 @@ def test_fused_attention_is_what_the_same_graph_has_with_a_floating_point_cache(
     from cushion_deploy.engines.registry import ENGINES
 
     report, bundle, recipe = built
-    deployed = replace(read_deployed(ws, bundle, open_bundle(bundle).graph), kv=None)
+    q = read_quantization(bundle, open_bundle(bundle).graph, Pipeline.of(recipe).scheme)
+    source = resolve_source(str(recipe.model))
+    model = load_folder(source.path, source)
     folder = tmp_path / "plan"
     folder.mkdir()
-    graph = export_graph(
-        ws.model.spec, ws.model.weights, deployed.prefix, deployed.scales, deployed.scheme, tmp_path, dtype="float16",
-        smoothing=deployed.smoothing, prefix_in_cache=recipe.export.prefix == "cache",
-    )  # fmt: skip
+    quantization = replace(q, kv_scales=None)
+    form = GraphForm(dtype="float16", prefix=recipe.export.prefix)
+    graph = export_graph(model.spec, model.weights, quantization, form, tmp_path)
     floating = ENGINES["tensorrt-rtx"].compile(graph, folder, CompileOptions())
     (plan,) = [engine for engine in report.engines if engine.engine == "tensorrt-rtx"]
     assert plan.fused_attention == floating.fused_attention
@@ -154,7 +157,7 @@ def test_fused_attention_is_what_the_same_graph_has_with_a_floating_point_cache(
 
 def test_onnxruntime_genai_makes_its_caches_of_the_type_of_the_graph(built: tuple[Report, Path, Recipe]) -> None:
     og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    _, bundle, ws = built
+    _, bundle, recipe = built
     if recipe.export.prefix == "cache":
         pytest.skip("it begins with an empty cache")
     session, ids, expected = open_session(open_bundle(bundle).graph, threads=1), np.arange(5, 12)[None], []
@@ -174,7 +177,7 @@ def test_onnxruntime_genai_makes_its_caches_of_the_type_of_the_graph(built: tupl
 
 
 def test_inspect_shows_the_cache(built: tuple[Report, Path, Recipe], capsys: pytest.CaptureFixture[str]) -> None:
-    _, bundle, ws = built
+    _, bundle, recipe = built
     assert command(["inspect", str(bundle), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["key/value cache"] == "int8"
     assert command(["inspect", str(bundle / "kv_scales.json"), "--json"]) == 0

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.lineage import Lineage
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix, logits
 from cushion_deploy.modeling.load import LoadedModel, load_folder
 from cushion_deploy.modeling.source import resolve_source
@@ -44,7 +46,8 @@ def test_smollm2_as_a_mistral_is_the_same_model(smollm2: LoadedModel, mistral: L
             dict.fromkeys(model.sites, 0.25), "max", Lineage(model.spec.weights_digest, prefix.digest, text="none"), 1
         )
         (tmp_path / name).mkdir()
-        graph = export_graph(model.spec, model.weights, prefix, scales, QuantScheme(), tmp_path / name)
+        quantization = Quantization(prefix, QuantScheme(), scales)
+        graph = export_graph(model.spec, model.weights, quantization, GraphForm(), tmp_path / name)
         data = (tmp_path / name / "model.onnx.data").read_bytes()
         found.append((logits(model, ids, prefix), prefix.keys, graph.sites, data))
         shutil.rmtree(tmp_path / name)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.source import resolve_source
@@ -46,7 +48,8 @@ def float_graph_logits(model: Any, folder: Path) -> np.ndarray:
     import onnxruntime as ort
 
     folder.mkdir()
-    graph = export_graph(model.spec, model.weights, Prefix.empty(model.spec), None, QuantScheme(), folder)
+    quantization, form = Quantization(Prefix.empty(model.spec), QuantScheme()), GraphForm(quantized=False)
+    graph = export_graph(model.spec, model.weights, quantization, form, folder)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])

@@ -10,9 +10,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 
 TOKENS = (7, 1, 100)
@@ -29,11 +31,11 @@ class Graphs:
     def __init__(self, model: Any, folder: Path) -> None:
         self.prefix = compute_prefix(model, TOKENS)
         self.baked, self.growing, self.static = (
-            _open(model, self.prefix, folder, **form)
-            for form in (
-                {"name": "baked"},
-                {"name": "growing", "prefix_in_cache": True},
-                {"name": "static", "prefix_in_cache": True, "capacity": CAPACITY},
+            _open(model, self.prefix, folder / name, GraphForm(quantized=False, **form))
+            for name, form in (
+                ("baked", {}),
+                ("growing", {"prefix": "cache"}),
+                ("static", {"prefix": "cache", "cache": "static", "capacity": CAPACITY}),
             )
         )
 
@@ -69,8 +71,9 @@ class Graphs:
         return np.concatenate(parts, axis=1), past
 
 
-def _open(model: Any, prefix: Prefix, folder: Path, **form: Any) -> Any:
-    graph = export_graph(model.spec, model.weights, prefix, None, QuantScheme(), folder, **form)
+def _open(model: Any, prefix: Prefix, folder: Path, form: GraphForm) -> Any:
+    folder.mkdir()
+    graph = export_graph(model.spec, model.weights, Quantization(prefix, QuantScheme()), form, folder)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 
 from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
@@ -19,7 +22,7 @@ from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.engines.tensorrt.flavours import Flavour
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.load import LoadedModel
 
 IDS = np.random.default_rng(0).integers(5, 300, (1, 48))
@@ -46,16 +49,14 @@ class Device:
 
 
 def graph_of(
-    model: LoadedModel, prefix: Prefix, folder: Path, dtype: Any, *, quantized: bool = True, **form: Any
+    model: LoadedModel, prefix: Prefix, folder: Path, dtype: Any, *, kv: KvScales | None = None, **form: Any
 ) -> ExportedGraph:
     """Export a model with constant scales: what a plan computes does not depend on how good they are."""
-    scales = None
-    if quantized:
-        digest, sites = model.spec.weights_digest, dict.fromkeys(model.sites, 0.05)
-        scales = ActivationScales(sites, "max", Lineage(digest, prefix.digest, text="none"), tokens=1)
+    digest, sites = model.spec.weights_digest, dict.fromkeys(model.sites, 0.05)
+    scales = ActivationScales(sites, "max", Lineage(digest, prefix.digest, text="none"), tokens=1)
     folder.mkdir()
-    given = model.spec, model.weights, prefix, scales, QuantScheme(quantize_head=True), folder
-    return export_graph(*given, dtype=dtype, **form)
+    quantization = Quantization(prefix, QuantScheme(quantize_head=True), scales, kv_scales=kv)
+    return export_graph(model.spec, model.weights, quantization, GraphForm(dtype=dtype, **form), folder)
 
 
 def apart(found: Any, expected: Any) -> float:

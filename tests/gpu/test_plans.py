@@ -118,7 +118,7 @@ def test_a_plan_with_an_int8_cache_computes_the_same(
     scale = np.full((spec.num_layers, spec.num_kv_heads), 0.05, np.float32)
     parents = Lineage(spec.weights_digest, prefix.digest, text="none"), 1
     kv = KvScales(scale, scale, "per-head", "max", *parents, with_prefix=in_cache)
-    form = {"kv": kv, "prefix_in_cache": in_cache}
+    form = {"kv": kv, "cache": "int8", "prefix": "cache" if in_cache else "baked"}
     expected = open_session(graph_of(tiny_model, prefix, tmp_path / "float32", "float32", **form), threads=1)
     graph = graph_of(tiny_model, prefix, tmp_path / "graph", "float16", **form)
     with device.open_plan(graph, tmp_path / "plan") as session:

@@ -30,8 +30,8 @@ def plan(
         pytest.skip(f"not run: this {device.flavour.product} updates no cache in place")
     folder = tmp_path_factory.mktemp("static")
     prefix = compute_prefix(tiny_model, (7, 1))
-    growing = graph_of(tiny_model, prefix, folder / "float32", "float32", prefix_in_cache=True)
-    form = {"prefix_in_cache": True, "capacity": CONTEXT + prefix.length}
+    growing = graph_of(tiny_model, prefix, folder / "float32", "float32", prefix="cache")
+    form = {"prefix": "cache", "cache": "static", "capacity": CONTEXT + prefix.length}
     with device.open_plan(
         graph_of(tiny_model, prefix, folder / "float16", "float16", **form), folder / "plan"
     ) as session:
@@ -98,7 +98,7 @@ def test_the_speed_of_launches_beside_plain_steps(
     prefix = compute_prefix(model, (7, 1))
     found = {}
     for name, capacity, graphs in (("launched", 202, True), ("plain", 202, False), ("growing", 0, False)):
-        form = {"prefix_in_cache": True, "capacity": capacity}
+        form = {"prefix": "cache", "cache": "static" if capacity else "growing", "capacity": capacity}
         graph = graph_of(model, prefix, tmp_path / name, "float16", **form)
         with device.open_plan(graph, tmp_path / f"{name}-plan") as session:
             if not graphs:

@@ -15,11 +15,13 @@ from onnx import numpy_helper
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.estimators import RangeEstimator
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.parity.ladder import TorchReference
@@ -52,11 +54,11 @@ def deployed(tiny_model: LoadedModel, plain_ids: np.ndarray, tmp_path_factory: p
     histograms = observe_sites(tiny_model, prefix, windows, np.ones_like(windows))
     scales = choose_scales(histograms, RangeEstimator("max"), tiny_model.lineage(prefix, "corpus"), 512)
     folder = tmp_path_factory.mktemp("deployed")
-    parents = (tiny_model.spec, tiny_model.weights, prefix)
-    graph = export_graph(*parents, scales, scheme, folder)
-    twin = export_graph(*parents, None, scheme, folder, name="float")
-    half = export_graph(*parents, scales, scheme, folder, name="float16", dtype="float16")
-    brain = export_graph(*parents, scales, scheme, folder, name="bfloat16", dtype="bfloat16")
+    given = (tiny_model.spec, tiny_model.weights, Quantization(prefix, scheme, scales))
+    graph = export_graph(*given, GraphForm(), folder)
+    twin = export_graph(*given, GraphForm(quantized=False), folder, name="float")
+    half = export_graph(*given, GraphForm(dtype="float16"), folder, name="float16")
+    brain = export_graph(*given, GraphForm(dtype="bfloat16"), folder, name="bfloat16")
     ids = plain_ids[None, 500:564]
     reference = torch_reference(tiny_model, prefix, scales, scheme, ids, windows[:4])
     return Deployed(tiny_model, prefix, scales, scheme, graph, twin, half, brain, reference)

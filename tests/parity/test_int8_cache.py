@@ -11,9 +11,11 @@ import pytest
 
 from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KvScales, kv_site
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.parity.constants import cache_scale_rung
 from cushion_deploy.parity.ladder import TorchReference, plan_rung, segment_decode_rung, segment_rung
 from cushion_deploy.parity.reference import torch_reference
@@ -43,13 +45,13 @@ def cached(
         observe_cache(d.model, d.prefix, windows, np.ones_like(windows), granularity), RangeEstimator("max"),
         granularity, d.prefix, d.model.lineage(d.prefix, "corpus"), 512, with_prefix=in_cache,
     )  # fmt: skip
+    quantization = Quantization(d.prefix, d.scheme, d.scales, kv_scales=kv)
+    form = GraphForm(cache="int8", prefix=where)
     graphs = [
-        export_graph(
-            d.model.spec, d.model.weights, d.prefix, d.scales, d.scheme, tmp_path_factory.mktemp("cached"),
-            kv=kv, dtype=dtype, prefix_in_cache=in_cache,
-        )
+        export_graph(d.model.spec, d.model.weights, quantization, replace(form, dtype=dtype), folder)
         for dtype in ("float32", "float16")
-    ]  # fmt: skip
+        for folder in [tmp_path_factory.mktemp("cached")]
+    ]
     reference = torch_reference(d.model, d.prefix, d.scales, d.scheme, d.reference.ids, windows[:2], kv=kv)
     return Cached(kv, *graphs, reference)
 

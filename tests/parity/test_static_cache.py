@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.parity.compare import compare_codes, compare_logits
 from cushion_deploy.parity.ladder import CODE_DIFFERENCE, IDENTICAL_CODES, plan_rung
 from cushion_deploy.parity.segments import SegmentRun
@@ -24,8 +26,9 @@ def static(deployed: Any, tmp_path: Path) -> Any:
 
     def export(tokens: int, dtype: str = "float16") -> ExportedGraph:
         d = deployed
-        given = d.model.spec, d.model.weights, d.prefix, d.scales, d.scheme, tmp_path
-        return export_graph(*given, dtype=dtype, prefix_in_cache=True, capacity=d.prefix.length + tokens)
+        quantization = Quantization(d.prefix, d.scheme, d.scales)
+        form = GraphForm(dtype=dtype, cache="static", capacity=d.prefix.length + tokens, prefix="cache")
+        return export_graph(d.model.spec, d.model.weights, quantization, form, tmp_path)
 
     return export
 

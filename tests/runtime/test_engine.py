@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from fake_plans import close, plan_of
 
+from cushion_deploy.core.graph_form import GraphForm
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.schemes import QuantScheme
@@ -18,7 +20,7 @@ from cushion_deploy.engines.probe import Probe
 from cushion_deploy.engines.tensorrt.compatibility import mismatches
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact, UsageError
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.runtime.engine import open_engine, read_engine
 from cushion_deploy.store import publish, staging_area
@@ -30,7 +32,8 @@ pytestmark = pytest.mark.parametrize("tiny", ["baked"], indirect=True)
 def graph(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> ExportedGraph:
     """Return the tiny model's graph in float16, as engines take it."""
     loaded, folder = tiny.loaded, tmp_path_factory.mktemp("engine")
-    return export_graph(loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), folder, dtype="float16")
+    form = GraphForm(dtype="float16", quantized=False, prefix=tiny.graph.contract.prefix_mode)
+    return export_graph(loaded.spec, loaded.weights, Quantization(tiny.prefix, QuantScheme()), form, folder)
 
 
 @pytest.fixture

@@ -102,11 +102,15 @@ def test_reference_without_fusion_agrees(tiny: Any, session: Any, ids: Any) -> N
 
 
 def test_float16_cache_follows_the_contract(tiny: Any, tmp_path: Path, ids: Any) -> None:
+    from cushion_deploy.core.graph_form import GraphForm
+    from cushion_deploy.core.quantization import Quantization
     from cushion_deploy.core.schemes import QuantScheme
-    from cushion_deploy.export.folder import export_graph
+    from cushion_deploy.export.write import export_graph
 
     loaded = tiny.loaded
-    half = export_graph(loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), tmp_path, dtype="float16")
+    quantization = Quantization(tiny.prefix, QuantScheme())
+    form = GraphForm(dtype="float16", quantized=False)
+    half = export_graph(loaded.spec, loaded.weights, quantization, form, tmp_path)
     session: Any = OnnxRuntimeSession(half.path, half.contract, SessionSettings(threads=1))
     expected = torch_logits(loaded, ids, tiny.prefix)
     session.run(ids[:, :-1], need_logits="none")

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
 from cushion_deploy.core.lineage import Lineage
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.engines.tensorrt.profiles import Limits, profile_shapes
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 
 LIMITS = CompileOptions(("sm86",), max_batch=2, max_context=48, max_prefill=16)
@@ -29,8 +31,9 @@ def export(model: Any, folder: Path, dtype: Any, capacity: int) -> ExportedGraph
         dict.fromkeys(model.sites, 0.05), "max", Lineage(digest, prefix.digest, text="none"), tokens=1
     )
     folder.mkdir()
-    given = model.spec, model.weights, prefix, scales, QuantScheme(quantize_head=True), folder
-    return export_graph(*given, dtype=dtype, prefix_in_cache=True, capacity=capacity)
+    quantization = Quantization(prefix, QuantScheme(quantize_head=True), scales)
+    form = GraphForm(dtype=dtype, cache="static", capacity=capacity, prefix="cache")
+    return export_graph(model.spec, model.weights, quantization, form, folder)
 
 
 @pytest.mark.parametrize(("dtype", "fused"), [("float16", True), ("float32", False)])

@@ -12,22 +12,21 @@ from fake_gpu import Context, FakeTensorRt
 from fake_plans import close, plan_of
 
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.errors import CheckFailed, UntrustedArtifact, UsageError
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 
 
 @pytest.fixture(scope="module", params=["float16", "float32"])
 def graph(tiny: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportedGraph:
     """Return the tiny model's graph without optional inputs, as engines take it."""
     folder = tmp_path_factory.mktemp("engine")
-    loaded, cached = tiny.loaded, tiny.graph.contract.prefix_in_cache
-    return export_graph(
-        loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), folder,
-        dtype=request.param, prefix_in_cache=cached,
-    )  # fmt: skip
+    loaded, quantization = tiny.loaded, Quantization(tiny.prefix, QuantScheme())
+    form = GraphForm(dtype=request.param, quantized=False, prefix=tiny.graph.contract.prefix_mode)
+    return export_graph(loaded.spec, loaded.weights, quantization, form, folder)
 
 
 @pytest.fixture
@@ -170,9 +169,10 @@ def test_the_contract_takes_the_plans_own_type(session: Any, graph: ExportedGrap
 @pytest.mark.parametrize("tiny", ["baked", "cache"], indirect=True)
 def test_a_plan_in_bfloat16_keeps_its_cache_so(device: FakeTensorRt, tiny: Any, ids: Any, tmp_path: Path) -> None:
     loaded, cached = tiny.loaded, tiny.graph.contract.prefix_in_cache
-    given = loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), tmp_path
-    plan = plan_of(export_graph(*given, dtype="bfloat16", prefix_in_cache=cached))
-    expected = open_session(export_graph(*given, name="float", prefix_in_cache=cached), threads=1)
+    given = loaded.spec, loaded.weights, Quantization(tiny.prefix, QuantScheme())
+    form = GraphForm(quantized=False, prefix="cache" if cached else "baked")
+    plan = plan_of(export_graph(*given, replace(form, dtype="bfloat16"), tmp_path))
+    expected = open_session(export_graph(*given, form, tmp_path, name="float"), threads=1)
     with TensorRtSession(plan, tiny.graph.contract, "tensorrt_rtx", tiny.prefix if cached else None) as session:
         assert session.contract.dtype == "bfloat16"
         for begin, end in ((0, 12), (12, 13), (13, 14)):

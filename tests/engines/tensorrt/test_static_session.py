@@ -11,14 +11,16 @@ import pytest
 from fake_gpu import Context, FakeTensorRt
 from fake_plans import close, plan_of
 
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.tensorrt.cuda import Cuda
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.errors import CheckFailed, UntrustedArtifact, UsageError
-from cushion_deploy.export.folder import export_graph
+from cushion_deploy.export.write import export_graph
 
 pytestmark = pytest.mark.parametrize("tiny", ["cache"], indirect=True)
 CONTEXT = 60
@@ -29,10 +31,13 @@ LIMITS = CompileOptions(max_batch=3, max_context=2048, max_prefill=8)
 def graphs(tiny: Any, request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedGraph, ExportedGraph]:
     """Return the tiny model's graph with a static cache, and with one that grows."""
     loaded, folder = tiny.loaded, tmp_path_factory.mktemp("static")
-    given = loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), folder
-    options = {"dtype": request.param, "prefix_in_cache": True}
-    static = export_graph(*given, name="static", capacity=CONTEXT + tiny.prefix.length, **options)
-    return static, export_graph(*given, name="growing", **options)
+    given = loaded.spec, loaded.weights, Quantization(tiny.prefix, QuantScheme())
+    growing = GraphForm(dtype=request.param, quantized=False, prefix="cache")
+    static = replace(growing, cache="static", capacity=CONTEXT + tiny.prefix.length)
+    return (
+        export_graph(*given, static, folder, name="static"),
+        export_graph(*given, growing, folder, name="growing"),
+    )
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from safetensors.numpy import load_file
 
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme, parse_scheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.export.folder import export_graph
 from cushion_deploy.export.rules import RULES
+from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.forward import compute_prefix
 
 TOKENS = (7, 1, 100)
@@ -37,12 +39,12 @@ LINEARS = LAYERS * 7
 def export(make_model, make_scales, tmp_path_factory):
     """Return a function that exports the INT8 graph of a random model; every call writes anew."""
 
-    def run(scheme: QuantScheme | None = None, model: Any = None, **options: Any) -> ExportedGraph:
+    def run(scheme: QuantScheme | None = None, model: Any = None, name: str = "model", **form: Any) -> ExportedGraph:
         model = model or make_model()
         prefix = compute_prefix(model, TOKENS)
         folder = tmp_path_factory.mktemp("graph")
-        scales = make_scales(model, prefix)
-        return export_graph(model.spec, model.weights, prefix, scales, scheme or QuantScheme(), folder, **options)
+        quantization = Quantization(prefix, scheme or QuantScheme(), make_scales(model, prefix))
+        return export_graph(model.spec, model.weights, quantization, GraphForm(**form), folder, name=name)
 
     return run
 
@@ -198,9 +200,14 @@ def test_the_description_survives_json(export) -> None:
     assert again == graph
 
 
-def call(model: Any, prefix: Any, scales: Any, folder: Path, **options: Any) -> UsageError:
+def call(model: Any, prefix: Any, scales: Any, folder: Path, **form: Any) -> UsageError:
+    def export() -> None:
+        quantization = Quantization(prefix, QuantScheme(), scales)
+        given = GraphForm(quantized=scales is not None, **form)
+        export_graph(model.spec, model.weights, quantization, given, folder)
+
     with pytest.raises(UsageError) as caught:
-        export_graph(model.spec, model.weights, prefix, scales, QuantScheme(), folder, **options)
+        export()
     assert not list(folder.iterdir()), "nothing may be written"
     return caught.value
 
@@ -210,7 +217,7 @@ def test_parents_that_do_not_belong_together_are_refused(make_model, make_scales
     prefix = compute_prefix(model, TOKENS)
     scales = make_scales(model, prefix)
     foreign = dataclasses.replace(prefix, model_digest=other.spec.weights_digest)
-    error = call(model, foreign, scales, tmp_path)
+    error = call(model, foreign, make_scales(other, foreign), tmp_path)
     assert (error.message, error.hint) == (
         "the prefix was made for another model",
         "run `cushion-deploy search` for this model",
@@ -222,7 +229,7 @@ def test_parents_that_do_not_belong_together_are_refused(make_model, make_scales
         dataclasses.replace(scales, lineage=dataclasses.replace(scales.lineage, model="0" * 64)),
         tmp_path,
     )
-    assert "scales were made for another model" in error.message
+    assert "scales were calibrated under another model" in error.message
     assert "calibrate" in error.hint
     error = call(model, prefix, make_scales(model, compute_prefix(model, (7,))), tmp_path)
     assert "calibrated under another prefix" in error.message
@@ -248,8 +255,9 @@ def test_a_scheme_that_no_engine_runs_in_int8_is_refused_with_the_reason(
     prefix = compute_prefix(model, TOKENS)
     scales = None if twin else make_scales(model, prefix)
     scheme = parse_scheme(name)
+    quantization, form = Quantization(prefix, scheme, scales), GraphForm(quantized=not twin)
     with pytest.raises(UsageError) as caught:
-        export_graph(model.spec, model.weights, prefix, scales, scheme, tmp_path)
+        export_graph(model.spec, model.weights, quantization, form, tmp_path)
     assert scheme.name in caught.value.message
     assert words in caught.value.message
     assert "w8a8" in caught.value.hint
@@ -276,8 +284,9 @@ def test_sites_to_keep_in_floating_point_stay_in_it(export, make_model, make_sca
     model = make_model()
     prefix = compute_prefix(model, TOKENS)
     scheme = QuantScheme(float_sites=(Site("layers.9.mlp.down"),))
+    quantization = Quantization(prefix, scheme, make_scales(model, prefix))
     with pytest.raises(UsageError, match=r"layers\.9\.mlp\.down"):
-        export_graph(model.spec, model.weights, prefix, make_scales(model, prefix), scheme, tmp_path)
+        export_graph(model.spec, model.weights, quantization, GraphForm(), tmp_path)
 
 
 def test_a_site_without_scale_is_named(make_model, make_scales, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Keys or values of one layer in a finished graph with an INT8 cache: who writes them, who reads them."""
+"""Keys or values of one layer in a finished graph with an INT8 cache: the nodes that write and read them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cushion_deploy.export.linear import codes_name
 
 @dataclass(frozen=True)
 class CachedTensor:
-    """One present of the cache; what a graph lacks is None or empty.
+    """Keys or values of one layer; what the graph lacks is None or empty.
 
     Attributes:
         site: such as ``layers.3.kv.key``.
         quantizer: the node that writes the codes of new tokens.
         present: the graph output.
-        joins: operators and graph outputs that take those codes; one Concat with a past in a graph that is right.
-        readers: nodes that read the present; where all that does is one Transpose, those that read what it turned.
+        joins: nodes that read those codes; in a correct graph one Concat with the past.
+        readers: nodes that read the present; where its only reader is a Transpose, the nodes that read the result.
     """
 
     site: Site
@@ -30,7 +30,7 @@ class CachedTensor:
 
     @classmethod
     def find(cls, graph: ir.Graph, site: Site) -> CachedTensor:
-        """Look one up by its names."""
+        """Return the tensor of a site, found by the names of its codes and of its present."""
         _, layer, _, part = site.split(".")
         name = codes_name(site)
         q = next((n for n in graph if n.op_type == "QuantizeLinear" and n.outputs[0].name == name), None)
@@ -38,29 +38,23 @@ class CachedTensor:
         readers = tuple(present.consumers()) if present else ()
         if [reader.op_type for reader in readers] == ["Transpose"]:
             readers = tuple(readers[0].outputs[0].consumers())
-        return cls(
-            site,
-            q,
-            present,
-            tuple(q.outputs[0].consumers()) if q else (),
-            readers,
-        )
+        return cls(site, q, present, tuple(q.outputs[0].consumers()) if q else (), readers)
 
     @property
     def past(self) -> ir.Value | None:
-        """The graph input that the codes are joined to."""
+        """The graph input that the codes are appended to."""
         first = self.joins[0].inputs[0] if len(self.joins) == 1 else None
         return first if first is not None and first.is_graph_input() else None
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
-        """Its own Q and DQ, which rules of linears do not judge."""
+        """Its own Q and DQ, which the rules for linears leave out."""
         own = [node for node in self.readers if node.op_type == "DequantizeLinear"]
         return (*([self.quantizer] if self.quantizer else []), *own)
 
     @property
     def joined(self) -> bool:
-        """Whether the codes go behind the past of the same name into the present, and nowhere else."""
+        """Whether the only reader of the codes appends them to the past of the same name, and that is the present."""
         if self.present is None or self.past is None or len(self.joins) != 1:
             return False
         named = (self.present.name or "").replace("present", "past_key_values")

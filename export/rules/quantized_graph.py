@@ -1,4 +1,4 @@
-"""A finished graph as its rules see it: quantized products, weights, activations, parts of an INT8 cache."""
+"""A finished graph as the rules see it: quantized products, weights, activations, parts of an INT8 cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 import onnx_ir as ir
 
 from cushion_deploy.core.sites import Site
-from cushion_deploy.export.cached_tensor import CachedTensor
+from cushion_deploy.export.rules.cached_tensor import CachedTensor
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 PRODUCTS = frozenset({"MatMul", "Gemm"})
@@ -17,12 +17,27 @@ MOVERS = frozenset(
     {"Cast", "Concat", "Expand", "Identity", "Mul", "Reshape", "Slice", "Split", "Squeeze", "TensorScatter"}
     | {"Transpose", "Unsqueeze"}
 )
-"""Operators that may stand between a DQ and an attention MatMul without making it another tensor's business."""
+"""Operators that only move, scale or cast data: attention that reads a DQ through them is quantized all the same."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A quantized product, and the DQ that its weight goes through."""
+
+    product: ir.Node
+    dq: ir.Node
 
 
 @dataclass(frozen=True)
 class QuantizedGraph:
-    """A model with the Sites that it should quantize and the parts of an INT8 cache, sorted for the rules."""
+    """A model and what is expected of it, sorted for the rules.
+
+    Attributes:
+        model: the graph as it was read back from disk.
+        sites: Sites that must be quantized.
+        cache: names of the tensors that must enter an INT8 cache.
+        scale_dtype: type that all scales of linears must have.
+    """
 
     model: ir.Model
     sites: frozenset[Site]
@@ -31,7 +46,7 @@ class QuantizedGraph:
 
     @cached_property
     def nodes(self) -> list[ir.Node]:
-        """Every node, those of subgraphs included."""
+        """Every node, nodes of subgraphs included."""
         return list(ir.traversal.RecursiveGraphIterator(self.model.graph))
 
     def of(self, *op_types: str) -> list[ir.Node]:
@@ -40,23 +55,35 @@ class QuantizedGraph:
 
     @cached_property
     def products(self) -> list[ir.Node]:
-        """Products with a DQ on at least one operand that are no attention: the quantized linears."""
+        """The quantized linears: products outside of attention with a DQ on at least one operand."""
         return [node for node in self.of(*PRODUCTS) if not is_attention(node) and any(map(dq_of, node.inputs[:2]))]
 
     @cached_property
-    def weights(self) -> list[tuple[ir.Node, ir.Node]]:
-        """Each quantized product with the DQ of its weight, where it has one."""
-        return [(node, dq) for node in self.products if (dq := dq_of(node.inputs[1])) is not None]
+    def weights(self) -> list[QuantizedWeight]:
+        """The weight of each quantized product whose weight goes through a DQ."""
+        return [QuantizedWeight(node, dq) for node in self.products if (dq := dq_of(node.inputs[1])) is not None]
+
+    @cached_property
+    def weight_shapes(self) -> frozenset[tuple[int, ...]]:
+        """Shapes of the stored weights, and of their transposes."""
+        codes = [tensor for weight in self.weights if (tensor := stored(weight.dq.inputs[0])) is not None]
+        shapes = {tuple(tensor.shape.numpy()) for tensor in codes}
+        return frozenset(shapes | {shape[::-1] for shape in shapes})
+
+    @cached_property
+    def quantized_names(self) -> frozenset[str | None]:
+        """Names of the tensors that a Q writes."""
+        return frozenset(node.outputs[0].name for node in self.of(Q))
 
     @cached_property
     def activations(self) -> list[ir.Node]:
-        """Every Q, and every DQ that is not on a stored tensor; those of the cache left out."""
+        """Every Q, and every DQ that does not read a stored tensor; without those of the cache."""
         nodes = [n for n in self.of(Q, DQ) if n not in self.cache_nodes]
         return [n for n in nodes if n.op_type == Q or stored(n.inputs[0]) is None]
 
     @cached_property
     def cached(self) -> list[CachedTensor]:
-        """Every part of the INT8 cache, as far as it is there."""
+        """Every expected part of the INT8 cache, complete or not."""
         return [CachedTensor.find(self.model.graph, site) for site in sorted(self.cache)]
 
     @cached_property
@@ -66,35 +93,35 @@ class QuantizedGraph:
 
 
 def name_of(node: ir.Node) -> str:
-    """Return the name of a node, or what stands for one."""
+    """Return the name of a node, or a description of a node without one."""
     return node.name or f"(unnamed {node.op_type})"
 
 
 def attribute_of(node: ir.Node, attribute: str, default: int) -> int:
-    """Return an attribute of a node."""
+    """Return an integer attribute of a node."""
     found = node.attributes.get(attribute)
     return default if found is None else found.as_int()
 
 
 def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """Return the tensor of a value that is fixed in the file; an initializer that a caller may override is not."""
+    """Return the tensor of a constant value; None for any other, and for an initializer that a caller may override."""
     if value is None or value.is_graph_input():
         return None
     return ir.convenience.get_const_tensor(value)
 
 
 def dq_of(value: ir.Value | None) -> ir.Node | None:
-    """Return the DQ that makes a value; None where another operator does."""
+    """Return the DQ that computes a value; None where another operator does."""
     producer = None if value is None else value.producer()
     return producer if producer is not None and producer.op_type == DQ and producer.domain == "" else None
 
 
 def is_attention(node: ir.Node) -> bool:
-    """Whether both operands of a product are computed: neither is stored, nor made from stored codes or a weight."""
-    return not any(_comes_from_store(value) for value in node.inputs[:2])
+    """Whether both operands of a product are computed: neither is stored, nor derived from a stored weight."""
+    return not any(_is_derived_from_stored(value) for value in node.inputs[:2])
 
 
-def _comes_from_store(value: ir.Value | None) -> bool:
+def _is_derived_from_stored(value: ir.Value | None) -> bool:
     while value is not None:
         if stored(value) is not None:
             return True
@@ -106,7 +133,7 @@ def _comes_from_store(value: ir.Value | None) -> bool:
 
 
 def dq_above(value: ir.Value | None, besides: Collection[ir.Node] = ()) -> ir.Node | None:
-    """Return a Q or DQ, others than ``besides``, that reaches a value through operators which move or scale data."""
+    """Return a Q or DQ, other than ``besides``, whose result reaches a value through ``MOVERS`` alone; None if none."""
     pending, seen = [value], set[str]()
     while pending:
         producer = None if (current := pending.pop()) is None else current.producer()

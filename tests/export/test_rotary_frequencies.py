@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from cushion_deploy.core.model_spec import RotaryScaling
-from cushion_deploy.export.rotary import inverse_frequencies, rotary_gain
+from cushion_deploy.export.rotary_frequencies import attention_factor, inverse_frequencies
 
 
 def expected(head_dim: int, rule: str, theta: float, parameters: dict[str, float]) -> np.ndarray:
@@ -104,7 +104,7 @@ def test_yarn_is_that_of_transformers(
     oracle = LlamaRotaryEmbedding(config)
     scaling = RotaryScaling(theta, "yarn", {key: float(value) for key, value in parameters.items()})
     np.testing.assert_allclose(inverse_frequencies(scaling, 2 * half), oracle.inv_freq.numpy(), rtol=1e-4)
-    assert rotary_gain(scaling) == pytest.approx(oracle.attention_scaling)
+    assert attention_factor(scaling) == pytest.approx(oracle.attention_scaling)
 
 
 @pytest.mark.parametrize("gain", [None, 1.25])
@@ -127,4 +127,4 @@ def test_longrope_is_that_of_transformers_within_the_trained_context(gain: float
     given |= {"factor": 8.0, "original_max_position_embeddings": 64.0} | ({"attention_factor": gain} if gain else {})
     scaling = RotaryScaling(10000.0, "longrope", given, partial)
     np.testing.assert_allclose(inverse_frequencies(scaling, head), oracle.inv_freq.numpy(), rtol=1e-5)
-    assert rotary_gain(scaling) == pytest.approx(oracle.attention_scaling)
+    assert attention_factor(scaling) == pytest.approx(oracle.attention_scaling)

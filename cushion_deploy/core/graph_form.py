@@ -1,0 +1,184 @@
+"""The form of an exported graph: types, key/value cache, place of the prefix, opset; and what a form can refuse."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from cushion_deploy.core.dtypes import Dtype
+from cushion_deploy.core.graphs import GraphContract, PrefixMode
+from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.errors import UsageError, unknown_choice
+from cushion_deploy.store.digests import digest_json
+
+CacheForm = Literal["growing", "static", "int8"]
+MIN_OPSET, MAX_OPSET = 17, 22
+"""Every TensorRT from 10.3 on reads opset 17. Above 22 the operators of the graph change meaning or are untested."""
+STATIC_OPSET = 24
+"""Opset of a graph with a static cache: the first with TensorScatter, and with Attention as 23 defines it. Its other
+changes since 22 (Cast, Reshape, Shape, Transpose, Squeeze, Unsqueeze, Identity, QuantizeLinear, DequantizeLinear) are
+new types, and attributes that the graph leaves at their default."""
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """What a graph looks like, whatever model and quantization it is written for.
+
+    Attributes:
+        dtype: type of activations, of a cache in floating point and of floating-point weights.
+        quantized: whether linears are quantized; False writes the float twin.
+        cache: ``growing`` appends new keys and values to the past, ``static`` updates a cache of fixed capacity in
+            place, ``int8`` grows and holds INT8 codes.
+        capacity: slots of a static cache, those of the prefix included; 0 for the other two.
+        prefix: ``baked`` puts the prefix into the graph. ``cache`` writes it beside the graph, and every caller
+            starts its cache with it. ``none`` refuses a prefix. The first two do nothing for an empty prefix.
+        opset: opset of the default domain; a static cache needs :data:`STATIC_OPSET` and ignores it.
+        scale_dtype: type of scales and of quantized products. Anything but float32 is an experiment: a float16
+            accumulator can overflow.
+
+    Raises:
+        UsageError: a value out of range, or two that exclude each other.
+    """
+
+    dtype: Dtype = "float32"
+    quantized: bool = True
+    cache: CacheForm = "growing"
+    capacity: int = 0
+    prefix: PrefixMode = "baked"
+    opset: int = MIN_OPSET
+    scale_dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("graph type", self.dtype, Dtype),
+            ("scale type", self.scale_dtype, Dtype),
+            ("cache", self.cache, CacheForm),
+            ("place of the prefix", self.prefix, PrefixMode),
+        ):
+            if value not in get_args(known):
+                raise unknown_choice(what, str(value), list(get_args(known)))
+        if not MIN_OPSET <= self.opset <= MAX_OPSET:
+            raise UsageError(f"opset {self.opset} is not supported", hint=f"choose {MIN_OPSET} to {MAX_OPSET}")
+        if self.cache == "int8" and self.capacity:
+            raise UsageError("an INT8 cache cannot be static", hint="drop the capacity, or export.kv_cache=int8")
+        if self.cache == "growing" and self.capacity:
+            raise UsageError(
+                f"a growing cache has no capacity, and {self.capacity} slots were given", hint="use a static cache"
+            )
+        if self.cache == "static" and self.capacity < 1:
+            raise UsageError(
+                f"a static cache of {self.capacity} slots cannot hold a token",
+                hint="give it a capacity, by tensorrt.max_context",
+            )
+
+    def check(self, spec: ModelSpec, quantization: Quantization) -> None:
+        """Check that a model and a quantization can be written in this form.
+
+        Raises:
+            UsageError: the prefix or the cache scales are for another model or another place of the prefix, scales
+                are missing, the capacity does not fit, or the prefix exceeds float16.
+        """
+        prefix = quantization.prefix
+        if prefix.model_digest != spec.weights_digest:
+            raise UsageError("the prefix was made for another model", hint="run `cushion-deploy search` for this model")
+        if self.quantized and quantization.scales is None:
+            raise UsageError(
+                "a quantized graph needs activation scales, and there are none",
+                hint="run `cushion-deploy calibrate` for this model and prefix, or export the float twin",
+            )
+        if self.prefix == "none" and prefix.length:
+            raise UsageError(
+                f"a prefix of {prefix.length} positions was given for a graph without a prefix",
+                hint="set export.prefix to baked or cache, or give an empty prefix",
+            )
+        if self.cache == "static":
+            self._check_capacity(spec, prefix)
+        if self.cache == "int8":
+            self._check_kv_scales(spec, quantization)
+        if self.dtype == "float16":
+            _check_float16(prefix)
+
+    def _check_capacity(self, spec: ModelSpec, prefix: Prefix) -> None:
+        if prefix.length and not self._caches(prefix):
+            raise UsageError(
+                "a static cache cannot be joined with a prefix that is inside the graph",
+                hint="put the prefix into the cache: --set export.prefix=cache",
+            )
+        if not prefix.length < self.capacity <= spec.max_positions:
+            raise UsageError(
+                f"a static cache of {self.capacity} slots does not fit a prefix of {prefix.length} and a model of "
+                f"{spec.max_positions} positions",
+                hint=f"give {prefix.length + 1} to {spec.max_positions} slots, by tensorrt.max_context",
+            )
+
+    def _check_kv_scales(self, spec: ModelSpec, quantization: Quantization) -> None:
+        scales = quantization.kv_scales
+        if scales is None:
+            raise UsageError(
+                "an INT8 cache needs cache scales, and there are none",
+                hint="run `cushion-deploy calibrate --kv-cache int8` for this model and prefix",
+            )
+        if scales.keys.shape != (spec.num_layers, spec.num_kv_heads):
+            raise UsageError("the cache scales were made for another model", hint="calibrate the cache for this model")
+        if scales.with_prefix != self._caches(quantization.prefix):
+            where = ("inside the graph", "in the cache")
+            raise UsageError(
+                f"the cache scales are for a prefix {where[scales.with_prefix]}, and it is "
+                f"{where[not scales.with_prefix]}",
+                hint="calibrate the cache again with this setting of export.prefix",
+            )
+
+    def _caches(self, prefix: Prefix) -> bool:
+        """Whether every cache starts with this prefix."""
+        return self.prefix == "cache" and prefix.length > 0
+
+    def select(self, quantization: Quantization) -> Quantization:
+        """Return the parts of a quantization that a graph of this form uses."""
+        return replace(
+            quantization,
+            scales=quantization.scales if self.quantized else None,
+            kv_scales=quantization.kv_scales if self.cache == "int8" else None,
+        )
+
+    def contract(self, spec: ModelSpec, prefix: Prefix) -> GraphContract:
+        """Return the inputs and outputs of a graph of this form."""
+        return GraphContract(
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            vocab_size=spec.vocab_size,
+            max_positions=spec.max_positions,
+            dtype=self.dtype,
+            prefix_length=prefix.length,
+            prefix_in_cache=self._caches(prefix),
+            cache_capacity=self.capacity,
+            quantized_cache=self.cache == "int8",
+        )
+
+    @property
+    def effective_opset(self) -> int:
+        """The opset that the graph is written for."""
+        return STATIC_OPSET if self.cache == "static" else self.opset
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the fields."""
+        return digest_json(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+
+def _check_float16(prefix: Prefix) -> None:
+    largest = max(float(np.abs(part).max(initial=0.0)) for part in (prefix.keys, prefix.values))
+    if largest > _FLOAT16_MAX:
+        raise UsageError(
+            f"the prefix reaches {largest:,.0f}, and float16 ends at {_FLOAT16_MAX:,.0f}",
+            hint="compile plans with --dtype bf16",
+        )
