@@ -8,7 +8,6 @@ import time
 import numpy as np
 from common import arguments, workspace
 
-from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
 from cushion_deploy.prefix.objective import score_candidates
 from cushion_deploy.prefix.search import PrefixSearch, draw_text
 
@@ -30,7 +29,7 @@ def main() -> None:
     for number, step in enumerate(trace.steps):
         if not (step.accepted or options.rejected):
             continue
-        past = prefix_tensors(compute_prefix(ws.model, trace.token_ids[: len(trace.seed_tokens) + number]))
+        past = prefix_tensors(ws.model.compute_prefix(trace.token_ids[: len(trace.seed_tokens) + number]))
         sample = [int(t) for t in rng.choice(ws.model.spec.vocab_size, size=options.sample, replace=False)]
         drawn = draw_text(text, config.text_tokens, options.seed, number)
         scores = score_candidates(ws.model, past, drawn, sample, config.objective, progress=ws.progress, task="ranking")

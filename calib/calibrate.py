@@ -18,8 +18,7 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import prefix_tensors, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.observe import observed
 
 
@@ -59,7 +58,7 @@ class SiteObserver:
 
 @torch.inference_mode()
 def observe_sites(
-    model: LoadedModel,
+    model: TorchRunner,
     prefix: Prefix,
     ids: IntArray,
     mask: IntArray,
@@ -83,7 +82,7 @@ def observe_sites(
             rows = torch.from_numpy(mask[start : start + batch_size])
             observer.mask, observer.batch = rows.bool(), start // batch_size
             full = None if bool(rows.all()) else rows
-            run(model, torch.from_numpy(ids[start : start + batch_size]), past, full)
+            model.run(torch.from_numpy(ids[start : start + batch_size]), past, full)
             progress("observing Sites", min(start + batch_size, len(ids)), len(ids))
     return observer.histograms
 

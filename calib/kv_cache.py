@@ -16,9 +16,8 @@ from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.kv_cache import watched_cache
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 TINY = float(np.finfo(np.float32).tiny)
 QMAX = qmax(8)
@@ -62,7 +61,7 @@ class CacheObserver:
 
 @torch.inference_mode()
 def observe_cache(
-    model: LoadedModel,
+    model: TorchRunner,
     prefix: Prefix,
     ids: IntArray,
     mask: IntArray,
@@ -88,7 +87,7 @@ def observe_cache(
             rows = torch.from_numpy(mask[start : start + batch_size])
             observer.mask, observer.batch = rows.bool(), start // batch_size
             full = None if bool(rows.all()) else rows
-            run(model, torch.from_numpy(ids[start : start + batch_size]), past, full, head=False)
+            model.run(torch.from_numpy(ids[start : start + batch_size]), past, full, head=False)
             progress("observing keys and values", min(start + batch_size, len(ids)), len(ids))
     return observer.histograms
 

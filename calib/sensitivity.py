@@ -12,15 +12,14 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
-from cushion_deploy.modeling.forward import prefix_tensors, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.modeling.teacher import divergence
 
 
 @torch.inference_mode()
 def site_costs(
-    model: LoadedModel,
+    model: TorchRunner,
     prefix: Prefix,
     scheme: QuantScheme,
     scales: ActivationScales,
@@ -40,12 +39,12 @@ def site_costs(
     """
     sites = list(quantized_sites(model, scheme))
     past, ids = prefix_tensors(prefix), torch.from_numpy(windows)
-    teacher = torch.log_softmax(run(model, ids, past).logits[:, :-1].float(), -1)
+    teacher = torch.log_softmax(model.run(ids, past).logits[:, :-1].float(), -1)
     found: dict[Site, float] = {}
     for done, site in enumerate(sites, 1):
         others = tuple(other for other in sites if other != site)
         with simulated(model, replace(scheme, float_sites=others), scales):
-            student = torch.log_softmax(run(model, ids, past).logits[:, :-1].float(), -1)
+            student = torch.log_softmax(model.run(ids, past).logits[:, :-1].float(), -1)
         found[site] = float(divergence(student, teacher).mean())
         progress("measuring what each Site costs", done, len(sites))
     return found

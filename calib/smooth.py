@@ -21,8 +21,7 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.families.folding import absorbers
-from cushion_deploy.modeling.forward import prefix_tensors, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.observe import observed
 
 SMALLEST = 1e-5
@@ -36,7 +35,7 @@ such as one behind a ReLU that did not fire, would be blown up to the size of th
 
 @torch.inference_mode()
 def channel_maxima(
-    model: LoadedModel, prefix: Prefix, ids: IntArray, mask: IntArray, *, batch: int = 4, progress: Progress = silent
+    model: TorchRunner, prefix: Prefix, ids: IntArray, mask: IntArray, *, batch: int = 4, progress: Progress = silent
 ) -> dict[Site, FloatArray]:
     """Return the largest magnitude of each input channel of every Site, text tokens behind the prefix only.
 
@@ -62,13 +61,13 @@ def channel_maxima(
         for start in range(0, len(ids), batch):
             part = rows[start : start + batch]
             chosen = part.bool()
-            run(model, torch.from_numpy(ids[start : start + batch]), past, None if bool(chosen.all()) else part)
+            model.run(torch.from_numpy(ids[start : start + batch]), past, None if bool(chosen.all()) else part)
             progress("measuring channels", min(start + batch, len(ids)), len(ids))
     return {site: value.numpy() for site, value in found.items()}
 
 
 def choose_factors(
-    model: LoadedModel, maxima: Mapping[Site, FloatArray], alpha: float, limit: float | None = None
+    model: TorchRunner, maxima: Mapping[Site, FloatArray], alpha: float, limit: float | None = None
 ) -> Smoothing:
     """Return the factors of every Site of the model that has an absorber.
 

@@ -15,8 +15,7 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
-from cushion_deploy.modeling.forward import logits, prefix_tensors, run, token_nll
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.parity.blame import SiteInputs
@@ -28,14 +27,14 @@ PROMPT_TOKENS = 32
 
 
 def torch_reference(
-    model: LoadedModel,
+    model: TorchRunner,
     prefix: Prefix,
     scales: ActivationScales,
     scheme: QuantScheme,
     ids: IntArray,
     windows: IntArray,
     progress: Progress = silent,
-    original: LoadedModel | None = None,
+    original: TorchRunner | None = None,
     kv: KvScales | None = None,
 ) -> TorchReference:
     """Run both torch models.
@@ -51,11 +50,11 @@ def torch_reference(
     plain = logits(original or model, ids, prefix)
     codes: SiteCodes = {}
     with simulated(model, scheme, scales, lambda site, c: codes.__setitem__(site, c.numpy()), kv):
-        quantized = logits(model, ids, prefix)
+        quantized = model.logits(ids, prefix)
     losses = []
     with simulated(model, scheme, scales, kv=kv):
         for done, window in enumerate(windows, 1):
-            losses.append(token_nll(model, window[None], prefix)[0])
+            losses.append(model.token_nll(window[None], prefix)[0])
             progress("perplexity of fake-quant", done, len(windows))
         prompt = ids[:, :PROMPT_TOKENS]
         greedy = _greedy(model, prefix, prompt)
@@ -63,7 +62,7 @@ def torch_reference(
 
 
 @torch.inference_mode()
-def float_inputs(model: LoadedModel, prefix: Prefix, ids: IntArray) -> SiteInputs:
+def float_inputs(model: TorchRunner, prefix: Prefix, ids: IntArray) -> SiteInputs:
     """Return what enters every Site of the floating-point model, ``[1, n, features]``, in computation order.
 
     Args:
@@ -72,11 +71,11 @@ def float_inputs(model: LoadedModel, prefix: Prefix, ids: IntArray) -> SiteInput
     """
     found: dict[Site, FloatArray] = {}
     with observed(model, lambda site, x: found.__setitem__(site, x.numpy())):
-        run(model, torch.from_numpy(ids), prefix_tensors(prefix))
+        model.run(torch.from_numpy(ids), prefix_tensors(prefix))
     return {site: found[site] for site in model.sites}
 
 
-def linear_codes(model: LoadedModel, scheme: QuantScheme) -> Iterator[LinearWeights]:
+def linear_codes(model: TorchRunner, scheme: QuantScheme) -> Iterator[LinearWeights]:
     """Yield Site, codes and scales of every linear as fake-quant computes with them, one linear at a time."""
     for site, linears in quantized_sites(model, scheme).items():
         for i, linear in enumerate(linears):
@@ -84,9 +83,9 @@ def linear_codes(model: LoadedModel, scheme: QuantScheme) -> Iterator[LinearWeig
 
 
 @torch.inference_mode()
-def _greedy(model: LoadedModel, prefix: Prefix, prompt: IntArray) -> tuple[int, ...]:
+def _greedy(model: TorchRunner, prefix: Prefix, prompt: IntArray) -> tuple[int, ...]:
     """Return the greedy continuation, with the whole text run again for every token: no cache that could err."""
     past, ids = prefix_tensors(prefix), torch.from_numpy(prompt)
     for _ in range(GREEDY_TOKENS):
-        ids = torch.cat([ids, run(model, ids, past).logits[:, -1:].argmax(-1)], dim=1)
+        ids = torch.cat([ids, model.run(ids, past).logits[:, -1:].argmax(-1)], dim=1)
     return tuple(int(i) for i in ids[0, prompt.shape[1] :])

@@ -20,8 +20,7 @@ from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.engines.registry import Availability, availabilities
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import TextScore, score_text
-from cushion_deploy.modeling.forward import run, token_nll
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
@@ -161,7 +160,7 @@ def diagnose(ws: Workspace) -> Diagnosis:
 
 
 @torch.inference_mode()
-def find_sinks(model: LoadedModel, windows: IntArray) -> tuple[tuple[Sink, ...], tuple[tuple[Site, float], ...]]:
+def find_sinks(model: TorchRunner, windows: IntArray) -> tuple[tuple[Sink, ...], tuple[tuple[Site, float], ...]]:
     """Return the sinks of windows int64 ``[count, length]``, and the Sites that they enter with their ratios."""
     largest: dict[Site, Tensor] = {}
 
@@ -170,7 +169,7 @@ def find_sinks(model: LoadedModel, windows: IntArray) -> tuple[tuple[Sink, ...],
             largest[site] = x.abs().amax(dim=-1)
 
     with observed(model, keep):
-        run(model, torch.from_numpy(windows), [], head=False)
+        model.run(torch.from_numpy(windows), [], head=False)
     sites = list(largest)
     sizes = torch.stack([largest[site] for site in sites])  # [Sites, windows, length]
     usual = sizes.flatten(1).median(dim=1).values.clamp(min=torch.finfo(torch.float32).tiny)
@@ -210,7 +209,7 @@ def static_cost(ws: Workspace, windows: IntArray) -> Cost:
     )
 
     def nll(ids: IntArray) -> FloatArray:
-        return token_nll(model, ids, empty)
+        return model.token_nll(ids, empty)
 
     plain = score_text(nll, windows[half:], ws.progress, "perplexity in floating point")
     with simulated(model, PRECISIONS["w8a8"], scales):
@@ -218,7 +217,7 @@ def static_cost(ws: Workspace, windows: IntArray) -> Cost:
     return Cost(plain.tokens, TextScore(plain.losses).perplexity, quantized.perplexity)
 
 
-def _sample(model: LoadedModel, corpus: IntArray) -> IntArray:
+def _sample(model: TorchRunner, corpus: IntArray) -> IntArray:
     """Return windows int64 ``[count, length]`` spread over a text."""
     length = min(SAMPLE_TOKENS, model.spec.max_positions, len(corpus) // 2)
     count = min(SAMPLES, len(corpus) // length) if length >= 2 else 0

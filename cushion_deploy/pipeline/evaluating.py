@@ -178,12 +178,11 @@ def _column(
         session = open_session(bundle.graph, threads=threads)
         yield Scorer(session), Encoding.of_bundle(bundle)
         return
-    from cushion_deploy.modeling.forward import compute_prefix
     from cushion_deploy.modeling.session import TorchSession
     from cushion_deploy.modeling.simulate import simulated
     from cushion_deploy.pipeline.prepare import prepare, read_deployed
 
-    empty = compute_prefix(ws.model, ws.model.bare_tokens)
+    empty = ws.model.compute_prefix(ws.model.bare_tokens)
     encoding = _encoding(ws, bundle)
     if not column.startswith("quantized"):
         prefix = read_prefix(bundle.path / PREFIX_FILE) if bundle is not None and column == "fp-prefix" else empty

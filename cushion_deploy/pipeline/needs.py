@@ -13,8 +13,7 @@ import torch
 
 from cushion_deploy.calib.corpora import SAMPLED
 from cushion_deploy.core.dtypes import IntArray
-from cushion_deploy.modeling.forward import run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.sample import SAMPLE_TOKENS, SAMPLES
 from cushion_deploy.pipeline.limits import longest_prefix
 from cushion_deploy.pipeline.workspace import Workspace
@@ -73,12 +72,12 @@ def estimate_needs(ws: Workspace, windows: IntArray) -> Needs:
 
 
 @torch.inference_mode()
-def _seconds_a_position(model: LoadedModel, windows: IntArray, *, head: bool) -> float:
+def _seconds_a_position(model: TorchRunner, windows: IntArray, *, head: bool) -> float:
     row = torch.from_numpy(windows[:1])
     times = []
     for _ in range(3):
         begin = time.perf_counter()
-        run(model, row, [], head=head)
+        model.run(row, [], head=head)
         times.append(time.perf_counter() - begin)
     return statistics.median(times) / row.shape[1]
 

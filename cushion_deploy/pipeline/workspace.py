@@ -27,7 +27,7 @@ from cushion_deploy.store.digests import digest_json
 
 if TYPE_CHECKING:
     from cushion_deploy.calib.corpora import Corpus, Part
-    from cushion_deploy.modeling.load import LoadedModel
+    from cushion_deploy.modeling.runner import TorchRunner
 
 logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -91,7 +91,7 @@ class Workspace:
     store: StageStore
     progress: Progress = silent
     times: list[StageTime] = field(default_factory=list)
-    _folded: tuple[str, LoadedModel] | None = field(default=None, repr=False)
+    _folded: tuple[str, TorchRunner] | None = field(default=None, repr=False)
     _corpora: dict[tuple[str | None, str], Corpus] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -102,7 +102,7 @@ class Workspace:
         return resolve_source(self.recipe.model, self.recipe.revision)
 
     @cached_property
-    def model(self) -> LoadedModel:
+    def model(self) -> TorchRunner:
         """The model in torch; a GGUF file is converted once and kept in the store."""
         from cushion_deploy.modeling.load import load_folder
 
@@ -121,7 +121,7 @@ class Workspace:
 
         convert_gguf(self.source, out, self.progress)
 
-    def folded(self, smoothing: Smoothing | None) -> LoadedModel:
+    def folded(self, smoothing: Smoothing | None) -> TorchRunner:
         """Return the model with a smoothing folded in; the last one asked for is kept."""
         if smoothing is None or not smoothing.factors:
             return self.model
@@ -228,8 +228,8 @@ class _Altered(Workspace):
         return self.origin.source
 
     @cached_property
-    def model(self) -> LoadedModel:
+    def model(self) -> TorchRunner:
         return self.origin.model
 
-    def folded(self, smoothing: Smoothing | None) -> LoadedModel:
+    def folded(self, smoothing: Smoothing | None) -> TorchRunner:
         return self.origin.folded(smoothing)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from cushion_deploy.core.dtypes import FloatArray
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 Source = Literal["obvious", "self-sink", "gradient", "random", "scan"]
 Candidates = dict[int, tuple[Source, ...]]
@@ -18,7 +18,7 @@ OBVIOUS = ("\n", "\n\n", " ", "  ", ".", ",", ":", ";", "-", "\t", "the", " the"
 
 
 def gather_candidates(
-    model: LoadedModel, screen: Iterable[int], gradient: Iterable[int], random: int, rng: np.random.Generator
+    model: TorchRunner, screen: Iterable[int], gradient: Iterable[int], random: int, rng: np.random.Generator
 ) -> Candidates:
     """Return token ids, each once, with all sources that named it.
 
@@ -53,7 +53,7 @@ def count_sources(candidates: Mapping[int, tuple[Source, ...]], tokens: Collecti
     return dict(Counter(source for token in tokens for source in candidates[token]))
 
 
-def obvious_tokens(model: LoadedModel) -> list[int]:
+def obvious_tokens(model: TorchRunner) -> list[int]:
     """Return the special tokens and the single tokens of common separators and digits, in a fixed order."""
     tokenizer = model.tokenizer
     special = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]

@@ -22,8 +22,8 @@ from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.fakequant import qmax
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import HEAD_SITE, Site
-from cushion_deploy.modeling.forward import KeysValues, cache_of
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.cache import KeysValues
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.prefix.objective import Objective
 
@@ -72,7 +72,7 @@ def smooth_maximum(x: Tensor) -> Tensor:
 
 
 def smooth_objective(
-    model: LoadedModel, past: KeysValues, text: IntArray, slot: Tensor, objective: Objective
+    model: TorchRunner, past: KeysValues, text: IntArray, slot: Tensor, objective: Objective
 ) -> Tensor:
     """Return the smooth stand-in for L_q(text | p, slot), a scalar that is differentiable in ``slot``.
 
@@ -96,7 +96,7 @@ def smooth_objective(
 
 
 def gradient_changes(
-    model: LoadedModel,
+    model: TorchRunner,
     past: KeysValues,
     text: IntArray,
     start: Tensor,
@@ -130,7 +130,7 @@ def gradient_changes(
     return changes
 
 
-def mean_embedding(model: LoadedModel) -> Tensor:
+def mean_embedding(model: TorchRunner) -> Tensor:
     """Return the mean input embedding of the vocabulary, float32 ``[hidden]``."""
     embed, tokens = model.module.get_input_embeddings(), torch.arange(model.spec.vocab_size)
     total = torch.stack([embed(ids).double().sum(dim=0) for ids in tokens.split(CHUNK)]).sum(dim=0)  # type: ignore[no-untyped-call]

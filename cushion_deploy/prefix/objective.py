@@ -12,8 +12,8 @@ from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.fakequant import qmax
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import HEAD_SITE, Site
-from cushion_deploy.modeling.forward import KeysValues, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.cache import KeysValues
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.observe import observed
 
 Objective = Literal["error", "max"]
@@ -48,7 +48,7 @@ class RowObjective:
 
 @torch.inference_mode()
 def score_candidates(
-    model: LoadedModel,
+    model: TorchRunner,
     past: KeysValues,
     text: IntArray,
     candidates: Sequence[int],
@@ -81,14 +81,14 @@ def score_candidates(
 
 
 @torch.inference_mode()
-def score_prefix(model: LoadedModel, past: KeysValues, text: IntArray, objective: Objective) -> float:
+def score_prefix(model: TorchRunner, past: KeysValues, text: IntArray, objective: Objective) -> float:
     """Return L_q(text | p): the objective of int64 ``[n]`` text behind the prefix as it stands."""
     return _row_scores(model, past, torch.from_numpy(text)[None], objective, skip=0)[0]
 
 
-def _row_scores(model: LoadedModel, past: KeysValues, ids: Tensor, objective: Objective, skip: int) -> list[float]:
+def _row_scores(model: TorchRunner, past: KeysValues, ids: Tensor, objective: Objective, skip: int) -> list[float]:
     measured = RowObjective(objective, len(ids), skip)
     layers = {site: linears for site, linears in model.sites.items() if site != HEAD_SITE}
     with observed(model, measured, layers):
-        run(model, ids, past, head=False)
+        model.run(ids, past, head=False)
     return [float(value) for value in measured.totals]

@@ -16,8 +16,8 @@ from torch import Tensor
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
-from cushion_deploy.modeling.forward import KeysValues, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.cache import KeysValues
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.observe import observed
 
 DEPTH_SAMPLE = 128
@@ -27,7 +27,7 @@ DEPTH_AGREEMENT = 0.95
 
 
 @torch.inference_mode()
-def sink_depth(model: LoadedModel, rng: np.random.Generator) -> int:
+def sink_depth(model: TorchRunner, rng: np.random.Generator) -> int:
     """Return in how many layers, from the first, a token that becomes a sink has become one.
 
     Sinks form in the early layers (SmolLM2: the 12th of 30), the same ones whatever stands before. So a random
@@ -41,7 +41,7 @@ def sink_depth(model: LoadedModel, rng: np.random.Generator) -> int:
 
 @torch.inference_mode()
 def self_sink_sizes(
-    model: LoadedModel,
+    model: TorchRunner,
     past: KeysValues,
     depth: int,
     *,
@@ -71,7 +71,7 @@ def _depth_needed(maxima: Tensor) -> int:
     return len(maxima)
 
 
-def _layer_maxima(model: LoadedModel, past: KeysValues, ids: Tensor, depth: int) -> Tensor:
+def _layer_maxima(model: TorchRunner, past: KeysValues, ids: Tensor, depth: int) -> Tensor:
     """Return the largest Site activation of each token in each layer, ``[depth, tokens]``."""
     found = torch.zeros(depth, len(ids))
     sites = {site: linears for site, linears in model.sites.items() if _layer_of(site, depth) is not None}
@@ -82,7 +82,7 @@ def _layer_maxima(model: LoadedModel, past: KeysValues, ids: Tensor, depth: int)
             found[layer] = torch.maximum(found[layer], x.abs().amax(dim=(1, 2)))
 
     with observed(model, keep, sites), _truncated(model, depth):
-        run(model, ids[:, None], past[:depth], head=False)
+        model.run(ids[:, None], past[:depth], head=False)
     return found
 
 
@@ -93,7 +93,7 @@ def _layer_of(site: Site, depth: int) -> int | None:
 
 
 @contextmanager
-def _truncated(model: LoadedModel, depth: int) -> Iterator[None]:
+def _truncated(model: TorchRunner, depth: int) -> Iterator[None]:
     """Let the model run its first ``depth`` layers only."""
     name, full = model.family.layers.rpartition(".")[2], model.layers
     setattr(model.decoder, name, full[:depth])

@@ -15,8 +15,8 @@ from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import KeysValues, compute_prefix, prefix_tensors
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.cache import KeysValues
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix.candidates import Candidates, count_sources, gather_candidates, largest
 from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, positions_run
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
@@ -48,7 +48,7 @@ class PrefixSearch:
         progress: where to report.
     """
 
-    model: LoadedModel
+    model: TorchRunner
     corpus: IntArray
     config: Search
     seed: int = 0
@@ -79,11 +79,11 @@ class PrefixSearch:
             ids = (*ids, step.best.token_id)
         trace.token_ids, trace.tokens = ids, tuple(self.model.token_text(i) for i in ids)
         trace.seconds += time.monotonic() - begin
-        return compute_prefix(self.model, ids), trace
+        return self.model.compute_prefix(ids), trace
 
     def _step(self, ids: tuple[int, ...], number: int) -> SearchStep:
         rng = np.random.default_rng([self.seed, number, 1])
-        past = prefix_tensors(compute_prefix(self.model, ids))
+        past = prefix_tensors(self.model.compute_prefix(ids))
         text = draw_text(self.corpus, self.config.text_tokens, self.seed, number)
         before = score_prefix(self.model, past, text, self.config.objective)
         self._count(1, len(text))

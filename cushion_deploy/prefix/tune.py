@@ -35,7 +35,7 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.observe import replaced
 from cushion_deploy.modeling.simulate import quantized_sites, quantized_weights
 from cushion_deploy.modeling.teacher import Teacher, divergence
@@ -79,7 +79,7 @@ class PrefixTuning:
         progress: where to report.
     """
 
-    model: LoadedModel
+    model: TorchRunner
     scheme: QuantScheme
     scales: ActivationScales
     prefix: Prefix
@@ -285,7 +285,7 @@ class PrefixTuning:
         return {name: tensors[f"best.{name}"] for name in self.parameters}, int(facts["step"])
 
 
-def run_behind(model: LoadedModel, ids: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def run_behind(model: TorchRunner, ids: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Return logits ``[batch, length, vocab]`` of ids behind keys and values ``[layers, kv_heads, P, head_dim]``."""
     batch, length = ids.shape
     past = ConstantPast(

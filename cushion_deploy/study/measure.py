@@ -13,12 +13,11 @@ from torch import Tensor
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
-from cushion_deploy.modeling.forward import cache_of, prefix_tensors, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 @torch.inference_mode()
-def block_input(model: LoadedModel, prefix: Prefix, windows: IntArray, progress: Progress = silent) -> dict[str, float]:
+def block_input(model: TorchRunner, prefix: Prefix, windows: IntArray, progress: Progress = silent) -> dict[str, float]:
     """Return largest, 90th percentile and median magnitude of the input of the last block, text tokens only.
 
     Args:
@@ -37,7 +36,7 @@ def block_input(model: LoadedModel, prefix: Prefix, windows: IntArray, progress:
     try:
         past = prefix_tensors(prefix)
         for done, row in enumerate(windows, 1):
-            run(model, torch.from_numpy(row[None]), past, head=False)
+            model.run(torch.from_numpy(row[None]), past, head=False)
             progress("looking at the last block", done, len(windows))
     finally:
         handle.remove()
@@ -46,7 +45,7 @@ def block_input(model: LoadedModel, prefix: Prefix, windows: IntArray, progress:
 
 
 @torch.inference_mode()
-def attention_shares(model: LoadedModel, prefix: Prefix, ids: IntArray) -> list[dict[str, float]]:
+def attention_shares(model: TorchRunner, prefix: Prefix, ids: IntArray) -> list[dict[str, float]]:
     """Return per layer what share of attention falls on the prefix, on the first text token, and on the rest.
 
     The mean over heads and over the text tokens that ask. The first of them is left out as one that asks: without a

@@ -21,8 +21,8 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.families import get_family
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel, SafetensorsWeights, bind_sites, describe
+from cushion_deploy.modeling.load import SafetensorsWeights, bind_sites, describe
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
 BASE: dict[str, Any] = {
@@ -39,15 +39,15 @@ BASE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-MakeModel = Callable[..., LoadedModel]
+MakeModel = Callable[..., TorchRunner]
 
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """Return a function from LlamaConfig options to a random model whose biases and norms are random too."""
-    made: dict[str, LoadedModel] = {}
+    made: dict[str, TorchRunner] = {}
 
-    def make(**options: Any) -> LoadedModel:
+    def make(**options: Any) -> TorchRunner:
         key = repr(sorted(options.items()))
         if key not in made:
             torch.manual_seed(0)
@@ -61,17 +61,17 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             family = get_family("llama")
             spec = describe(module, family, source)
             sites = bind_sites(module, family, spec)
-            made[key] = LoadedModel(spec, family, module, None, sites, SafetensorsWeights(folder, family), folder)
+            made[key] = TorchRunner(spec, family, module, None, sites, SafetensorsWeights(folder, family), folder)
         return made[key]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_scales() -> Callable[[LoadedModel, Prefix], ActivationScales]:
+def make_scales() -> Callable[[TorchRunner, Prefix], ActivationScales]:
     """Return a function that gives every Site another plausible scale."""
 
-    def make(model: LoadedModel, prefix: Prefix) -> ActivationScales:
+    def make(model: TorchRunner, prefix: Prefix) -> ActivationScales:
         values = {site: float(np.float32(0.02 + 0.001 * i)) for i, site in enumerate(model.sites)}
         return ActivationScales(values, "max", Lineage(model.spec.weights_digest, prefix.digest, text="corpus"), 1)
 
@@ -82,8 +82,8 @@ def make_scales() -> Callable[[LoadedModel, Prefix], ActivationScales]:
 def export_float(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ExportedGraph]:
     """Return a function that exports the float graph of a model behind the prefix of some tokens."""
 
-    def export(model: LoadedModel, tokens: tuple[int, ...] = (), **options: Any) -> ExportedGraph:
-        prefix = compute_prefix(model, tokens)
+    def export(model: TorchRunner, tokens: tuple[int, ...] = (), **options: Any) -> ExportedGraph:
+        prefix = model.compute_prefix(tokens)
         folder = tmp_path_factory.mktemp("graph")
         return export_graph(model.spec, model.weights, prefix, None, QuantScheme(), folder, **options)
 
@@ -94,7 +94,7 @@ def export_float(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
 def transformers_logits() -> Callable[..., FloatArray]:
     """Return logits of transformers for one row of tokens behind the prefix's own tokens, without any cache."""
 
-    def logits(model: LoadedModel, tokens: tuple[int, ...], row: list[int]) -> FloatArray:
+    def logits(model: TorchRunner, tokens: tuple[int, ...], row: list[int]) -> FloatArray:
         with torch.inference_mode():
             out = model.module(input_ids=torch.tensor([[*tokens, *row]]), use_cache=False).logits
         return np.asarray(out[0, len(tokens) :].numpy())

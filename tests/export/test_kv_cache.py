@@ -23,7 +23,6 @@ from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.export.rules import RULES, check_graph
-from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 
 TOKENS = (7, 1, 100)
@@ -47,7 +46,7 @@ def export(make_model, tmp_path: Path):
 
     def make(granularity: str = "per-head", *, cached: bool = False, **options: Any) -> tuple[ExportedGraph, KvScales]:
         model = make_model()
-        prefix = compute_prefix(model, TOKENS)
+        prefix = model.compute_prefix(TOKENS)
         kv = scales_of(model, prefix, granularity, with_prefix=cached)
         given = {"kv": kv, "prefix_in_cache": cached, **options}
         return export_graph(model.spec, model.weights, prefix, None, QuantScheme(), tmp_path, **given), kv
@@ -62,9 +61,9 @@ def ids() -> np.ndarray:
 
 def simulated_logits(model: Any, kv: KvScales, row: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return logits and the keys and values of the row, layer by layer, of torch."""
-    past = prefix_tensors(compute_prefix(model, TOKENS))
+    past = prefix_tensors(model.compute_prefix(TOKENS))
     with torch.inference_mode(), quantized_cache(model, kv):
-        out = run(model, torch.from_numpy(row), past)
+        out = model.run(torch.from_numpy(row), past)
     states = [
         s[:, :, len(TOKENS) :].numpy() for layer in out.past_key_values.layers for s in (layer.keys, layer.values)
     ]
@@ -73,7 +72,7 @@ def simulated_logits(model: Any, kv: KvScales, row: np.ndarray) -> tuple[np.ndar
 
 def begin(graph: ExportedGraph, kv: KvScales, model: Any) -> dict[str, np.ndarray]:
     """Return the first past: nothing, or the codes of the prefix as numpy rounds them."""
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     past = {}
     for i in range(model.spec.num_layers):
         for part, floats, steps in (("key", prefix.keys, kv.keys), ("value", prefix.values, kv.values)):
@@ -154,7 +153,7 @@ def test_a_floating_point_cache_leaves_no_trace(export_float, make_model) -> Non
 
 def test_scales_of_something_else_are_refused(make_model, tmp_path: Path) -> None:
     model = make_model()
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     good = scales_of(model, prefix)
     for kv, options, words in (
         (replace(good, lineage=replace(good.lineage, model="other")), {}, "another model"),

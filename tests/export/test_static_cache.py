@@ -15,7 +15,6 @@ from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.export.folder import STATIC_OPSET, export_graph
 from cushion_deploy.export.rules import RULES, check_graph
-from cushion_deploy.modeling.forward import compute_prefix
 
 TOKENS = (7, 1, 100)
 CAPACITY = 64
@@ -27,7 +26,7 @@ def export(make_model: Any, make_scales: Any, tmp_path: Path) -> Any:
 
     def run(**options: Any) -> ExportedGraph:
         model = make_model(tie_word_embeddings=True)
-        prefix = compute_prefix(model, TOKENS)
+        prefix = model.compute_prefix(TOKENS)
         scales = make_scales(model, prefix)
         given = {"prefix_in_cache": True, "capacity": CAPACITY} | options
         return export_graph(model.spec, model.weights, prefix, scales, QuantScheme(), tmp_path, **given)

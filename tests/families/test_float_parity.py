@@ -13,7 +13,6 @@ import torch
 
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.modeling.forward import compute_prefix, logits
 
 CLOSE = 1e-4
 PREFIX = (7, 1, 100)
@@ -33,7 +32,7 @@ def graph_of(load_variant: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
             model = load_variant(name)
             folder = tmp_path_factory.mktemp("graph")
             exported = export_graph(
-                model.spec, model.weights, compute_prefix(model, tokens), None, QuantScheme(), folder
+                model.spec, model.weights, model.compute_prefix(tokens), None, QuantScheme(), folder
             )
             made[name, tokens] = open_graph(exported.path)
         return made[name, tokens]
@@ -119,7 +118,7 @@ def test_padding_on_the_left_changes_nothing(variant: str, graph_of: Any, expect
 
 def test_the_prefix_is_the_one_in_transformers_own_cache(variant: str, graph_of: Any, load_variant: Any) -> None:
     model = load_variant(variant)
-    behind = logits(model, IDS, compute_prefix(model, PREFIX))
+    behind = model.logits(IDS, model.compute_prefix(PREFIX))
     assert largest(graph_of(variant)(IDS)[0], behind) <= CLOSE
     assert largest(graph_of(variant, ())(IDS)[0], behind) > 100 * CLOSE
 

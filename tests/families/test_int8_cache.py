@@ -18,7 +18,6 @@ from cushion_deploy.cli.main import run as command
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.modeling.forward import compute_prefix, logits, prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 from cushion_deploy.pipeline.build import build
 from cushion_deploy.pipeline.parity import check_bundle
@@ -61,19 +60,19 @@ def test_the_graph_of_every_family_is_torch_with_a_simulated_cache(
     variant: str, granularity: Any, load_variant: Any, tmp_path: Path
 ) -> None:
     model = load_variant(variant)
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     ids = np.random.default_rng(5).integers(3, 320, (1, 40))
     kv = choose_kv_scales(
         observe_cache(model, prefix, ids, np.ones_like(ids), granularity), RangeEstimator("max"), granularity,
         prefix, model.lineage(prefix, "c"), 40, with_prefix=False,
     )  # fmt: skip
     with torch.inference_mode(), quantized_cache(model, kv):
-        expected = run(model, torch.from_numpy(ids), prefix_tensors(prefix)).logits.numpy()
+        expected = model.run(torch.from_numpy(ids), prefix_tensors(prefix)).logits.numpy()
     graph = export_graph(model.spec, model.weights, prefix, None, QuantScheme(), tmp_path, kv=kv)
     session = open_session(graph, threads=1, chunk=40)
     found = session.run(ids, need_logits="all")
     # Equal to 1e-5, but where a code lies at a tie: that one moves much less than the rounding of all codes does.
-    close = 0.1 * np.abs(logits(model, ids, prefix) - expected).max()
+    close = 0.1 * np.abs(model.logits(ids, prefix) - expected).max()
     assert np.abs(found - expected).max() <= close
     session.reset()
     session.run(ids[:, :36], need_logits="none")

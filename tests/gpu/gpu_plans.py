@@ -19,7 +19,7 @@ from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.engines.tensorrt.flavours import Flavour
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.runtime.engine import open_plan
 
 IDS = np.random.default_rng(0).integers(5, 300, (1, 48))
@@ -46,7 +46,7 @@ class Device:
 
 
 def graph_of(
-    model: LoadedModel, prefix: Prefix, folder: Path, dtype: Any, *, quantized: bool = True, **form: Any
+    model: TorchRunner, prefix: Prefix, folder: Path, dtype: Any, *, quantized: bool = True, **form: Any
 ) -> ExportedGraph:
     """Export a model with constant scales: what a plan computes does not depend on how good they are."""
     scales = None

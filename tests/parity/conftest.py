@@ -20,8 +20,7 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.parity.ladder import TorchReference
 from cushion_deploy.parity.reference import torch_reference
 
@@ -33,7 +32,7 @@ Edit = Callable[[dict[str, np.ndarray]], None]
 class Deployed:
     """One model through calibration, export and the torch side of the ladder."""
 
-    model: LoadedModel
+    model: TorchRunner
     prefix: Prefix
     scales: ActivationScales
     scheme: QuantScheme
@@ -45,9 +44,9 @@ class Deployed:
 
 
 @pytest.fixture(scope="session")
-def deployed(tiny_model: LoadedModel, plain_ids: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+def deployed(tiny_model: TorchRunner, plain_ids: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     """Return the deployed tiny model."""
-    prefix, scheme = compute_prefix(tiny_model, TOKENS), QuantScheme()
+    prefix, scheme = tiny_model.compute_prefix(TOKENS), QuantScheme()
     windows = plain_ids[:512].reshape(8, 64)
     histograms = observe_sites(tiny_model, prefix, windows, np.ones_like(windows))
     scales = choose_scales(histograms, RangeEstimator("max"), tiny_model.lineage(prefix, "corpus"), 512)

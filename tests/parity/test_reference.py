@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.parity.ladder import GREEDY_TOKENS
 from cushion_deploy.parity.reference import PROMPT_TOKENS, torch_reference
@@ -53,10 +52,10 @@ def test_every_site_of_the_graph_has_codes_in_its_order(deployed) -> None:
 def test_losses_and_continuation_are_those_of_the_quantized_model(deployed) -> None:
     d = deployed
     with simulated(d.model, d.scheme, d.scales):
-        scores = torch.from_numpy(np.stack([logits(d.model, w[None], d.prefix)[0] for w in d.reference.windows]))
+        scores = torch.from_numpy(np.stack([d.model.logits(w[None], d.prefix)[0] for w in d.reference.windows]))
         ids = d.reference.prompt
         for _ in range(GREEDY_TOKENS):
-            ids = np.concatenate([ids, logits(d.model, ids, d.prefix)[:, -1:].argmax(-1)], axis=1)
+            ids = np.concatenate([ids, d.model.logits(ids, d.prefix)[:, -1:].argmax(-1)], axis=1)
     expected = -torch.log_softmax(scores[:, :-1].double(), -1)
     chosen = torch.gather(expected, 2, torch.from_numpy(d.reference.windows[:, 1:, None]))[..., 0]
     np.testing.assert_allclose(d.reference.quantized_nll, chosen, atol=1e-4)

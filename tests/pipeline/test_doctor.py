@@ -15,7 +15,7 @@ import torch
 from cushion_deploy.cli.main import run
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.pipeline.doctor import SINK_RATIO, diagnose, find_sinks
 from cushion_deploy.pipeline.needs import estimate_needs
 from cushion_deploy.pipeline.workspace import Workspace
@@ -45,7 +45,7 @@ def workspace(text: Path, tmp_path: Path) -> MakeWorkspace:
     return make
 
 
-def test_a_planted_sink_is_seen_where_it_is(planted_model: LoadedModel, plain_ids: IntArray, plant: Any) -> None:
+def test_a_planted_sink_is_seen_where_it_is(planted_model: TorchRunner, plain_ids: IntArray, plant: Any) -> None:
     windows = plain_ids[:192].reshape(4, 48)
     sinks, sites = find_sinks(planted_model, windows)
     inputs: list[torch.Tensor] = []

@@ -13,7 +13,6 @@ from cushion_deploy.core.artifacts import SMOOTHING_FILE, write_smoothing
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import HEAD_SITE
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.pipeline.build import build
@@ -85,8 +84,8 @@ def test_the_cost_of_a_site_is_the_divergence_when_it_alone_is_quantized(workspa
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(2, len(rows))).astype(int))]
     others = tuple(other for other in costs if other != site)
     with simulated(model, QuantScheme(quantize_head=False, float_sites=others), deployed.scales):
-        quantized = logits(model, rows, prefix)[:, :-1].astype(np.float64)
-    plain = logits(model, rows, prefix)[:, :-1].astype(np.float64)
+        quantized = model.logits(rows, prefix)[:, :-1].astype(np.float64)
+    plain = model.logits(rows, prefix)[:, :-1].astype(np.float64)
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
         shifted = x - x.max(-1, keepdims=True)

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cushion_deploy.errors import CheckFailed, UsageError
-from cushion_deploy.modeling.forward import cache_of, prefix_tensors
 from cushion_deploy.runtime import SamplingParams, generate
 from cushion_deploy.runtime.generate import Detokenizer, StopStrings
 

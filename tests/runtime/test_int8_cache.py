@@ -19,7 +19,6 @@ from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.session import first_caches
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.export.folder import export_graph
-from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 from cushion_deploy.runtime import OnnxRuntimeSession, open_session
 from cushion_deploy.runtime.engine import open_plan
@@ -53,7 +52,7 @@ def expected(tiny: Any, ids: np.ndarray) -> np.ndarray:
     """Return the logits of torch with a simulated cache, ``[1, n, vocab]``."""
     past = prefix_tensors(tiny.prefix)
     with torch.inference_mode(), quantized_cache(tiny.loaded, made_up(tiny)):
-        logits: np.ndarray = run(tiny.loaded, torch.from_numpy(ids), past).logits.numpy()
+        logits: np.ndarray = tiny.loaded.run(torch.from_numpy(ids), past).logits.numpy()
     return logits
 
 

@@ -17,11 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 from cushion_deploy.core.session import bfloat16_bits, context_limit, count_positions
 from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session, session_options
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
-from cushion_deploy.modeling.forward import logits as torch_logits
 
 
 def test_logits_equal_transformers_behind_the_prefix(tiny: Any, session: Any, ids: Any) -> None:
-    expected = torch_logits(tiny.loaded, ids, tiny.prefix)
+    expected = tiny.loaded.logits(ids, tiny.prefix)
     np.testing.assert_allclose(session.run(ids, need_logits="all"), expected, atol=2e-4)
 
 
@@ -107,7 +106,7 @@ def test_float16_cache_follows_the_contract(tiny: Any, tmp_path: Path, ids: Any)
     loaded = tiny.loaded
     half = export_graph(loaded.spec, loaded.weights, tiny.prefix, None, QuantScheme(), tmp_path, dtype="float16")
     session: Any = OnnxRuntimeSession(half.path, half.contract, threads=1)
-    expected = torch_logits(loaded, ids, tiny.prefix)
+    expected = loaded.logits(ids, tiny.prefix)
     session.run(ids[:, :-1], need_logits="none")
     got = session.run(ids[:, -1:])
     assert got is not None
@@ -168,7 +167,7 @@ def test_failed_run_leaves_the_cache(tiny: Any, monkeypatch: pytest.MonkeyPatch,
     assert session.length == 5
     np.testing.assert_allclose(
         session.run(ids[:, 5:], need_logits="all"),
-        torch_logits(tiny.loaded, ids, tiny.prefix)[:, 5:],
+        tiny.loaded.logits(ids, tiny.prefix)[:, 5:],
         atol=2e-4,
     )
 
@@ -261,7 +260,7 @@ def test_head_runs_for_wanted_tokens_alone(tiny: Any, tmp_path: Path, ids: Any) 
     profiled.profile_file_prefix = str(tmp_path / "profile")
     providers = ["CPUExecutionProvider"]
     session._session = onnxruntime.InferenceSession(tiny.graph.path, profiled, providers=providers)
-    expected = torch_logits(tiny.loaded, ids, tiny.prefix)
+    expected = tiny.loaded.logits(ids, tiny.prefix)
     np.testing.assert_allclose(session.run(ids, need_logits="last"), expected[:, -1:], atol=2e-4)
     session.reset()
     assert session.run(ids[:, :20], need_logits="none") is None

@@ -8,8 +8,7 @@ import torch
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.modeling.forward import cache_of, compute_prefix, logits, prefix_tensors, run, token_nll
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 TOKENS = (7, 1, 300)
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -21,16 +20,16 @@ def text(plain_ids: IntArray) -> IntArray:
     return plain_ids[:40].reshape(2, 20)
 
 
-def plain_logits(model: LoadedModel, ids: list[int]) -> np.ndarray:
+def plain_logits(model: TorchRunner, ids: list[int]) -> np.ndarray:
     """Return what transformers says without any cache, ``[length, vocab]``."""
     with torch.inference_mode():
         return model.module(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
 
-def test_the_prefix_is_what_transformers_caches_for_its_tokens(tiny_model: LoadedModel) -> None:
+def test_the_prefix_is_what_transformers_caches_for_its_tokens(tiny_model: TorchRunner) -> None:
     with torch.inference_mode():
         cache = tiny_model.module(input_ids=torch.tensor([TOKENS]), use_cache=True).past_key_values
-    prefix = compute_prefix(tiny_model, TOKENS)
+    prefix = tiny_model.compute_prefix(TOKENS)
     assert prefix.keys.shape == (3, 2, 3, 16)
     assert prefix.keys.dtype == np.float32
     for layer in range(3):
@@ -39,9 +38,9 @@ def test_the_prefix_is_what_transformers_caches_for_its_tokens(tiny_model: Loade
     assert (prefix.token_ids, prefix.model_digest) == (TOKENS, tiny_model.spec.weights_digest)
 
 
-def test_keys_are_stored_after_rotation(tiny_model: LoadedModel) -> None:
+def test_keys_are_stored_after_rotation(tiny_model: TorchRunner) -> None:
     # The first layer's keys depend on token and position alone: the same token twice differs by its rotation.
-    keys = compute_prefix(tiny_model, (7, 7)).keys[0]
+    keys = tiny_model.compute_prefix((7, 7)).keys[0]
     angle = 10000.0 ** (-np.arange(8) / 8)
     first, second = keys[:, 0], keys[:, 1]
     low, high = first[:, :8], first[:, 8:]
@@ -49,73 +48,73 @@ def test_keys_are_stored_after_rotation(tiny_model: LoadedModel) -> None:
     np.testing.assert_allclose(second, np.concatenate(turned, axis=1), **CLOSE)
 
 
-def test_no_tokens_make_the_empty_prefix(tiny_model: LoadedModel) -> None:
-    prefix = compute_prefix(tiny_model, ())
+def test_no_tokens_make_the_empty_prefix(tiny_model: TorchRunner) -> None:
+    prefix = tiny_model.compute_prefix(())
     assert prefix.length == 0
     assert prefix.digest == Prefix.empty(tiny_model.spec).digest
 
 
 @pytest.mark.parametrize("tokens", [(), (1,), TOKENS])
 def test_logits_are_those_of_prefix_and_text_together(
-    tiny_model: LoadedModel, text: IntArray, tokens: tuple[int, ...]
+    tiny_model: TorchRunner, text: IntArray, tokens: tuple[int, ...]
 ) -> None:
-    behind = logits(tiny_model, text, compute_prefix(tiny_model, tokens))
+    behind = tiny_model.logits(text, tiny_model.compute_prefix(tokens))
     assert behind.shape == (2, 20, 320)
     for row in range(2):
         whole = plain_logits(tiny_model, [*tokens, *text[row].tolist()])
         np.testing.assert_allclose(behind[row], whole[len(tokens) :], **CLOSE)
 
 
-def test_a_prefix_changes_the_logits(tiny_model: LoadedModel, text: IntArray) -> None:
+def test_a_prefix_changes_the_logits(tiny_model: TorchRunner, text: IntArray) -> None:
     empty = Prefix.empty(tiny_model.spec)
-    difference = logits(tiny_model, text, compute_prefix(tiny_model, TOKENS)) - logits(tiny_model, text, empty)
+    difference = tiny_model.logits(text, tiny_model.compute_prefix(TOKENS)) - tiny_model.logits(text, empty)
     assert np.abs(difference).max() > 0.1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("tokens", [(), TOKENS])
 def test_a_padded_batch_equals_its_rows_alone(
-    tiny_model: LoadedModel, plain_ids: IntArray, tokens: tuple[int, ...], side: str
+    tiny_model: TorchRunner, plain_ids: IntArray, tokens: tuple[int, ...], side: str
 ) -> None:
     rows = [plain_ids[:12], plain_ids[20:27], plain_ids[40:41]]
     ids, mask = np.full((3, 12), 9), np.zeros((3, 12), dtype=np.int64)
     for i, row in enumerate(rows):
         place = slice(12 - len(row), 12) if side == "left" else slice(0, len(row))
         ids[i, place], mask[i, place] = row, 1
-    past = prefix_tensors(compute_prefix(tiny_model, tokens))
+    past = prefix_tensors(tiny_model.compute_prefix(tokens))
     with torch.inference_mode():
-        found = run(tiny_model, torch.from_numpy(ids), past, torch.from_numpy(mask)).logits.numpy()
+        found = tiny_model.run(torch.from_numpy(ids), past, torch.from_numpy(mask)).logits.numpy()
     for i, row in enumerate(rows):
         alone = plain_logits(tiny_model, [*tokens, *row.tolist()])[len(tokens) :]
         np.testing.assert_allclose(found[i][mask[i] == 1], alone, **CLOSE)
 
 
-def test_a_run_leaves_the_prefix_as_it_was(tiny_model: LoadedModel, text: IntArray) -> None:
-    past = prefix_tensors(compute_prefix(tiny_model, TOKENS))
+def test_a_run_leaves_the_prefix_as_it_was(tiny_model: TorchRunner, text: IntArray) -> None:
+    past = prefix_tensors(tiny_model.compute_prefix(TOKENS))
     copies = [(k.clone(), v.clone()) for k, v in past]
     with torch.inference_mode():
-        output = run(tiny_model, torch.from_numpy(text), past)
+        output = tiny_model.run(torch.from_numpy(text), past)
     assert output.past_key_values.get_seq_length() == 3 + 20
     for (k, v), (k0, v0) in zip(past, copies, strict=True):
         assert torch.equal(k, k0)
         assert torch.equal(v, v0)
 
 
-def test_the_cache_goes_on_where_the_text_ended(tiny_model: LoadedModel, text: IntArray) -> None:
-    prefix = compute_prefix(tiny_model, TOKENS)
+def test_the_cache_goes_on_where_the_text_ended(tiny_model: TorchRunner, text: IntArray) -> None:
+    prefix = tiny_model.compute_prefix(TOKENS)
     with torch.inference_mode():
-        cache = run(tiny_model, torch.from_numpy(text[:1, :19]), prefix_tensors(prefix)).past_key_values
+        cache = tiny_model.run(torch.from_numpy(text[:1, :19]), prefix_tensors(prefix)).past_key_values
         past = [(layer.keys, layer.values) for layer in cache.layers]
-        last = run(tiny_model, torch.from_numpy(text[:1, 19:]), past).logits[0, 0].numpy()
+        last = tiny_model.run(torch.from_numpy(text[:1, 19:]), past).logits[0, 0].numpy()
     np.testing.assert_allclose(last, plain_logits(tiny_model, [*TOKENS, *text[0].tolist()])[-1], **CLOSE)
 
 
-def test_the_cache_of_an_empty_prefix_is_empty(tiny_model: LoadedModel) -> None:
+def test_the_cache_of_an_empty_prefix_is_empty(tiny_model: TorchRunner) -> None:
     assert cache_of(prefix_tensors(Prefix.empty(tiny_model.spec)), 4).get_seq_length() == 0
 
 
-def test_losses_are_transformers_own(tiny_model: LoadedModel, text: IntArray) -> None:
-    nll = token_nll(tiny_model, text, Prefix.empty(tiny_model.spec))
+def test_losses_are_transformers_own(tiny_model: TorchRunner, text: IntArray) -> None:
+    nll = tiny_model.token_nll(text, Prefix.empty(tiny_model.spec))
     assert nll.shape == (2, 19)
     for row in range(2):
         ids = torch.from_numpy(text[row : row + 1])
