@@ -13,7 +13,7 @@ from cushion_deploy.core.kv_scales import KV_PARTS, KvPart
 from cushion_deploy.modeling.runner import TorchRunner
 
 Entering = Callable[[int, KvPart, Tensor], Tensor]
-"""Layer, part, and new keys (after rotation) or values ``[batch, kv_heads, length, head_dim]`` to what replaces them."""
+"""Layer, part, and keys (after rotation) or values ``[batch, kv_heads, length, head_dim]`` to what replaces them."""
 
 
 class _WatchedCache(DynamicCache):  # type: ignore[misc]

@@ -23,6 +23,8 @@ from cushion_deploy.families import Family
 from cushion_deploy.modeling.cache import KeysValues, keys_values, length_of, new_cache
 from cushion_deploy.modeling.fold import fold
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class TorchRunner:
@@ -48,7 +50,7 @@ class TorchRunner:
     weights: WeightSource
     folder: Path
     smoothing: Smoothing | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     _folded: dict[str, TorchRunner] = field(default_factory=dict, init=False, repr=False, compare=False)
 

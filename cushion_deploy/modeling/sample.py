@@ -15,8 +15,8 @@ SAMPLES, SAMPLE_TOKENS = 32, 256
 def sample_text(model: TorchRunner, seed: int, progress: Progress = silent) -> tuple[str, ...]:
     """Return documents drawn from the model at temperature 1, the same ones for the same seed.
 
-    The first token of each is drawn uniformly from the vocabulary, so that the documents differ in topic. Random numbers
-    come from a generator of the CPU whatever the device.
+    The first token of each is drawn uniformly from the vocabulary, so that the documents differ in topic. Random
+    numbers come from a CPU generator on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     length = min(SAMPLE_TOKENS, model.spec.max_positions - len(model.bare_tokens))

@@ -18,8 +18,8 @@ from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.kv_cache import watched_cache
-from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.observe import replaced
+from cushion_deploy.modeling.runner import TorchRunner
 
 Grid = tuple[Tensor, Tensor | None]
 """Scale and, for asymmetric codes, zero point (an integer value); both float32, both broadcast against the input."""

@@ -20,9 +20,9 @@ from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.engines.registry import Availability, availabilities
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import TextScore, score_text
-from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.pipeline.limits import longest_prefix
 from cushion_deploy.pipeline.needs import GIB, Needs, estimate_needs
@@ -169,7 +169,7 @@ def find_sinks(model: TorchRunner, windows: IntArray) -> tuple[tuple[Sink, ...],
             largest[site] = x.abs().amax(dim=-1)
 
     with observed(model, keep):
-        model.run(torch.from_numpy(windows), [], head=False)
+        model.run(model.tensor(windows), [], head=False)
     sites = list(largest)
     sizes = torch.stack([largest[site] for site in sites])  # [Sites, windows, length]
     usual = sizes.flatten(1).median(dim=1).values.clamp(min=torch.finfo(torch.float32).tiny)

@@ -73,7 +73,7 @@ def estimate_needs(ws: Workspace, windows: IntArray) -> Needs:
 
 @torch.inference_mode()
 def _seconds_a_position(model: TorchRunner, windows: IntArray, *, head: bool) -> float:
-    row = torch.from_numpy(windows[:1])
+    row = model.tensor(windows[:1])
     times = []
     for _ in range(3):
         begin = time.perf_counter()

@@ -99,7 +99,7 @@ def _climb(
     text = model.encode(ws.corpus(config.data or ws.recipe.evaluation.data, "evaluation").text)
     ids = text[None, : config.tokens]
     tokens = min(config.decode_tokens, ids.shape[1] // 2)
-    reference = torch_reference(model, prefix, scales, scheme, ids, windows, ws.progress, ws.model, deployed.kv)
+    reference = torch_reference(ws.model, deployed.quantization, ids, windows, ws.progress)
     checks: list[ParityCheck] = []
     for written in (graph, *plans):
         name = "graph" if written is graph else _kind(written)

@@ -22,6 +22,7 @@ from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.prefix import PREFIX_FILE, Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import HEAD_SITE, Site
@@ -58,6 +59,11 @@ class Deployed:
     amax: Mapping[str, float]
     tuning: TuningTrace | None = None
     kv: KvScales | None = None
+
+    @property
+    def quantization(self) -> Quantization:
+        """The parts that decide how the model runs."""
+        return Quantization(self.prefix, self.scheme, self.scales, self.smoothing, self.kv)
 
 
 def prepare(ws: Workspace, prefix: Prefix, *, tuned: bool = True) -> Deployed:
@@ -153,8 +159,7 @@ def site_costs(ws: Workspace, deployed: Deployed) -> dict[Site, float]:
 
         count, window = SENSITIVITY_WINDOWS
         windows = text_windows(ws, count, min(window, ws.model.spec.max_positions - deployed.prefix.length))
-        model = ws.folded(deployed.smoothing)
-        found = measure(model, deployed.prefix, deployed.scheme, scales, windows, ws.progress)
+        found = measure(ws.model, deployed.quantization, windows, ws.progress)
         write_json(out / "costs.json", found)
 
     found: dict[Site, float] = read_json(ws.stage("sensitivity", parents, make) / "costs.json")
@@ -187,10 +192,8 @@ def tune(ws: Workspace, deployed: Deployed) -> Deployed:
                 hint="give more text, or a smaller window (tuning.window)",
             )
         tuning = PrefixTuning(
-            ws.folded(deployed.smoothing),
-            deployed.scheme,
-            deployed.scales,
-            deployed.prefix,
+            ws.model,
+            deployed.quantization,
             windows[~judged],
             windows[judged],
             config,

@@ -246,7 +246,6 @@ def no_prefix(ws: Workspace, like: Prefix) -> Prefix:
     Nothing, unless the model is never run without its ``<bos>``.
     """
     if get_family(model_spec(ws).family).needs_bos:
-
         return ws.model.compute_prefix(ws.model.bare_tokens)
     shape = (*like.keys.shape[:2], 0, like.keys.shape[3])
     return Prefix((), np.zeros(shape, np.float32), np.zeros(shape, np.float32), like.model_digest)

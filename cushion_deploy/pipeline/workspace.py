@@ -91,7 +91,6 @@ class Workspace:
     store: StageStore
     progress: Progress = silent
     times: list[StageTime] = field(default_factory=list)
-    _folded: tuple[str, TorchRunner] | None = field(default=None, repr=False)
     _corpora: dict[tuple[str | None, str], Corpus] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -122,20 +121,13 @@ class Workspace:
         convert_gguf(self.source, out, self.progress)
 
     def folded(self, smoothing: Smoothing | None) -> TorchRunner:
-        """Return the model with a smoothing folded in; the last one asked for is kept."""
-        if smoothing is None or not smoothing.factors:
-            return self.model
-        if self._folded is None or self._folded[0] != smoothing.digest:
-            from cushion_deploy.modeling.fold import fold
-
-            self._folded = None
-            self._folded = (smoothing.digest, fold(self.model, smoothing))
-        return self._folded[1]
+        """Return the model with a smoothing folded in; the last one is kept."""
+        return self.model.folded(smoothing)
 
     def altered(self, settings: Mapping[str, Any]) -> Workspace:
         """Return a run with some settings of the recipe replaced that shares all else with this one."""
         recipe = self.recipe.merged(settings)
-        return _Altered(recipe, self.store, self.progress, self.times, None, self._corpora, origin=self)
+        return _Altered(recipe, self.store, self.progress, self.times, self._corpora, origin=self)
 
     @property
     def scheme(self) -> QuantScheme:
@@ -219,7 +211,7 @@ class Workspace:
 
 @dataclass
 class _Altered(Workspace):
-    """A run whose model, folded model and texts are those of the run it comes from."""
+    """A run that shares the model and the texts of the run it comes from."""
 
     origin: Workspace = field(kw_only=True)
 
@@ -230,6 +222,3 @@ class _Altered(Workspace):
     @cached_property
     def model(self) -> TorchRunner:
         return self.origin.model
-
-    def folded(self, smoothing: Smoothing | None) -> TorchRunner:
-        return self.origin.folded(smoothing)

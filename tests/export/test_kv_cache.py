@@ -61,9 +61,9 @@ def ids() -> np.ndarray:
 
 def simulated_logits(model: Any, kv: KvScales, row: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return logits and the keys and values of the row, layer by layer, of torch."""
-    past = prefix_tensors(model.compute_prefix(TOKENS))
+    past = model.past(model.compute_prefix(TOKENS))
     with torch.inference_mode(), quantized_cache(model, kv):
-        out = model.run(torch.from_numpy(row), past)
+        out = model.run(torch.from_numpy(row), past, keep_cache=True)
     states = [
         s[:, :, len(TOKENS) :].numpy() for layer in out.past_key_values.layers for s in (layer.keys, layer.values)
     ]

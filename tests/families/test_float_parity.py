@@ -124,7 +124,7 @@ def test_the_prefix_is_the_one_in_transformers_own_cache(variant: str, graph_of:
 
 
 def test_a_prefix_in_the_cache_is_a_prefix_in_the_graph(variant: str, graph_of: Any, load_variant: Any) -> None:
-    prefix = compute_prefix(load_variant(variant), PREFIX)
+    prefix = load_variant(variant).compute_prefix(PREFIX)
     batch = np.concatenate([IDS, IDS[:, ::-1]])
     slots = {}
     for i in range(len(prefix.keys)):

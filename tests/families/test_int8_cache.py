@@ -67,7 +67,7 @@ def test_the_graph_of_every_family_is_torch_with_a_simulated_cache(
         prefix, model.lineage(prefix, "c"), 40, with_prefix=False,
     )  # fmt: skip
     with torch.inference_mode(), quantized_cache(model, kv):
-        expected = model.run(torch.from_numpy(ids), prefix_tensors(prefix)).logits.numpy()
+        expected = model.run(torch.from_numpy(ids), model.past(prefix)).logits.numpy()
     graph = export_graph(model.spec, model.weights, prefix, None, QuantScheme(), tmp_path, kv=kv)
     session = open_session(graph, threads=1, chunk=40)
     found = session.run(ids, need_logits="all")

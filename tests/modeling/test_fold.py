@@ -16,8 +16,8 @@ from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families.folding import FoldedWeights, absorbers
 from cushion_deploy.modeling.fold import fold
-from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.runner import TorchRunner
 
 IDS = np.arange(3, 43, dtype=np.int64)[None]
 

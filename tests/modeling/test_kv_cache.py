@@ -76,10 +76,10 @@ def test_what_is_stored_lies_on_the_grid_and_a_prefix_only_in_the_cache_does(
 ) -> None:
     prefix, kv = tiny_model.compute_prefix(TOKENS), made_up(tiny_model, with_prefix=with_prefix)
     ids = torch.from_numpy(plain_ids[None, :10])
-    plain = tiny_model.run(ids, prefix_tensors(prefix)).past_key_values.layers[0]
+    plain = tiny_model.run(ids, tiny_model.past(prefix), keep_cache=True).past_key_values.layers[0]
     codes: dict[str, np.ndarray] = {}
     with quantized_cache(tiny_model, kv, lambda site, c: codes.__setitem__(site, c.numpy().copy())):
-        stored = tiny_model.run(ids, prefix_tensors(prefix)).past_key_values.layers[0]
+        stored = tiny_model.run(ids, tiny_model.past(prefix), keep_cache=True).past_key_values.layers[0]
     for part, own, kept, floating, step in (
         ("key", prefix.keys, stored.keys, plain.keys, kv.keys[0]),
         ("value", prefix.values, stored.values, plain.values, kv.values[0]),
@@ -102,12 +102,12 @@ def test_decoding_through_the_cache_gives_the_logits_of_one_pass(
 ) -> None:
     prefix, kv = tiny_model.compute_prefix(TOKENS), made_up(tiny_model, with_prefix=with_prefix)
     ids = torch.from_numpy(plain_ids[None, :10])
-    plain = tiny_model.run(ids, prefix_tensors(prefix)).logits
+    plain = tiny_model.run(ids, tiny_model.past(prefix)).logits
     with quantized_cache(tiny_model, kv):
-        whole = tiny_model.run(ids, prefix_tensors(prefix)).logits
-        past, steps = prefix_tensors(prefix), []
+        whole = tiny_model.run(ids, tiny_model.past(prefix)).logits
+        past, steps = tiny_model.past(prefix), []
         for i in range(10):
-            out = tiny_model.run(ids[:, i : i + 1], past)
+            out = tiny_model.run(ids[:, i : i + 1], past, keep_cache=True)
             past = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
             steps.append(out.logits)
     assert float((whole - plain).abs().max()) > 1e-2, "the cache must matter"
@@ -127,7 +127,7 @@ def test_without_a_cache_of_the_caller_there_is_one_all_the_same(tiny_model: Tor
 @torch.inference_mode()
 def test_watching_changes_nothing_and_ends(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     ids, seen = torch.from_numpy(plain_ids[None, :10]), []
-    plain = tiny_model.run(ids, [])
+    plain = tiny_model.run(ids, [], keep_cache=True)
     with watched_cache(tiny_model, lambda layer, part, states: seen.append((layer, part, states)) or states):
         watched = tiny_model.run(ids, [])
     assert torch.equal(plain.logits, watched.logits)

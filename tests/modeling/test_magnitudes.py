@@ -8,8 +8,8 @@ import torch
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 @pytest.mark.parametrize("tokens", [(), (65, 9)])

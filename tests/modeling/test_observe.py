@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.sites import Site, layer_site
-from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.observe import observed, replaced
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.modeling.cache import new_cache
 from cushion_deploy.modeling.runner import TorchRunner
 
 TOKENS = (7, 1, 300)
@@ -81,7 +82,7 @@ def test_a_padded_batch_equals_its_rows_alone(
     for i, row in enumerate(rows):
         place = slice(12 - len(row), 12) if side == "left" else slice(0, len(row))
         ids[i, place], mask[i, place] = row, 1
-    past = prefix_tensors(tiny_model.compute_prefix(tokens))
+    past = tiny_model.past(tiny_model.compute_prefix(tokens))
     with torch.inference_mode():
         found = tiny_model.run(torch.from_numpy(ids), past, torch.from_numpy(mask)).logits.numpy()
     for i, row in enumerate(rows):
@@ -90,10 +91,10 @@ def test_a_padded_batch_equals_its_rows_alone(
 
 
 def test_a_run_leaves_the_prefix_as_it_was(tiny_model: TorchRunner, text: IntArray) -> None:
-    past = prefix_tensors(tiny_model.compute_prefix(TOKENS))
+    past = tiny_model.past(tiny_model.compute_prefix(TOKENS))
     copies = [(k.clone(), v.clone()) for k, v in past]
     with torch.inference_mode():
-        output = tiny_model.run(torch.from_numpy(text), past)
+        output = tiny_model.run(torch.from_numpy(text), past, keep_cache=True)
     assert output.past_key_values.get_seq_length() == 3 + 20
     for (k, v), (k0, v0) in zip(past, copies, strict=True):
         assert torch.equal(k, k0)
@@ -103,14 +104,17 @@ def test_a_run_leaves_the_prefix_as_it_was(tiny_model: TorchRunner, text: IntArr
 def test_the_cache_goes_on_where_the_text_ended(tiny_model: TorchRunner, text: IntArray) -> None:
     prefix = tiny_model.compute_prefix(TOKENS)
     with torch.inference_mode():
-        cache = tiny_model.run(torch.from_numpy(text[:1, :19]), prefix_tensors(prefix)).past_key_values
-        past = [(layer.keys, layer.values) for layer in cache.layers]
+        cache = tiny_model.run(
+            torch.from_numpy(text[:1, :19]), tiny_model.past(prefix), keep_cache=True
+        ).past_key_values
+        past = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
         last = tiny_model.run(torch.from_numpy(text[:1, 19:]), past).logits[0, 0].numpy()
     np.testing.assert_allclose(last, plain_logits(tiny_model, [*TOKENS, *text[0].tolist()])[-1], **CLOSE)
 
 
 def test_the_cache_of_an_empty_prefix_is_empty(tiny_model: TorchRunner) -> None:
-    assert cache_of(prefix_tensors(Prefix.empty(tiny_model.spec)), 4).get_seq_length() == 0
+    past = tiny_model.past(Prefix.empty(tiny_model.spec))
+    assert new_cache(past, 4, keep=True).get_seq_length() == 0
 
 
 def test_losses_are_transformers_own(tiny_model: TorchRunner, text: IntArray) -> None:

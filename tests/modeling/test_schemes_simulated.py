@@ -209,7 +209,7 @@ def test_padding_enters_no_dynamic_range(name: str, value: float) -> None:
 def codes_of(model: TorchRunner, scheme: QuantScheme, prefix: Prefix, rows: Tensor, mask: Tensor | None) -> Any:
     found: dict[Site, Array] = {}
     with simulated(model, scheme, None, lambda site, c: found.__setitem__(site, c.numpy().astype(int))):
-        model.run(rows, prefix_tensors(prefix), mask)
+        model.run(rows, model.past(prefix), mask)
     return found
 
 
@@ -314,7 +314,7 @@ def test_weights_are_quantized_as_told_and_per_channel_in_eight_bits_if_not(tiny
     linear = tiny_model.module.model.layers[0].mlp.up_proj
     original = linear.weight.numpy().copy()
     for options in ({}, {"bits": 4}, {"group": 24}, {"bits": 6, "group": 16}):
-        with quantized_weights(tiny_model.sites, **options):
+        with quantized_weights(tiny_model, tiny_model.sites, **options):
             expected = weight_by_definition(original, options.get("bits", 8), options.get("group", 0))
             np.testing.assert_array_equal(linear.weight.numpy(), expected)
         np.testing.assert_array_equal(linear.weight.numpy(), original)

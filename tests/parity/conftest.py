@@ -17,6 +17,7 @@ from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.folder import export_graph
@@ -57,7 +58,7 @@ def deployed(tiny_model: TorchRunner, plain_ids: np.ndarray, tmp_path_factory: p
     half = export_graph(*parents, scales, scheme, folder, name="float16", dtype="float16")
     brain = export_graph(*parents, scales, scheme, folder, name="bfloat16", dtype="bfloat16")
     ids = plain_ids[None, 500:564]
-    reference = torch_reference(tiny_model, prefix, scales, scheme, ids, windows[:4])
+    reference = torch_reference(tiny_model, Quantization(prefix, scheme, scales), ids, windows[:4])
     return Deployed(tiny_model, prefix, scales, scheme, graph, twin, half, brain, reference)
 
 

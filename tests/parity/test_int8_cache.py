@@ -13,6 +13,7 @@ from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KvScales, kv_site
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.export.folder import export_graph
 from cushion_deploy.parity.constants import cache_scale_rung
 from cushion_deploy.parity.ladder import TorchReference, plan_rung, segment_decode_rung, segment_rung
@@ -50,7 +51,9 @@ def cached(
         )
         for dtype in ("float32", "float16")
     ]  # fmt: skip
-    reference = torch_reference(d.model, d.prefix, d.scales, d.scheme, d.reference.ids, windows[:2], kv=kv)
+    reference = torch_reference(
+        d.model, Quantization(d.prefix, d.scheme, d.scales, kv_scales=kv), d.reference.ids, windows[:2]
+    )
     return Cached(kv, *graphs, reference)
 
 

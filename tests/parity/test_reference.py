@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.parity.ladder import GREEDY_TOKENS
@@ -70,7 +71,11 @@ def test_quantization_shows_and_the_model_is_left_as_it_was(deployed) -> None:
     ids = deployed.reference.ids[:, :40]
     d = deployed
     again = torch_reference(
-        d.model, d.prefix, d.scales, d.scheme, ids, d.reference.windows[:2], lambda _, done, n: seen.append((done, n))
+        d.model,
+        Quantization(d.prefix, d.scheme, d.scales),
+        ids,
+        d.reference.windows[:2],
+        lambda _, done, n: seen.append((done, n)),
     )
     assert np.abs(again.quantized_logits - again.float_logits).max() > 0.01
     assert seen == [(1, 2), (2, 2)]
@@ -86,9 +91,7 @@ def test_without_scales_for_a_site_there_is_no_reference(deployed) -> None:
     with pytest.raises(UsageError, match=r"layers\.1\.attn\.out"):
         torch_reference(
             d.model,
-            d.prefix,
-            dataclasses.replace(d.scales, scales=left),
-            d.scheme,
+            Quantization(d.prefix, d.scheme, dataclasses.replace(d.scales, scales=left)),
             d.reference.ids[:, :8],
             d.reference.windows[:1],
         )

@@ -66,7 +66,7 @@ def test_a_slot_with_a_tokens_embedding_is_that_token(
     planted_model: TorchRunner, plain_ids: IntArray, inputs_of: InputsOf, prefix: tuple[int, ...], objective: Any
 ) -> None:
     text, token = plain_ids[:30], 44
-    past = prefix_tensors(planted_model.compute_prefix(prefix))
+    past = planted_model.past(planted_model.compute_prefix(prefix))
     slot = embeddings(planted_model)[token]
     found = float(smooth_objective(planted_model, past, text, slot, objective))
     sites = [x[len(prefix) + 1 :] for x in inputs_of(planted_model, (*prefix, token, *text)).values()]
@@ -79,7 +79,7 @@ def test_the_gradient_is_the_finite_difference(
     tiny_model: TorchRunner, plain_ids: IntArray, prefix: tuple[int, ...], objective: Any
 ) -> None:
     text = plain_ids[:40]
-    past = prefix_tensors(tiny_model.compute_prefix(prefix))
+    past = tiny_model.past(tiny_model.compute_prefix(prefix))
     weights = embeddings(tiny_model)
     start = weights[9]
     changes = gradient_changes(tiny_model, past, text, start, objective)

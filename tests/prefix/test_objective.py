@@ -26,7 +26,7 @@ def test_the_score_of_a_prefix_is_the_numpy_recomputation(
     planted_model: TorchRunner, plain_ids: IntArray, oracle: Callable[..., Any], prefix: tuple[int, ...], objective: Any
 ) -> None:
     text = plain_ids[:40]
-    past = prefix_tensors(planted_model.compute_prefix(prefix))
+    past = planted_model.past(planted_model.compute_prefix(prefix))
     expected = oracle(planted_model, prefix, text)[objective]
     assert score_prefix(planted_model, past, text, objective) == pytest.approx(expected, rel=1e-3)
 
@@ -43,7 +43,7 @@ def test_each_candidate_has_its_own_score_whatever_the_batch(
     batch_positions: int,
 ) -> None:
     text = plain_ids[:30]
-    past = prefix_tensors(planted_model.compute_prefix(prefix))
+    past = planted_model.past(planted_model.compute_prefix(prefix))
     found = score_candidates(planted_model, past, text, CANDIDATES, objective, batch_positions=batch_positions)
     expected = [oracle(planted_model, (*prefix, token), text)[objective] for token in CANDIDATES]
     assert max(expected) > 2 * min(expected), "the candidates differ"
@@ -74,10 +74,9 @@ def test_progress_counts_candidates(tiny_model: TorchRunner, plain_ids: IntArray
         [3, 4, 5],
         "max",
         batch_positions=20,
-        task="name",
         progress=lambda *report: reports.append(report),
     )
-    assert reports == [("name", 2, 3), ("name", 3, 3)]
+    assert reports == [("scoring candidates on 9 tokens", 2, 3), ("scoring candidates on 9 tokens", 3, 3)]
 
 
 @given(
@@ -87,7 +86,7 @@ def test_progress_counts_candidates(tiny_model: TorchRunner, plain_ids: IntArray
 )
 def test_rows_are_measured_apart_and_skipped_positions_do_not_count(x: np.ndarray, skip: int, bits: int) -> None:
     limit = 2 ** (bits - 1) - 1
-    measured = {name: RowObjective(name, 3, skip, bits) for name in OBJECTIVES}
+    measured = {name: RowObjective(name, torch.zeros(3, dtype=torch.float64), skip, bits) for name in OBJECTIVES}
     for objective in measured.values():
         objective(Site("a"), torch.from_numpy(x.copy()))
         objective(Site("b"), torch.from_numpy(x[:, ::-1].copy() * 2))
@@ -105,7 +104,7 @@ def test_rows_are_measured_apart_and_skipped_positions_do_not_count(x: np.ndarra
 
 
 def test_a_site_of_zeros_adds_nothing() -> None:
-    measured = RowObjective("error", 2, 0)
+    measured = RowObjective("error", torch.zeros(2, dtype=torch.float64), 0)
     measured(Site("a"), torch.zeros(2, 3, 4))
     assert measured.totals.tolist() == [0.0, 0.0]
 

@@ -30,7 +30,7 @@ def own_maxima(model: TorchRunner, inputs_of: InputsOf, prefix: tuple[int, ...],
 def test_sizes_are_the_brute_force_ones(
     planted_model: TorchRunner, inputs_of: InputsOf, prefix: tuple[int, ...], batch_positions: int
 ) -> None:
-    past = prefix_tensors(planted_model.compute_prefix(prefix))
+    past = planted_model.past(planted_model.compute_prefix(prefix))
     sizes = self_sink_sizes(planted_model, past, 2, batch_positions=batch_positions)
     assert sizes.shape == (320,)
     for token in range(0, 320, 5):

@@ -190,7 +190,7 @@ def test_a_seed_that_absorbs_the_sink_leaves_nothing_to_add(
 
 
 def test_more_seeds_than_the_prefix_may_be_long_are_refused(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
-    with pytest.raises(UsageError, match=r"3 tokens, longer than search.max_length = 2") as e:
+    with pytest.raises(UsageError, match=r"3 tokens, more than search.max_length = 2") as e:
         PrefixSearch(tiny_model, plain_ids, config(seed_tokens=("1", "2", "3"), max_length=2))
     assert "fewer seeds" in e.value.hint
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.errors import UsageError
@@ -43,9 +44,8 @@ def tuning(planted_model: TorchRunner, plain_ids: IntArray) -> MakeTuning:
         prefix = model.compute_prefix((97,))
         windows = plain_ids[: 8 * 16].reshape(8, 16)
         settings = Tuning(**{**small, **config})
-        return PrefixTuning(
-            model, SCHEME, scales_of(model, prefix), prefix, windows[:6], windows[6:], settings, 7, scratch
-        )
+        quantization = Quantization(prefix, SCHEME, scales_of(model, prefix))
+        return PrefixTuning(model, quantization, windows[:6], windows[6:], settings, 7, scratch)
 
     return make
 
@@ -207,7 +207,7 @@ def test_an_empty_prefix_cannot_be_tuned(planted_model: TorchRunner, plain_ids: 
     none = Prefix.empty(planted_model.spec)
     rows = plain_ids[:32].reshape(2, 16)
     with pytest.raises(UsageError, match="no prefix to tune"):
-        PrefixTuning(planted_model, SCHEME, scales_of(planted_model, none), none, rows, rows, Tuning())
+        PrefixTuning(planted_model, Quantization(none, SCHEME, scales_of(planted_model, none)), rows, rows, Tuning())
 
 
 def test_the_model_is_as_it_was_afterwards(tuning: MakeTuning, planted_model: TorchRunner) -> None:

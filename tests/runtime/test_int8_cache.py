@@ -50,7 +50,7 @@ FLOAT32 = pytest.mark.parametrize("graph", ["float32"], indirect=True)
 @pytest.fixture
 def expected(tiny: Any, ids: np.ndarray) -> np.ndarray:
     """Return the logits of torch with a simulated cache, ``[1, n, vocab]``."""
-    past = prefix_tensors(tiny.prefix)
+    past = tiny.loaded.past(tiny.prefix)
     with torch.inference_mode(), quantized_cache(tiny.loaded, made_up(tiny)):
         logits: np.ndarray = tiny.loaded.run(torch.from_numpy(ids), past).logits.numpy()
     return logits
