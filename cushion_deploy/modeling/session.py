@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -88,7 +90,7 @@ class TorchSession:
                 hint="give a shorter text",
             )
         tokens, head = self._model.tensor(np.ascontiguousarray(ids)), need_logits != "none"
-        options = {"logits_to_keep": new if need_logits == "all" else 1} if head else {}
+        options: dict[str, Any] = {"logits_to_keep": new if need_logits == "all" else 1} if head else {}
         out = self._model.run(tokens, self._past, head=head, keep_cache=True, **options)
         self._past = keys_values(out.past_key_values)
         self._length += new

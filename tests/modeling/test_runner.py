@@ -1,4 +1,4 @@
-"""Running behind a prefix equals what transformers computes over prefix and text together."""
+"""Running behind a prefix equals what transformers computes over prefix and text together, whatever the cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.errors import UsageError
+from cushion_deploy.families.folding import absorbers
 from cushion_deploy.modeling.cache import new_cache
 from cushion_deploy.modeling.runner import TorchRunner
 
@@ -104,9 +107,7 @@ def test_a_run_leaves_the_prefix_as_it_was(tiny_model: TorchRunner, text: IntArr
 def test_the_cache_goes_on_where_the_text_ended(tiny_model: TorchRunner, text: IntArray) -> None:
     prefix = tiny_model.compute_prefix(TOKENS)
     with torch.inference_mode():
-        cache = tiny_model.run(
-            torch.from_numpy(text[:1, :19]), tiny_model.past(prefix), keep_cache=True
-        ).past_key_values
+        out = tiny_model.run(torch.from_numpy(text[:1, :19]), tiny_model.past(prefix), keep_cache=True)
         past = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
         last = tiny_model.run(torch.from_numpy(text[:1, 19:]), past).logits[0, 0].numpy()
     np.testing.assert_allclose(last, plain_logits(tiny_model, [*TOKENS, *text[0].tolist()])[-1], **CLOSE)
@@ -125,3 +126,69 @@ def test_losses_are_transformers_own(tiny_model: TorchRunner, text: IntArray) ->
         with torch.inference_mode():
             loss = float(tiny_model.module(input_ids=ids, labels=ids).loss)
         assert float(nll[row].mean()) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [(), TOKENS])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_cache_that_is_not_kept_changes_no_bit_and_stores_only_the_prefix(
+    tiny_model: TorchRunner, text: IntArray, tokens: tuple[int, ...], padded: bool
+) -> None:
+    past, ids, mask = tiny_model.past(tiny_model.compute_prefix(tokens)), tiny_model.tensor(text), None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, :5] = 0
+    with torch.inference_mode():
+        kept, dropped = (tiny_model.run(ids, past, mask, keep_cache=keep) for keep in (True, False))
+    assert torch.equal(kept.logits, dropped.logits)
+    lengths = [output.past_key_values.get_seq_length() for output in (kept, dropped)]
+    assert lengths == [len(tokens) + 20, len(tokens)]
+
+
+def test_embeddings_run_like_the_tokens_that_they_belong_to(tiny_model: TorchRunner, text: IntArray) -> None:
+    ids, past = tiny_model.tensor(text), tiny_model.past(tiny_model.compute_prefix(TOKENS))
+    with torch.inference_mode():
+        embeddings = tiny_model.module.get_input_embeddings()(ids)
+        assert torch.equal(tiny_model.run(embeddings, past).logits, tiny_model.run(ids, past).logits)
+
+
+def test_the_greedy_continuation_is_that_of_generate(tiny_model: TorchRunner, text: IntArray) -> None:
+    full = torch.tensor([[*TOKENS, *text[0].tolist()]])
+    expected = tiny_model.module.generate(
+        full, attention_mask=torch.ones_like(full), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=2
+    )
+    found = tiny_model.greedy(text[:1], tiny_model.compute_prefix(TOKENS), 8)
+    assert found == tuple(expected[0, full.shape[1] :].tolist())
+
+
+def test_arrays_and_tensors_keep_type_and_values(tiny_model: TorchRunner) -> None:
+    for array in (np.arange(6).reshape(2, 3), np.float32([0.1, -3]), np.int8([5]), np.array([True, False])):
+        tensor = tiny_model.tensor(array)
+        assert tensor.device == tiny_model.device
+        found = tiny_model.array(tensor)
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
+    assert tiny_model.tensor(np.float32(0.1)).item() == np.float32(0.1)
+    assert tiny_model.tensor([(1, 2)]).dtype == torch.int64
+    assert tiny_model.array(torch.nn.Parameter(torch.ones(2))).tolist() == [1, 1]
+
+
+def smoothing_of(model: TorchRunner, value: float) -> Smoothing:
+    """Return the same factor for every channel."""
+    sites = absorbers(model.family, model.spec)
+    factors = {site: np.full(model.sites[site][0].in_features, value, np.float32) for site in sites}
+    return Smoothing(factors, 0.5, model.digest)
+
+
+def test_the_last_folded_model_is_kept_and_nothing_is_folded_twice(tiny_model: TorchRunner) -> None:
+    first, second = smoothing_of(tiny_model, 2.0), smoothing_of(tiny_model, 3.0)
+    folded = tiny_model.folded(first)
+    assert (folded.smoothing, folded.digest) == (first, tiny_model.digest)
+    assert tiny_model.folded(first) is folded
+    assert folded.folded(first) is folded
+    assert tiny_model.folded(None) is tiny_model
+    assert tiny_model.folded(Smoothing({}, 0.5, tiny_model.digest)) is tiny_model
+    for other in (second, None):
+        with pytest.raises(UsageError, match="another smoothing is already folded"):
+            folded.folded(other)
+    assert tiny_model.folded(second).smoothing is second
+    assert tiny_model.folded(first) is not folded
