@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parents[2] / "cushion_deploy"
 RUNNER = PACKAGE / "modeling" / "runner.py"
 CONVERSIONS = {"torch.from_numpy", "torch.tensor", "torch.as_tensor", "torch.asarray", ".numpy"}
 MOVES = {".cpu", ".cuda"}
-FACTORIES = {f"torch.{name}" for name in ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "zeros")}
+FACTORIES = {f"torch.{name}" for name in ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")}
 DRAWS = {f"torch.{name}" for name in ("rand", "randint", "randn", "randperm")}
 
 
 def torch_modules() -> list[Path]:
-    """Return the modules that import torch, the runner left out."""
+    """Return the modules that import torch, except the runner."""
     parts = [PACKAGE, *(PACKAGE / name for name in ("calib", "engines", "export"))]
     files = {file for part in parts for file in part.rglob("*.py")} - {RUNNER}
     return sorted(file for file in files if "import torch" in file.read_text() or "from torch" in file.read_text())
@@ -32,7 +32,7 @@ def calls(code: str) -> Iterator[tuple[int, str, ast.Call]]:
 
 
 def moves(name: str, node: ast.Call) -> bool:
-    """Return whether a call moves a tensor to a device; a bare type is the only allowed argument of ``to``."""
+    """Return whether a call moves a tensor to a device; ``to`` may only change the type."""
     if name == ".to":
         given = [ast.unparse(argument) for argument in node.args] + [str(keyword.arg) for keyword in node.keywords]
         return any("device" in text or text.startswith("'") for text in given)
@@ -40,12 +40,12 @@ def moves(name: str, node: ast.Call) -> bool:
 
 
 def places(name: str, node: ast.Call) -> bool:
-    """Return whether a call creates a tensor on torch's default device; a seeded draw is meant to be on the CPU."""
+    """Return whether a call creates a tensor on the default device; draws from a generator belong on the CPU."""
     return name in FACTORIES or (name in DRAWS and "generator" not in {keyword.arg for keyword in node.keywords})
 
 
 def violations(code: str) -> list[str]:
-    """Return the calls of a module that belong into the runner."""
+    """Return the calls of a module that belong in the runner."""
     return [
         f"line {line}: {ast.unparse(node)}"
         for line, name, node in calls(code)
