@@ -1,4 +1,4 @@
-"""How long the search takes, and how its tokens rank among fresh random tokens scored exactly in the same context."""
+"""Time of the search, and ranks of its tokens among new random tokens scored exactly in the same context."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 import numpy as np
 from common import arguments, new_run, pipeline
 
-from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
 from cushion_deploy.prefix.objective import score_candidates
 from cushion_deploy.prefix.search import PrefixSearch, draw_text
 
@@ -30,10 +29,10 @@ def main() -> None:
     for number, step in enumerate(trace.steps):
         if not (step.accepted or options.rejected):
             continue
-        past = prefix_tensors(compute_prefix(model, trace.token_ids[: len(trace.seed_tokens) + number]))
+        past = model.past(model.compute_prefix(trace.token_ids[: len(trace.seed_tokens) + number]))
         sample = [int(t) for t in rng.choice(model.spec.vocab_size, size=options.sample, replace=False)]
         drawn = draw_text(text, config.text_tokens, options.seed, number)
-        scores = score_candidates(model, past, drawn, sample, config.objective, progress=run.progress, task="ranking")
+        scores = score_candidates(model, past, drawn, sample, config.objective, progress=run.progress)
         better = sum(score < step.best.objective for score in scores)
         ranks.append(
             {

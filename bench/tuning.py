@@ -14,13 +14,13 @@ from typing import Any
 
 from common import arguments, new_run, pipeline
 
+from cushion_deploy.core.progress import Progress
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.evaluate.perplexity import TextScore, cut_windows
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.modeling.teacher import Teacher
 from cushion_deploy.stages.base import Given
-from cushion_deploy.modeling.runner import TorchRunner
-from cushion_deploy.core.progress import Progress
-from cushion_deploy.core.quantization import Quantization
 
 
 def main() -> None:

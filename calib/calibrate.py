@@ -1,4 +1,4 @@
-"""Observe every Site on text behind the prefix, and choose its static per-tensor scale."""
+"""Observe every Site on text behind the prefix and choose its static per-tensor scale."""
 
 from __future__ import annotations
 
@@ -18,24 +18,29 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import prefix_tensors, run
-from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 @dataclass
 class SiteObserver:
-    """Histograms of the magnitudes that enter each Site, and their signed range, text tokens only."""
+    """Histogram and signed range of the input of each Site, over text tokens only.
+
+    Attributes:
+        mask: bool ``[batch, length]`` of the current batch, False on padding.
+        batch: number of the current batch, for error messages.
+        histograms: the histogram of each Site so far.
+    """
 
     mask: Tensor
     batch: int = 0
     histograms: dict[Site, MagnitudeHistogram] = field(default_factory=dict)
 
     def __call__(self, site: Site, x: Tensor) -> None:
-        """Take one batch ``[batch, length, features]``; padding is masked before anything is looked at.
+        """Add one batch ``[batch, length, features]``; padding is removed first.
 
         Raises:
-            UsageError: NaN, infinity, or nothing but zeros or subnormal numbers, naming Site and batch.
+            UsageError: the batch has NaN or infinity, or only zeros and subnormal numbers.
         """
         signed = x[self.mask].flatten()
         low, high = (float(value) for value in signed.aminmax())
@@ -54,12 +59,12 @@ class SiteObserver:
         histogram.cover(amax)
         histogram.widen(low, high)
         counts = torch.histc(signed.abs(), bins=BINS, min=0.0, max=histogram.limit)
-        histogram.add(counts.numpy().astype(np.int64))
+        histogram.add(TorchRunner.array(counts).astype(np.int64))
 
 
 @torch.inference_mode()
 def observe_sites(
-    model: LoadedModel,
+    model: TorchRunner,
     prefix: Prefix,
     ids: IntArray,
     mask: IntArray,
@@ -71,19 +76,19 @@ def observe_sites(
 
     Args:
         model: the model.
-        prefix: stands before every window and is never observed itself.
+        prefix: precedes every window and is not observed.
         ids, mask: int64 ``[windows, window]``; mask 0 on padding.
-        batch_size: windows a forward pass.
-        progress: where to report windows done.
+        batch_size: windows per forward pass.
+        progress: where to report the number of windows done.
     """
-    past = prefix_tensors(prefix)
-    observer = SiteObserver(torch.zeros(0, dtype=torch.bool))
+    past = model.past(prefix)
+    rows = model.tensor(mask)
+    observer = SiteObserver(rows[:0].bool())
     with observed(model, observer):
         for start in range(0, len(ids), batch_size):
-            rows = torch.from_numpy(mask[start : start + batch_size])
-            observer.mask, observer.batch = rows.bool(), start // batch_size
-            full = None if bool(rows.all()) else rows
-            run(model, torch.from_numpy(ids[start : start + batch_size]), past, full)
+            part = rows[start : start + batch_size]
+            observer.mask, observer.batch = part.bool(), start // batch_size
+            model.run(model.tensor(ids[start : start + batch_size]), past, None if bool(part.all()) else part)
             progress("observing Sites", min(start + batch_size, len(ids)), len(ids))
     return observer.histograms
 
@@ -97,18 +102,18 @@ def choose_scales(
     bits: int = 8,
     symmetric: bool = True,
 ) -> ActivationScales:
-    """Return the static scales that a range estimator reads off histograms.
+    """Return the static scales that a range estimator chooses from histograms.
 
     Args:
-        histograms: of :func:`observe_sites`.
-        ranges: how a range is chosen.
-        lineage: what the histograms were observed under.
-        tokens: text tokens that they count.
-        bits: of the codes.
-        symmetric: False adds zero points, and takes the range from the least to the largest value.
+        histograms: result of :func:`observe_sites`.
+        ranges: the range estimator.
+        lineage: lineage of the histograms.
+        tokens: number of text tokens in them.
+        bits: bits of the codes.
+        symmetric: False for zero points and ranges from the smallest to the largest value.
 
     Raises:
-        UsageError: an estimator without asymmetric form.
+        UsageError: the estimator has no asymmetric form.
     """
     scales: dict[Site, float] = {}
     zero_points: dict[Site, int] = {}

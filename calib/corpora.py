@@ -1,4 +1,4 @@
-"""Text for calibration and scoring: files, hub data sets, the model's own words, or prose that CPython ships."""
+"""Text for calibration and evaluation: files, hub data sets, samples of the model, or prose that ships with CPython."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HUB_CORPORA = {
 }
 OWN_TEXT = "text sampled from the model"
 SAMPLED = {None: f"CPython language topics and {OWN_TEXT}", "self": OWN_TEXT}
-"""Calibration text that the model itself draws, wholly or in part, and what it is."""
+"""Values of ``--calib-data`` whose text is sampled from the model, wholly or in part, and the name of that text."""
 SHORTEST_PIECE = 2000
-"""Characters that a document is not cut below where two corpora are mixed."""
+"""Characters that remain at least when a document is cut to mix two corpora."""
 MAX_HUB_DOCUMENTS = 2000
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -39,8 +39,8 @@ class Corpus:
     """Documents of text.
 
     Attributes:
-        name: what it is, for reports.
-        documents: plain text each.
+        name: name of the text, for reports.
+        documents: plain text of each document.
     """
 
     name: str
@@ -61,15 +61,16 @@ def load_corpus(data: str | None, part: Part, sample: Callable[[], tuple[str, ..
     """Return the corpus that ``--calib-data`` or ``--eval-data`` names.
 
     Args:
-        data: see ``VALID``; None is the offline default, whose two parts share no document. Its calibration part
-            is half text sampled from the model where that can be drawn: prose about a programming language alone
-            does not show the ranges of other text.
-        part: which part of a corpus that has several: hub train split or validation split.
-        sample: draws documents from the model.
+        data: see ``VALID``; None for the offline default, whose two parts have no document in common. Half of its
+            calibration part is sampled from the model if ``sample`` is given, because ranges of prose about a
+            programming language do not fit other text.
+        part: the part of a corpus with several: train or validation split of a hub data set.
+        sample: draws documents from the model; None if there is no model.
 
     Raises:
-        UsageError: nothing of that name, a column or file that does not fit, or no text in it.
-        MissingDependency: the hub cannot be reached.
+        UsageError: there is no such corpus, its file type or columns are not supported, or it is empty.
+        MissingDependency: the hub cannot be reached, or a library is missing.
+        UntrustedArtifact: a parquet file is damaged.
     """
     if data is None:
         corpus = python_topics(part)
@@ -94,7 +95,7 @@ def load_corpus(data: str | None, part: Part, sample: Callable[[], tuple[str, ..
 
 
 def python_topics(part: Part) -> Corpus:
-    """Return the language reference topics that ship with every CPython; each fourth is kept for evaluation."""
+    """Return the language reference topics that ship with CPython; every fourth is reserved for evaluation."""
     from pydoc_data.topics import topics
 
     held_out = part == "evaluation"
@@ -103,9 +104,9 @@ def python_topics(part: Part) -> Corpus:
 
 
 def interleaved(first: Corpus, second: Corpus, name: str) -> Corpus:
-    """Return the documents of ``second`` with about as much text of ``first`` between them, spread over all of it."""
+    """Return the documents of ``second`` interleaved with as much text from all parts of ``first``, approximately."""
     stride = max(1, len(first.text) // max(1, len(second.text)))
-    # Every stride-th document first, so that what is taken comes from all of it.
+    # Every stride-th document first, so that the text comes from all parts.
     others = [text for start in range(stride) for text in first.documents[start::stride]]
     documents: list[str] = []
     taken = due = 0
@@ -120,13 +121,13 @@ def interleaved(first: Corpus, second: Corpus, name: str) -> Corpus:
 
 
 def pack_windows(documents: list[IntArray], window: int, count: int, name: str) -> tuple[IntArray, IntArray]:
-    """Cut documents into windows, and take ``count`` of them spread evenly over the corpus.
+    """Cut documents into windows and select up to ``count`` of them, spread evenly over the corpus.
 
     Args:
-        documents: token ids int64 ``[n]`` each.
-        window: length; the last piece of a document is padded on the right.
-        count: the most windows to take.
-        name: of the corpus, for the error.
+        documents: token ids int64 ``[n]`` of each document.
+        window: tokens per window; the last window of a document is padded on the right.
+        count: largest number of windows.
+        name: name of the corpus, for the error.
 
     Returns:
         ids and mask, int64 ``[windows, window]``; the mask is 0 on padding.
@@ -152,7 +153,7 @@ def pack_windows(documents: list[IntArray], window: int, count: int, name: str) 
 
 def _from_file(path: Path) -> Corpus:
     if path.suffix not in _SUFFIXES:
-        raise UsageError(f"{path.name}: files of type '{path.suffix}' are not read", hint=f"give {VALID}")
+        raise UsageError(f"{path.name}: files of type '{path.suffix}' are not supported", hint=f"give {VALID}")
     if path.suffix == ".parquet":
         return Corpus(path.name, tuple(_parquet_texts(path)))
     try:
@@ -166,7 +167,7 @@ def _from_file(path: Path) -> Corpus:
 
 def _jsonl_texts(name: str, text: str) -> list[str]:
     found = []
-    # Not splitlines: JSON strings may hold U+2028 and the other separators that it knows.
+    # Not splitlines, which also splits at U+2028 and other separators that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -174,7 +175,7 @@ def _jsonl_texts(name: str, text: str) -> list[str]:
             value = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as e:
             raise UsageError(
-                f"{name}, line {number}: no JSON object with a 'text' field", hint="write one such object a line"
+                f"{name}, line {number}: no JSON object with a 'text' field", hint="write one such object per line"
             ) from e
         found.append(str(value))
     return found

@@ -1,4 +1,4 @@
-"""Range estimators: from a histogram of magnitudes to the threshold that the largest code stands for."""
+"""Range estimators: from a histogram of magnitudes to the threshold that the largest code represents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass
 class MagnitudeHistogram:
-    """Histogram of absolute values on [0, limit], whose limit doubles as larger values arrive.
+    """Histogram of absolute values on [0, limit]; the limit doubles until it covers all values.
 
     Doubling merges bins in pairs, so the result does not depend on the order of the batches.
 
@@ -25,7 +25,7 @@ class MagnitudeHistogram:
         limit: upper edge, a power of two; 0 before the first batch.
         counts: int64 ``[BINS]``.
         amax: largest magnitude seen, exact.
-        low, high: least and largest value seen, exact; zero always counts as seen.
+        low, high: smallest and largest value seen, exact, and at most and at least 0.
     """
 
     limit: float = 0.0
@@ -35,7 +35,7 @@ class MagnitudeHistogram:
     high: float = 0.0
 
     def cover(self, amax: float) -> None:
-        """Grow until ``amax`` (finite, positive) fits; to be called before :meth:`add`."""
+        """Double the limit until it is at least ``amax`` (finite, positive); call it before :meth:`add`."""
         needed = float(2.0 ** np.ceil(np.log2(amax)))
         if self.limit == 0.0:
             self.limit = needed
@@ -46,7 +46,7 @@ class MagnitudeHistogram:
         self.amax = max(self.amax, amax)
 
     def widen(self, low: float, high: float) -> None:
-        """Take the least and the largest value of one batch into the signed range."""
+        """Extend the signed range to the smallest and the largest value of one batch."""
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def add(self, counts: Counts) -> None:
@@ -61,13 +61,13 @@ class MagnitudeHistogram:
 
 @dataclass(frozen=True)
 class RangeEstimator:
-    """How the range of a static scale is chosen from a histogram.
+    """Chooses the range of a static scale from a histogram.
 
     Attributes:
-        name: ``max`` is the maximum itself (no moving average); ``percentile`` the smallest bin edge below which that
-            share of magnitudes lies; ``mse`` the threshold that minimizes the mean squared quantization error,
+        name: ``max`` is the maximum (not a moving average); ``percentile`` is the smallest bin edge that covers that
+            share of the magnitudes; ``mse`` is the threshold that minimizes the mean squared quantization error of
             rounding and clipping together.
-        percentile: what the estimator ``percentile`` keeps, 0 to 100.
+        percentile: share of the magnitudes that ``percentile`` covers, 0 to 100.
     """
 
     name: Estimator
@@ -84,21 +84,21 @@ class RangeEstimator:
         return _least_squares(histogram, bits)
 
     def signed_range(self, histogram: MagnitudeHistogram) -> tuple[float, float]:
-        """Return the least and the largest value that asymmetric codes represent; zero lies between them.
+        """Return the smallest and the largest value that asymmetric codes represent; the range includes zero.
 
         Raises:
-            UsageError: any estimator but ``max``, because the histogram counts magnitudes without their sign.
+            UsageError: the estimator is not ``max``; the others need signed values, and the histogram has magnitudes.
         """
         if self.name != "max":
             raise UsageError(
-                f"estimator {self.name} has no asymmetric form: magnitudes are counted, not signed values",
+                f"estimator {self.name} has no asymmetric form: the histogram has magnitudes, not signed values",
                 hint="choose the estimator max, or symmetric activations",
             )
         return histogram.low, histogram.high
 
 
 def _least_squares(histogram: MagnitudeHistogram, bits: int) -> float:
-    """Scan thresholds from the maximum down to 1/64 of it, in steps of 2 %, then finely around the best."""
+    """Return the best threshold: a scan from the maximum to 1/64 of it in steps of 2 %, then a finer one."""
     used = histogram.counts > 0
     x, weight = histogram.centers[used], histogram.counts[used].astype(np.float64)
 

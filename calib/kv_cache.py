@@ -1,4 +1,4 @@
-"""Observe the keys and values that enter the cache on text behind the prefix, and choose the scales of INT8 codes."""
+"""Observe the keys and values of text behind the prefix and choose the scales of an INT8 cache."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.kv_cache import watched_cache
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 TINY = float(np.finfo(np.float32).tiny)
 QMAX = qmax(8)
 Histograms = dict[tuple[int, KvPart], list[MagnitudeHistogram]]
-"""Layer and part to the histogram of each head, or of all heads together."""
+"""Layer and part to one histogram per head, or a single one for all heads."""
 
 
 @dataclass
 class CacheObserver:
-    """Histograms of the magnitudes that enter the cache, text tokens only."""
+    """Histograms of the magnitudes that enter the cache, over text tokens only.
+
+    Attributes:
+        granularity: one histogram per head, or one for all heads of a layer.
+        mask: bool ``[batch, length]`` of the current batch, False on padding.
+        batch: number of the current batch, for error messages.
+        histograms: the histograms so far.
+    """
 
     granularity: KvGranularity
     mask: Tensor
@@ -36,10 +42,10 @@ class CacheObserver:
     histograms: Histograms = field(default_factory=dict)
 
     def __call__(self, layer: int, part: KvPart, states: Tensor) -> Tensor:
-        """Take one batch ``[batch, kv_heads, length, head_dim]`` and return it as it is.
+        """Add one batch ``[batch, kv_heads, length, head_dim]`` and return it unchanged.
 
         Raises:
-            UsageError: NaN or infinity, naming layer, part, head and batch.
+            UsageError: the batch has NaN or infinity.
         """
         heads = states.transpose(1, 2)[self.mask].abs().transpose(0, 1)  # [kv_heads, tokens, head_dim]
         groups = [heads] if self.granularity == "per-tensor" else list(heads)
@@ -53,16 +59,16 @@ class CacheObserver:
                     hint="the model overflows on this text; check the checkpoint, or calibrate on other text",
                 )
             if amax < TINY:
-                continue  # a dead head: models have some, and their zeros are codes on any scale
+                continue  # a dead head, as some models have: zeros fit any scale
             histogram.cover(amax)
             counts = torch.histc(magnitudes, bins=BINS, min=0.0, max=histogram.limit)
-            histogram.add(counts.numpy().astype(np.int64))
+            histogram.add(TorchRunner.array(counts).astype(np.int64))
         return states
 
 
 @torch.inference_mode()
 def observe_cache(
-    model: LoadedModel,
+    model: TorchRunner,
     prefix: Prefix,
     ids: IntArray,
     mask: IntArray,
@@ -75,20 +81,20 @@ def observe_cache(
 
     Args:
         model: the model.
-        prefix: stands before every window and is never observed itself.
+        prefix: precedes every window and is not observed.
         ids, mask: int64 ``[windows, window]``; mask 0 on padding.
-        granularity: whether heads are kept apart.
-        batch_size: windows a forward pass.
-        progress: where to report windows done.
+        granularity: one histogram per head, or one for all heads of a layer.
+        batch_size: windows per forward pass.
+        progress: where to report the number of windows done.
     """
-    past = prefix_tensors(prefix)
-    observer = CacheObserver(granularity, torch.zeros(0, dtype=torch.bool))
+    past = model.past(prefix)
+    rows = model.tensor(mask)
+    observer = CacheObserver(granularity, rows[:0].bool())
     with watched_cache(model, observer):
         for start in range(0, len(ids), batch_size):
-            rows = torch.from_numpy(mask[start : start + batch_size])
-            observer.mask, observer.batch = rows.bool(), start // batch_size
-            full = None if bool(rows.all()) else rows
-            run(model, torch.from_numpy(ids[start : start + batch_size]), past, full, head=False)
+            part, tokens = rows[start : start + batch_size], model.tensor(ids[start : start + batch_size])
+            observer.mask, observer.batch = part.bool(), start // batch_size
+            model.run(tokens, past, None if bool(part.all()) else part, head=False)
             progress("observing keys and values", min(start + batch_size, len(ids)), len(ids))
     return observer.histograms
 
@@ -103,17 +109,17 @@ def choose_kv_scales(
     *,
     with_prefix: bool,
 ) -> KvScales:
-    """Return the scales of an INT8 cache that a range estimator reads off histograms.
+    """Return the scales of an INT8 cache that a range estimator chooses from histograms.
 
     Args:
-        histograms: of :func:`observe_cache`.
-        ranges: how a range is chosen.
-        granularity: what :func:`observe_cache` was given.
-        prefix: what the histograms were observed behind.
-        lineage: what they were observed under.
-        tokens: text tokens that they count.
-        with_prefix: the prefix lies in the cache: no range is smaller than the prefix's own. A clipped key of an
-            attention sink would draw less attention at every step.
+        histograms: result of :func:`observe_cache`.
+        ranges: the range estimator.
+        granularity: the granularity given to :func:`observe_cache`.
+        prefix: the prefix given to it.
+        lineage: lineage of the histograms.
+        tokens: number of text tokens in them.
+        with_prefix: True if the prefix is in the cache: ranges then include it, because a clipped key of an attention
+            sink would receive less attention in every step.
     """
     layers, heads = prefix.keys.shape[:2]
 
@@ -125,7 +131,7 @@ def choose_kv_scales(
             if with_prefix and prefix.length:
                 per_head = np.abs(own[layer]).max(axis=(1, 2))
                 amax = np.maximum(amax, per_head.max() if granularity == "per-tensor" else per_head)
-            steps = [symmetric_scale(value) for value in _alive(amax)]
+            steps = [symmetric_scale(value) for value in _without_zeros(amax)]
             found[layer] = steps * (heads // len(steps))
         return found
 
@@ -134,7 +140,7 @@ def choose_kv_scales(
     return KvScales(keys, values, granularity, ranges.name, lineage, tokens, in_cache)
 
 
-def _alive(ranges: FloatArray) -> FloatArray:
-    """Return the ranges of a layer's heads; a head without any takes the largest, which fits whatever it may carry."""
+def _without_zeros(ranges: FloatArray) -> FloatArray:
+    """Return the ranges of a layer's heads, with the largest of them for dead heads, which have none."""
     largest = float(ranges.max())
     return np.where(ranges < QMAX * TINY, largest if largest >= QMAX * TINY else float(QMAX), ranges)

@@ -1,4 +1,4 @@
-"""What each Site costs: the divergence from the original model when that Site alone is quantized."""
+"""Sensitivity of each Site: the divergence from the floating-point model if only that Site is quantized."""
 
 from __future__ import annotations
 
@@ -7,45 +7,38 @@ from dataclasses import replace
 import torch
 
 from cushion_deploy.core.dtypes import IntArray
-from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
-from cushion_deploy.core.scales import ActivationScales
-from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.sites import Site
-from cushion_deploy.modeling.forward import prefix_tensors, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.modeling.teacher import divergence
 
 
 @torch.inference_mode()
 def site_costs(
-    model: LoadedModel,
-    prefix: Prefix,
-    scheme: QuantScheme,
-    scales: ActivationScales,
-    windows: IntArray,
-    progress: Progress = silent,
+    model: TorchRunner, quantization: Quantization, windows: IntArray, progress: Progress = silent
 ) -> dict[Site, float]:
-    """Return each quantized Site with its cost, in the order of the computation.
+    """Return the cost of each quantized Site, in the order of computation.
 
-    The cost is the mean KL divergence (nats a token) from the float model behind the same prefix, with that Site's
-    input and weights quantized and everything else in floating point: costs of single Sites nearly add up.
+    The cost is the mean KL divergence (nats per token) from the floating-point model behind the same prefix, with that
+    Site's input and weights quantized and everything else in floating point. The costs of single Sites nearly add up.
 
     Args:
-        model: the model as it is deployed (smoothing folded in).
-        prefix, scheme, scales: what is deployed.
-        windows: int64 ``[count, length]`` of text.
-        progress: where to report Sites done.
+        model: the model; the smoothing of ``quantization`` is folded in if it is not yet.
+        quantization: prefix, smoothing, scheme and activation scales.
+        windows: text int64 ``[count, length]``.
+        progress: where to report the number of Sites done.
     """
+    model, scheme = model.folded(quantization.smoothing), quantization.scheme
     sites = list(quantized_sites(model, scheme))
-    past, ids = prefix_tensors(prefix), torch.from_numpy(windows)
-    teacher = torch.log_softmax(run(model, ids, past).logits[:, :-1].float(), -1)
+    past, ids = model.past(quantization.prefix), model.tensor(windows)
+    teacher = torch.log_softmax(model.run(ids, past).logits[:, :-1].float(), -1)
     found: dict[Site, float] = {}
     for done, site in enumerate(sites, 1):
         others = tuple(other for other in sites if other != site)
-        with simulated(model, replace(scheme, float_sites=others), scales):
-            student = torch.log_softmax(run(model, ids, past).logits[:, :-1].float(), -1)
+        with simulated(model, replace(scheme, float_sites=others), quantization.scales):
+            student = torch.log_softmax(model.run(ids, past).logits[:, :-1].float(), -1)
         found[site] = float(divergence(student, teacher).mean())
-        progress("measuring what each Site costs", done, len(sites))
+        progress("measuring the cost of each Site", done, len(sites))
     return found

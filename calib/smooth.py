@@ -1,10 +1,9 @@
-"""SmoothQuant factors: how much of each input channel's size moves into the weights.
+"""SmoothQuant factors: how much of each input channel's magnitude moves into the weights.
 
-s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for every input channel j (Xiao et al., 2023, Eq. 4). What a prefix leaves
-of sinks (articles and spaces that carry 20 times the rest) sits in one or two channels of a down projection, which
-alpha alone would have to be near 1 to tame; but with alpha near 1 every channel is as large as its range, and text
-that was not calibrated on is clipped. So the few largest channels are divided down to a limit, and the others keep
-their headroom.
+s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for every input channel j (Xiao et al., 2023, Eq. 4). Behind a prefix, weak
+sinks remain (articles and spaces, 20 times the other tokens) in one or two channels of a down projection. Alpha would
+have to be near 1 to reduce them, but then every channel fills its range, and text other than the calibration text is
+clipped. So only the few largest channels are divided down to a limit, and the others keep their headroom.
 """
 
 from __future__ import annotations
@@ -21,62 +20,62 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.families.folding import absorbers
-from cushion_deploy.modeling.forward import prefix_tensors, run
-from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.runner import TorchRunner
 
 SMALLEST = 1e-5
-"""The least magnitude that counts of a weight: a channel that nothing reads keeps a finite factor."""
+"""Lower bound of a weight's magnitude, so that a channel whose weights are all zero has a finite factor."""
 USUAL = 0.9
-"""The channel that others are measured by: this share of the channels that were seen is smaller."""
+"""Quantile of the channel maxima that other channels are compared with, over channels that calibration saw."""
 QUIET = 0.02
-"""The least magnitude that counts of a channel, as a share of the usual one. A channel that calibration hardly saw,
-such as one behind a ReLU that did not fire, would be blown up to the size of the others, and clipped when it fires."""
+"""Lower bound of a channel's maximum, relative to that quantile. A channel that calibration hardly saw, such as one
+behind a ReLU that did not fire, would otherwise be scaled up to the others, and clipped when it does fire."""
 
 
 @torch.inference_mode()
 def channel_maxima(
-    model: LoadedModel, prefix: Prefix, ids: IntArray, mask: IntArray, *, batch: int = 4, progress: Progress = silent
+    model: TorchRunner, prefix: Prefix, ids: IntArray, mask: IntArray, *, batch: int = 4, progress: Progress = silent
 ) -> dict[Site, FloatArray]:
-    """Return the largest magnitude of each input channel of every Site, text tokens behind the prefix only.
+    """Return the largest magnitude of each input channel of every Site, over text tokens behind the prefix.
 
     Args:
-        model, prefix: what runs.
+        model: the model.
+        prefix: precedes every window and is not observed.
         ids, mask: int64 ``[windows, window]``; mask 0 on padding.
-        batch: windows a forward pass.
-        progress: where to report windows done.
+        batch: windows per forward pass.
+        progress: where to report the number of windows done.
 
     Returns:
         Site to float32 ``[features]``.
     """
     found: dict[Site, Tensor] = {}
-    rows = torch.from_numpy(mask)
-    chosen = rows[:0].bool()
+    rows = model.tensor(mask)
+    text = rows[:0].bool()
 
     def keep(site: Site, x: Tensor) -> None:
-        largest = x[chosen].abs().amax(dim=0)
+        largest = x[text].abs().amax(dim=0)
         found[site] = torch.maximum(found[site], largest) if site in found else largest
 
-    past = prefix_tensors(prefix)
+    past = model.past(prefix)
     with observed(model, keep):
         for start in range(0, len(ids), batch):
             part = rows[start : start + batch]
-            chosen = part.bool()
-            run(model, torch.from_numpy(ids[start : start + batch]), past, None if bool(chosen.all()) else part)
+            text = part.bool()
+            model.run(model.tensor(ids[start : start + batch]), past, None if bool(text.all()) else part)
             progress("measuring channels", min(start + batch, len(ids)), len(ids))
-    return {site: value.numpy() for site, value in found.items()}
+    return {site: model.array(value) for site, value in found.items()}
 
 
 def choose_factors(
-    model: LoadedModel, maxima: Mapping[Site, FloatArray], alpha: float, limit: float | None = None
+    model: TorchRunner, maxima: Mapping[Site, FloatArray], alpha: float, limit: float | None = None
 ) -> Smoothing:
     """Return the factors of every Site of the model that has an absorber.
 
     Args:
-        model: whose weights take the factors up.
-        maxima: of :func:`channel_maxima`.
-        alpha: 0 leaves the activations as they are large, 1 makes all channels equally large.
-        limit: what a channel may be after that, in multiples of the one that :data:`USUAL` names; None for anything.
+        model: the model that the factors are for.
+        maxima: result of :func:`channel_maxima`.
+        alpha: 0 moves nothing into the weights, 1 makes all channels equally large.
+        limit: the largest smoothed channel, in multiples of the quantile :data:`USUAL`; None for no limit.
     """
     factors: dict[Site, FloatArray] = {}
     for site in absorbers(model.family, model.spec):
@@ -84,11 +83,11 @@ def choose_factors(
         seen = maxima[site][maxima[site] > 0].astype(np.float64)
         usual = np.quantile(seen, USUAL) if seen.size else 1.0
         x = np.maximum(maxima[site].astype(np.float64), QUIET * usual)
-        w = np.maximum(weight.numpy().astype(np.float64), SMALLEST)
+        w = np.maximum(model.array(weight).astype(np.float64), SMALLEST)
         factor = x**alpha / w ** (1 - alpha)
         if limit is not None:
             smoothed = x / factor
             known = smoothed[maxima[site] > 0] if seen.size else smoothed
             factor *= np.maximum(1.0, smoothed / (limit * np.quantile(known, USUAL)))
         factors[site] = factor.astype(np.float32)
-    return Smoothing(factors, alpha, model.spec.weights_digest)
+    return Smoothing(factors, alpha, model.digest)

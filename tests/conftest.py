@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from cushion_deploy.families import family_for_model_type
 from cushion_deploy.modeling.gguf import convert_gguf
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
 # A runner that starts this in the background has SIGINT ignored, and children inherit that: the tests that interrupt
@@ -120,7 +121,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_folder: Path) -> LoadedModel:
+def tiny_model(tiny_folder: Path) -> TorchRunner:
     """Return the random Llama, loaded."""
     return load_folder(tiny_folder, resolve_source(str(tiny_folder)))
 
@@ -273,7 +274,7 @@ def planted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def planted_model(planted_folder: Path) -> LoadedModel:
+def planted_model(planted_folder: Path) -> TorchRunner:
     """Return the Llama with the planted sink, loaded."""
     return load_folder(planted_folder, resolve_source(str(planted_folder)))
 
@@ -308,6 +309,6 @@ def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_gguf: Path, smollm2_folder: Path) -> LoadedModel:
+def smollm2(smollm2_gguf: Path, smollm2_folder: Path) -> TorchRunner:
     """Return SmolLM2, loaded."""
     return load_folder(smollm2_folder, resolve_source(str(smollm2_gguf)))

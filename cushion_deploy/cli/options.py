@@ -14,8 +14,8 @@ from cushion_deploy.core.scales import ESTIMATORS
 from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.stages.run import Run
 from cushion_deploy.recipe.text import parse_yaml
+from cushion_deploy.stages.run import Run
 from cushion_deploy.store import StageStore
 
 F = TypeVar("F", bound=Callable[..., Any])

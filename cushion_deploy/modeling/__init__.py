@@ -1,1 +1,1 @@
-"""The torch side of a model: load it, bind its Sites, run it behind a prefix, simulate quantization."""
+"""The model in torch: load it, bind its Sites, run it behind a prefix, simulate quantization."""

@@ -1,4 +1,4 @@
-"""Turn a GGUF file into a Hugging Face folder with float32 safetensors, once, so that later loads are fast."""
+"""Convert a GGUF file to a Hugging Face folder with float32 safetensors, so that later loads are fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cushion_deploy.modeling.source import ModelSource
 from cushion_deploy.modeling.transformers_progress import reported_bars
 
 MODEL_TYPES = {"gemma3": "gemma3_text"}
-"""GGUF architectures that transformers calls otherwise."""
+"""GGUF architectures that have another name in transformers."""
 
 
 def convert_gguf(source: ModelSource, folder: Path, progress: Progress = silent) -> None:
@@ -21,12 +21,12 @@ def convert_gguf(source: ModelSource, folder: Path, progress: Progress = silent)
 
     Args:
         source: the checked file.
-        folder: existing folder to write into.
-        progress: where to report.
+        folder: an existing folder to write to.
+        progress: where to report progress.
 
     Raises:
         UntrustedArtifact: the file is truncated or malformed.
-        UsageError: its architecture is not supported.
+        UsageError: its architecture or its rotary scaling is not supported.
     """
     architecture = _architecture(source.path)
     family_for_model_type(MODEL_TYPES.get(architecture, architecture))
@@ -46,7 +46,7 @@ def _convert(source: ModelSource, folder: Path) -> None:
         raise
     except (ValueError, KeyError, IndexError, OSError, struct.error) as e:
         raise _damaged(source.path, e) from e
-    # transformers refuses to save a model that remembers its GGUF origin: drop the marker, keep the weights.
+    # transformers refuses to save a model whose config says that it came from GGUF: drop that entry.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     fresh = type(model)(model.config)
@@ -57,23 +57,23 @@ def _convert(source: ModelSource, folder: Path) -> None:
 
 
 def _architecture(path: Path) -> str:
-    """Return ``general.architecture``, after checking that every tensor lies inside the file."""
+    """Return ``general.architecture`` after checking that the file contains every tensor completely."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(path)
         for tensor in reader.tensors:
             if tensor.data_offset + tensor.n_bytes > path.stat().st_size:
-                raise ValueError(f"tensor {tensor.name} ends behind the end of the file")
+                raise ValueError(f"tensor {tensor.name} extends past the end of the file")
         field = reader.fields["general.architecture"]
     except (ValueError, KeyError, IndexError, OSError, struct.error) as e:
         raise _damaged(path, e) from e
-    _require_known_rotation(path, reader)
+    _require_unscaled_rotary(path, reader)
     return str(field.contents())
 
 
-def _require_known_rotation(path: Path, reader: Any) -> None:
-    """Refuse a file with scaled rotary positions: transformers would read it, and leave the scaling out."""
+def _require_unscaled_rotary(path: Path, reader: Any) -> None:
+    """Refuse a file with scaled rotary positions, because transformers would load it without the scaling."""
     keys = [key for key in reader.fields if key.endswith((".rope.scaling.type", ".rope.scaling.factor"))]
     kinds = {key: reader.fields[key].contents() for key in keys}
     scaled = [key for key, kind in kinds.items() if kind not in ("none", 0.0, 1.0)]

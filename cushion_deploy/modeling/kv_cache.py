@@ -1,4 +1,4 @@
-"""Look at, or replace, the keys and values that enter the cache while the model runs, whatever its family."""
+"""Observe or replace the keys and values that enter the cache during a forward pass, whatever the model family."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from cushion_deploy.core.kv_scales import KV_PARTS, KvPart
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 Entering = Callable[[int, KvPart, Tensor], Tensor]
-"""Layer, part and new keys (after rotation) or values ``[batch, kv_heads, length, head_dim]`` to what is stored."""
+"""Layer, part, and keys (after rotation) or values ``[batch, kv_heads, length, head_dim]`` to what replaces them."""
 
 
 class _WatchedCache(DynamicCache):  # type: ignore[misc]
-    """The same cache as another one, its layers shared, behind a transform of what enters it."""
+    """Another cache, with a transform of the states that enter it."""
 
-    def __init__(self, like: DynamicCache, entering: Entering) -> None:
-        """Take over everything that ``like`` holds."""
-        self.__dict__.update(vars(like))
-        self._entering = entering
+    def __init__(self, cache: DynamicCache, entering: Entering) -> None:
+        """Share the layers of ``cache``."""
+        self.__dict__.update(vars(cache))
+        self._cache, self._entering = cache, entering
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store what the transform returns; attention reads exactly what is stored."""
+        """Pass on what the transform returns, which attention then reads in place of the original states."""
         keys, values = (
             self._entering(layer_idx, part, states)
             for part, states in zip(KV_PARTS, (key_states, value_states), strict=True)
         )
-        stored: tuple[Tensor, Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
-        return stored
+        updated: tuple[Tensor, Tensor] = self._cache.update(keys, values, layer_idx, *args, **kwargs)
+        return updated
 
 
 @contextmanager
 def watched_cache(
-    model: LoadedModel, entering: Entering, held: Callable[[DynamicCache], None] | None = None
+    model: TorchRunner, entering: Entering, held: Callable[[DynamicCache], None] | None = None
 ) -> Iterator[None]:
-    """Put ``entering`` before the cache of every forward pass.
+    """Call ``entering`` on all keys and values before they enter the cache, in every forward pass.
 
-    Every transformers model hands its keys and values to ``Cache.update``, so no family is named here.
+    It works for every family, because every transformers model passes its keys and values to ``Cache.update``.
 
     Args:
         model: the model.
-        entering: gets keys and values of new tokens, returns what is stored and attended to in their place.
-        held: called with the cache before each forward pass, to change what it holds already.
+        entering: gets keys and values of new tokens; returns what is stored and attended to instead.
+        held: called with the cache before each forward pass; may change what the cache already holds.
     """
 
     def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cache = kwargs.get("past_key_values")
-        # Without a cache a model attends to what it just computed: give it one, so that this passes here too.
+        # Without a cache, a model attends directly to the states that it computed: give it one to intercept them.
         cache = DynamicCache() if cache is None else cache
         if held is not None:
             held(cache)

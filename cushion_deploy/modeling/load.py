@@ -1,32 +1,28 @@
-"""Load a checked Hugging Face folder into torch, and describe it as a ModelSpec."""
+"""Load a checked Hugging Face folder into a TorchRunner and describe it as a ModelSpec."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cushion_deploy.core.dtypes import FloatArray, IntArray
-from cushion_deploy.core.lineage import Lineage
+from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
-from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
-from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.families import ACTIVATIONS, Family
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import ModelSource, check_config, read_json, weight_files
 from cushion_deploy.modeling.transformers_progress import reported_bars
 
 UNLIMITED_POSITIONS = 131_072
-"""Stands for the context of a model that has no limit of its own (ALiBi); memory ends far below."""
+"""Context of a model without a limit of its own (ALiBi); memory runs out far below."""
 TORCH_NORM_EPS = 1e-5
 _YARN = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
@@ -36,74 +32,18 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "yarn": (*_YARN, "original_max_position_embeddings"),
     "longrope": ("factor", "attention_factor", "short_factor", "long_factor", "original_max_position_embeddings"),
 }
-"""What each rotary rule reads; checkpoints carry other keys beside them, such as the rule by its old name ``type``."""
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in torch (float32, eval mode, frozen), its tokenizer, and its weights on disk.
-
-    Attributes:
-        spec, family: what it is.
-        module: the transformers ``...ForCausalLM``.
-        tokenizer: the transformers tokenizer.
-        sites: Site to the linears that it feeds; ``head`` included.
-        weights: the tensors on disk, for export.
-        folder: Hugging Face folder that it was loaded from.
-        smoothing: what was folded into ``module`` and is not in ``weights``; None for nothing.
-    """
-
-    spec: ModelSpec
-    family: Family
-    module: Any
-    tokenizer: Any
-    sites: dict[Site, tuple[nn.Linear, ...]]
-    weights: SafetensorsWeights
-    folder: Path
-    smoothing: Smoothing | None = None
-
-    @property
-    def decoder(self) -> nn.Module:
-        """The module that owns the layers; every forward pass goes through it."""
-        found: nn.Module = self.module.get_submodule(self.family.layers.rpartition(".")[0])
-        return found
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The layers in their order."""
-        found: nn.ModuleList = self.module.get_submodule(self.family.layers)
-        return found
-
-    @property
-    def bare_tokens(self) -> tuple[int, ...]:
-        """What stands before every text where no prefix does: nothing, or the family's own ``<bos>``."""
-        bos = self.tokenizer.bos_token_id if self.family.needs_bos else None
-        return () if bos is None else (int(bos),)
-
-    def lineage(self, prefix: Prefix, text: str = "") -> Lineage:
-        """Return the lineage of what is measured on this model behind a prefix, on the text with that digest."""
-        smoothing = self.smoothing.digest if self.smoothing else ""
-        return Lineage(model=self.spec.weights_digest, prefix=prefix.digest, smoothing=smoothing, text=text)
-
-    def encode(self, text: str) -> IntArray:
-        """Return the token ids of plain text, int64 ``[n]``, without special tokens."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.asarray(ids, dtype=np.int64)
-
-    def token_text(self, token_id: int) -> str:
-        """Return the text of one token, special tokens by their name."""
-        return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
+"""Parameters of each rotary rule. Checkpoints have other keys too, such as ``type``, the old name of the rule."""
 
 
 class SafetensorsWeights:
-    """Tensors of a folder by the names of the module, read in pieces and widened to float32 (``WeightSource``).
+    """A ``WeightSource`` of the tensors in a folder, by their names in the module, read in pieces as float32.
 
-    Linears that a family stores as ``[in, out]`` are given as ``[out, in]``, as torch has them.
+    Linears that a family stores as ``[in, out]`` are returned as ``[out, in]``, as in torch.
     """
 
     def __init__(self, folder: Path, family: Family) -> None:
-        """Index the safetensors files of ``folder``; raises UntrustedArtifact when one is damaged."""
-        # Older checkpoints leave out of their names what the module calls its decoder.
+        """Index the safetensors files of ``folder``; raises UntrustedArtifact if one is damaged."""
+        # Tensor names in older checkpoints lack the name of the decoder.
         base = family.layers.partition(".")[0]
         self._found: dict[str, tuple[Path, str]] = {}
         self._transposed = tuple(f".{part}.weight" for part in family.transposed)
@@ -117,7 +57,7 @@ class SafetensorsWeights:
                 raise UntrustedArtifact(f"{file.name} is damaged: {e}", hint="fetch the model again") from e
 
     def keep(self, names: Collection[str]) -> None:
-        """Forget tensors of other names: a file may hold more than the configuration wants, which a model ignores."""
+        """Drop all tensors but these: a file may hold tensors that the configuration does not use."""
         self._found = {name: place for name, place in self._found.items() if name in names}
 
     def names(self) -> frozenset[str]:
@@ -137,24 +77,23 @@ class SafetensorsWeights:
         with safe_open(file, framework="pt") as f:
             stored = f.get_slice(key)
             part = stored[:, start:stop].T.contiguous() if self._is_transposed(name) else stored[start:stop]
-            array: FloatArray = part.to(torch.float32).numpy()
-        return array
+            return TorchRunner.array(part.to(torch.float32))
 
     def _is_transposed(self, name: str) -> bool:
         return name.endswith(self._transposed)
 
 
-def load_folder(folder: Path, source: ModelSource, progress: Progress = silent) -> LoadedModel:
-    """Load a Hugging Face folder (float32, frozen); remote code stays off.
+def load_folder(folder: Path, source: ModelSource, progress: Progress = silent) -> TorchRunner:
+    """Load a Hugging Face folder in float32, frozen, without remote code.
 
     Args:
-        folder: the source itself, or what :func:`convert_gguf` made of it.
-        source: where it came from; its digest names the model.
-        progress: where to report.
+        folder: the folder of ``source``, or the one that :func:`convert_gguf` wrote.
+        source: where the model came from; its digest identifies the model.
+        progress: where to report progress.
 
     Raises:
-        UsageError: not a supported decoder, or its tensors do not fit its config.
-        UntrustedArtifact: damaged weights.
+        UsageError: the model is not a supported decoder, or its tensors do not match its config.
+        UntrustedArtifact: the weights are damaged.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -185,18 +124,18 @@ def load_folder(folder: Path, source: ModelSource, progress: Progress = silent) 
             hint="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from e
     weights.keep(module.state_dict().keys())
-    straighten(module)
+    replace_conv1d(module)
     module.eval().requires_grad_(False)
     spec = describe(module, family, source)
-    return LoadedModel(spec, family, module, tokenizer, bind_sites(module, family, spec), weights, folder)
+    return TorchRunner(spec, family, module, tokenizer, bind_sites(module, family, spec), weights, folder)
 
 
-def straighten(module: nn.Module) -> None:
-    """Replace every linear that transformers keeps as ``[in, out]`` (``Conv1D``) by an ``nn.Linear``, in place."""
+def replace_conv1d(module: nn.Module) -> None:
+    """Replace every ``Conv1D``, a linear stored as ``[in, out]``, by an ``nn.Linear``, in place."""
     for path, found in list(module.named_modules()):
         if isinstance(found, Conv1D):
             size_in, size_out = found.weight.shape
-            # On the meta device, because the weights that it would draw are thrown away.
+            # On the meta device, because its initial weights are replaced at once.
             linear = nn.Linear(size_in, size_out, device="meta")
             linear.weight, linear.bias = nn.Parameter(found.weight.T.contiguous()), found.bias
             parent, _, name = path.rpartition(".")
@@ -209,7 +148,7 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     rotary, local = _rotary(c, family)
     activation = _named(c, family.activation_key)
-    # Where chat models name the end of a turn; config.json may know the end of a text alone.
+    # The generation config of a chat model also has the end of a turn; config.json may have only the end of a text.
     eos = getattr(module.generation_config, "eos_token_id", None)
     eos = c.eos_token_id if eos is None else eos
     embedding = getattr(c, "word_embed_proj_dim", c.hidden_size)
@@ -245,11 +184,10 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
 
 
 def _positions(config: Any, rotary: RotaryScaling | None) -> int:
-    """Return how many positions a context may have.
+    """Return the number of positions in a context.
 
-    ``longrope`` turns all keys by other angles once a context passes what the model was trained on, those in the cache
-    included. A graph whose keys are cached after rotation, and a constant prefix, cannot do that: there the context
-    ends.
+    ``longrope`` rotates all keys, also those in the cache, by other angles once a context is longer than the original
+    one. That is impossible with keys cached after rotation and with a constant prefix, so the context ends there.
     """
     limit = getattr(config, "max_position_embeddings", None) or UNLIMITED_POSITIONS
     if rotary and rotary.rule == "longrope" and rotary.parameters["short_factor"] != rotary.parameters["long_factor"]:
@@ -262,7 +200,7 @@ def _named(config: Any, key: str | None) -> Any:
 
 
 def _windows(config: Any, family: Family) -> tuple[int, ...]:
-    """Return how far each layer looks back; empty where all look at everything."""
+    """Return the attention window of each layer, 0 for none; empty if no layer has one."""
     window = 0 if family.windows == "none" else getattr(config, "sliding_window", None) or 0
     kinds = config.layer_types if family.windows == "by_layer" else ["sliding_attention"] * config.num_hidden_layers
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
@@ -270,13 +208,13 @@ def _windows(config: Any, family: Family) -> tuple[int, ...]:
 
 
 def _rotary(config: Any, family: Family) -> tuple[RotaryScaling | None, RotaryScaling | None]:
-    """Return the rotary positions of the model, and of its local layers where they have their own."""
+    """Return the rotary parameters of the model, and those of its local layers if they differ."""
     if family.positions != "rotary":
         return None, None
     rope = config.rope_parameters
     if "full_attention" not in rope:
         return _scaling(rope, config, family), None
-    # A model without local layers has no use for their parameters.
+    # A config may have parameters for local layers that the model does not have.
     local = rope.get("sliding_attention") if "sliding_attention" in config.layer_types else None
     return _scaling(rope["full_attention"], config, family), _scaling(local, config, family) if local else None
 
@@ -298,7 +236,7 @@ def _scaling(given: dict[str, Any], config: Any, family: Family) -> RotaryScalin
 
 
 def bind_sites(module: nn.Module, family: Family, spec: ModelSpec) -> dict[Site, tuple[nn.Linear, ...]]:
-    """Return every Site with its linears; a path that is missing or no linear is a UsageError."""
+    """Return every Site with its linears; raises UsageError if a path is missing or not a linear."""
     modules = dict(module.named_modules())
 
     def resolve(paths: tuple[str, ...]) -> Iterator[nn.Linear]:

@@ -1,4 +1,4 @@
-"""Activation magnitudes per layer, the paper's Figure 2."""
+"""Largest and median activation magnitudes of each layer (Figure 2 of the paper)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.modeling.forward import prefix_tensors, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 @torch.inference_mode()
-def layer_magnitudes(model: LoadedModel, prefix: Prefix, ids: IntArray) -> list[dict[str, float]]:
-    """Return top-1, top-2, top-3 and median magnitude of each layer's output over text tokens int64 ``[1, n]``."""
+def layer_magnitudes(model: TorchRunner, prefix: Prefix, ids: IntArray) -> list[dict[str, float]]:
+    """Return the three largest magnitudes and the median of each layer's output over text tokens int64 ``[1, n]``."""
     found: list[dict[str, float]] = []
 
     def hook(_: Any, __: Any, output: Any) -> None:
@@ -29,5 +28,5 @@ def layer_magnitudes(model: LoadedModel, prefix: Prefix, ids: IntArray) -> list[
     with ExitStack() as stack:
         for layer in model.layers:
             stack.callback(layer.register_forward_hook(hook).remove)
-        run(model, torch.from_numpy(ids), prefix_tensors(prefix), head=False)
+        model.run(model.tensor(ids), model.past(prefix), head=False)
     return found

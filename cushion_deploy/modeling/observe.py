@@ -1,4 +1,4 @@
-"""Look at, or replace, what enters each Site while the model runs."""
+"""Observe or replace the input of each Site during a forward pass."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from typing import Any
 from torch import Tensor, nn
 
 from cushion_deploy.core.sites import Site
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 Sites = Mapping[Site, tuple[nn.Linear, ...]]
 
 
 @contextmanager
 def observed(
-    model: LoadedModel, callback: Callable[[Site, Tensor], None], sites: Sites | None = None
+    model: TorchRunner, callback: Callable[[Site, Tensor], None], sites: Sites | None = None
 ) -> Iterator[None]:
-    """Call ``callback(site, x)`` with the input ``[batch, length, features]`` of every Site, once a forward pass.
+    """Call ``callback(site, x)`` with the input ``[batch, length, features]`` of every Site, once per forward pass.
 
-    The linears of one Site share their input, so the hook stands on the first alone.
+    The linears of one Site share their input, so only the first has a hook.
 
     Args:
         model: the model.
-        callback: gets each Site in the order of the computation.
-        sites: those to look at; None for all.
+        callback: called for each Site in the order of computation.
+        sites: the Sites to observe; None for all.
     """
     with ExitStack() as stack:
-        batch = stack.enter_context(_batch_under_way(model))
+        batch = stack.enter_context(_batch_size(model))
         for site, linears in (model.sites if sites is None else sites).items():
 
             def hook(_: nn.Module, args: tuple[Any, ...], site: Site = site) -> None:
-                callback(site, _apart(args[0], batch[0]))
+                callback(site, _with_batch_axis(args[0], batch[0]))
 
             stack.callback(linears[0].register_forward_pre_hook(hook).remove)
         yield
 
 
 @contextmanager
-def replaced(model: LoadedModel, transform: Callable[[Site, Tensor], Tensor], sites: Sites) -> Iterator[None]:
-    """Feed ``transform(site, x)`` to the linears of these Sites instead of ``x``; computed once for those that share.
+def replaced(model: TorchRunner, transform: Callable[[Site, Tensor], Tensor], sites: Sites) -> Iterator[None]:
+    """Replace the input ``x`` of these Sites by ``transform(site, x)``, which linears of one Site compute only once.
 
-    ``x`` is ``[batch, length, features]``, and so is what replaces it.
+    Both are ``[batch, length, features]``.
     """
     with ExitStack() as stack:
-        batch = stack.enter_context(_batch_under_way(model))
+        batch = stack.enter_context(_batch_size(model))
         for site, linears in sites.items():
             memo: list[Tensor] = []
 
@@ -58,9 +58,9 @@ def replaced(model: LoadedModel, transform: Callable[[Site, Tensor], Tensor], si
             ) -> tuple[Any, ...]:
                 x = args[0]
                 if not memo or memo[0] is not x:
-                    memo[:] = [x, *[transform(site, _apart(x, batch[0])).reshape(x.shape)] * sharers]
+                    memo[:] = [x, *[transform(site, _with_batch_axis(x, batch[0])).reshape(x.shape)] * sharers]
                 found = memo.pop()
-                # Once each has had it, it is forgotten: a layer that is run again may get the very same x.
+                # Dropped once every linear has used it: a layer that is run again may get the very same x.
                 if len(memo) == 1:
                     memo.clear()
                 return (found, *args[1:])
@@ -72,8 +72,8 @@ def replaced(model: LoadedModel, transform: Callable[[Site, Tensor], Tensor], si
 
 
 @contextmanager
-def _batch_under_way(model: LoadedModel) -> Iterator[list[int]]:
-    """Yield a list whose one element is the batch size of the forward pass under way."""
+def _batch_size(model: TorchRunner) -> Iterator[list[int]]:
+    """Yield a list whose single element is the batch size of the current forward pass."""
     batch = [1]
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,6 +87,6 @@ def _batch_under_way(model: LoadedModel) -> Iterator[list[int]]:
         handle.remove()
 
 
-def _apart(x: Tensor, batch: int) -> Tensor:
-    """Return ``[batch, length, features]``; OPT feeds its MLP with batch and length as one axis."""
+def _with_batch_axis(x: Tensor, batch: int) -> Tensor:
+    """Return ``x`` as ``[batch, length, features]``; OPT gives its MLP batch and length as one axis."""
     return x if x.dim() == 3 else x.reshape(batch, -1, x.shape[-1])

@@ -1,6 +1,8 @@
-"""A torch model behind a prefix as a decoder session, so that whatever runs an engine runs it too."""
+"""A torch model behind a prefix as a decoder session, so that code written for engines runs it too."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,22 +12,22 @@ from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.session import NeedLogits, context_limit, require_kept
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import KeysValues, cache_of, prefix_tensors
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.cache import KeysValues, keys_values
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 class TorchSession:
     """Implements :class:`~cushion_deploy.core.session.DecoderSession` for rows without padding.
 
-    The model is run as it is at each call: inside :func:`~cushion_deploy.modeling.simulate.simulated` the session is
-    that of fake-quantization.
+    Each call runs the model as it is at that moment: inside :func:`~cushion_deploy.modeling.simulate.simulated` the
+    session runs fake-quant.
 
     Args:
         model: the model.
-        prefix: stands before every row and is not counted; may be empty.
+        prefix: precedes every row and is not counted in the length; may be empty.
     """
 
-    def __init__(self, model: LoadedModel, prefix: Prefix) -> None:
+    def __init__(self, model: TorchRunner, prefix: Prefix) -> None:
         """Begin with an empty cache."""
         spec = model.spec
         self.contract = GraphContract(
@@ -37,7 +39,7 @@ class TorchSession:
             dtype="float32",
             prefix_length=prefix.length,
         )
-        self._model, self._prefix = model, prefix_tensors(prefix)
+        self._model, self._prefix = model, model.past(prefix)
         self.reset()
 
     @property
@@ -51,11 +53,11 @@ class TorchSession:
         self._length = 0
 
     def close(self) -> None:
-        """Empty the cache; everything else goes with the object."""
+        """Empty the cache; the garbage collector frees everything else."""
         self.reset()
 
     def truncate(self, length: int) -> None:
-        """Keep only the first ``length`` tokens of the cache; raises UsageError when it holds fewer."""
+        """Keep only the first ``length`` tokens of the cache; raises UsageError if it holds fewer."""
         require_kept(length, self._length)
         if length < self._length:
             kept = self.contract.prefix_length + length
@@ -71,7 +73,7 @@ class TorchSession:
         *,
         need_logits: NeedLogits = "last",
     ) -> FloatArray | None:
-        """Feed tokens int64 ``[batch, new]`` after those in the cache; a call that fails leaves it as it was.
+        """Append tokens int64 ``[batch, new]`` to those in the cache; a call that fails leaves the cache unchanged.
 
         Raises:
             UsageError: padding or positions are given, or the context is longer than the model's.
@@ -81,27 +83,15 @@ class TorchSession:
                 "a torch session takes neither a mask nor positions",
                 hint="give rows of equal length, one after another",
             )
-        batch, new = ids.shape
-        if self._length + new > context_limit(self.contract):
+        new, limit = ids.shape[1], context_limit(self.contract)
+        if self._length + new > limit:
             raise UsageError(
-                f"a context of {self._length + new} tokens is longer than the {context_limit(self.contract)} that the "
-                "model has positions for",
+                f"a context of {self._length + new} tokens exceeds the {limit} positions of the model",
                 hint="give a shorter text",
             )
-        start = self.contract.prefix_length + self._length
-        given = {
-            "input_ids": torch.from_numpy(np.ascontiguousarray(ids)),
-            "position_ids": torch.arange(start, start + new)[None],
-            "past_key_values": cache_of(self._past, batch),
-            "use_cache": True,
-        }
-        if need_logits == "none":
-            out = self._model.module.base_model(**given)
-        else:
-            out = self._model.module(**given, logits_to_keep=new if need_logits == "all" else 1)
-        self._past = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        tokens, head = self._model.tensor(np.ascontiguousarray(ids)), need_logits != "none"
+        options: dict[str, Any] = {"logits_to_keep": new if need_logits == "all" else 1} if head else {}
+        out = self._model.run(tokens, self._past, head=head, keep_cache=True, **options)
+        self._past = keys_values(out.past_key_values)
         self._length += new
-        if need_logits == "none":
-            return None
-        logits: FloatArray = out.logits.float().numpy()
-        return logits
+        return self._model.array(out.logits.float()) if head else None

@@ -1,4 +1,4 @@
-"""Find out what ``--model`` names, and refuse what cannot or must not be loaded, before torch is imported."""
+"""Resolve ``--model`` and refuse what cannot or must not be loaded, before torch is imported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIDE_FILES = (
     "chat_template*.j*",
     "additional_chat_templates/*.jinja",
 )
-"""What a loader reads beside config and weights: generation settings, and the tokenizer in all its layouts."""
+"""Files read besides config and weights: generation settings, and the tokenizer in all its layouts."""
 _HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *SIDE_FILES]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -43,7 +43,7 @@ class ModelSource:
         path: the file or folder.
         label: what the user wrote, for reports.
         revision: hub revision asked for, if any.
-        digest: SHA-256 over the bytes that decide the model.
+        digest: SHA-256 over all files that affect the model.
     """
 
     kind: Literal["gguf", "folder"]
@@ -57,9 +57,9 @@ def resolve_source(model: str, revision: str | None = None) -> ModelSource:
     """Return the checked source for a GGUF file, a local folder or a hub id.
 
     Raises:
-        UsageError: nothing there, not a decoder, unknown family, already quantized.
+        UsageError: it does not exist, is not a decoder, is of an unknown family or is already quantized.
         UntrustedArtifact: a pickle checkpoint or a damaged file.
-        MissingDependency: a hub id was given and the hub cannot be reached.
+        MissingDependency: it is a hub id and the hub cannot be reached.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -93,7 +93,7 @@ def _from_folder(path: Path, label: str, revision: str | None) -> ModelSource:
 
 
 def check_config(config: dict[str, Any]) -> Family:
-    """Return the family of a config.json; refuse one that is no supported decoder, or is already quantized."""
+    """Return the family of a config.json; raises UsageError unless it is a supported decoder, not yet quantized."""
     architectures = config.get("architectures") or []
     decoders = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
     if config.get("is_encoder_decoder") or (architectures and not decoders):
@@ -129,11 +129,11 @@ def check_config(config: dict[str, Any]) -> Family:
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder that transformers would load, in order.
 
-    A whole ``model.safetensors`` stands over an index beside it, as it does in transformers.
+    As in transformers, a single ``model.safetensors`` takes precedence over an index.
 
     Raises:
-        UntrustedArtifact: only pickled weights are there, or the index is damaged.
-        UsageError: no weights, or a shard is missing.
+        UntrustedArtifact: the folder has only pickled weights, or the index is damaged.
+        UsageError: the folder has no weights, or a shard is missing.
     """
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     files = [whole] if whole.is_file() else []
@@ -161,7 +161,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """Return a JSON object from a file; a missing or broken one is a UsageError."""
+    """Return a JSON object from a file.
+
+    Raises:
+        UsageError: the file does not exist; ``hint`` says what to do.
+        UntrustedArtifact: it is not valid JSON, or not an object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

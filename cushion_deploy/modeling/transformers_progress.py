@@ -1,4 +1,4 @@
-"""Take the progress that transformers counts, and report it as ours instead of its own bars on stderr."""
+"""Report the progress bars of transformers through the project's own progress callback instead of on stderr."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TASKS = {
     "Loading weights": "loading weights",
     "Writing model shards": "writing the model",
 }
-"""Beginning of a description in transformers to the name of our task; other bars are not shown."""
+"""Beginning of a bar's description in transformers, and the task that it is reported as; other bars are dropped."""
 
 
 class _Bar:
-    """Stands where transformers expects a tqdm bar, and reports what is counted on it."""
+    """A stand-in for a tqdm bar that reports its count."""
 
     def __init__(self, progress: Progress, items: Any = None, **options: Any) -> None:
         description = str(options.get("desc") or "")
@@ -33,7 +33,7 @@ class _Bar:
             self.update()
 
     def update(self, count: float | None = 1) -> None:
-        """Count units."""
+        """Advance by ``count`` units."""
         self._done += int(count or 0)
         self._report()
 
@@ -48,13 +48,13 @@ class _Bar:
         return None
 
     def __getattr__(self, name: str) -> Any:
-        """Return a function that ignores its arguments, for what only dresses a bar."""
+        """Return a function that does nothing, for tqdm methods that only change how a bar looks."""
         return lambda *_, **__: None
 
 
 @contextmanager
 def reported_bars(progress: Progress) -> Iterator[None]:
-    """While open, bars of transformers are reported to ``progress``, and nothing of them reaches stderr."""
+    """Report transformers' bars to ``progress`` within the context; none of them is written to stderr."""
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 

@@ -1,1 +1,1 @@
-"""Prove that what was exported and compiled computes what was evaluated, rung by rung."""
+"""The parity ladder: check, rung by rung, that exported and compiled graphs compute what torch computes."""

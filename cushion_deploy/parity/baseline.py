@@ -1,7 +1,7 @@
-"""What a bundle reached once, kept to compare with: a check may hold its limit and still have become worse.
+"""A baseline: the recorded parity values of a bundle, to detect checks that become worse within their limits.
 
-A limit says what a faithful graph reaches whatever the model; a baseline says what this one reached. A new version of
-an engine, a driver or a model that loses accuracy moves away from it, and the check that moved names the Site.
+A limit holds for every faithful graph of any model; a baseline holds what this bundle reached. If a new version of an
+engine, a driver or a model loses accuracy, the values move away from the baseline, and the check names the Site.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from cushion_deploy.parity.checks import ParityCheck, ParityReport
 
 SCHEMA = 1
 RELATIVE, OF_LIMIT = 0.5, 0.02
-"""A check may move by half of its value, or by this share of its limit where the value is next to nothing."""
+"""Tolerance of a check: half of its value, or this share of its limit if that is larger."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one check reached.
+    """The recorded value of one check.
 
     Attributes:
-        rung, metric: which check.
-        value: what it reached.
-        tolerance: how far it may move to the worse, in the unit of the value.
+        rung, metric: which check it is.
+        value: the recorded value.
+        tolerance: how much worse it may become, in the unit of the value.
     """
 
     rung: str
@@ -38,15 +38,15 @@ class Entry:
 
 
 def write_baseline(report: ParityReport, path: Path) -> None:
-    """Write what every check of a report reached, with tolerances that people may edit.
+    """Write the value of every check of a report, with tolerances that can be edited.
 
     Raises:
-        UsageError: a check of the report fails; that is nothing to compare with.
+        UsageError: a check of the report fails.
     """
     failed = [check for check in report.checks if not check.passed or not math.isfinite(check.value)]
     if failed:
         raise UsageError(
-            f"no baseline is written: {failed[0].rung}, {failed[0].metric} fails",
+            f"no baseline is written, because a check fails: {failed[0].rung}, {failed[0].metric}",
             hint="make every check pass first",
         )
     entries = [
@@ -60,8 +60,8 @@ def read_baseline(path: Path) -> tuple[Entry, ...]:
     """Return the entries of a baseline.
 
     Raises:
-        UsageError: there is no such file.
-        UntrustedArtifact: it is no baseline.
+        UsageError: the file cannot be read.
+        UntrustedArtifact: it is not a baseline.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -71,13 +71,13 @@ def read_baseline(path: Path) -> tuple[Entry, ...]:
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror}", hint="write one with --write-baseline") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise UntrustedArtifact(f"{path} is no baseline: {e}", hint="write it again with --write-baseline") from e
+        raise UntrustedArtifact(f"{path} is not a baseline: {e}", hint="write it again with --write-baseline") from e
 
 
 def compare_baseline(report: ParityReport, baseline: Sequence[Entry]) -> ParityReport:
-    """Return the report with one more check for each of the baseline's, on rung ``baseline: <rung>``.
+    """Return the report with a check for each entry of the baseline, on rung ``baseline: <rung>``.
 
-    A check of the baseline that the report does not have fails: something is no longer checked.
+    An entry whose check is missing in the report fails, because something is no longer checked.
     """
     found = {(check.rung, check.metric): check for check in report.checks}
     more = []
@@ -85,7 +85,7 @@ def compare_baseline(report: ParityReport, baseline: Sequence[Entry]) -> ParityR
         check = found.get((entry.rung, entry.metric))
         rung = f"baseline: {entry.rung}"
         if check is None:
-            note = "the baseline has this check and the bundle has not"
+            note = "the baseline has this check, the report does not"
             more.append(ParityCheck(rung, entry.metric, math.nan, entry.value, "at most", None, note))
             continue
         worse = entry.tolerance if check.direction == "at most" else -entry.tolerance
@@ -97,10 +97,10 @@ def compare_baseline(report: ParityReport, baseline: Sequence[Entry]) -> ParityR
 
 
 def _tolerance(check: ParityCheck) -> float:
-    """Return how far a check may move: by a share of its distance from perfect, or of its limit's."""
+    """Return the tolerance of a check: a share of its distance from the ideal value, or of the limit's."""
     if check.direction == "at most":
         return max(RELATIVE * abs(check.value), OF_LIMIT * abs(check.limit))
-    # Shares of 1: 0.9998 may lose half of what it lacks.
+    # The ideal value is 1: 0.9998 may fall by half of the missing 0.0002.
     return max(RELATIVE * abs(1 - check.value), OF_LIMIT * abs(1 - check.limit))
 
 

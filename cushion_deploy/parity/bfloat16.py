@@ -1,7 +1,7 @@
-"""A bfloat16 graph as ONNX Runtime can run it on a CPU, where it has no such kernels: float32 between the roundings.
+"""Emulate a bfloat16 graph on the CPU, where ONNX Runtime has no bfloat16 kernels: float32 between the roundings.
 
-Every stored bfloat16 tensor keeps its rounded values in float32, and every cast to bfloat16 rounds as before and widens
-again. So structure and constants are those of the graph; only products and sums are more precise than a GPU's.
+Stored bfloat16 tensors become float32 with the same values, and a cast to bfloat16 is followed by a cast back to
+float32. Structure and constants stay those of the graph; only products and sums are more precise than on a GPU.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 
-def widen(model: Any) -> None:
-    """Turn the bfloat16 values of a graph (``onnx_ir.Model``) into float32 ones, in place."""
+def emulate_bfloat16(model: Any) -> None:
+    """Replace the bfloat16 values of a graph (``onnx_ir.Model``) by rounded float32 values, in place."""
     import onnx_ir as ir
 
     narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT

@@ -1,4 +1,4 @@
-"""The nouns of the parity ladder: one measured claim, and the report of all."""
+"""Results of the parity ladder: one check, and the report of all checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from cushion_deploy.core.sites import Site
 
 @dataclass(frozen=True)
 class ParityCheck:
-    """One measured claim of one rung: ``value`` against ``limit`` in the stated direction."""
+    """One check of one rung: ``value`` must be at most, or at least, ``limit``.
+
+    Attributes:
+        rung, metric: which check it is.
+        value, limit: the measured value and its limit.
+        direction: on which side of the limit the value must be.
+        site: the Site where the two sides first differ; None if the check passes or no Site is to blame.
+        note: further measurements, as text.
+    """
 
     rung: str
     metric: str
@@ -23,20 +31,27 @@ class ParityCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether the claim holds; a value that is not a number never does."""
+        """Whether the value is within the limit; NaN never is."""
         if math.isnan(self.value):
             return False
         return self.value <= self.limit if self.direction == "at most" else self.value >= self.limit
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict; a value that is not finite becomes null."""
+        """Return a JSON-ready dict; a value that is not finite becomes None."""
         value = self.value if math.isfinite(self.value) else None
         return {**asdict(self), "value": value, "passed": self.passed}
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every check of the ladder, in order; ``unchecked`` says in sentences what it could not look at."""
+    """All checks of the ladder, in order.
+
+    Attributes:
+        checks: the checks.
+        corpus: name of the text.
+        tokens: number of tokens compared.
+        unchecked: sentences about what could not be checked.
+    """
 
     checks: tuple[ParityCheck, ...]
     corpus: str
@@ -45,7 +60,7 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether there was at least one check and all hold."""
+        """Whether there is at least one check and all of them pass."""
         return bool(self.checks) and all(c.passed for c in self.checks)
 
     def to_json(self) -> dict[str, Any]:

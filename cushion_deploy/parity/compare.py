@@ -1,4 +1,4 @@
-"""Distances between two runs of the same tokens; numpy only."""
+"""Distances between two runs on the same tokens, in numpy."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class LogitDistance:
     """Distance of logits ``b`` from a reference ``a``, both ``[..., vocab]``.
 
     Attributes:
-        maximum, mean: of the absolute difference.
-        cosine: the smallest cosine over positions.
-        kl: mean KL(a || b) over positions, nats.
-        top1: share of positions whose largest logit is the same token.
+        maximum, mean: largest and mean absolute difference.
+        cosine: smallest cosine similarity over positions.
+        kl: mean KL(a || b) over positions, in nats.
+        top1: share of positions where the same token has the largest logit.
     """
 
     maximum: float
@@ -30,7 +30,7 @@ class LogitDistance:
     top1: float
 
     def words(self) -> str:
-        """Return the distances in one line."""
+        """Return the distances as one line of text."""
         return (
             f"max {self.maximum:.2g}, mean {self.mean:.2g}, cosine {self.cosine:.6f}, "
             f"KL {self.kl:.2g} nats, top-1 {100 * self.top1:.2f} %"
@@ -55,7 +55,7 @@ def compare_logits(a: FloatArray, b: FloatArray) -> LogitDistance:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many leading tokens two continuations share."""
+    """Return how many leading tokens two continuations have in common."""
     for i, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return i
@@ -64,7 +64,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class CodeDistance:
-    """Distance of int8 codes at one Site: the share that is identical, and the largest difference."""
+    """Distance of int8 codes at one Site: share of identical codes, and largest difference."""
 
     identical: float
     largest: int
@@ -74,7 +74,7 @@ Codes = Mapping[Site, npt.NDArray[np.int8]]
 
 
 def compare_codes(a: Codes, b: Codes) -> dict[Site, CodeDistance]:
-    """Return the distance at every Site of ``a``, in its order."""
+    """Return the distance at every Site of ``a``, in the order of ``a``."""
     found = {}
     for site, codes in a.items():
         difference = np.abs(codes.astype(np.int16) - b[site].astype(np.int16))

@@ -1,6 +1,6 @@
-"""Compare what is written in a quantized graph with what it was built from, bit for bit; nothing is run.
+"""Compare the scales and weights stored in a quantized graph with those it was exported from, bit for bit.
 
-A wrong activation scale shows in a run only in what it does to the next Site; here it shows at its own.
+Nothing is run. In a run, a wrong activation scale only shows at the next Site; this check names its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LinearWeights = tuple[Site, Int8Array, FloatArray]
 
 
 def scale_rung(rung: str, graph: ExportedGraph, scales: ActivationScales) -> list[ParityCheck]:
-    """Compare the scales of every Site's Q and DQ with ``scales``, float32 bit for bit; none may differ."""
+    """Compare the scales of the Q and DQ nodes of every Site with ``scales``; no float32 bit may differ."""
     import onnx_ir as ir
 
     nodes = {node.outputs[0].name: node for node in ir.load(graph.path).graph if node.op_type == "QuantizeLinear"}
@@ -38,9 +38,9 @@ def scale_rung(rung: str, graph: ExportedGraph, scales: ActivationScales) -> lis
 
 
 def cache_scale_rung(rung: str, graph: ExportedGraph, kv: KvScales) -> list[ParityCheck]:
-    """Compare the scales of Q and DQ of every part of an INT8 cache with ``kv``, float32 bit for bit; none may differ.
+    """Compare the scales of the Q and DQ nodes of an INT8 cache with ``kv``; no float32 bit may differ.
 
-    A per-tensor scale is one number in the graph and the same number for each head in ``kv``.
+    A per-tensor scale is one number in the graph and is repeated for each head in ``kv``.
     """
     import onnx_ir as ir
 
@@ -49,7 +49,7 @@ def cache_scale_rung(rung: str, graph: ExportedGraph, kv: KvScales) -> list[Pari
     for layer, part, scales in kv.rows():
         q = nodes.get(f"{kv_site(layer, part)}.codes")
         expected = scales[0] if kv.granularity == "per-tensor" else scales
-        # Q, and behind the Concat with the past, and perhaps a Transpose, its DQ.
+        # Q, and its DQ after the Concat with the past and possibly a Transpose.
         users = [q, *_readers(q)] if q else []
         if len(users) < 2 or any(_bytes(node.inputs[1]) != expected.tobytes() for node in users):
             differing.append(kv_site(layer, part))
@@ -57,19 +57,20 @@ def cache_scale_rung(rung: str, graph: ExportedGraph, kv: KvScales) -> list[Pari
 
 
 def _readers(q: Any) -> list[Any]:
-    """Return what reads the present that a Q is joined to."""
+    """Return the nodes that read the ``present`` output that a Q node is concatenated into."""
     present = [join.outputs[0] for join, _ in q.outputs[0].uses()]
     found = [reader for value in present for reader, _ in value.uses()]
-    turned = [reader for node in found if node.op_type == "Transpose" for reader, _ in node.outputs[0].uses()]
-    return [*(node for node in found if node.op_type != "Transpose"), *turned]
+    transposed = [reader for node in found if node.op_type == "Transpose" for reader, _ in node.outputs[0].uses()]
+    return [*(node for node in found if node.op_type != "Transpose"), *transposed]
 
 
 def weight_rung(rung: str, graph: ExportedGraph, weights: Iterable[LinearWeights]) -> list[ParityCheck]:
-    """Compare INT8 codes and scales of every linear with ``weights``, in their order; none may differ.
+    """Compare the INT8 codes and scales of every linear with ``weights``; none may differ.
 
     Args:
-        rung, graph: the rung's name and the quantized graph, in which the linears of one Site are packed.
-        weights: for each linear its Site, codes int8 ``[out, in]`` and scales float32 ``[out]``.
+        rung: name of the rung.
+        graph: the quantized graph, in which the linears of one Site are packed in order.
+        weights: for each linear its Site, codes int8 ``[out, in]`` and scales float32 ``[out]``, in the same order.
     """
     import onnx_ir as ir
 
@@ -94,7 +95,7 @@ def _count(rung: str, metric: str, differing: list[Site], total: int, unit: str)
 
 
 def _array(value: Any) -> npt.NDArray[Any]:
-    """Return the constant behind a value; one that is none equals nothing."""
+    """Return the constant of a value; an empty array, equal to no constant, if it has none."""
     tensor = value.const_value if value is not None else None
     return np.zeros(0) if tensor is None else tensor.numpy()
 

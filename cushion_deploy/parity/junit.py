@@ -1,4 +1,4 @@
-"""The ladder as JUnit XML, one test case a check."""
+"""Write a parity report as JUnit XML, one test case per check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cushion_deploy.parity.checks import ParityReport
 
 
 def write_junit(report: ParityReport, path: Path) -> None:
-    """Write the report where CI systems look for test results."""
+    """Write the report as JUnit XML, which CI systems read as test results."""
     suite = TestSuite("cushion-deploy parity")
     for check in report.checks:
         case = TestCase(check.metric, classname=check.rung)

@@ -1,9 +1,9 @@
 """The parity ladder: FP torch -> fake-quant torch -> canonical ONNX -> compiled engine -> decode against prefill.
 
-A check that fails names the first Site, in the order of the computation, at which the two sides differ.
+A check that fails names the first Site, in order of computation, at which the two sides differ.
 
-Limits are those of a faithful graph; they depend on no model. Free runs of two quantized graphs differ by chaos
-(see segments.py), so codes are compared segment by segment, and free runs by perplexity.
+The limits hold for every faithful graph and do not depend on the model. Free runs of two quantized graphs drift apart
+by rounding alone (see segments.py), so codes are compared segment by segment, and free runs by perplexity.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ from cushion_deploy.parity.compare import CodeDistance, common_prefix, compare_c
 from cushion_deploy.parity.segments import SegmentRun, SiteCodes
 
 FLOAT_LOGITS = 2e-3
-"""Largest difference of float logits, ONNX against transformers."""
+"""Largest difference of float logits between ONNX and transformers."""
 IDENTICAL_CODES = 0.999
 CODE_DIFFERENCE = 1
 PERPLEXITY = 0.005
-"""Relative difference of perplexity, engine against fake-quant, on top of two standard errors of the comparison."""
+"""Relative difference of perplexity between engine and fake-quant, on top of two standard errors of the difference."""
 DECODE_LOGITS = 1e-3
 GREEDY_TOKENS = 32
-# float16 keeps 11 bits: one rounding moves a code q by up to |q| / 2048, and a code flips with the probability that
-# it is moved over a tie, which is the mean distance it is moved by: 1 % for |q| of 20. In attention the rounding of a
-# score s moves its weight by |s| / 2048 of it, so more than one code is possible there. Measured, lowest Site: 99.2 %
-# identical in SmolLM2; in tiny random models 97.8 %, and 96.6 % where every operator rounds (ONNX Runtime on the CPU
-# skips roundings between float16 operators), with a largest difference of 2. A scale that is 5 % wrong leaves half.
+# float16 has 11 bits of precision: one rounding moves a code q by up to |q| / 2048, and the code flips with a
+# probability equal to the mean distance moved: 1 % for |q| of 20. In attention, rounding a score s changes its weight
+# by |s| / 2048 of it, so more than one code is possible. Measured at the lowest Site: 99.2 % identical in SmolLM2; in
+# tiny random models 97.8 %, and 96.6 % if every operator rounds (ONNX Runtime on the CPU skips roundings between
+# float16 operators), with a largest difference of 2. With a scale that is 5 % wrong, half of the codes are identical.
 #
-# bfloat16 keeps 8 bits: everything moves 8 times as far, and the limits lie 8 times as far off. Measured in SmolLM2:
-# 94.8 % identical at the lowest Site, largest difference 2, logits 0.25 % (widened.py says how it is run).
+# bfloat16 has 8 bits: all differences are 8 times as large, and so are the limits. Measured in SmolLM2: 94.8 %
+# identical at the lowest Site, largest difference 2, logits 0.25 % (emulated as bfloat16.py describes).
 #
-# Logits: a quantized head rounds once, 2^-11; one in floating point reads a residual stream that every layer rounds
+# Logits: a quantized head rounds once, 2^-11; a head in floating point reads a residual stream that every layer rounds
 # (0.07 % measured in SmolLM2, which has 60 such additions).
 PLAN_LIMITS = {
     "float32": (IDENTICAL_CODES, CODE_DIFFERENCE, 2**-16),
     "float16": (0.95, 2, 2**-8),
     "bfloat16": (0.6, 16, 2**-5),
 }
-"""By type: least share of identical codes, largest code difference, largest logit difference over largest logit."""
+"""By type: smallest share of identical codes, largest code difference, largest logit difference / largest logit."""
 
 
 @dataclass(frozen=True)
 class TorchReference:
-    """What torch computed on the parity text, behind the prefix.
+    """Results of torch on the parity text, behind the prefix.
 
     Attributes:
         ids: int64 ``[1, n]``.
         float_logits: ``[1, n, vocab]`` of the floating-point model.
         quantized_logits: ``[1, n, vocab]`` of the fake-quantized model.
-        codes: int8 codes that entered each Site in the fake-quantized run.
+        codes: int8 codes that enter each Site of the fake-quantized model.
         windows: int64 ``[count, window]`` for perplexity.
-        quantized_nll: token losses of the fake-quantized model on them, ``[count, window - 1]``.
-        greedy: continuation of ``prompt`` by the fake-quantized model.
+        quantized_nll: token losses of the fake-quantized model on ``windows``, ``[count, window - 1]``.
         prompt: int64 ``[1, m]``.
+        greedy: greedy continuation of ``prompt`` by the fake-quantized model.
     """
 
     ids: IntArray
@@ -83,9 +83,9 @@ def float_rung(reference: TorchReference, twin: ExportedGraph, inputs: Callable[
     """Compare the float twin in ONNX Runtime with transformers.
 
     Args:
-        reference: the torch side.
+        reference: results of torch.
         twin: the graph without Q/DQ.
-        inputs: returns what enters each Site in transformers; called only where a check fails, to find the Site.
+        inputs: returns the input of each Site in transformers; called only if a check fails, to find the Site.
     """
     session = open_session(twin, chunk=reference.ids.shape[1])
     logits = session.run(reference.ids, need_logits="all")
@@ -116,8 +116,8 @@ def segment_rung(rung: str, reference: TorchReference, run: SegmentRun) -> list[
 def plan_rung(rung: str, reference: TorchReference, run: SegmentRun, plan: SegmentRun) -> list[ParityCheck]:
     """Compare the graph of a plan with the bundle's graph ``run`` Site by Site, from identical codes.
 
-    It proves structure and constants of that graph; the arithmetic of a GPU is not run here. Of a text that is longer
-    than a static cache, the beginning is compared.
+    This checks structure and constants of the graph, not the arithmetic of a GPU. A text longer than a static cache is
+    truncated.
     """
     identical, largest, of_logits = PLAN_LIMITS[plan.graph.contract.dtype]
     room = plan.room
@@ -142,9 +142,11 @@ def engine_rung(
     """Compare free runs of an engine and of fake-quant by perplexity; also return the engine's perplexity.
 
     Args:
-        rung, reference, session: what is compared.
-        progress: where to report windows done.
-        segments: checks of the segment rung of the same kernels: a free run cannot tell where it began to differ.
+        rung: name of the rung.
+        reference: results of torch.
+        session: the engine.
+        progress: where to report the number of windows done.
+        segments: checks of the segment rung of the same kernels, which name the Site that a free run cannot name.
     """
     losses = []
     for done, window in enumerate(reference.windows, 1):
@@ -160,7 +162,7 @@ def engine_rung(
         f"{100 * math.expm1(change):+.2f} % ± {100 * error:.2f} % (standard error) on {difference.size} tokens; "
         f"greedy continuation equal for {same} of {len(reference.greedy)} tokens"
     )
-    # Two free runs of one quantized model differ by chance (segments.py); the limit says how much of it is chance.
+    # Free runs of one quantized model differ by chance (segments.py); the standard error allows for that.
     limit = PERPLEXITY + 2 * error
     metric = "perplexity difference (limit: 0.5 % + 2 standard errors)"
     check = ParityCheck(rung, metric, abs(change), limit, "at most", note=note)
@@ -172,7 +174,7 @@ def engine_rung(
 
 
 def decode_rung(rung: str, ids: IntArray, session: DecoderSession, tokens: int) -> list[ParityCheck]:
-    """Compare decoding the last ``tokens`` one by one through the cache with one prefill, in the engine itself."""
+    """Compare decoding the last ``tokens`` one by one through the cache with one prefill, in the same engine."""
     session.reset()
     prefill = _required(session.run(ids, need_logits="all"))[:, -tokens:]
     session.reset()
@@ -185,17 +187,17 @@ def decode_rung(rung: str, ids: IntArray, session: DecoderSession, tokens: int) 
 
 
 def segment_decode_rung(rung: str, reference: TorchReference, run: SegmentRun, tokens: int) -> list[ParityCheck]:
-    """Compare single decode steps with a prefill, Site by Site from identical codes, cache from the prefill.
+    """Compare single decode steps with a prefill Site by Site, from identical codes and the cache of the prefill.
 
-    Within the limits of the graph's type: both sides round alike, though not in the same sums. Of a text that is longer
-    than a static cache, the beginning is compared.
+    The limits are those of the graph's type, because both sides round alike but sum in different orders. A text longer
+    than a static cache is truncated.
     """
     dtype, ids = run.graph.contract.dtype, reference.ids[:, : run.room]
     forced = {site: c[:, : run.room] for site, c in reference.codes.items()}
     logits, codes, present = run(ids, forced)
     length = ids.shape[1]
     tokens = min(tokens, length // 2)
-    slots = next(iter(present.values())).shape[2] - length  # of the prefix, where the cache has it
+    slots = next(iter(present.values())).shape[2] - length  # those of a prefix in the cache
     decoded: dict[Site, list[Int8Array]] = {site: [] for site in codes}
     steps = []
     for t in range(length - tokens, length):
@@ -231,7 +233,7 @@ def greedy_tokens(session: DecoderSession, prompt: IntArray, count: int) -> list
 def first_diverging(
     distances: Mapping[Site, CodeDistance], identical: float = IDENTICAL_CODES, largest: int = CODE_DIFFERENCE
 ) -> Site | None:
-    """Return the first Site, in the order of the computation, whose codes break a limit."""
+    """Return the first Site, in order of computation, whose codes exceed a limit; None for none."""
     for site, d in distances.items():
         if d.identical < identical or d.largest > largest:
             return site
@@ -244,7 +246,7 @@ def _segment_checks(
     identical: float = IDENTICAL_CODES,
     largest: int = CODE_DIFFERENCE,
 ) -> list[ParityCheck]:
-    """Return the checks of the codes, and that of the logits with the Site that it names where it fails."""
+    """Return the checks of the codes, and the check of the logits with the Site to blame if it fails."""
     rung, blamed = logits.rung, first_diverging(distances, identical, largest)
     worst = min(distances, key=lambda site: distances[site].identical)
     mean = float(np.mean([d.identical for d in distances.values()]))
@@ -253,8 +255,8 @@ def _segment_checks(
         note = f"first diverging Site: {blamed}; {note}"
     found = distances[worst].identical
     difference = max(d.largest for d in distances.values())
-    # A quantized head starts from the reference's codes, so its logits carry no fault from before it. A head in
-    # floating point reads the residual stream, which no quantizer cuts: there an earlier Site is to blame.
+    # A quantized head gets the codes of the reference, so no earlier Site affects its logits. A head in floating point
+    # reads the residual stream, which no quantizer cuts, so an earlier Site can be to blame.
     before = None if HEAD_SITE in distances else blamed
     return [
         ParityCheck(rung, "identical INT8 codes, lowest Site", found, identical, "at least", blamed, note),
@@ -264,15 +266,15 @@ def _segment_checks(
 
 
 def _blame(check: ParityCheck, site: Site | None, sites: Sequence[Site]) -> ParityCheck:
-    """Return a check that names ``site`` where it fails, or, if that is None, what lies behind the last Site."""
+    """Return the check; if it fails, with ``site`` to blame, or what follows the last Site if that is None."""
     if check.passed:
         return check
     if site:
         where = f"first diverging Site: {site}"
     else:
-        # What lies behind the last Site has a name only where that Site is the head's.
+        # What follows the last Site has a name only if that Site is the head.
         site = HEAD_SITE if sites[-1] == HEAD_SITE else None
-        where = f"the difference arises behind the input of the last Site, {sites[-1]}"
+        where = f"the difference arises after the input of the last Site, {sites[-1]}"
     return replace(check, site=site, note="; ".join(filter(None, (where, check.note))))
 
 

@@ -1,4 +1,4 @@
-"""The torch side of the ladder: floating point and fake-quant on the parity text, behind the prefix."""
+"""The torch side of the parity ladder: floating point and fake-quant on the parity text, behind the prefix."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.fakequant import quantize_weight
-from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
-from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
-from cushion_deploy.modeling.forward import logits, prefix_tensors, run, token_nll
-from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.parity.blame import SiteInputs
 from cushion_deploy.parity.constants import LinearWeights
@@ -28,65 +27,54 @@ PROMPT_TOKENS = 32
 
 
 def torch_reference(
-    model: LoadedModel,
-    prefix: Prefix,
-    scales: ActivationScales,
-    scheme: QuantScheme,
-    ids: IntArray,
-    windows: IntArray,
-    progress: Progress = silent,
-    original: LoadedModel | None = None,
-    kv: KvScales | None = None,
+    model: TorchRunner, quantization: Quantization, ids: IntArray, windows: IntArray, progress: Progress = silent
 ) -> TorchReference:
-    """Run both torch models.
+    """Run the model in floating point and in fake-quant.
 
     Args:
-        model, prefix, scales, scheme: what is deployed; smoothing is folded into ``model``.
+        model: the model as it was loaded. The smoothing of ``quantization`` is folded in for fake-quant only, so that
+            the comparison of floating-point logits covers the folding too.
+        quantization: what is deployed.
         ids: int64 ``[1, n]`` for logits and codes.
         windows: int64 ``[count, window]`` for perplexity.
-        progress: where to report windows done.
-        original: the model before folding; floating point is compared with it, so that folding is proven too.
-        kv: scales of an INT8 cache; None for one in floating point.
+        progress: where to report the number of windows done.
     """
-    plain = logits(original or model, ids, prefix)
+    prefix, scheme, kv = quantization.prefix, quantization.scheme, quantization.kv_scales
+    float_logits, folded = model.logits(ids, prefix), model.folded(quantization.smoothing)
     codes: SiteCodes = {}
-    with simulated(model, scheme, scales, lambda site, c: codes.__setitem__(site, c.numpy()), kv):
-        quantized = logits(model, ids, prefix)
+
+    def keep(site: Site, found: Tensor) -> None:
+        codes[site] = folded.array(found)
+
+    with simulated(folded, scheme, quantization.scales, keep, kv):
+        quantized_logits = folded.logits(ids, prefix)
     losses = []
-    with simulated(model, scheme, scales, kv=kv):
+    prompt = ids[:, :PROMPT_TOKENS]
+    with simulated(folded, scheme, quantization.scales, kv=kv):
         for done, window in enumerate(windows, 1):
-            losses.append(token_nll(model, window[None], prefix)[0])
+            losses.append(folded.token_nll(window[None], prefix)[0])
             progress("perplexity of fake-quant", done, len(windows))
-        prompt = ids[:, :PROMPT_TOKENS]
-        greedy = _greedy(model, prefix, prompt)
-    return TorchReference(ids, plain, quantized, codes, windows, np.stack(losses), prompt, greedy)
+        greedy = folded.greedy(prompt, prefix, GREEDY_TOKENS)
+    return TorchReference(ids, float_logits, quantized_logits, codes, windows, np.stack(losses), prompt, greedy)
 
 
 @torch.inference_mode()
-def float_inputs(model: LoadedModel, prefix: Prefix, ids: IntArray) -> SiteInputs:
-    """Return what enters every Site of the floating-point model, ``[1, n, features]``, in computation order.
+def float_inputs(model: TorchRunner, prefix: Prefix, ids: IntArray) -> SiteInputs:
+    """Return the input of every Site of the floating-point model, ``[1, n, features]``, in order of computation.
 
     Args:
-        model, prefix: what is deployed.
+        model: the model, with its smoothing folded in.
+        prefix: precedes the text.
         ids: int64 ``[1, n]``.
     """
     found: dict[Site, FloatArray] = {}
-    with observed(model, lambda site, x: found.__setitem__(site, x.numpy())):
-        run(model, torch.from_numpy(ids), prefix_tensors(prefix))
+    with observed(model, lambda site, x: found.__setitem__(site, model.array(x))):
+        model.run(model.tensor(ids), model.past(prefix))
     return {site: found[site] for site in model.sites}
 
 
-def linear_codes(model: LoadedModel, scheme: QuantScheme) -> Iterator[LinearWeights]:
-    """Yield Site, codes and scales of every linear as fake-quant computes with them, one linear at a time."""
+def linear_codes(model: TorchRunner, scheme: QuantScheme) -> Iterator[LinearWeights]:
+    """Yield Site, codes and scales of every quantized linear as fake-quant uses them, one linear at a time."""
     for site, linears in quantized_sites(model, scheme).items():
         for i, linear in enumerate(linears):
-            yield site, *quantize_weight(linear.weight.detach().numpy(), f"{site}[{i}]")
-
-
-@torch.inference_mode()
-def _greedy(model: LoadedModel, prefix: Prefix, prompt: IntArray) -> tuple[int, ...]:
-    """Return the greedy continuation, with the whole text run again for every token: no cache that could err."""
-    past, ids = prefix_tensors(prefix), torch.from_numpy(prompt)
-    for _ in range(GREEDY_TOKENS):
-        ids = torch.cat([ids, run(model, ids, past).logits[:, -1:].argmax(-1)], dim=1)
-    return tuple(int(i) for i in ids[0, prompt.shape[1] :])
+            yield site, *quantize_weight(model.array(linear.weight), f"{site}[{i}]")

@@ -1,4 +1,4 @@
-"""Where candidates come from: obvious tokens, the top of either screen, and a random sample."""
+"""Sources of candidates: obvious tokens, the top of each screen, and a random sample."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Literal
 import numpy as np
 
 from cushion_deploy.core.dtypes import FloatArray
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 Source = Literal["obvious", "self-sink", "gradient", "random", "scan"]
 Candidates = dict[int, tuple[Source, ...]]
-"""Token id to every source that named it."""
+"""Token id to every source that proposed it."""
 OBVIOUS = ("\n", "\n\n", " ", "  ", ".", ",", ":", ";", "-", "\t", "the", " the", " and", *"0123456789")
 
 
 def gather_candidates(
-    model: LoadedModel, screen: Iterable[int], gradient: Iterable[int], random: int, rng: np.random.Generator
+    model: TorchRunner, screen: Iterable[int], gradient: Iterable[int], random: int, rng: np.random.Generator
 ) -> Candidates:
-    """Return token ids, each once, with all sources that named it.
+    """Return token ids, each once, with all sources that proposed it.
 
     Args:
-        model: whose vocabulary and tokenizer are meant.
-        screen: tokens that the self-sink screen names.
-        gradient: tokens that the gradient names.
-        random: how many uniformly random tokens to take.
+        model: the model, for its vocabulary and tokenizer.
+        screen: tokens that the self-sink screen proposes.
+        gradient: tokens that the gradient screen proposes.
+        random: number of uniformly random tokens to add.
         rng: source of randomness.
     """
     vocabulary = model.spec.vocab_size
@@ -49,12 +49,12 @@ def largest(values: FloatArray, count: int) -> list[int]:
 
 
 def count_sources(candidates: Mapping[int, tuple[Source, ...]], tokens: Collection[int]) -> dict[str, int]:
-    """Return how many of ``tokens`` each source named; a token that several named counts for each of them."""
+    """Return how many of ``tokens`` each source proposed; a token with several sources counts for each."""
     return dict(Counter(source for token in tokens for source in candidates[token]))
 
 
-def obvious_tokens(model: LoadedModel) -> list[int]:
-    """Return the special tokens and the single tokens of common separators and digits, in a fixed order."""
+def obvious_tokens(model: TorchRunner) -> list[int]:
+    """Return special tokens, and common separators and digits that are single tokens, in a fixed order."""
     tokenizer = model.tokenizer
     special = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
     encoded = [model.encode(text) for text in OBVIOUS]

@@ -1,16 +1,15 @@
-"""Gradient screen: rank the vocabulary by the first-order change of a smooth stand-in for the objective.
+"""Gradient screen: rank the vocabulary by the first-order change of a differentiable approximation of the objective.
 
-One forward and backward pass with the candidate's slot as a free embedding e_0 tells, for every token v at once,
-how the objective would change to first order if v stood there: (e_v - e_0) . gradient (HotFlip: Ebrahimi et al.,
-2018; GCG: Zou et al., 2023). It is a filter like the self-sink screen: the exact objective decides.
+The embedding e_0 at the position after the prefix is a free variable. One forward and backward pass gives, for every
+token v at once, the first-order change of the objective if v were there: (e_v - e_0) . gradient (HotFlip: Ebrahimi et
+al., 2018; GCG: Zou et al., 2023). Like the self-sink screen it only filters; the exact objective decides.
 
-round() has no useful gradient, so a Site's error is replaced by that of uniform rounding noise, n * scale^2 / 12.
-The scale is amax / qmax, whose gradient would hang on a single element: amax is replaced by a p-norm over the text
-tokens, which is scale-free and shares the gradient among all that are nearly as large.
+round() has no useful gradient, so the error of a Site is approximated by uniform rounding noise, n * scale^2 / 12.
+The scale is amax / qmax, whose gradient would depend on a single element, so amax is approximated by a p-norm over the
+text tokens, which is scale-free and spreads the gradient over all elements that are nearly as large.
 
-e_0 is the mean embedding of the vocabulary. It belongs to no token, so no token is favoured for being near; and
-behind it only that part of the error is left which the average token would not cure, so that the gradient points
-to tokens that cure more than the average one. One start costs one pass.
+e_0 is the mean embedding of the vocabulary. It belongs to no token, so it favours none for being near. It also removes
+the error that an average token removes, so the gradient points to tokens that remove more than that.
 """
 
 from __future__ import annotations
@@ -22,33 +21,33 @@ from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.fakequant import qmax
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import HEAD_SITE, Site
-from cushion_deploy.modeling.forward import KeysValues, cache_of
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.cache import KeysValues
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix.objective import Objective
 
 NORM = 16
-"""Order of the p-norm that stands for the largest magnitude; even, so that it is smooth at zero."""
+"""Order of the p-norm that approximates the largest magnitude; even, so that it is smooth at zero."""
 TEXT_TOKENS = 128
-"""Tokens of the step's text, from its beginning, that the gradient is taken on; bounds memory."""
+"""Tokens at the beginning of the text that the gradient is computed on; bounds memory."""
 CHUNK = 4096
-"""Rows of the embedding matrix looked up at once."""
+"""Rows of the embedding matrix read at once."""
 
 
 class SmoothObjective:
-    """Accumulates the differentiable stand-in for the objective of one row over all Sites.
+    """Accumulates the differentiable objective of one row over all Sites.
 
-    ``error``: the sum over Sites of n * scale^2 / 12 with n elements and scale = ||X||_p / qmax; ``max``: the p-norm
-    over the p-norms of all Sites. The first ``skip`` positions are no text and do not count.
+    ``error`` is the sum over Sites of n * scale^2 / 12, with n elements and scale = ||X||_p / qmax; ``max`` is the
+    p-norm of the p-norms of all Sites. The first ``skip`` positions are not text and do not count.
     """
 
     def __init__(self, objective: Objective, skip: int, bits: int = 8) -> None:
-        """Begin with no Site."""
+        """Begin without any Site."""
         self.objective, self.skip, self.limit = objective, skip, qmax(bits)
         self.parts: list[Tensor] = []
 
     def __call__(self, site: Site, x: Tensor) -> None:
-        """Add one Site: ``x`` is ``[1, length, features]``."""
+        """Add one Site with input ``x`` ``[1, length, features]``."""
         text = x[:, self.skip :]
         amax = smooth_maximum(text)
         if self.objective == "error":
@@ -58,45 +57,40 @@ class SmoothObjective:
 
     @property
     def total(self) -> Tensor:
-        """The stand-in for the objective, a scalar."""
+        """The differentiable objective, a scalar."""
         parts = torch.stack(self.parts)
         return parts.sum() if self.objective == "error" else smooth_maximum(parts)
 
 
 def smooth_maximum(x: Tensor) -> Tensor:
-    """Return the p-norm of all elements: at least the largest magnitude, a scalar."""
-    # The largest magnitude is a constant here: it keeps the powers within float32 and cancels in value and gradient.
+    """Return the p-norm of all elements, a scalar that is at least the largest magnitude."""
+    # Dividing by a constant keeps the powers within float32, and cancels in value and gradient.
     unit = x.detach().abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
     total: Tensor = unit * (x / unit).pow(NORM).sum().clamp(min=torch.finfo(x.dtype).tiny).pow(1 / NORM)
     return total
 
 
 def smooth_objective(
-    model: LoadedModel, past: KeysValues, text: IntArray, slot: Tensor, objective: Objective
+    model: TorchRunner, past: KeysValues, text: IntArray, slot: Tensor, objective: Objective
 ) -> Tensor:
-    """Return the smooth stand-in for L_q(text | p, slot), a scalar that is differentiable in ``slot``.
+    """Return an approximation of L_q(text | p, slot), a scalar that is differentiable in ``slot``.
 
     Args:
-        model: the model; frozen.
+        model: the model, frozen.
         past: keys and values of the prefix p so far.
         text: int64 ``[n]``.
         slot: float32 ``[hidden]``, the input embedding at the position after p.
-        objective: what it stands for.
+        objective: the objective to approximate.
     """
     measured = SmoothObjective(objective, skip=1)
-    words = model.module.get_input_embeddings()(torch.from_numpy(text))
-    begin = past[0][0].shape[2] if past else 0
+    embeddings = torch.cat([slot[None], model.module.get_input_embeddings()(model.tensor(text))])
     with observed(model, measured, {site: linears for site, linears in model.sites.items() if site != HEAD_SITE}):
-        model.module.base_model(
-            inputs_embeds=torch.cat([slot[None], words])[None],
-            past_key_values=cache_of(past, 1),
-            position_ids=torch.arange(begin, begin + len(text) + 1)[None],
-        )
+        model.run(embeddings[None], past, head=False)
     return measured.total
 
 
 def gradient_changes(
-    model: LoadedModel,
+    model: TorchRunner,
     past: KeysValues,
     text: IntArray,
     start: Tensor,
@@ -104,18 +98,18 @@ def gradient_changes(
     *,
     progress: Progress = silent,
 ) -> FloatArray:
-    """Return how each token would change the objective to first order; most negative is best.
+    """Return the first-order change of the objective for each token; the most negative is best.
 
     Args:
         model: the model.
         past: keys and values of the prefix p so far.
-        text: int64 ``[n]``; the first :data:`TEXT_TOKENS` of them are used.
-        start: float32 ``[hidden]``, the embedding e_0 that the slot begins at.
-        objective: what to lower.
-        progress: where to report.
+        text: int64 ``[n]``; only the first :data:`TEXT_TOKENS` are used.
+        start: float32 ``[hidden]``, the embedding e_0.
+        objective: the objective to lower.
+        progress: where to report progress.
 
     Returns:
-        float32 ``[vocab]``, as a share of the stand-in's value at the start.
+        float32 ``[vocab]``, relative to the approximated objective at ``start``.
     """
     task = "taking the gradient of the objective"
     progress(task, 0, 1)
@@ -124,21 +118,21 @@ def gradient_changes(
     value = smooth_objective(model, past, text[:TEXT_TOKENS], slot, objective)
     (gradient,) = torch.autograd.grad(value, slot)
     gradient /= value.detach()
-    tokens = torch.arange(model.spec.vocab_size)
-    changes: FloatArray = torch.cat([(embed(ids) - start) @ gradient for ids in tokens.split(CHUNK)]).numpy()  # type: ignore[no-untyped-call]
+    tokens = model.arange(0, model.spec.vocab_size)
+    changes = torch.cat([(embed(ids) - start) @ gradient for ids in tokens.split(CHUNK)])  # type: ignore[no-untyped-call]
     progress(task, 1, 1)
-    return changes
+    return model.array(changes)
 
 
-def mean_embedding(model: LoadedModel) -> Tensor:
+def mean_embedding(model: TorchRunner) -> Tensor:
     """Return the mean input embedding of the vocabulary, float32 ``[hidden]``."""
-    embed, tokens = model.module.get_input_embeddings(), torch.arange(model.spec.vocab_size)
+    embed, tokens = model.module.get_input_embeddings(), model.arange(0, model.spec.vocab_size)
     total = torch.stack([embed(ids).double().sum(dim=0) for ids in tokens.split(CHUNK)]).sum(dim=0)  # type: ignore[no-untyped-call]
     return (total / len(tokens)).float()
 
 
 def positions_run(text: IntArray) -> int:
-    """Return the positions that :func:`gradient_changes` sends through the model, forward and backward counted each.
+    """Return the positions that :func:`gradient_changes` runs through the model, counting the backward pass as well.
 
     With frozen weights a backward pass multiplies by every weight once, as a forward pass does.
     """

@@ -1,4 +1,4 @@
-"""What a prefix is judged by: quantization error (Eq. 6) or the largest activation, over text tokens alone."""
+"""The objective of the search: quantization error (Eq. 6) or the largest activation, over text tokens only."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.fakequant import qmax
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import HEAD_SITE, Site
-from cushion_deploy.modeling.forward import KeysValues, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.cache import KeysValues
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.runner import TorchRunner
 
 Objective = Literal["error", "max"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -23,18 +23,20 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 class RowObjective:
     """Accumulates the objective of every row of a batch over all Sites.
 
-    ``error`` is the sum over Sites and text tokens of ||X - q(X)||^2 (Eq. 6) with the per-tensor symmetric
-    scale of that row's own text tokens; ``max`` is the largest magnitude over all Sites. The first ``skip``
-    positions are no text: they enter neither scale nor error.
+    ``error`` is the sum over Sites and text tokens of ||X - q(X)||^2 (Eq. 6), with the per-tensor symmetric scale of
+    that row's own text tokens; ``max`` is the largest magnitude over all Sites. The first ``skip`` positions are not
+    text and count for neither.
+
+    Attributes:
+        totals: the objective so far, float64 ``[rows]``.
     """
 
-    def __init__(self, objective: Objective, rows: int, skip: int, bits: int = 8) -> None:
-        """Begin at zero for ``rows`` rows."""
-        self.objective, self.skip, self.limit = objective, skip, qmax(bits)
-        self.totals = torch.zeros(rows, dtype=torch.float64)
+    def __init__(self, objective: Objective, totals: Tensor, skip: int, bits: int = 8) -> None:
+        """Begin at ``totals``, zeros float64 ``[rows]``."""
+        self.objective, self.totals, self.skip, self.limit = objective, totals, skip, qmax(bits)
 
     def __call__(self, site: Site, x: Tensor) -> None:
-        """Add one Site: ``x`` is ``[rows, length, features]``."""
+        """Add one Site with input ``x`` ``[rows, length, features]``."""
         text = x[:, self.skip :].flatten(1)
         amax = text.abs().amax(dim=1)
         if self.objective == "max":
@@ -48,7 +50,7 @@ class RowObjective:
 
 @torch.inference_mode()
 def score_candidates(
-    model: LoadedModel,
+    model: TorchRunner,
     past: KeysValues,
     text: IntArray,
     candidates: Sequence[int],
@@ -56,39 +58,38 @@ def score_candidates(
     *,
     batch_positions: int = 2048,
     progress: Progress = silent,
-    task: str = "scoring",
 ) -> list[float]:
-    """Return L_q(text | p, c) for every candidate token c; exact, no shortcut.
+    """Return L_q(text | p, c), exact, for every candidate token c.
 
     Args:
         model: the model.
         past: keys and values of the prefix p so far, computed once for all candidates.
         text: int64 ``[n]``.
         candidates: token ids.
-        objective: what to measure.
-        batch_positions: positions a forward pass, which bounds memory.
-        progress, task: where to report candidates done.
+        objective: what to compute.
+        batch_positions: positions per forward pass, which bounds memory.
+        progress: where to report the number of candidates done.
     """
     rows = max(1, batch_positions // (len(text) + 1))
-    body = torch.from_numpy(text)
+    body = model.tensor(text)
     scores: list[float] = []
     for start in range(0, len(candidates), rows):
-        chosen = torch.tensor(list(candidates[start : start + rows]))
+        chosen = model.tensor(list(candidates[start : start + rows]))
         ids = torch.cat([chosen[:, None], body.expand(len(chosen), -1)], dim=1)
         scores += _row_scores(model, past, ids, objective, skip=1)
-        progress(task, len(scores), len(candidates))
+        progress(f"scoring candidates on {len(text)} tokens", len(scores), len(candidates))
     return scores
 
 
 @torch.inference_mode()
-def score_prefix(model: LoadedModel, past: KeysValues, text: IntArray, objective: Objective) -> float:
-    """Return L_q(text | p): the objective of int64 ``[n]`` text behind the prefix as it stands."""
-    return _row_scores(model, past, torch.from_numpy(text)[None], objective, skip=0)[0]
+def score_prefix(model: TorchRunner, past: KeysValues, text: IntArray, objective: Objective) -> float:
+    """Return L_q(text | p), the objective of text int64 ``[n]`` behind the prefix ``past``."""
+    return _row_scores(model, past, model.tensor(text)[None], objective, skip=0)[0]
 
 
-def _row_scores(model: LoadedModel, past: KeysValues, ids: Tensor, objective: Objective, skip: int) -> list[float]:
-    measured = RowObjective(objective, len(ids), skip)
+def _row_scores(model: TorchRunner, past: KeysValues, ids: Tensor, objective: Objective, skip: int) -> list[float]:
+    measured = RowObjective(objective, model.zeros(len(ids), dtype=torch.float64), skip)
     layers = {site: linears for site, linears in model.sites.items() if site != HEAD_SITE}
     with observed(model, measured, layers):
-        run(model, ids, past, head=False)
+        model.run(ids, past, head=False)
     return [float(value) for value in measured.totals]

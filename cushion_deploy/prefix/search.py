@@ -15,8 +15,8 @@ from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import KeysValues, compute_prefix, prefix_tensors
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.cache import KeysValues
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix.candidates import Candidates, count_sources, gather_candidates, largest
 from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, positions_run
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
@@ -28,27 +28,28 @@ from cushion_deploy.store import replace_file
 RUNGS = (64, 128)
 """Text lengths of successive halving before the whole text."""
 KEEP = (0.15, 0.25)
-"""Share of the candidates that each of those rungs lets through."""
+"""Share of the candidates that each of those rungs keeps."""
 FINALISTS = 12
-"""The fewest candidates that reach the exact scoring on the whole text."""
+"""The fewest candidates that are scored on the whole text."""
 SCAN_CHUNK = 512
 """Tokens between two checkpoints of an exhaustive scan."""
 
 
 @dataclass
 class PrefixSearch:
-    """One search; holds what its steps share.
+    """One search and the state that its steps share.
 
     Attributes:
-        model: whose prefix is sought.
+        model: the model to find a prefix for.
         corpus: token ids int64 ``[n]`` that texts are drawn from.
-        config: m, tau, n, objective, mode, numbers of candidates.
-        seed: of every random choice.
-        scratch: folder for the checkpoints of an exhaustive scan; None for none.
-        progress: where to report.
+        config: settings of the search (m, tau, n, objective, mode, numbers of candidates).
+        seed: seed of every random choice.
+        scratch: folder for the checkpoints of an exhaustive scan; None for no checkpoints.
+        progress: where to report progress.
+        trace: the steps so far.
     """
 
-    model: LoadedModel
+    model: TorchRunner
     corpus: IntArray
     config: Search
     seed: int = 0
@@ -66,7 +67,7 @@ class PrefixSearch:
         self.trace = SearchTrace(self.config.mode, self.config.objective, self._seed_ids())
 
     def run(self) -> tuple[Prefix, SearchTrace]:
-        """Return the prefix (possibly empty) and the trace."""
+        """Return the prefix, which may be empty, and the trace."""
         begin = time.monotonic()
         ids, trace = self.trace.seed_tokens, self.trace
         trace.stopped = f"the prefix reached its longest length, {self.config.max_length}"
@@ -79,11 +80,11 @@ class PrefixSearch:
             ids = (*ids, step.best.token_id)
         trace.token_ids, trace.tokens = ids, tuple(self.model.token_text(i) for i in ids)
         trace.seconds += time.monotonic() - begin
-        return compute_prefix(self.model, ids), trace
+        return self.model.compute_prefix(ids), trace
 
     def _step(self, ids: tuple[int, ...], number: int) -> SearchStep:
         rng = np.random.default_rng([self.seed, number, 1])
-        past = prefix_tensors(compute_prefix(self.model, ids))
+        past = self.model.past(self.model.compute_prefix(ids))
         text = draw_text(self.corpus, self.config.text_tokens, self.seed, number)
         before = score_prefix(self.model, past, text, self.config.objective)
         self._count(1, len(text))
@@ -104,7 +105,7 @@ class PrefixSearch:
         )
 
     def _candidates(self, past: KeysValues, text: IntArray, rng: np.random.Generator) -> Candidates:
-        """Return what both screens, the obvious tokens and chance propose."""
+        """Return the candidates of both screens, the obvious tokens and a random sample."""
         config = self.config
         sizes = self_sink_sizes(
             self.model, past, self._depth, batch_positions=config.batch_positions, progress=self.progress
@@ -124,7 +125,7 @@ class PrefixSearch:
         return sink_depth(self.model, np.random.default_rng([self.seed, 2]))
 
     def _halve(self, past: KeysValues, text: IntArray, candidates: Candidates) -> list[ScoredToken]:
-        """Return the finalists, exactly scored on the whole text, best first."""
+        """Return the finalists of successive halving, scored on the whole text, best first."""
         tokens = list(candidates)
         for length, keep in zip(RUNGS, KEEP, strict=True):
             wanted = max(FINALISTS, int(len(tokens) * keep))
@@ -135,12 +136,12 @@ class PrefixSearch:
         return self._ranked(tokens, self._score(past, text, tokens), [" + ".join(candidates[t]) for t in tokens])
 
     def _scan(self, past: KeysValues, text: IntArray, number: int) -> list[ScoredToken]:
-        """Score the whole vocabulary, with a checkpoint after every chunk; a killed scan goes on from there."""
+        """Score the whole vocabulary, with a checkpoint after every chunk from which a killed scan resumes."""
         file = self.scratch / f"scan-{number}.json" if self.scratch else None
         earlier = json.loads(file.read_text()) if file and file.is_file() else {}
         scores: list[float] = earlier.get("scores", [])
         seconds: float = earlier.get("seconds", 0.0)
-        # What earlier runs spent on this scan belongs to its cost as well.
+        # The cost of a scan includes what earlier, killed runs spent on it.
         self._count(len(scores), len(text) + 1)
         self.trace.seconds += seconds
         vocabulary, begin = self.model.spec.vocab_size, time.monotonic() - seconds
@@ -152,7 +153,7 @@ class PrefixSearch:
         return self._ranked(list(range(vocabulary)), scores, ["scan"] * vocabulary)
 
     def _audit(self, past: KeysValues, text: IntArray, best: ScoredToken, rng: np.random.Generator) -> tuple[int, int]:
-        """Return the rank of the found token in a fresh random sample of the vocabulary, exactly scored."""
+        """Return the rank of the best token in a new random sample of the vocabulary, and the size of the sample."""
         size = min(self.config.audit_tokens, self.model.spec.vocab_size)
         sample = rng.choice(self.model.spec.vocab_size, size=size, replace=False)
         scores = self._score(past, text, [int(t) for t in sample])
@@ -168,7 +169,6 @@ class PrefixSearch:
             self.config.objective,
             batch_positions=self.config.batch_positions,
             progress=self.progress,
-            task=f"scoring candidates on {len(text)} tokens",
         )
 
     def _ranked(self, tokens: list[int], scores: list[float], sources: Sequence[str]) -> list[ScoredToken]:
@@ -188,11 +188,11 @@ class PrefixSearch:
         for text in self.config.seed_tokens:
             special = self.model.tokenizer.bos_token_id if text == "<bos>" else None
             if text == "<bos>" and special is None:
-                raise UsageError("the seed <bos> was asked for, but the tokenizer has none", hint="choose another seed")
+                raise UsageError("the seed is <bos>, which the tokenizer does not have", hint="choose another seed")
             ids += [special] if special is not None else [int(i) for i in self.model.encode(text)]
         if len(ids) > self.config.max_length:
             raise UsageError(
-                f"the seeds are {len(ids)} tokens, longer than search.max_length = {self.config.max_length}",
+                f"the seeds are {len(ids)} tokens, more than search.max_length = {self.config.max_length}",
                 hint="give fewer seeds or a longer prefix",
             )
         return tuple(ids)
@@ -205,6 +205,6 @@ class PrefixSearch:
 
 
 def draw_text(corpus: IntArray, tokens: int, seed: int, step: int) -> IntArray:
-    """Return the text int64 ``[tokens]`` that a step of the search is scored on; the same for a seed and a step."""
+    """Return the text int64 ``[tokens]`` of a step of the search, which depends only on seed and step."""
     start = int(np.random.default_rng([seed, step]).integers(0, len(corpus) - tokens + 1))
     return corpus[start : start + tokens]

@@ -1,4 +1,4 @@
-"""What the search did, step by step, for the report and for people who doubt it."""
+"""Traces of search and tuning: every step with the numbers that it was decided by."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token with its exact objective, and all sources that named it, such as ``self-sink + gradient``."""
+    """A token with its exact objective and its sources, such as ``self-sink + gradient``."""
 
     token_id: int
     token: str
@@ -20,20 +20,20 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class SearchStep:
-    """One turn of Algorithm 1.
+    """One iteration of Algorithm 1.
 
     Attributes:
-        best: the token that won, exactly scored on the whole text.
+        best: the best token, scored on the whole text.
         before: L_q(text | p).
         accepted: whether best.objective <= tau * before.
-        top: exactly scored candidates, best first.
-        candidates: tokens that entered the first rung, or the vocabulary.
-        exact: tokens scored exactly, on the whole text.
+        top: candidates scored on the whole text, best first.
+        candidates: number of tokens in the first rung, or in the vocabulary for an exhaustive scan.
+        exact: number of tokens scored on the whole text.
         screen_layers: layers that the screen ran; 0 for an exhaustive scan.
-        audit_rank, audit_size: tokens of a fresh random sample that score better, plus 1, and the sample's
-            size; 0 of 0 where the step was not accepted.
-        proposed: how many candidates each source named; a token that several named counts for each.
-        finalists: how many of those were scored exactly.
+        audit_rank, audit_size: rank of ``best`` in a new random sample of the vocabulary, and the sample's size; 0 and
+            0 if the step was not accepted.
+        proposed: number of candidates of each source; a token with several sources counts for each.
+        finalists: how many of those were scored on the whole text.
     """
 
     best: ScoredToken
@@ -50,13 +50,13 @@ class SearchStep:
 
     @property
     def ratio(self) -> float:
-        """L_q after over L_q before."""
+        """L_q with ``best`` appended, divided by L_q before."""
         return self.best.objective / self.before if self.before else float("inf")
 
 
 @dataclass
 class SearchTrace:
-    """The whole search; ``stopped`` says in words why it ended, ``seconds`` is wall time."""
+    """The whole search; ``stopped`` is the reason why it ended, ``seconds`` is wall time."""
 
     mode: str
     objective: str
@@ -92,9 +92,9 @@ class TuningState:
 
     Attributes:
         step: optimizer steps done; 0 is the untuned prefix.
-        held_out: L_pred (nats a token) of the quantized model on held-out text; None where it was not finite.
-        prediction, error: both parts of the loss in that step, ``error`` over its untuned value; None at the start,
-            and where they were not finite.
+        held_out: L_pred (nats per token) of the quantized model on held-out text; None if not finite.
+        prediction, error: L_pred and L_q of that step, L_q divided by its untuned value; None at the start, and if not
+            finite.
     """
 
     step: int
@@ -104,13 +104,13 @@ class TuningState:
 
     @classmethod
     def after(cls, step: int, held_out: float, prediction: float, error: float) -> TuningState:
-        """Return the state after ``step`` steps; what is not finite becomes None."""
+        """Return the state after ``step`` steps; a value that is not finite becomes None."""
         found = (value if math.isfinite(value) else None for value in (held_out, prediction, error))
         return cls(step, *found)
 
     @property
     def words(self) -> str:
-        """The held-out loss as words."""
+        """The held-out loss as text."""
         return "not finite" if self.held_out is None else f"{self.held_out:.4f}"
 
 
@@ -120,11 +120,11 @@ class TuningTrace:
 
     Attributes:
         loss: ``distill`` or ``ce``.
-        scales_tuned: whether scales were trained too.
+        scales_tuned: whether the scales were trained too.
         steps: optimizer steps.
-        states: looks at the held-out text, in order.
+        states: the evaluated states, in order.
         seconds: wall time.
-        skipped: steps that changed nothing because a gradient was not finite.
+        skipped: steps without an update, because a gradient was not finite.
     """
 
     loss: str
@@ -136,7 +136,7 @@ class TuningTrace:
 
     @property
     def best(self) -> TuningState:
-        """The first state with the lowest held-out loss; it is what was kept."""
+        """The first state with the lowest held-out loss, which is the one that is kept."""
         return min(self.states, key=lambda s: math.inf if s.held_out is None else s.held_out)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Quantization-aware prefix tuning (Eq. 11): train keys and values of the prefix, and nothing of the model.
+"""Quantization-aware prefix tuning (Eq. 11): train keys and values of the prefix; the model is frozen.
 
-L = L_pred + lambda * L_q through the statically quantized model: rounding is straight-through, scales are
-constants for L_q (METHOD section 4). Two decisions beyond the paper:
+L = L_pred + lambda * L_q through the statically quantized model, with straight-through rounding and scales that are
+constant in L_q (METHOD section 4). Two differences from the paper:
 
-- L_q is divided by its value under the untuned prefix, so that lambda means the same on every model; and the
-  rounded values in it are constants, because a straight-through gradient of ||X - q(X)||^2 vanishes identically.
-- The static scales may be trained along with the prefix (learned step sizes: Esser et al., 2020), by L_pred alone.
+- L_q is divided by its value for the untuned prefix, so that lambda means the same for every model; and the rounded
+  values in it are constants, because the straight-through gradient of ||X - q(X)||^2 is zero.
+- The static scales can be trained along with the prefix (learned step size: Esser et al., 2020), by L_pred alone.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ import torch
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.fakequant import qmax
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
-from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import replaced
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, quantized_weights
 from cushion_deploy.modeling.teacher import Teacher, divergence
 from cushion_deploy.prefix.trace import TuningState, TuningTrace
@@ -44,22 +43,11 @@ from cushion_deploy.recipe import Tuning
 from cushion_deploy.store import replace_file
 
 CHECKPOINT_SECONDS = 60
-"""Wall time between two checkpoints of a tuning that a kill may interrupt."""
-
-
-class ConstantPast(DynamicCache):  # type: ignore[misc]
-    """A cache that stands before every text and never grows, so that a layer may run twice (checkpointing)."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return past and new keys and values of a layer, ``[batch, kv_heads, P + n, head_dim]``; keep neither."""
-        layer = self.layers[layer_idx]
-        return torch.cat([layer.keys, key_states], dim=2), torch.cat([layer.values, value_states], dim=2)
+"""Wall time between two checkpoints, from which a killed tuning resumes."""
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
-    """Return the quantized ``x`` with straight-through rounding; differentiable in ``x`` and in ``scale``."""
+    """Return ``x`` quantized and dequantized, differentiable in ``x`` and ``scale`` (straight-through rounding)."""
     limit = qmax(bits)
     inside = torch.clamp(x / scale, -limit - 1, limit)
     return (inside + (inside.round() - inside).detach()) * scale
@@ -67,22 +55,25 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
 
 @dataclass
 class PrefixTuning:
-    """One tuning; holds what its steps share.
+    """One tuning and the state that its steps share.
 
     Attributes:
-        model: the model as it is deployed (smoothing folded in).
-        scheme, scales, prefix: where it starts from.
-        train, held_out: int64 ``[windows, window]``, of text that shares nothing.
+        model: the model; the smoothing of ``quantization`` is folded in if it is not yet.
+        quantization: prefix and scales to start from, with smoothing and scheme.
+        train, held_out: windows int64 ``[windows, window]`` without common text.
         config: loss, lambda, learning rate, schedule, epochs, batch, clipping.
-        seed: of the order of the windows.
-        scratch: folder for the checkpoint; None for none.
-        progress: where to report.
+        seed: seed of the order of the windows.
+        scratch: folder for the checkpoint; None for no checkpoints.
+        progress: where to report progress.
+        prefix, scales: those of ``quantization``.
+        parameters: what is trained: ``keys``, ``values``, ``log_scales``.
+
+    Raises:
+        UsageError: the prefix is empty, the scheme is not deployable, or there are no scales.
     """
 
-    model: LoadedModel
-    scheme: QuantScheme
-    scales: ActivationScales
-    prefix: Prefix
+    model: TorchRunner
+    quantization: Quantization
     train: IntArray
     held_out: IntArray
     config: Tuning
@@ -92,21 +83,26 @@ class PrefixTuning:
     parameters: dict[str, nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
+        scheme, scales = self.quantization.scheme, self.quantization.scales
+        self.prefix = self.quantization.prefix
         if not self.prefix.length:
             raise UsageError("there is no prefix to tune", hint="search one first, or leave tuning out")
-        if not self.scheme.deployable:
+        if not scheme.deployable:
             raise UsageError(
-                f"tuning runs through a deployable scheme, and {self.scheme.name} is none: "
-                f"{self.scheme.why_not_deployable}",
+                f"tuning needs a deployable scheme, and {scheme.name} is not one: {scheme.why_not_deployable}",
                 hint="tune for w8a8; other schemes can be evaluated behind the tuned prefix",
             )
-        self.sites = quantized_sites(self.model, self.scheme)
-        known = self.scales.of(self.sites)
+        if scales is None:
+            raise UsageError("tuning needs static scales to start from", hint="run `cushion-deploy calibrate` first")
+        self.scales, self.model = scales, self.model.folded(self.quantization.smoothing)
+        self.sites = quantized_sites(self.model, scheme)
+        known = scales.of(self.sites)
+        steps = np.array(list(known.values()), dtype=np.float32)
         self.parameters = {
-            "keys": nn.Parameter(torch.from_numpy(self.prefix.keys.copy())),
-            "values": nn.Parameter(torch.from_numpy(self.prefix.values.copy())),
-            # In logarithms, so that a step is relative and a scale stays positive.
-            "log_scales": nn.Parameter(torch.tensor(list(known.values()), dtype=torch.float32).log()),
+            "keys": nn.Parameter(self.model.tensor(self.prefix.keys).clone()),
+            "values": nn.Parameter(self.model.tensor(self.prefix.values).clone()),
+            # As logarithms, so that an update is relative and a scale stays positive.
+            "log_scales": nn.Parameter(self.model.tensor(steps).log()),
         }
         self.index = {site: i for i, site in enumerate(known)}
         self.parameters["log_scales"].requires_grad_(self.config.scales)
@@ -122,7 +118,7 @@ class PrefixTuning:
         self.optimizer = torch.optim.Adam(groups)
 
     def run(self) -> tuple[Prefix, ActivationScales, TuningTrace]:
-        """Return the best prefix and scales seen on the held-out text, the start included, and the trace."""
+        """Return prefix and scales of the best state on the held-out text, which may be the start, and the trace."""
         trace = TuningTrace(loss=self.config.loss, scales_tuned=self.config.scales, steps=self.steps)
         best, first = self._snapshot(), 0
         with self.quantized():
@@ -147,15 +143,15 @@ class PrefixTuning:
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save(trace, best, done)
                     saved = time.monotonic()
-                said = (
+                note = (
                     f"{self.config.loss} {prediction:.4f}, error {error:.3f}, "
                     f"held-out {trace.states[-1].words} (untuned {trace.states[0].words})"
                 )
-                self.progress("tuning the prefix", done, self.steps, said)
+                self.progress("tuning the prefix", done, self.steps, note)
         return *self._result(best), trace
 
     def _step(self, step: int) -> tuple[float, float, bool]:
-        """Take one optimizer step; return both parts of the loss over its tokens, and whether anything changed."""
+        """Take one optimizer step; return L_pred and L_q of its windows, and whether the parameters were updated."""
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * self._schedule(step)
         rows = self._rows(step)
@@ -176,43 +172,45 @@ class PrefixTuning:
         return prediction, error, finite
 
     def losses(self, ids: IntArray) -> tuple[Tensor, Tensor]:
-        """Return L_pred (nats a token) and L_q (Eq. 6, mean over text tokens) of ids ``[batch, length]``.
+        """Return L_pred (nats per token) and L_q (Eq. 6, mean over text tokens) of ids ``[batch, length]``.
 
-        To be called, and differentiated, within :meth:`quantized`.
+        Call it, and differentiate the result, within :meth:`quantized`.
         """
         self._errors.clear()
-        logits = run_behind(self.model, torch.from_numpy(ids), self.parameters["keys"], self.parameters["values"])
-        # A layer that is run again for its gradient reports its error again, later: too late to count.
+        states = zip(self.parameters["keys"], self.parameters["values"], strict=True)
+        tokens = self.model.tensor(ids)
+        logits = self.model.run(tokens, [(keys[None], values[None]) for keys, values in states]).logits
+        # A layer that is run again for its gradient adds its error again, but only after this sum.
         error = torch.stack(self._errors).sum() / ids.size
         scores = torch.log_softmax(logits[:, :-1].float(), -1)
         if self.config.loss == "ce":
-            return nn.functional.nll_loss(scores.flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten()), error
+            return nn.functional.nll_loss(scores.flatten(0, 1), tokens[:, 1:].flatten()), error
         return divergence(scores, self.teacher.log_probabilities(ids)).mean(), error
 
     @contextmanager
     def quantized(self) -> Iterator[None]:
-        """Quantize weights and Site inputs, and run layers again for their gradient if the recipe says so."""
+        """Quantize weights and Site inputs; with ``config.checkpointing``, run layers again for their gradient."""
         if self.config.loss == "distill":
             self.teacher.remember(np.concatenate([self.train, self.held_out]), self.progress)
 
         def transform(site: Site, x: Tensor) -> Tensor:
             scale = self.parameters["log_scales"][self.index[site]].exp()
-            quantized = fake_quantize(x, scale, self.scheme.activation_bits)
+            quantized = fake_quantize(x, scale, self.quantization.scheme.activation_bits)
             self._errors.append((x - quantized.detach()).square().sum())
             return quantized
 
         with ExitStack() as stack:
             stack.enter_context(replaced(self.model, transform, self.sites))
-            stack.enter_context(quantized_weights(self.sites))
+            stack.enter_context(quantized_weights(self.model, self.sites))
             if self.config.checkpointing:
                 for layer in self.model.layers:
-                    layer.forward = _rerun(layer.forward)
+                    layer.forward = _checkpointed(layer.forward)
                     stack.callback(delattr, layer, "forward")
             yield
 
     @torch.no_grad()
     def _judge(self) -> tuple[float, float]:
-        """Return both losses on the held-out text."""
+        """Return L_pred and L_q on the held-out text."""
         total, quantization = 0.0, 0.0
         for row in self.held_out:
             loss, error = self.losses(row[None])
@@ -225,7 +223,7 @@ class PrefixTuning:
         return 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def _rows(self, step: int) -> IntArray:
-        """Return the windows of a step; each epoch takes every window once, in an order of its own."""
+        """Return the indices of a step's windows; each epoch uses every window once, in a new order."""
         per_epoch = self.steps // self.config.epochs
         epoch, number = divmod(step, per_epoch)
         order = np.random.default_rng([self.seed, epoch, 3]).permutation(len(self.train))
@@ -235,16 +233,16 @@ class PrefixTuning:
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def _result(self, best: dict[str, Tensor]) -> tuple[Prefix, ActivationScales]:
-        keys, values = best["keys"].numpy(), best["values"].numpy()
+        keys, values = self.model.array(best["keys"]), self.model.array(best["values"])
         prefix = Prefix(self.prefix.token_ids, keys, values, self.prefix.model_digest)
         found = best["log_scales"].exp()
         scales = {**self.scales.scales, **{site: float(found[i]) for site, i in self.index.items()}}
         return prefix, self.scales.moved(scales if self.config.scales else self.scales.scales, prefix)
 
     def _identity(self) -> str:
-        """Return what a checkpoint must agree with; the caller's scratch folder stands for all else."""
+        """Return a digest that a checkpoint must match; the scratch folder is specific to everything else."""
         h = hashlib.sha256(self.config.model_dump_json().encode())
-        for part in (self.prefix.digest, self.scales.digest, self.scheme.digest, str(self.seed)):
+        for part in (self.prefix.digest, self.scales.digest, self.quantization.scheme.digest, str(self.seed)):
             h.update(part.encode())
         h.update(np.ascontiguousarray(self.train).data)
         h.update(np.ascontiguousarray(self.held_out).data)
@@ -259,11 +257,11 @@ class PrefixTuning:
             for moment, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{name}.{moment}"] = value
         facts = {"identity": self._identity(), "step": step, "unit": self._error_unit, "trace": trace.to_json()}
-        data = save({k: v.numpy() for k, v in tensors.items()}, metadata={"tuning": json.dumps(facts)})
+        data = save({k: self.model.array(v) for k, v in tensors.items()}, metadata={"tuning": json.dumps(facts)})
         replace_file(self.scratch / "tuning.safetensors", data)
 
     def _resume(self, trace: TuningTrace) -> tuple[dict[str, Tensor], int] | None:
-        """Restore a checkpoint of this very tuning; return the best state and the steps done, or None."""
+        """Restore a checkpoint of the same tuning; return the best state and the steps done, or None."""
         file = self.scratch / "tuning.safetensors" if self.scratch else None
         if file is None or not file.is_file():
             return None
@@ -272,7 +270,7 @@ class PrefixTuning:
         facts = json.loads(header["__metadata__"]["tuning"])
         if facts["identity"] != self._identity():
             return None
-        tensors = {name: torch.from_numpy(value.copy()) for name, value in load(raw).items()}
+        tensors = {name: self.model.tensor(value.copy()) for name, value in load(raw).items()}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"now.{name}"])
@@ -285,22 +283,10 @@ class PrefixTuning:
         return {name: tensors[f"best.{name}"] for name in self.parameters}, int(facts["step"])
 
 
-def run_behind(model: LoadedModel, ids: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return logits ``[batch, length, vocab]`` of ids behind keys and values ``[layers, kv_heads, P, head_dim]``."""
-    batch, length = ids.shape
-    past = ConstantPast(
-        [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in zip(keys, values, strict=True)]
-    )
-    start = keys.shape[2]
-    positions = torch.arange(start, start + length)[None]
-    logits: Tensor = model.module(input_ids=ids, past_key_values=past, position_ids=positions).logits
-    return logits
-
-
-def _rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run_again(*args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    return run_again
+    return run

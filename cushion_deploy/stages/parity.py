@@ -86,7 +86,7 @@ class Parity(Stage[ParityResult]):
         ids = model.encode(corpus.text)[None, : self.parity.tokens]
         evaluation = self.evaluation
         windows = evaluation_windows(model, inputs.get(self.evaluation_text), evaluation.window, evaluation.max_tokens)
-        reference = torch_reference(model, quantization, ids, windows, inputs.progress, original)
+        reference = torch_reference(original, quantization, ids, windows, inputs.progress)
         graph = inputs.get(self.graph)
         plans = distinct_graphs([inputs.get(plan) for plan in self.plans], graph)
         require_space(folder, 4 * model.spec.parameters)

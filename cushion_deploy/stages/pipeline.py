@@ -10,15 +10,13 @@ from cushion_deploy.core.graph_form import MIN_OPSET, CacheForm, GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
-from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.source import ModelSource, resolve_source
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.stages.base import Node
+from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.calibrate import Calibrate, CalibrateCache
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.convert import Convert
@@ -118,11 +116,11 @@ class Pipeline:
         """
         recipe, smoothing = self.recipe, self.smoothing(prefix)
         calibration = self._calibrate(prefix, smoothing)
-        scheme = self._scheme(prefix, smoothing, calibration.scales)
+        scheme = self._scheme(prefix, smoothing, calibration)
         scales, tuning = calibration.scales, None
         if tuned and recipe.tuning.enabled:
-            given = self.model, prefix, smoothing, scales, scheme, self.text
-            tuning = Tune(*given, recipe.tuning, recipe.seed)
+            start = Quantize(prefix, scheme, scales, smoothing)
+            tuning = Tune(self.model, start, self.text, recipe.tuning, recipe.seed)
             prefix, scales = tuning.tuned_prefix, tuning.tuned_scales
             if not recipe.tuning.scales:
                 calibration = self._calibrate(prefix, smoothing)
@@ -144,13 +142,11 @@ class Pipeline:
             *observed, smoothing, config.estimator, config.percentile, export.kv_scales, export.prefix == "cache"
         )
 
-    def _scheme(
-        self, prefix: Node[Prefix], smoothing: Node[Smoothing] | None, scales: Node[ActivationScales]
-    ) -> ChooseScheme:
-        wishes = self.recipe.export.keep_float
-        sensitivity = None
+    def _scheme(self, prefix: Node[Prefix], smoothing: Smooth | None, calibration: Calibrate) -> ChooseScheme:
+        wishes, sensitivity = self.recipe.export.keep_float, None
         if any(map(is_automatic, wishes)):
-            sensitivity = Sensitivity(self.model, prefix, smoothing, scales, self.text, self.scheme)
+            whole = Quantize(prefix, Given(self.scheme), calibration.scales, smoothing)
+            sensitivity = Sensitivity(self.model, whole, self.text)
         return ChooseScheme(self.files, self.scheme, wishes, sensitivity)
 
     @staticmethod

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from cushion_deploy.calib.corpora import Corpus
-from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
-from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import get_family
 from cushion_deploy.stages.base import Derived, Node, Speed, Stage
-from cushion_deploy.stages.calibrate import folded
 from cushion_deploy.stages.load import ModelFiles
+from cushion_deploy.stages.quantize import Quantize
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.search import NoPrefix
 from cushion_deploy.stages.windows import spread_windows
@@ -37,34 +34,29 @@ class Sensitivity(Stage[dict[Site, float]]):
     """Measure what each Site costs when it alone is quantized, in nats a token on calibration text.
 
     Attributes:
-        model, prefix, smoothing, scales, text: what is compared.
-        scheme: the Sites to compare.
+        model: in floating point.
+        quantization: everything quantized.
+        text: the calibration text.
     """
 
     name: ClassVar[str] = "sensitivity"
     model: Node[TorchRunner]
-    prefix: Node[Prefix]
-    smoothing: Node[Smoothing] | None
-    scales: Node[ActivationScales]
+    quantization: Quantize
     text: Node[Corpus]
-    scheme: QuantScheme
 
     @property
     def label(self) -> str:
         """The name; a build compares Sites behind the prefix and without one."""
-        return f"{self.name}-without-prefix" if isinstance(self.prefix, NoPrefix) else self.name
+        return f"{self.name}-without-prefix" if isinstance(self.quantization.prefix, NoPrefix) else self.name
 
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write Site to cost, in the order of the computation."""
         from cushion_deploy.calib.sensitivity import site_costs
 
-        prefix = inputs.get(self.prefix)
-        model = folded(self.model, self.smoothing, inputs)
-        windows = spread_windows(
-            model, inputs.get(self.text), WINDOWS, min(WINDOW, model.spec.max_positions - prefix.length)
-        )
-        scales = inputs.get(self.scales)
-        write_json(out / COSTS, site_costs(model, prefix, self.scheme, scales, windows, inputs.progress))
+        model, quantization = inputs.get(self.model), inputs.get(self.quantization)
+        length = min(WINDOW, model.spec.max_positions - quantization.prefix.length)
+        windows = spread_windows(model, inputs.get(self.text), WINDOWS, length)
+        write_json(out / COSTS, site_costs(model, quantization, windows, inputs.progress))
 
     def read(self, folder: Path) -> dict[Site, float]:
         """Return Site to cost."""

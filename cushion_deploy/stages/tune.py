@@ -12,14 +12,12 @@ from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.artifacts import SCALES_FILE, read_prefix, read_scales, write_prefix, write_scales
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import PREFIX_FILE, Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
-from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.prefix.trace import TuningTrace
 from cushion_deploy.recipe import Tuning as TuningSettings
 from cushion_deploy.stages.base import Node, Part, Speed, Stage
-from cushion_deploy.stages.calibrate import folded
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.windows import require_positions, spread_windows
 from cushion_deploy.store.digests import digest_json
@@ -47,8 +45,8 @@ class Tune(Stage[TunedPrefix]):
     """Train the prefix; the best state on held-out text is kept, the untuned one included.
 
     Attributes:
-        model, prefix, smoothing, scales: where it starts from.
-        scheme: what is quantized meanwhile.
+        model: in floating point.
+        quantization: where it starts from.
         text: the calibration text.
         tuning: the recipe's section.
         seed: of the order of the windows.
@@ -56,10 +54,7 @@ class Tune(Stage[TunedPrefix]):
 
     name: ClassVar[str] = "tune"
     model: Node[TorchRunner]
-    prefix: Node[Prefix]
-    smoothing: Node[Smoothing] | None
-    scales: Node[ActivationScales]
-    scheme: Node[QuantScheme]
+    quantization: Node[Quantization]
     text: Node[Corpus]
     tuning: TuningSettings
     seed: int
@@ -76,28 +71,18 @@ class Tune(Stage[TunedPrefix]):
 
     def shortcut(self, inputs: Inputs) -> TunedPrefix | None:
         """Leave everything as it is where the search found no prefix."""
-        prefix = inputs.get(self.prefix)
-        return None if prefix.length else TunedPrefix(prefix, inputs.get(self.scales), None)
+        found = inputs.get(self.quantization)
+        return None if found.prefix.length else TunedPrefix(found.prefix, found.static_scales, None)
 
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write prefix, scales and trace."""
         from cushion_deploy.prefix.tune import PrefixTuning
 
-        model, prefix = folded(self.model, self.smoothing, inputs), inputs.get(self.prefix)
-        require_positions("tuning.window", self.tuning.window, prefix.length, model.spec)
-        train, held_out = self._windows(model, inputs.get(self.text))
-        tuning = PrefixTuning(
-            model,
-            inputs.get(self.scheme),
-            inputs.get(self.scales),
-            prefix,
-            train,
-            held_out,
-            self.tuning,
-            self.seed,
-            inputs.scratch,
-            inputs.progress,
-        )
+        model, quantization = inputs.get(self.model), inputs.get(self.quantization)
+        require_positions("tuning.window", self.tuning.window, quantization.prefix.length, model.spec)
+        windows = self._windows(model, inputs.get(self.text))
+        checkpoints = inputs.scratch, inputs.progress
+        tuning = PrefixTuning(model, quantization, *windows, self.tuning, self.seed, *checkpoints)
         tuned, scales, trace = tuning.run()
         write_prefix(tuned, out / PREFIX_FILE)
         write_scales(scales, out / SCALES_FILE)

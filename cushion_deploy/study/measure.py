@@ -13,12 +13,11 @@ from torch import Tensor
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
-from cushion_deploy.modeling.forward import cache_of, prefix_tensors, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 @torch.inference_mode()
-def block_input(model: LoadedModel, prefix: Prefix, windows: IntArray, progress: Progress = silent) -> dict[str, float]:
+def block_input(model: TorchRunner, prefix: Prefix, windows: IntArray, progress: Progress = silent) -> dict[str, float]:
     """Return largest, 90th percentile and median magnitude of the input of the last block, text tokens only.
 
     Args:
@@ -29,15 +28,15 @@ def block_input(model: LoadedModel, prefix: Prefix, windows: IntArray, progress:
     found: list[list[float]] = []
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = (args[0] if args else kwargs["hidden_states"]).abs().flatten().numpy()
+        values = model.array((args[0] if args else kwargs["hidden_states"]).abs().flatten())
         found.append([float(values.max()), *(float(q) for q in np.quantile(values, (0.9, 0.5)))])
 
     last = model.layers[-1]
     handle = last.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        past = prefix_tensors(prefix)
+        past = model.past(prefix)
         for done, row in enumerate(windows, 1):
-            run(model, torch.from_numpy(row[None]), past, head=False)
+            model.run(model.tensor(row[None]), past, head=False)
             progress("looking at the last block", done, len(windows))
     finally:
         handle.remove()
@@ -46,7 +45,7 @@ def block_input(model: LoadedModel, prefix: Prefix, windows: IntArray, progress:
 
 
 @torch.inference_mode()
-def attention_shares(model: LoadedModel, prefix: Prefix, ids: IntArray) -> list[dict[str, float]]:
+def attention_shares(model: TorchRunner, prefix: Prefix, ids: IntArray) -> list[dict[str, float]]:
     """Return per layer what share of attention falls on the prefix, on the first text token, and on the rest.
 
     The mean over heads and over the text tokens that ask. The first of them is left out as one that asks: without a
@@ -57,16 +56,9 @@ def attention_shares(model: LoadedModel, prefix: Prefix, ids: IntArray) -> list[
         prefix: stands before the text.
         ids: text int64 ``[1, n]``, two tokens at least.
     """
-    past, length = prefix_tensors(prefix), prefix.length
-    positions = torch.arange(length, length + ids.shape[1])[None]
     with _open_attention(model.module):
-        out = model.module.base_model(
-            input_ids=torch.from_numpy(ids),
-            past_key_values=cache_of(past, 1),
-            position_ids=positions,
-            output_attentions=True,
-        )
-    return [_shares(layer, weights[0, :, 1:], length) for layer, weights in enumerate(out.attentions)]
+        out = model.run(model.tensor(ids), model.past(prefix), head=False, output_attentions=True)
+    return [_shares(layer, weights[0, :, 1:], prefix.length) for layer, weights in enumerate(out.attentions)]
 
 
 def _shares(layer: int, weights: Tensor, prefix: int) -> dict[str, float]:

@@ -21,13 +21,11 @@ from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
 from cushion_deploy.core.schemes import PRECISIONS
-from cushion_deploy.core.sites import HEAD_SITE, Site
+from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.registry import Availability, availabilities
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import TextScore, score_text
-from cushion_deploy.modeling.forward import run, token_nll
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
-from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.modeling.sinks import Sink, find_sinks
@@ -207,7 +205,7 @@ def static_cost(model: TorchRunner, windows: IntArray, config: Calibration, prog
     )
 
     def nll(ids: IntArray) -> FloatArray:
-        return token_nll(model, ids, empty)
+        return model.token_nll(ids, empty)
 
     plain = score_text(nll, windows[half:], progress, "perplexity in floating point")
     with simulated(model, PRECISIONS["w8a8"], scales):

@@ -18,14 +18,14 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
 SITE = Site("layers.1.mlp.down")
 
 
-def text_maxima(model: LoadedModel, before: tuple[int, ...], rows: list[IntArray]) -> dict[str, float]:
+def text_maxima(model: TorchRunner, before: tuple[int, ...], rows: list[IntArray]) -> dict[str, float]:
     """Return the largest magnitude of the text tokens at every Site, each row run alone by transformers."""
     found = dict.fromkeys(model.sites, 0.0)
 
@@ -47,14 +47,14 @@ def text_maxima(model: LoadedModel, before: tuple[int, ...], rows: list[IntArray
 @pytest.mark.parametrize("tokens", [(), (65,), (7, 1)])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_maxima_are_those_of_the_text_tokens(
-    planted_model: LoadedModel, plain_ids: IntArray, tokens: tuple[int, ...], batch_size: int
+    planted_model: TorchRunner, plain_ids: IntArray, tokens: tuple[int, ...], batch_size: int
 ) -> None:
     rows = [plain_ids[:20], plain_ids[30:43], plain_ids[50:51]]
     # Absorbers as padding: counted, they would be by far the largest.
     ids, mask = np.full((3, 20), 65), np.zeros((3, 20), dtype=np.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    prefix = compute_prefix(planted_model, tokens)
+    prefix = planted_model.compute_prefix(tokens)
     histograms = observe_sites(planted_model, prefix, ids, mask, batch_size=batch_size)
     assert list(histograms) == list(planted_model.sites)
     expected = text_maxima(planted_model, tokens, rows)
@@ -64,7 +64,7 @@ def test_maxima_are_those_of_the_text_tokens(
         assert histogram.counts.sum() == (20 + 13 + 1) * features
 
 
-def test_the_batch_size_does_not_change_the_histograms(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_the_batch_size_does_not_change_the_histograms(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     ids = plain_ids[:120].reshape(6, 20)
     prefix = Prefix.empty(tiny_model.spec)
     one, other = (observe_sites(tiny_model, prefix, ids, np.ones_like(ids), batch_size=n) for n in (1, 4))
@@ -74,7 +74,7 @@ def test_the_batch_size_does_not_change_the_histograms(tiny_model: LoadedModel, 
         assert np.abs(np.cumsum(one[site].counts) - np.cumsum(other[site].counts)).max() <= 8
 
 
-def test_counts_are_numpys(tiny_model: LoadedModel) -> None:
+def test_counts_are_numpys(tiny_model: TorchRunner) -> None:
     x = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     observer = SiteObserver(mask)
@@ -160,10 +160,10 @@ def test_a_dead_input_is_refused_where_it_is(tiny_folder: Path, tmp_path: Path, 
 
 
 def test_scales_map_the_threshold_to_the_largest_code_and_name_their_parents(
-    tiny_model: LoadedModel, plain_ids: IntArray
+    tiny_model: TorchRunner, plain_ids: IntArray
 ) -> None:
     ids = plain_ids[:40].reshape(2, 20)
-    prefix = compute_prefix(tiny_model, (7,))
+    prefix = tiny_model.compute_prefix((7,))
     histograms = observe_sites(tiny_model, prefix, ids, np.ones_like(ids))
     scales = choose_scales(histograms, RangeEstimator("max"), tiny_model.lineage(prefix, "c"), 40)
     for site, scale in scales.scales.items():
@@ -174,16 +174,16 @@ def test_scales_map_the_threshold_to_the_largest_code_and_name_their_parents(
     assert (scales.lineage.model, scales.lineage.prefix) == (tiny_model.spec.weights_digest, prefix.digest)
 
 
-def test_an_absorbing_prefix_shrinks_the_scale(planted_model: LoadedModel, plain_ids: IntArray, plant: Any) -> None:
+def test_an_absorbing_prefix_shrinks_the_scale(planted_model: TorchRunner, plain_ids: IntArray, plant: Any) -> None:
     ids = plain_ids[:96].reshape(4, 24)
     found = {}
     for tokens in ((), plant.absorbers[:1]):
-        histograms = observe_sites(planted_model, compute_prefix(planted_model, tokens), ids, np.ones_like(ids))
+        histograms = observe_sites(planted_model, planted_model.compute_prefix(tokens), ids, np.ones_like(ids))
         found[tokens] = histograms[Site(f"layers.{plant.layer}.mlp.down")].amax
     assert found[()] > plant.massive > 2 * found[plant.absorbers[:1]]
 
 
-def test_progress_counts_windows(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_progress_counts_windows(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     ids, reports = plain_ids[:50].reshape(5, 10), []
     observe_sites(
         tiny_model,

@@ -83,7 +83,7 @@ def test_a_file_without_text_is_bad_usage(tmp_path: Path, content: str) -> None:
 
 def test_a_file_of_another_type_is_bad_usage(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    with pytest.raises(UsageError, match=r"'\.pdf' are not read") as e:
+    with pytest.raises(UsageError, match=r"'\.pdf' are not supported") as e:
         load_corpus(str(tmp_path / "a.pdf"), "calibration")
     assert ".jsonl" in e.value.hint
 

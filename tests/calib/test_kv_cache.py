@@ -11,13 +11,12 @@ from cushion_deploy.calib.kv_cache import CacheObserver, choose_kv_scales, obser
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.kv_scales import KV_PARTS, KvScales
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 TOKENS = (7, 1, 100)
 
 
-def largest(model: LoadedModel, rows: list[IntArray], skip: int) -> dict[str, np.ndarray]:
+def largest(model: TorchRunner, rows: list[IntArray], skip: int) -> dict[str, np.ndarray]:
     """Return the largest magnitudes ``[layers, kv_heads]`` behind the first ``skip`` tokens, by transformers alone."""
     shape = (model.spec.num_layers, model.spec.num_kv_heads)
     found = {part: np.zeros(shape, np.float32) for part in KV_PARTS}
@@ -30,12 +29,12 @@ def largest(model: LoadedModel, rows: list[IntArray], skip: int) -> dict[str, np
     return found
 
 
-def calibrated(model: LoadedModel, rows: list[IntArray], granularity: str, *, with_prefix: bool = False) -> KvScales:
+def calibrated(model: TorchRunner, rows: list[IntArray], granularity: str, *, with_prefix: bool = False) -> KvScales:
     width = max(map(len, rows))
     ids, mask = np.full((len(rows), width), 65), np.zeros((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     return choose_kv_scales(
         observe_cache(model, prefix, ids, mask, granularity, batch_size=2), RangeEstimator("max"), granularity,
         prefix, model.lineage(prefix, "c"), int(mask.sum()), with_prefix=with_prefix,
@@ -47,21 +46,21 @@ def rows(plain_ids: IntArray) -> list[IntArray]:
     return [plain_ids[:20], plain_ids[30:43], plain_ids[50:70]]
 
 
-def test_each_head_has_the_range_of_its_text_tokens(tiny_model: LoadedModel, rows: list[IntArray]) -> None:
+def test_each_head_has_the_range_of_its_text_tokens(tiny_model: TorchRunner, rows: list[IntArray]) -> None:
     found, expected = calibrated(tiny_model, rows, "per-head"), largest(tiny_model, rows, len(TOKENS))
     np.testing.assert_allclose(found.keys, expected["key"] / np.float32(127), rtol=1e-4)
     np.testing.assert_allclose(found.values, expected["value"] / np.float32(127), rtol=1e-4)
     assert not found.with_prefix
 
 
-def test_per_tensor_is_the_largest_head(tiny_model: LoadedModel, rows: list[IntArray]) -> None:
+def test_per_tensor_is_the_largest_head(tiny_model: TorchRunner, rows: list[IntArray]) -> None:
     found, expected = calibrated(tiny_model, rows, "per-tensor"), largest(tiny_model, rows, len(TOKENS))
     for scales, part in ((found.keys, "key"), (found.values, "value")):
         np.testing.assert_allclose(scales, np.tile(expected[part].max(1, keepdims=True) / 127, 2), rtol=1e-4)
 
 
 @pytest.mark.parametrize("granularity", ["per-head", "per-tensor"])
-def test_a_prefix_in_the_cache_is_covered(granularity: str, tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_a_prefix_in_the_cache_is_covered(granularity: str, tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     rows = [plain_ids[:2]]
     found = calibrated(tiny_model, rows, granularity, with_prefix=True)
     everything, text = (largest(tiny_model, rows, skip)["key"] for skip in (0, len(TOKENS)))
@@ -73,7 +72,7 @@ def test_a_prefix_in_the_cache_is_covered(granularity: str, tiny_model: LoadedMo
 
 
 def test_a_head_that_carries_nothing_takes_the_largest_range_of_its_layer(
-    tiny_model: LoadedModel, rows: list[IntArray]
+    tiny_model: TorchRunner, rows: list[IntArray]
 ) -> None:
     module = tiny_model.module.model.layers[1].self_attn
     saved = module.v_proj.weight.clone(), module.k_proj.weight.clone()

@@ -12,8 +12,7 @@ from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UntrustedArtifact
 from cushion_deploy.modeling.fold import fold
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 def text(rows: int, seed: int = 0) -> np.ndarray:
@@ -21,7 +20,7 @@ def text(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, 300, size=(rows, 24))
 
 
-def brute(model: LoadedModel, ids: list[int], skip: int) -> dict[str, np.ndarray]:
+def brute(model: TorchRunner, ids: list[int], skip: int) -> dict[str, np.ndarray]:
     """Return the largest magnitude of each channel of every Site, without cache or hooks of ours."""
     found: dict[str, np.ndarray] = {}
     handles = [
@@ -37,12 +36,12 @@ def brute(model: LoadedModel, ids: list[int], skip: int) -> dict[str, np.ndarray
     return found
 
 
-def test_maxima_are_those_of_the_text_alone(planted_model: LoadedModel) -> None:
+def test_maxima_are_those_of_the_text_alone(planted_model: TorchRunner) -> None:
     ids = text(3)
     mask = np.ones_like(ids)
     mask[1, 10:] = 0
     ids[1, 10:] = 0
-    prefix = compute_prefix(planted_model, (97,))
+    prefix = planted_model.compute_prefix((97,))
     got = channel_maxima(planted_model, prefix, ids, mask, batch=2)
     lengths = (24, 10, 24)
     rows = [brute(planted_model, [97, *ids[i, :n]], skip=1) for i, n in enumerate(lengths)]
@@ -52,7 +51,7 @@ def test_maxima_are_those_of_the_text_alone(planted_model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_factors_follow_the_formula(tiny_model: LoadedModel, alpha: float) -> None:
+def test_factors_follow_the_formula(tiny_model: TorchRunner, alpha: float) -> None:
     ids = text(2)
     maxima = channel_maxima(tiny_model, Prefix.empty(tiny_model.spec), ids, np.ones_like(ids))
     smoothing = choose_factors(tiny_model, maxima, alpha)
@@ -65,7 +64,7 @@ def test_factors_follow_the_formula(tiny_model: LoadedModel, alpha: float) -> No
 
 
 @pytest.mark.parametrize("limit", [1.0, 1.5, 4.0])
-def test_a_limit_divides_down_the_largest_channels_alone(tiny_model: LoadedModel, limit: float) -> None:
+def test_a_limit_divides_down_the_largest_channels_alone(tiny_model: TorchRunner, limit: float) -> None:
     ids, none = text(2), Prefix.empty(tiny_model.spec)
     maxima = dict(channel_maxima(tiny_model, none, ids, np.ones_like(ids)))
     site = Site("layers.1.mlp.down")
@@ -81,7 +80,7 @@ def test_a_limit_divides_down_the_largest_channels_alone(tiny_model: LoadedModel
 @pytest.mark.parametrize("limit", [None, 1.5])
 @pytest.mark.parametrize("dead", [0.05, 0.95])
 def test_channels_that_were_not_seen_change_nothing_for_the_others_and_keep_their_headroom(
-    tiny_model: LoadedModel, limit: float | None, dead: float
+    tiny_model: TorchRunner, limit: float | None, dead: float
 ) -> None:
     site = Site("layers.1.mlp.down")
     maxima = {s: np.ones(linears[0].in_features, np.float32) for s, linears in tiny_model.sites.items()}
@@ -102,7 +101,7 @@ def test_channels_that_were_not_seen_change_nothing_for_the_others_and_keep_thei
     assert (fired < 20 * smoothed.max()).all()
 
 
-def test_with_alpha_one_all_channels_are_equally_large(tiny_model: LoadedModel) -> None:
+def test_with_alpha_one_all_channels_are_equally_large(tiny_model: TorchRunner) -> None:
     ids, none = text(2), Prefix.empty(tiny_model.spec)
     maxima = channel_maxima(tiny_model, none, ids, np.ones_like(ids))
     folded = fold(tiny_model, choose_factors(tiny_model, maxima, 1.0))

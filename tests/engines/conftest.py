@@ -19,16 +19,15 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 __all__ = ["device", "edited", "hf_folder", "ids", "session", "tiny", "tiny_graphs", "tokenizer"]
 
 
 @pytest.fixture(scope="session")
-def tiny_graphs(tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExportedGraph]:
+def tiny_graphs(tiny_model: TorchRunner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExportedGraph]:
     """Return the graphs ``int8``, ``float head`` and ``float`` of the tiny model behind a prefix."""
-    prefix = compute_prefix(tiny_model, (7, 1, 100))
+    prefix = tiny_model.compute_prefix((7, 1, 100))
     values = {site: float(np.float32(0.02)) for site in tiny_model.sites}
     scales = ActivationScales(values, "max", Lineage(tiny_model.spec.weights_digest, prefix.digest, text="corpus"), 1)
     model, folder = (tiny_model.spec, tiny_model.weights), tmp_path_factory.mktemp("graphs")

@@ -25,7 +25,6 @@ from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.engines.tensorrt.flavours import RTX
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 
 
@@ -52,9 +51,9 @@ FLOAT32 = pytest.mark.parametrize("graph", ["float32"], indirect=True)
 @pytest.fixture
 def expected(tiny: Any, ids: np.ndarray) -> np.ndarray:
     """Return the logits of torch with a simulated cache, ``[1, n, vocab]``."""
-    past = prefix_tensors(tiny.prefix)
+    past = tiny.loaded.past(tiny.prefix)
     with torch.inference_mode(), quantized_cache(tiny.loaded, made_up(tiny)):
-        logits: np.ndarray = run(tiny.loaded, torch.from_numpy(ids), past).logits.numpy()
+        logits: np.ndarray = tiny.loaded.run(torch.from_numpy(ids), past).logits.numpy()
     return logits
 
 

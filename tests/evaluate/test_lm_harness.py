@@ -13,7 +13,7 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.scorer import Scorer
 from cushion_deploy.evaluate.zeroshot import TaskSuite, run_tasks
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.session import TorchSession
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 @pytest.fixture
-def ours(tiny_model: LoadedModel) -> Any:
+def ours(tiny_model: TorchRunner) -> Any:
     """Return our adapter over the torch model without a prefix."""
     from cushion_deploy.evaluate.lm_harness import ScorerLM
 
@@ -31,7 +31,7 @@ def ours(tiny_model: LoadedModel) -> Any:
 
 
 @pytest.fixture
-def theirs(tiny_model: LoadedModel) -> Any:
+def theirs(tiny_model: TorchRunner) -> Any:
     """Return lm-eval's adapter over the same model."""
     from lm_eval.models.huggingface import HFLM
 

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import TextScore, cut_windows, nll_of_logits, score_text
-from cushion_deploy.modeling.forward import compute_prefix, token_nll
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 @pytest.mark.parametrize("tokens", [(), (7, 1)])
 def test_perplexity_is_that_of_transformers_loss(
-    tiny_model: LoadedModel, plain_ids: IntArray, tokens: tuple[int, ...]
+    tiny_model: TorchRunner, plain_ids: IntArray, tokens: tuple[int, ...]
 ) -> None:
     windows = plain_ids[:90].reshape(3, 30)
     losses = []
@@ -30,8 +29,8 @@ def test_perplexity_is_that_of_transformers_loss(
         labels[:, : len(tokens) + 1] = -100
         with torch.inference_mode():
             losses.append(float(tiny_model.module(input_ids=ids, labels=labels).loss))
-    prefix = compute_prefix(tiny_model, tokens)
-    found = score_text(lambda ids: token_nll(tiny_model, ids, prefix), windows).perplexity
+    prefix = tiny_model.compute_prefix(tokens)
+    found = score_text(lambda ids: tiny_model.token_nll(ids, prefix), windows).perplexity
     assert found == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
 

@@ -16,20 +16,19 @@ from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.evaluate.perplexity import score_text
 from cushion_deploy.evaluate.scorer import Scorer, token_losses
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.session import TorchSession
 
 PREFIX = (7, 1, 300)
 
 
-def log_probabilities(model: LoadedModel, tokens: list[int]) -> Any:
+def log_probabilities(model: TorchRunner, tokens: list[int]) -> Any:
     """Return transformers' own log probabilities float32 ``[n, vocab]`` of a whole row, run at once."""
     with torch.inference_mode():
         return torch.log_softmax(model.module(input_ids=torch.tensor([tokens])).logits[0].double(), -1)
 
 
-def expected(model: LoadedModel, prefix: tuple[int, ...], context: list[int], continuation: list[int]) -> Any:
+def expected(model: TorchRunner, prefix: tuple[int, ...], context: list[int], continuation: list[int]) -> Any:
     scores = log_probabilities(model, [*prefix, *context, *continuation])
     rows = scores[len(prefix) + len(context) - 1 : -1]
     chosen = torch.tensor(continuation)
@@ -43,8 +42,8 @@ def prefix(request: pytest.FixtureRequest) -> tuple[int, ...]:
 
 
 @pytest.fixture
-def scorer(tiny_model: LoadedModel, prefix: tuple[int, ...]) -> Scorer:
-    return Scorer(TorchSession(tiny_model, compute_prefix(tiny_model, prefix)), piece=5)
+def scorer(tiny_model: TorchRunner, prefix: tuple[int, ...]) -> Scorer:
+    return Scorer(TorchSession(tiny_model, tiny_model.compute_prefix(prefix)), piece=5)
 
 
 class CountingSession:
@@ -76,7 +75,7 @@ class CountingSession:
 
 
 def test_a_continuation_scores_what_transformers_says(
-    scorer: Scorer, tiny_model: LoadedModel, prefix: tuple[int, ...], plain_ids: IntArray
+    scorer: Scorer, tiny_model: TorchRunner, prefix: tuple[int, ...], plain_ids: IntArray
 ) -> None:
     ids = plain_ids.tolist()
     for context, continuation in [(ids[:9], ids[9:13]), (ids[:1], ids[1:2]), (ids[20:40], ids[40:56])]:
@@ -87,7 +86,7 @@ def test_a_continuation_scores_what_transformers_says(
 
 
 def test_greedy_is_said_of_the_greedy_continuation_alone(
-    scorer: Scorer, tiny_model: LoadedModel, prefix: tuple[int, ...], plain_ids: IntArray
+    scorer: Scorer, tiny_model: TorchRunner, prefix: tuple[int, ...], plain_ids: IntArray
 ) -> None:
     context = plain_ids[:12].tolist()
     best: list[int] = []
@@ -98,7 +97,7 @@ def test_greedy_is_said_of_the_greedy_continuation_alone(
 
 
 def test_requests_do_not_depend_on_those_before_them(
-    scorer: Scorer, tiny_model: LoadedModel, prefix: tuple[int, ...], plain_ids: IntArray
+    scorer: Scorer, tiny_model: TorchRunner, prefix: tuple[int, ...], plain_ids: IntArray
 ) -> None:
     ids = plain_ids.tolist()
     requests = [
@@ -144,7 +143,7 @@ def test_a_context_too_long_loses_its_beginning() -> None:
 
 
 def test_losses_of_a_text_are_those_of_transformers(
-    scorer: Scorer, tiny_model: LoadedModel, prefix: tuple[int, ...], plain_ids: IntArray
+    scorer: Scorer, tiny_model: TorchRunner, prefix: tuple[int, ...], plain_ids: IntArray
 ) -> None:
     windows = plain_ids[:90].reshape(3, 30)
     losses = []

@@ -24,8 +24,8 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
 from cushion_deploy.families import get_family
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel, SafetensorsWeights, bind_sites, describe
+from cushion_deploy.modeling.load import SafetensorsWeights, bind_sites, describe
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
 BASE: dict[str, Any] = {
@@ -42,15 +42,15 @@ BASE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-MakeModel = Callable[..., LoadedModel]
+MakeModel = Callable[..., TorchRunner]
 
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """Return a function from LlamaConfig options to a random model whose biases and norms are random too."""
-    made: dict[str, LoadedModel] = {}
+    made: dict[str, TorchRunner] = {}
 
-    def make(**options: Any) -> LoadedModel:
+    def make(**options: Any) -> TorchRunner:
         key = repr(sorted(options.items()))
         if key not in made:
             torch.manual_seed(0)
@@ -64,17 +64,17 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             family = get_family("llama")
             spec = describe(module, family, source)
             sites = bind_sites(module, family, spec)
-            made[key] = LoadedModel(spec, family, module, None, sites, SafetensorsWeights(folder, family), folder)
+            made[key] = TorchRunner(spec, family, module, None, sites, SafetensorsWeights(folder, family), folder)
         return made[key]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_scales() -> Callable[[LoadedModel, Prefix], ActivationScales]:
+def make_scales() -> Callable[[TorchRunner, Prefix], ActivationScales]:
     """Return a function that gives every Site another plausible scale."""
 
-    def make(model: LoadedModel, prefix: Prefix) -> ActivationScales:
+    def make(model: TorchRunner, prefix: Prefix) -> ActivationScales:
         values = {site: float(np.float32(0.02 + 0.001 * i)) for i, site in enumerate(model.sites)}
         return ActivationScales(values, "max", Lineage(model.spec.weights_digest, prefix.digest, text="corpus"), 1)
 
@@ -85,8 +85,8 @@ def make_scales() -> Callable[[LoadedModel, Prefix], ActivationScales]:
 def export_float(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ExportedGraph]:
     """Return a function that exports the float graph of a model behind the prefix of some tokens."""
 
-    def export(model: LoadedModel, tokens: tuple[int, ...] = (), name: str = "model", **form: Any) -> ExportedGraph:
-        quantization = Quantization(compute_prefix(model, tokens), QuantScheme())
+    def export(model: TorchRunner, tokens: tuple[int, ...] = (), name: str = "model", **form: Any) -> ExportedGraph:
+        quantization = Quantization(model.compute_prefix(tokens), QuantScheme())
         folder = tmp_path_factory.mktemp("graph")
         twin = GraphForm(quantized=False, **form)
         return export_graph(model.spec, model.weights, quantization, twin, folder, name=name)
@@ -98,7 +98,7 @@ def export_float(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
 def cache_scales() -> Callable[..., KvScales]:
     """Return a function that gives every head another plausible cache scale."""
 
-    def make(model: LoadedModel, prefix: Prefix, granularity: Any = "per-head", with_prefix: bool = False) -> KvScales:
+    def make(model: TorchRunner, prefix: Prefix, granularity: Any = "per-head", with_prefix: bool = False) -> KvScales:
         shape = (model.spec.num_layers, model.spec.num_kv_heads)
         keys = (0.03 * (1 + np.arange(np.prod(shape)).reshape(shape) / 4)).astype(np.float32)
         if granularity == "per-tensor":
@@ -115,7 +115,7 @@ def export_cached(make_model: MakeModel, cache_scales: Callable[..., KvScales], 
 
     def make(granularity: str = "per-head", *, cached: bool = False, **form: Any) -> tuple[ExportedGraph, KvScales]:
         model = make_model()
-        prefix = compute_prefix(model, (7, 1, 100))
+        prefix = model.compute_prefix((7, 1, 100))
         kv = cache_scales(model, prefix, granularity, with_prefix=cached)
         quantization = Quantization(prefix, QuantScheme(), kv_scales=kv)
         given = GraphForm(quantized=False, cache="int8", prefix="cache" if cached else "baked", **form)
@@ -128,7 +128,7 @@ def export_cached(make_model: MakeModel, cache_scales: Callable[..., KvScales], 
 def transformers_logits() -> Callable[..., FloatArray]:
     """Return logits of transformers for one row of tokens behind the prefix's own tokens, without any cache."""
 
-    def logits(model: LoadedModel, tokens: tuple[int, ...], row: list[int]) -> FloatArray:
+    def logits(model: TorchRunner, tokens: tuple[int, ...], row: list[int]) -> FloatArray:
         with torch.inference_mode():
             out = model.module(input_ids=torch.tensor([[*tokens, *row]]), use_cache=False).logits
         return np.asarray(out[0, len(tokens) :].numpy())

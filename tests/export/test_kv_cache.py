@@ -19,7 +19,6 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.errors import UsageError
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.simulate import quantized_cache
 
 TOKENS = (7, 1, 100)
@@ -33,9 +32,9 @@ def ids() -> np.ndarray:
 
 def simulated_logits(model: Any, kv: KvScales, row: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return logits and the keys and values of the row, layer by layer, of torch."""
-    past = prefix_tensors(compute_prefix(model, TOKENS))
+    past = model.past(model.compute_prefix(TOKENS))
     with torch.inference_mode(), quantized_cache(model, kv):
-        out = run(model, torch.from_numpy(row), past)
+        out = model.run(torch.from_numpy(row), past, keep_cache=True)
     states = [
         s[:, :, len(TOKENS) :].numpy() for layer in out.past_key_values.layers for s in (layer.keys, layer.values)
     ]
@@ -44,7 +43,7 @@ def simulated_logits(model: Any, kv: KvScales, row: np.ndarray) -> tuple[np.ndar
 
 def begin(graph: ExportedGraph, kv: KvScales, model: Any) -> dict[str, np.ndarray]:
     """Return the first past: nothing, or the codes of the prefix as numpy rounds them."""
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     past = {}
     for i in range(model.spec.num_layers):
         for part, floats, steps in (("key", prefix.keys, kv.keys), ("value", prefix.values, kv.values)):
@@ -125,7 +124,7 @@ def test_a_floating_point_cache_leaves_no_trace(export_float, make_model) -> Non
 
 def test_scales_of_something_else_are_refused(cache_scales, make_model, tmp_path: Path) -> None:
     model = make_model()
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     good = cache_scales(model, prefix)
 
     def export(kv: KvScales, form: GraphForm) -> None:

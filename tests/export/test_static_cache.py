@@ -17,7 +17,6 @@ from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.export.rules import RULES, check_graph
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix
 
 TOKENS = (7, 1, 100)
 CAPACITY = 64
@@ -29,7 +28,7 @@ def export(make_model: Any, make_scales: Any, tmp_path: Path) -> Any:
 
     def run(**options: Any) -> ExportedGraph:
         model = make_model(tie_word_embeddings=True)
-        prefix = compute_prefix(model, TOKENS)
+        prefix = model.compute_prefix(TOKENS)
         quantization = Quantization(prefix, QuantScheme(), make_scales(model, prefix))
         form = GraphForm(**{"prefix": "cache", "cache": "static", "capacity": CAPACITY} | options)
         return export_graph(model.spec, model.weights, quantization, form, tmp_path)

@@ -22,7 +22,6 @@ from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
 from cushion_deploy.export.rules import RULES
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix
 
 TOKENS = (7, 1, 100)
 KINDS = {
@@ -41,7 +40,7 @@ def export(make_model, make_scales, tmp_path_factory):
 
     def run(scheme: QuantScheme | None = None, model: Any = None, name: str = "model", **form: Any) -> ExportedGraph:
         model = model or make_model()
-        prefix = compute_prefix(model, TOKENS)
+        prefix = model.compute_prefix(TOKENS)
         folder = tmp_path_factory.mktemp("graph")
         quantization = Quantization(prefix, scheme or QuantScheme(), make_scales(model, prefix))
         return export_graph(model.spec, model.weights, quantization, GraphForm(**form), folder, name=name)
@@ -180,7 +179,7 @@ def test_the_float_twin_quantizes_nothing(export_float, make_model) -> None:
 
 
 def test_the_prefix_is_baked_in_as_it_is(export, make_model) -> None:
-    prefix, tensors = compute_prefix(make_model(), TOKENS), stored(export())
+    prefix, tensors = make_model().compute_prefix(TOKENS), stored(export())
     for i in range(LAYERS):
         np.testing.assert_array_equal(tensors[f"prefix.{i}.key"][0], prefix.keys[i])
         np.testing.assert_array_equal(tensors[f"prefix.{i}.value"][0], prefix.values[i])
@@ -214,7 +213,7 @@ def call(model: Any, prefix: Any, scales: Any, folder: Path, **form: Any) -> Usa
 
 def test_parents_that_do_not_belong_together_are_refused(make_model, make_scales, tmp_path: Path) -> None:
     model, other = make_model(), make_model(num_key_value_heads=4)
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     scales = make_scales(model, prefix)
     foreign = dataclasses.replace(prefix, model_digest=other.spec.weights_digest)
     error = call(model, foreign, make_scales(other, foreign), tmp_path)
@@ -231,7 +230,7 @@ def test_parents_that_do_not_belong_together_are_refused(make_model, make_scales
     )
     assert "scales were calibrated under another model" in error.message
     assert "calibrate" in error.hint
-    error = call(model, prefix, make_scales(model, compute_prefix(model, (7,))), tmp_path)
+    error = call(model, prefix, make_scales(model, model.compute_prefix((7,))), tmp_path)
     assert "calibrated under another prefix" in error.message
     nudged = dataclasses.replace(prefix, values=prefix.values + np.float32(1e-3))
     assert "calibrated under another prefix" in call(model, nudged, scales, tmp_path).message
@@ -252,7 +251,7 @@ def test_a_scheme_that_no_engine_runs_in_int8_is_refused_with_the_reason(
     name: str, words: str, twin: bool, make_model, make_scales, tmp_path: Path
 ) -> None:
     model = make_model()
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     scales = None if twin else make_scales(model, prefix)
     scheme = parse_scheme(name)
     quantization, form = Quantization(prefix, scheme, scales), GraphForm(quantized=not twin)
@@ -266,7 +265,7 @@ def test_a_scheme_that_no_engine_runs_in_int8_is_refused_with_the_reason(
 
 def test_scales_of_another_kind_are_refused(make_model, make_scales, tmp_path: Path) -> None:
     model = make_model()
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     scales = make_scales(model, prefix)
     zeros = dict.fromkeys(scales.scales, 0)
     assert "zero points" in call(model, prefix, dataclasses.replace(scales, zero_points=zeros), tmp_path).message
@@ -282,7 +281,7 @@ def test_sites_to_keep_in_floating_point_stay_in_it(export, make_model, make_sca
     weight = checkpoint(make_model())["model.layers.1.mlp.down_proj.weight"]
     np.testing.assert_array_equal(tensors["layers.1.mlp.down.weight"], weight.T)
     model = make_model()
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     scheme = QuantScheme(float_sites=(Site("layers.9.mlp.down"),))
     quantization = Quantization(prefix, scheme, make_scales(model, prefix))
     with pytest.raises(UsageError, match=r"layers\.9\.mlp\.down"):
@@ -291,7 +290,7 @@ def test_sites_to_keep_in_floating_point_stay_in_it(export, make_model, make_sca
 
 def test_a_site_without_scale_is_named(make_model, make_scales, tmp_path: Path) -> None:
     model = make_model()
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     scales = make_scales(model, prefix)
     left = {s: v for s, v in scales.scales.items() if s not in ("layers.1.mlp.down", "head")}
     error = call(model, prefix, dataclasses.replace(scales, scales=left), tmp_path)
@@ -306,7 +305,7 @@ def test_an_unused_scale_does_no_harm(export) -> None:
 @pytest.mark.parametrize("opset", [-1, 16, 23])
 def test_an_opset_out_of_range_is_refused_with_the_range(opset: int, make_model, make_scales, tmp_path: Path) -> None:
     model = make_model()
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     error = call(model, prefix, make_scales(model, prefix), tmp_path, opset=opset)
     assert str(opset) in error.message
     assert error.hint == "choose 17 to 22"

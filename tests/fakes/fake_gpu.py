@@ -20,7 +20,7 @@ import onnxruntime as ort
 import torch
 from fake_graphs import FakeGraphs, Status, Work
 
-from cushion_deploy.parity.bfloat16 import widen
+from cushion_deploy.parity.bfloat16 import emulate_bfloat16
 
 BF16 = 16
 TYPES = {
@@ -177,7 +177,7 @@ class RuntimeConfig:
 def widened(path: str) -> bytes:
     """Return a bfloat16 graph in float32: ONNX Runtime has no kernels for it on a CPU."""
     model = ir.load(path)
-    widen(model)
+    emulate_bfloat16(model)
     return ir.serde.serialize_model(model).SerializeToString()
 
 

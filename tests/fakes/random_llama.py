@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from cushion_deploy.core.graph_form import GraphForm
-from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions

@@ -14,13 +14,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cushion_deploy.core.graph_form import GraphForm
-from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.runtime import OnnxRuntimeSession, open_session
 from cushion_deploy.store import publish, staging_area
@@ -87,7 +87,7 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Any:
 class Tiny:
     """The model in transformers, and its export."""
 
-    loaded: LoadedModel
+    loaded: TorchRunner
     prefix: Prefix
     graph: ExportedGraph
     plain: ExportedGraph
@@ -133,9 +133,8 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
 def tiny(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tiny:
     """Return the model, its float graph behind a prefix of three tokens, and the graph without one; in both modes."""
     loaded = load_folder(hf_folder, resolve_source(str(hf_folder)))
-    prefix = compute_prefix(loaded, (7, 1, 300))
+    prefix = loaded.compute_prefix((7, 1, 300))
     folder = tmp_path_factory.mktemp("graph")
-    cached = request.param == "cache"
     model, form = (loaded.spec, loaded.weights), GraphForm(quantized=False, prefix=request.param)
     graph = export_graph(*model, Quantization(prefix, QuantScheme()), form, folder)
     assert graph.contract.prefix_mode == request.param

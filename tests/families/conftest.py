@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cushion_deploy.families import family_for_model_type
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
 WINDOW = 12
@@ -78,7 +79,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What a test calls it: model type and configuration."""
 
-LoadVariant = Callable[[str], LoadedModel]
+LoadVariant = Callable[[str], TorchRunner]
 
 
 def randomize(module: nn.Module) -> None:
@@ -105,9 +106,9 @@ def variant_folder(tmp_path_factory: pytest.TempPathFactory, tiny_writer: Any) -
 @pytest.fixture(scope="session")
 def load_variant(variant_folder: Callable[[str], Path]) -> LoadVariant:
     """Return a function from the name of a variant to its random model, loaded."""
-    made: dict[str, LoadedModel] = {}
+    made: dict[str, TorchRunner] = {}
 
-    def load(name: str) -> LoadedModel:
+    def load(name: str) -> TorchRunner:
         if name not in made:
             folder = variant_folder(name)
             made[name] = load_folder(folder, resolve_source(str(folder)))

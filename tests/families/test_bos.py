@@ -11,9 +11,9 @@ import torch
 
 from cushion_deploy.modeling import sample
 from cushion_deploy.modeling.teacher import Teacher
+from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
-from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
 
 BOS = 1
@@ -73,9 +73,7 @@ def pipeline(variant_folder: Any, tmp_path: Path) -> Pipeline:
     return Pipeline.of(Recipe().merged(settings))
 
 
-def test_a_search_begins_with_it_and_the_first_column_has_it(
-    pipeline: Pipeline, oracle: Any, tmp_path: Path
-) -> None:
+def test_a_search_begins_with_it_and_the_first_column_has_it(pipeline: Pipeline, oracle: Any, tmp_path: Path) -> None:
     run = Run(StageStore(tmp_path / "work"))
     assert pipeline.search is not None
     searched = run.get(pipeline.search)

@@ -16,10 +16,9 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.families import FAMILIES, family_for_model_type, get_family
 from cushion_deploy.families.folding import absorbers
 from cushion_deploy.modeling.fold import fold
-from cushion_deploy.modeling.forward import logits
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
-LoadVariant = Callable[[str], LoadedModel]
+LoadVariant = Callable[[str], TorchRunner]
 
 
 def test_every_linear_of_the_model_belongs_to_exactly_one_site(variant: str, load_variant: LoadVariant) -> None:
@@ -74,8 +73,8 @@ def test_folding_a_smoothing_changes_no_output(variant: str, load_variant: LoadV
     factors = {site: np.exp(rng.normal(size=widths[site])).astype(np.float32) for site in wanted}
     folded = fold(model, Smoothing(factors, 0.5, model.spec.weights_digest))
     ids = rng.integers(3, 300, (1, 24))
-    expected = logits(model, ids, Prefix.empty(model.spec))
-    found = logits(folded, ids, Prefix.empty(model.spec))
+    expected = model.logits(ids, Prefix.empty(model.spec))
+    found = folded.logits(ids, Prefix.empty(model.spec))
     assert len(wanted) >= model.spec.num_layers
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     for site in wanted:

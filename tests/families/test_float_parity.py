@@ -15,7 +15,6 @@ from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix, logits
 
 CLOSE = 1e-4
 PREFIX = (7, 1, 100)
@@ -34,7 +33,7 @@ def graph_of(load_variant: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
         if (name, tokens) not in made:
             model = load_variant(name)
             folder = tmp_path_factory.mktemp("graph")
-            quantization = Quantization(compute_prefix(model, tokens), QuantScheme())
+            quantization = Quantization(model.compute_prefix(tokens), QuantScheme())
             form = GraphForm(quantized=False)
             exported = export_graph(model.spec, model.weights, quantization, form, folder)
             made[name, tokens] = open_graph(exported.path)
@@ -121,13 +120,13 @@ def test_padding_on_the_left_changes_nothing(variant: str, graph_of: Any, expect
 
 def test_the_prefix_is_the_one_in_transformers_own_cache(variant: str, graph_of: Any, load_variant: Any) -> None:
     model = load_variant(variant)
-    behind = logits(model, IDS, compute_prefix(model, PREFIX))
+    behind = model.logits(IDS, model.compute_prefix(PREFIX))
     assert largest(graph_of(variant)(IDS)[0], behind) <= CLOSE
     assert largest(graph_of(variant, ())(IDS)[0], behind) > 100 * CLOSE
 
 
 def test_a_prefix_in_the_cache_is_a_prefix_in_the_graph(variant: str, graph_of: Any, load_variant: Any) -> None:
-    prefix = compute_prefix(load_variant(variant), PREFIX)
+    prefix = load_variant(variant).compute_prefix(PREFIX)
     batch = np.concatenate([IDS, IDS[:, ::-1]])
     slots = {}
     for i in range(len(prefix.keys)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from cushion_deploy.modeling.load import load_folder
-from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.calib.kv_cache import choose_kv_scales, observe_cache
 from cushion_deploy.cli.main import run as command
@@ -21,17 +20,18 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix, logits, prefix_tensors, run
+from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.simulate import quantized_cache
-from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.quantize import read_quantization
-from cushion_deploy.stages.run import Run
-from cushion_deploy.verbs.build import build
-from cushion_deploy.verbs.parity import check_bundle
+from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import Report
 from cushion_deploy.runtime.bundle import open_bundle
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.run import Run
 from cushion_deploy.store import StageStore, verify_bundle
+from cushion_deploy.verbs.build import build
+from cushion_deploy.verbs.parity import check_bundle
 
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 TOKENS = (7, 1, 100)
@@ -65,20 +65,20 @@ def test_the_graph_of_every_family_is_torch_with_a_simulated_cache(
     variant: str, granularity: Any, load_variant: Any, tmp_path: Path
 ) -> None:
     model = load_variant(variant)
-    prefix = compute_prefix(model, TOKENS)
+    prefix = model.compute_prefix(TOKENS)
     ids = np.random.default_rng(5).integers(3, 320, (1, 40))
     kv = choose_kv_scales(
         observe_cache(model, prefix, ids, np.ones_like(ids), granularity), RangeEstimator("max"), granularity,
         prefix, model.lineage(prefix, "c"), 40, with_prefix=False,
     )  # fmt: skip
     with torch.inference_mode(), quantized_cache(model, kv):
-        expected = run(model, torch.from_numpy(ids), prefix_tensors(prefix)).logits.numpy()
+        expected = model.run(torch.from_numpy(ids), model.past(prefix)).logits.numpy()
     quantization, form = Quantization(prefix, QuantScheme(), kv_scales=kv), GraphForm(quantized=False, cache="int8")
     graph = export_graph(model.spec, model.weights, quantization, form, tmp_path)
     session = open_session(graph, threads=1, chunk=40)
     found = session.run(ids, need_logits="all")
     # Equal to 1e-5, but where a code lies at a tie: that one moves much less than the rounding of all codes does.
-    close = 0.1 * np.abs(logits(model, ids, prefix) - expected).max()
+    close = 0.1 * np.abs(model.logits(ids, prefix) - expected).max()
     assert np.abs(found - expected).max() <= close
     session.reset()
     session.run(ids[:, :36], need_logits="none")

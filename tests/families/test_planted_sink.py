@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cushion_deploy.core.dtypes import IntArray
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.prefix.search import PrefixSearch
 from cushion_deploy.recipe import Search
@@ -32,14 +33,14 @@ SETTINGS = Search(
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
-def model(request: pytest.FixtureRequest, tmp_path_factory: Any, tiny_writer: Any, sink_planter: Any) -> LoadedModel:
+def model(request: pytest.FixtureRequest, tmp_path_factory: Any, tiny_writer: Any, sink_planter: Any) -> TorchRunner:
     """Return a model of each family with the planted sink."""
     model_type, options = FAMILIES[request.param]
     folder = tiny_writer(tmp_path_factory.mktemp("planted"), sink_planter, model_type, **options)
     return load_folder(folder, resolve_source(str(folder)))
 
 
-def largest_by_position(model: LoadedModel, plant: Any, tokens: tuple[int, ...], text: IntArray) -> torch.Tensor:
+def largest_by_position(model: TorchRunner, plant: Any, tokens: tuple[int, ...], text: IntArray) -> torch.Tensor:
     """Return the largest magnitude that enters the planted layer's last linear at each token of the text."""
     seen: list[torch.Tensor] = []
     path = f"{model.family.layer(plant.layer)}.{model.family.sites[3].linears[0]}"
@@ -50,7 +51,7 @@ def largest_by_position(model: LoadedModel, plant: Any, tokens: tuple[int, ...],
     return seen[0].reshape(len(tokens) + len(text), -1)[len(tokens) :].abs().amax(dim=1)
 
 
-def test_the_search_finds_a_prefix_that_removes_the_sink(model: LoadedModel, plain_ids: IntArray, plant: Any) -> None:
+def test_the_search_finds_a_prefix_that_removes_the_sink(model: TorchRunner, plain_ids: IntArray, plant: Any) -> None:
     text = plain_ids[:48]
     before = largest_by_position(model, plant, (), text)
     assert before[0] > plant.massive
@@ -63,7 +64,7 @@ def test_the_search_finds_a_prefix_that_removes_the_sink(model: LoadedModel, pla
     assert behind.max() < before[0] / 4
 
 
-def test_an_absorber_removes_the_sink_from_every_text(model: LoadedModel, plain_ids: IntArray, plant: Any) -> None:
+def test_an_absorber_removes_the_sink_from_every_text(model: TorchRunner, plain_ids: IntArray, plant: Any) -> None:
     for start in (0, 100, 200):
         text = plain_ids[start : start + 48]
         assert largest_by_position(model, plant, (), text)[0] > plant.massive

@@ -16,13 +16,13 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix, logits
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
 
 @pytest.fixture(scope="module")
-def mistral(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def mistral(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TorchRunner:
     """Return SmolLM2 loaded as a mistral model."""
     folder: Path = tmp_path_factory.mktemp("mistral")
     for file in smollm2_folder.iterdir():
@@ -36,12 +36,12 @@ def mistral(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> L
 
 
 @pytest.mark.model
-def test_smollm2_as_a_mistral_is_the_same_model(smollm2: LoadedModel, mistral: LoadedModel, tmp_path: Path) -> None:
+def test_smollm2_as_a_mistral_is_the_same_model(smollm2: TorchRunner, mistral: TorchRunner, tmp_path: Path) -> None:
     assert (smollm2.spec.family, mistral.spec.family) == ("llama", "mistral")
     ids = np.random.default_rng(0).integers(0, smollm2.spec.vocab_size, (1, 48))
     found: list[Any] = []
     for name, model in (("llama", smollm2), ("mistral", mistral)):
-        prefix = compute_prefix(model, (216,))
+        prefix = model.compute_prefix((216,))
         scales = ActivationScales(
             dict.fromkeys(model.sites, 0.25), "max", Lineage(model.spec.weights_digest, prefix.digest, text="none"), 1
         )
@@ -49,7 +49,7 @@ def test_smollm2_as_a_mistral_is_the_same_model(smollm2: LoadedModel, mistral: L
         quantization = Quantization(prefix, QuantScheme(), scales)
         graph = export_graph(model.spec, model.weights, quantization, GraphForm(), tmp_path / name)
         data = (tmp_path / name / "model.onnx.data").read_bytes()
-        found.append((logits(model, ids, prefix), prefix.keys, graph.sites, data))
+        found.append((model.logits(ids, prefix), prefix.keys, graph.sites, data))
         shutil.rmtree(tmp_path / name)
     for left, right in zip(*found, strict=True):
         assert np.array_equal(left, right) if isinstance(left, np.ndarray) else left == right

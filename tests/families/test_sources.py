@@ -17,7 +17,6 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.source import resolve_source
 
@@ -71,7 +70,7 @@ def test_names_without_the_decoders_prefix(variant: str, bare: str, variant_fold
     folder = rewrite(variant_folder(variant), tmp_path / "bare", bare=bare)
     model = load_folder(folder, resolve_source(str(folder)))
     assert any(name.startswith(bare) for name in model.weights.names())
-    expected = logits(model, IDS, Prefix.empty(model.spec))
+    expected = model.logits(IDS, Prefix.empty(model.spec))
     np.testing.assert_allclose(float_graph_logits(model, tmp_path / "graph"), expected, atol=1e-4)
 
 
@@ -80,7 +79,7 @@ def test_half_precision_in_shards(variant: str, dtype: torch.dtype, variant_fold
     folder = rewrite(variant_folder(variant), tmp_path / "half", dtype=dtype, shards=3)
     model = load_folder(folder, resolve_source(str(folder)))
     assert {p.dtype for p in model.module.parameters()} == {torch.float32}
-    expected = logits(model, IDS, Prefix.empty(model.spec))
+    expected = model.logits(IDS, Prefix.empty(model.spec))
     np.testing.assert_allclose(float_graph_logits(model, tmp_path / "graph"), expected, atol=1e-4)
 
 
@@ -149,7 +148,7 @@ def test_configurations_as_they_are_published(name: str, tiny_writer: Any, tmp_p
     for key, value in expected.items():
         assert getattr(model.spec, key) == value
     found = float_graph_logits(model, tmp_path / "graph")
-    np.testing.assert_allclose(found, logits(model, IDS, Prefix.empty(model.spec)), atol=1e-4)
+    np.testing.assert_allclose(found, model.logits(IDS, Prefix.empty(model.spec)), atol=1e-4)
 
 
 def test_a_tensor_that_the_configuration_does_not_want_is_left_out(variant_folder: Any, tmp_path: Path) -> None:
@@ -160,4 +159,4 @@ def test_a_tensor_that_the_configuration_does_not_want_is_left_out(variant_folde
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model = load_folder(folder, resolve_source(str(folder)))
     found = float_graph_logits(model, tmp_path / "graph")
-    np.testing.assert_allclose(found, logits(model, IDS, Prefix.empty(model.spec)), atol=1e-4)
+    np.testing.assert_allclose(found, model.logits(IDS, Prefix.empty(model.spec)), atol=1e-4)

@@ -15,7 +15,6 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix
 
 TOKENS = (7, 1, 100)
 P, CAPACITY, LENGTH = len(TOKENS), 50, 40
@@ -29,7 +28,7 @@ class Graphs:
     """The three forms of one float graph in plain ONNX Runtime, fed by hand."""
 
     def __init__(self, model: Any, folder: Path) -> None:
-        self.prefix = compute_prefix(model, TOKENS)
+        self.prefix = model.compute_prefix(TOKENS)
         self.baked, self.growing, self.static = (
             _open(model, self.prefix, folder / name, GraphForm(quantized=False, **form))
             for name, form in (

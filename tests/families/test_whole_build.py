@@ -18,14 +18,14 @@ from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.stages.run import Run
-from cushion_deploy.verbs.build import build
-from cushion_deploy.verbs.engine import add_engine
-from cushion_deploy.verbs.parity import check_bundle
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import Report
 from cushion_deploy.runtime.bundle import open_bundle
+from cushion_deploy.stages.run import Run
 from cushion_deploy.store import StageStore, verify_bundle
+from cushion_deploy.verbs.build import build
+from cushion_deploy.verbs.engine import add_engine
+from cushion_deploy.verbs.parity import check_bundle
 
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 SETTINGS: dict[str, object] = {

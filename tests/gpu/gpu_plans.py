@@ -23,7 +23,7 @@ from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.engines.tensorrt.flavours import Flavour
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 IDS = np.random.default_rng(0).integers(5, 300, (1, 48))
 CONTEXT = 200
@@ -49,7 +49,7 @@ class Device:
 
 
 def graph_of(
-    model: LoadedModel, prefix: Prefix, folder: Path, dtype: Any, *, kv: KvScales | None = None, **form: Any
+    model: TorchRunner, prefix: Prefix, folder: Path, dtype: Any, *, kv: KvScales | None = None, **form: Any
 ) -> ExportedGraph:
     """Export a model with constant scales: what a plan computes does not depend on how good they are."""
     digest, sites = model.spec.weights_digest, dict.fromkeys(model.sites, 0.05)

@@ -21,18 +21,18 @@ from cushion_deploy.engines.tensorrt.coverage.inspector import read_inspection
 from cushion_deploy.engines.tensorrt.coverage.plan_report import PlanReport
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
 from cushion_deploy.evaluate.speed import Workload, compare, time_sessions
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
 
 @pytest.fixture(scope="module")
 def sessions(
-    device: Device, tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+    device: Device, tiny_model: TorchRunner, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[DecoderSession, TensorRtSession]]:
     """Return the INT8 graph in ONNX Runtime, and its plan."""
     folder = tmp_path_factory.mktemp("plans")
-    prefix = compute_prefix(tiny_model, (7, 1))
+    prefix = tiny_model.compute_prefix((7, 1))
     expected = open_session(graph_of(tiny_model, prefix, folder / "float32", "float32"), threads=1)
     half = graph_of(tiny_model, prefix, folder / "float16", "float16")
     with device.open_plan(half, folder / "plan") as session:
@@ -100,9 +100,9 @@ def test_speed_beside_a_float16_plan(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_plans_of_other_types_compute_the_same(
-    device: Device, dtype: str, tiny_model: LoadedModel, tmp_path: Path
+    device: Device, dtype: str, tiny_model: TorchRunner, tmp_path: Path
 ) -> None:
-    prefix = compute_prefix(tiny_model, (7, 1))
+    prefix = tiny_model.compute_prefix((7, 1))
     expected = open_session(graph_of(tiny_model, prefix, tmp_path / "float32", "float32"), threads=1)
     with device.open_plan(graph_of(tiny_model, prefix, tmp_path / "graph", dtype), tmp_path / "plan") as session:
         found = session.run(IDS, need_logits="all")
@@ -112,9 +112,9 @@ def test_plans_of_other_types_compute_the_same(
 
 @pytest.mark.parametrize("in_cache", [False, True], ids=["baked", "cache"])
 def test_a_plan_with_an_int8_cache_computes_the_same(
-    device: Device, in_cache: bool, tiny_model: LoadedModel, tmp_path: Path
+    device: Device, in_cache: bool, tiny_model: TorchRunner, tmp_path: Path
 ) -> None:
-    prefix, spec = compute_prefix(tiny_model, (7, 1)), tiny_model.spec
+    prefix, spec = tiny_model.compute_prefix((7, 1)), tiny_model.spec
     scale = np.full((spec.num_layers, spec.num_kv_heads), 0.05, np.float32)
     parents = Lineage(spec.weights_digest, prefix.digest, text="none"), 1
     kv = KvScales(scale, scale, "per-head", "max", *parents, with_prefix=in_cache)
@@ -131,7 +131,7 @@ def test_a_plan_with_an_int8_cache_computes_the_same(
 
 
 def test_scales_in_half_beside_scales_in_float32(
-    device: Device, tiny_model: LoadedModel, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
+    device: Device, tiny_model: TorchRunner, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Look here first on standard TensorRT: it may fuse scales otherwise than TensorRT-RTX does."""
     empty, told = Prefix.empty(tiny_model.spec), {}
@@ -148,7 +148,7 @@ def test_scales_in_half_beside_scales_in_float32(
     assert told["float32"]["half_accumulators"] == []
 
 
-def test_the_inspector_tells_what_the_build_log_told(device: Device, tiny_model: LoadedModel, tmp_path: Path) -> None:
+def test_the_inspector_tells_what_the_build_log_told(device: Device, tiny_model: TorchRunner, tmp_path: Path) -> None:
     if not device.flavour.ahead_of_time:
         pytest.skip("the coverage of this flavour is counted by the inspector alone")
     graph = graph_of(tiny_model, Prefix.empty(tiny_model.spec), tmp_path / "graph", "float16")

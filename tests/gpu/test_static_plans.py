@@ -16,20 +16,20 @@ from gpu_plans import CONTEXT, IDS, Device, apart, graph_of
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
 
 @pytest.fixture(scope="module")
 def plan(
-    device: Device, tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+    device: Device, tiny_model: TorchRunner, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Any, TensorRtSession]]:
     """Return the growing graph in ONNX Runtime, and the plan of the static one."""
     if not ENGINES[device.flavour.name].in_place_cache:
         pytest.skip(f"not run: this {device.flavour.product} updates no cache in place")
     folder = tmp_path_factory.mktemp("static")
-    prefix = compute_prefix(tiny_model, (7, 1))
+    prefix = tiny_model.compute_prefix((7, 1))
     growing = graph_of(tiny_model, prefix, folder / "float32", "float32", prefix="cache")
     form = {"prefix": "cache", "cache": "static", "capacity": CONTEXT + prefix.length}
     with device.open_plan(
@@ -95,7 +95,7 @@ def test_the_speed_of_launches_beside_plain_steps(
     torch.manual_seed(0)
     folder = tiny_writer(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=64)
     model = load_folder(folder, resolve_source(str(folder)))
-    prefix = compute_prefix(model, (7, 1))
+    prefix = model.compute_prefix((7, 1))
     found = {}
     for name, capacity, graphs in (("launched", 202, True), ("plain", 202, False), ("growing", 0, False)):
         form = {"prefix": "cache", "cache": "static" if capacity else "growing", "capacity": capacity}

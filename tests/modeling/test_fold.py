@@ -16,15 +16,14 @@ from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families.folding import FoldedWeights, absorbers
 from cushion_deploy.modeling.fold import fold
-from cushion_deploy.modeling.forward import compute_prefix, logits
-from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.runner import TorchRunner
 
 IDS = np.arange(3, 43, dtype=np.int64)[None]
 
 
 @pytest.fixture(scope="module")
-def smoothing(tiny_model: LoadedModel) -> Smoothing:
+def smoothing(tiny_model: TorchRunner) -> Smoothing:
     """Return factors between 1/8 and 8 for every Site that can be smoothed."""
     rng = np.random.default_rng(5)
     factors = {
@@ -34,15 +33,15 @@ def smoothing(tiny_model: LoadedModel) -> Smoothing:
     return Smoothing(factors, 0.5, tiny_model.spec.weights_digest)
 
 
-def site_inputs(model: LoadedModel) -> dict[Site, np.ndarray]:
+def site_inputs(model: TorchRunner) -> dict[Site, np.ndarray]:
     """Return what enters every Site, ``[length, features]``."""
     found: dict[Site, np.ndarray] = {}
     with observed(model, lambda site, x: found.__setitem__(site, x[0].numpy())):
-        logits(model, IDS, Prefix.empty(model.spec))
+        model.logits(IDS, Prefix.empty(model.spec))
     return found
 
 
-def test_everything_but_the_attention_output_and_the_head_can_be_smoothed(tiny_model: LoadedModel) -> None:
+def test_everything_but_the_attention_output_and_the_head_can_be_smoothed(tiny_model: TorchRunner) -> None:
     assert {site.split(".", 2)[-1] for site in absorbers(tiny_model.family, tiny_model.spec)} == {
         "attn.qkv",
         "mlp.gate_up",
@@ -50,9 +49,9 @@ def test_everything_but_the_attention_output_and_the_head_can_be_smoothed(tiny_m
     }
 
 
-def test_the_output_stays_and_the_inputs_of_sites_are_divided(tiny_model: LoadedModel, smoothing: Smoothing) -> None:
+def test_the_output_stays_and_the_inputs_of_sites_are_divided(tiny_model: TorchRunner, smoothing: Smoothing) -> None:
     folded, none = fold(tiny_model, smoothing), Prefix.empty(tiny_model.spec)
-    before, after = logits(tiny_model, IDS, none), logits(folded, IDS, none)
+    before, after = tiny_model.logits(IDS, none), folded.logits(IDS, none)
     np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
     divided = site_inputs(folded)
     for site, x in site_inputs(tiny_model).items():
@@ -61,7 +60,7 @@ def test_the_output_stays_and_the_inputs_of_sites_are_divided(tiny_model: Loaded
 
 
 def test_the_original_is_untouched_and_shares_what_no_factor_touches(
-    tiny_model: LoadedModel, smoothing: Smoothing
+    tiny_model: TorchRunner, smoothing: Smoothing
 ) -> None:
     before = {name: p.clone() for name, p in tiny_model.module.named_parameters()}
     folded = fold(tiny_model, smoothing)
@@ -74,7 +73,7 @@ def test_the_original_is_untouched_and_shares_what_no_factor_touches(
         assert (parameters[name] is p) is not touched, name
 
 
-def test_export_reads_the_weights_that_torch_runs(tiny_model: LoadedModel, smoothing: Smoothing) -> None:
+def test_export_reads_the_weights_that_torch_runs(tiny_model: TorchRunner, smoothing: Smoothing) -> None:
     folded = fold(tiny_model, smoothing)
     weights = FoldedWeights(tiny_model.weights, tiny_model.family, tiny_model.spec, smoothing)
     assert weights.names() == tiny_model.weights.names()
@@ -84,20 +83,20 @@ def test_export_reads_the_weights_that_torch_runs(tiny_model: LoadedModel, smoot
 
 
 def test_a_prefix_of_the_model_is_a_prefix_of_the_folded_model(
-    planted_model: LoadedModel, smoothing_of: Callable[[LoadedModel], Smoothing]
+    planted_model: TorchRunner, smoothing_of: Callable[[TorchRunner], Smoothing]
 ) -> None:
     folded = fold(planted_model, smoothing_of(planted_model))
-    ours, theirs = compute_prefix(planted_model, (97, 5)), compute_prefix(folded, (97, 5))
+    ours, theirs = planted_model.compute_prefix((97, 5)), folded.compute_prefix((97, 5))
     assert theirs.model_digest == ours.model_digest
     np.testing.assert_allclose(theirs.keys, ours.keys, atol=1e-5 * np.abs(ours.keys).max())
     np.testing.assert_allclose(theirs.values, ours.values, atol=1e-5 * np.abs(ours.values).max())
 
 
 @pytest.fixture(scope="module")
-def smoothing_of() -> Callable[[LoadedModel], Smoothing]:
+def smoothing_of() -> Callable[[TorchRunner], Smoothing]:
     """Return a maker of factors of 2 for the inputs of every attention."""
 
-    def make(model: LoadedModel) -> Smoothing:
+    def make(model: TorchRunner) -> Smoothing:
         factors = {
             site: np.full(model.sites[site][0].in_features, 2.0, dtype=np.float32)
             for site in absorbers(model.family, model.spec)
@@ -108,7 +107,7 @@ def smoothing_of() -> Callable[[LoadedModel], Smoothing]:
 
 
 def test_a_smoothing_of_another_model_or_of_other_sites_is_refused(
-    tiny_model: LoadedModel, smoothing: Smoothing
+    tiny_model: TorchRunner, smoothing: Smoothing
 ) -> None:
     few = dict(list(smoothing.factors.items())[1:])
     for wrong in (replace(smoothing, model_digest="another"), replace(smoothing, factors=few)):

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.modeling.gguf import convert_gguf
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
 NAMES = {
@@ -90,7 +91,7 @@ def gguf_file(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_the_converted_model_is_the_one_that_was_written(
-    gguf_file: Path, tiny_model: LoadedModel, tmp_path: Path
+    gguf_file: Path, tiny_model: TorchRunner, tmp_path: Path
 ) -> None:
     source = resolve_source(str(gguf_file))
     convert_gguf(source, tmp_path)
@@ -179,7 +180,7 @@ def test_another_architecture_is_answered_with_the_supported_ones(tiny_folder: P
 
 
 @pytest.mark.model
-def test_real_weights_are_those_that_gguf_dequantizes(smollm2_gguf: Path, smollm2: LoadedModel) -> None:
+def test_real_weights_are_those_that_gguf_dequantizes(smollm2_gguf: Path, smollm2: TorchRunner) -> None:
     tensors = {t.name: t for t in GGUFReader(smollm2_gguf).tensors}
     for theirs, ours in (("blk.11.ffn_down", "model.layers.11.mlp.down_proj"), ("output_norm", "model.norm")):
         tensor = tensors[f"{theirs}.weight"]

@@ -12,16 +12,16 @@ import torch
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.lineage import Lineage
-from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
 from cushion_deploy.modeling.kv_cache import watched_cache
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_cache
 from cushion_deploy.modeling.source import resolve_source
 
 TOKENS = (7, 1, 100)
 
 
-def made_up(model: LoadedModel, *, with_prefix: bool = False) -> KvScales:
+def made_up(model: TorchRunner, *, with_prefix: bool = False) -> KvScales:
     """Return scales of another size for each head."""
     shape = (model.spec.num_layers, model.spec.num_kv_heads)
     keys = (0.05 * (1 + np.arange(np.prod(shape)).reshape(shape) / 4)).astype(np.float32)
@@ -36,7 +36,7 @@ def rounded(x: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory, tiny_writer: Any) -> LoadedModel:
+def gpt2(tmp_path_factory: pytest.TempPathFactory, tiny_writer: Any) -> TorchRunner:
     """Return a random model without rotation: one linear gives what enters the cache."""
     folder: Path = tiny_writer(
         tmp_path_factory.mktemp("gpt2"), None, "gpt2",
@@ -46,7 +46,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, tiny_writer: Any) -> LoadedMo
 
 
 @torch.inference_mode()
-def test_attention_reads_the_values_of_codes_of_old_and_new_tokens(gpt2: LoadedModel, plain_ids: IntArray) -> None:
+def test_attention_reads_the_values_of_codes_of_old_and_new_tokens(gpt2: TorchRunner, plain_ids: IntArray) -> None:
     found: dict[str, np.ndarray] = {}
     block = gpt2.module.transformer.h[0].attn
     handles = [
@@ -56,7 +56,7 @@ def test_attention_reads_the_values_of_codes_of_old_and_new_tokens(gpt2: LoadedM
     kv = made_up(gpt2)
     try:
         with quantized_cache(gpt2, kv):
-            run(gpt2, torch.from_numpy(plain_ids[None, :12]), [])
+            gpt2.run(torch.from_numpy(plain_ids[None, :12]), [])
     finally:
         for handle in handles:
             handle.remove()
@@ -72,14 +72,14 @@ def test_attention_reads_the_values_of_codes_of_old_and_new_tokens(gpt2: LoadedM
 @torch.inference_mode()
 @pytest.mark.parametrize("with_prefix", [False, True])
 def test_what_is_stored_lies_on_the_grid_and_a_prefix_only_in_the_cache_does(
-    with_prefix: bool, tiny_model: LoadedModel, plain_ids: IntArray
+    with_prefix: bool, tiny_model: TorchRunner, plain_ids: IntArray
 ) -> None:
-    prefix, kv = compute_prefix(tiny_model, TOKENS), made_up(tiny_model, with_prefix=with_prefix)
+    prefix, kv = tiny_model.compute_prefix(TOKENS), made_up(tiny_model, with_prefix=with_prefix)
     ids = torch.from_numpy(plain_ids[None, :10])
-    plain = run(tiny_model, ids, prefix_tensors(prefix)).past_key_values.layers[0]
+    plain = tiny_model.run(ids, tiny_model.past(prefix), keep_cache=True).past_key_values.layers[0]
     codes: dict[str, np.ndarray] = {}
     with quantized_cache(tiny_model, kv, lambda site, c: codes.__setitem__(site, c.numpy().copy())):
-        stored = run(tiny_model, ids, prefix_tensors(prefix)).past_key_values.layers[0]
+        stored = tiny_model.run(ids, tiny_model.past(prefix), keep_cache=True).past_key_values.layers[0]
     for part, own, kept, floating, step in (
         ("key", prefix.keys, stored.keys, plain.keys, kv.keys[0]),
         ("value", prefix.values, stored.values, plain.values, kv.values[0]),
@@ -98,16 +98,16 @@ def test_what_is_stored_lies_on_the_grid_and_a_prefix_only_in_the_cache_does(
 @torch.inference_mode()
 @pytest.mark.parametrize("with_prefix", [False, True])
 def test_decoding_through_the_cache_gives_the_logits_of_one_pass(
-    with_prefix: bool, tiny_model: LoadedModel, plain_ids: IntArray
+    with_prefix: bool, tiny_model: TorchRunner, plain_ids: IntArray
 ) -> None:
-    prefix, kv = compute_prefix(tiny_model, TOKENS), made_up(tiny_model, with_prefix=with_prefix)
+    prefix, kv = tiny_model.compute_prefix(TOKENS), made_up(tiny_model, with_prefix=with_prefix)
     ids = torch.from_numpy(plain_ids[None, :10])
-    plain = run(tiny_model, ids, prefix_tensors(prefix)).logits
+    plain = tiny_model.run(ids, tiny_model.past(prefix)).logits
     with quantized_cache(tiny_model, kv):
-        whole = run(tiny_model, ids, prefix_tensors(prefix)).logits
-        past, steps = prefix_tensors(prefix), []
+        whole = tiny_model.run(ids, tiny_model.past(prefix)).logits
+        past, steps = tiny_model.past(prefix), []
         for i in range(10):
-            out = run(tiny_model, ids[:, i : i + 1], past)
+            out = tiny_model.run(ids[:, i : i + 1], past, keep_cache=True)
             past = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
             steps.append(out.logits)
     assert float((whole - plain).abs().max()) > 1e-2, "the cache must matter"
@@ -116,24 +116,24 @@ def test_decoding_through_the_cache_gives_the_logits_of_one_pass(
 
 
 @torch.inference_mode()
-def test_without_a_cache_of_the_caller_there_is_one_all_the_same(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_without_a_cache_of_the_caller_there_is_one_all_the_same(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     ids, kv = torch.from_numpy(plain_ids[None, :10]), made_up(tiny_model)
     with quantized_cache(tiny_model, kv):
-        given = run(tiny_model, ids, []).logits
+        given = tiny_model.run(ids, []).logits
         own = tiny_model.module(input_ids=ids, use_cache=False).logits
     assert torch.equal(given, own)
 
 
 @torch.inference_mode()
-def test_watching_changes_nothing_and_ends(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_watching_changes_nothing_and_ends(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     ids, seen = torch.from_numpy(plain_ids[None, :10]), []
-    plain = run(tiny_model, ids, [])
+    plain = tiny_model.run(ids, [], keep_cache=True)
     with watched_cache(tiny_model, lambda layer, part, states: seen.append((layer, part, states)) or states):
-        watched = run(tiny_model, ids, [])
+        watched = tiny_model.run(ids, [])
     assert torch.equal(plain.logits, watched.logits)
     for layer, part, states in seen:
         held = plain.past_key_values.layers[layer]
         assert torch.equal(states, held.keys if part == "key" else held.values)
     assert len(seen) == 6
-    run(tiny_model, ids, [])
+    tiny_model.run(ids, [])
     assert len(seen) == 6

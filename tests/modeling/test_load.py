@@ -19,11 +19,12 @@ from cushion_deploy.core.sites import HEAD_SITE, layer_site
 from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import SiteRule, get_family
-from cushion_deploy.modeling.load import LoadedModel, SafetensorsWeights, bind_sites, load_folder
+from cushion_deploy.modeling.load import SafetensorsWeights, bind_sites, load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
 
-def test_the_spec_says_what_the_config_said(tiny_model: LoadedModel, tiny_folder: Path) -> None:
+def test_the_spec_says_what_the_config_said(tiny_model: TorchRunner, tiny_folder: Path) -> None:
     s = tiny_model.spec
     shape = (s.vocab_size, s.hidden_size, s.intermediate_size, s.num_layers, s.num_heads, s.num_kv_heads, s.head_dim)
     assert shape == (320, 64, 96, 3, 4, 2, 16)
@@ -33,14 +34,14 @@ def test_the_spec_says_what_the_config_said(tiny_model: LoadedModel, tiny_folder
     assert s.weights_digest == resolve_source(str(tiny_folder)).digest
 
 
-def test_the_module_is_float32_frozen_and_in_eval_mode(tiny_model: LoadedModel) -> None:
+def test_the_module_is_float32_frozen_and_in_eval_mode(tiny_model: TorchRunner) -> None:
     assert not tiny_model.module.training
     for p in tiny_model.module.parameters():
         assert p.dtype == torch.float32
         assert not p.requires_grad
 
 
-def test_every_site_is_bound_to_the_linears_that_read_it(tiny_model: LoadedModel) -> None:
+def test_every_site_is_bound_to_the_linears_that_read_it(tiny_model: TorchRunner) -> None:
     layer = tiny_model.module.model.layers[1]
     attention, mlp = layer.self_attn, layer.mlp
     assert tiny_model.sites[layer_site(1, "attn.qkv")] == (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -52,7 +53,7 @@ def test_every_site_is_bound_to_the_linears_that_read_it(tiny_model: LoadedModel
 
 
 @pytest.mark.parametrize(("path", "found"), [("mlp.no_proj", "missing"), ("input_layernorm", "LlamaRMSNorm")])
-def test_a_site_whose_path_is_missing_or_no_linear_is_refused(tiny_model: LoadedModel, path: str, found: str) -> None:
+def test_a_site_whose_path_is_missing_or_no_linear_is_refused(tiny_model: TorchRunner, path: str, found: str) -> None:
     family = dataclasses.replace(tiny_model.family, sites=(SiteRule("mlp.down", (path,)),))
     with pytest.raises(UsageError, match=rf"model\.layers\.0\.{path}' is {found}, expected a linear") as e:
         bind_sites(tiny_model.module, family, tiny_model.spec)
@@ -91,7 +92,7 @@ def test_half_precision_weights_are_widened_exactly(tiny_folder: Path, tmp_path:
         whole(weights, "c")
 
 
-def test_text_is_encoded_as_tokenizers_does_without_special_tokens(tiny_model: LoadedModel, tiny_folder: Path) -> None:
+def test_text_is_encoded_as_tokenizers_does_without_special_tokens(tiny_model: TorchRunner, tiny_folder: Path) -> None:
     text = "The fox attends to the first token.\nNaïve — 中文"
     expected = Tokenizer.from_file(str(tiny_folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     ids = tiny_model.encode(text)
@@ -100,7 +101,7 @@ def test_text_is_encoded_as_tokenizers_does_without_special_tokens(tiny_model: L
     assert tiny_model.encode("").tolist() == []
 
 
-def test_a_token_has_its_text_and_a_special_one_its_name(tiny_model: LoadedModel) -> None:
+def test_a_token_has_its_text_and_a_special_one_its_name(tiny_model: TorchRunner) -> None:
     assert tiny_model.token_text(1) == "<s>"
     assert tiny_model.token_text(int(tiny_model.encode("x")[0])) == "x"
 

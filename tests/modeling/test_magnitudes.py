@@ -8,14 +8,13 @@ import torch
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 @pytest.mark.parametrize("tokens", [(), (65, 9)])
 def test_magnitudes_are_those_of_the_text_tokens_alone(
-    planted_model: LoadedModel, plain_ids: IntArray, tokens: tuple[int, ...]
+    planted_model: TorchRunner, plain_ids: IntArray, tokens: tuple[int, ...]
 ) -> None:
     ids, states = plain_ids[None, :31], []
     layers = planted_model.module.model.layers
@@ -24,7 +23,7 @@ def test_magnitudes_are_those_of_the_text_tokens_alone(
         planted_model.module(input_ids=torch.tensor([[*tokens, *ids[0].tolist()]]), use_cache=False)
     for handle in handles:
         handle.remove()
-    found = layer_magnitudes(planted_model, compute_prefix(planted_model, tokens), ids)
+    found = layer_magnitudes(planted_model, planted_model.compute_prefix(tokens), ids)
     assert [m["layer"] for m in found] == [0, 1, 2]
     for magnitudes, state in zip(found, states, strict=True):
         values = np.sort(np.abs(state[0, len(tokens) :].numpy().ravel()))
@@ -35,9 +34,9 @@ def test_magnitudes_are_those_of_the_text_tokens_alone(
 
 
 def test_the_planted_sink_shows_without_a_prefix_and_not_behind_an_absorber(
-    planted_model: LoadedModel, plain_ids: IntArray
+    planted_model: TorchRunner, plain_ids: IntArray
 ) -> None:
     def largest(prefix: Prefix) -> float:
         return max(m["top1"] / m["median"] for m in layer_magnitudes(planted_model, prefix, plain_ids[None, :64]))
 
-    assert largest(Prefix.empty(planted_model.spec)) > 3 * largest(compute_prefix(planted_model, (65,)))
+    assert largest(Prefix.empty(planted_model.spec)) > 3 * largest(planted_model.compute_prefix((65,)))

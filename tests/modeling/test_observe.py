@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.sites import Site, layer_site
-from cushion_deploy.modeling.load import LoadedModel
 from cushion_deploy.modeling.observe import observed, replaced
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 @pytest.fixture
@@ -19,12 +19,12 @@ def ids(plain_ids: IntArray) -> Tensor:
     return torch.from_numpy(plain_ids[:24].reshape(2, 12))
 
 
-def hooks(model: LoadedModel) -> int:
+def hooks(model: TorchRunner) -> int:
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.module.modules())
 
 
 @torch.inference_mode()
-def test_each_site_is_seen_once_with_the_input_of_its_linears(tiny_model: LoadedModel, ids: Tensor) -> None:
+def test_each_site_is_seen_once_with_the_input_of_its_linears(tiny_model: TorchRunner, ids: Tensor) -> None:
     seen: list[tuple[Site, Tensor]] = []
     outputs: dict[nn.Module, Tensor] = {}
     linears = [linear for group in tiny_model.sites.values() for linear in group]
@@ -41,7 +41,7 @@ def test_each_site_is_seen_once_with_the_input_of_its_linears(tiny_model: Loaded
 
 @torch.inference_mode()
 def test_a_replaced_input_reaches_all_linears_of_its_site_and_is_computed_once(
-    tiny_model: LoadedModel, ids: Tensor
+    tiny_model: TorchRunner, ids: Tensor
 ) -> None:
     site = layer_site(1, "attn.qkv")
     calls, inputs = [], []
@@ -65,7 +65,7 @@ def test_a_replaced_input_reaches_all_linears_of_its_site_and_is_computed_once(
 
 
 @torch.inference_mode()
-def test_a_second_pass_is_computed_anew(tiny_model: LoadedModel, ids: Tensor) -> None:
+def test_a_second_pass_is_computed_anew(tiny_model: TorchRunner, ids: Tensor) -> None:
     calls: list[Site] = []
 
     def same(site: Site, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def test_a_second_pass_is_computed_anew(tiny_model: LoadedModel, ids: Tensor) ->
 
 
 @pytest.mark.parametrize("look", [observed, lambda model, act: replaced(model, act, model.sites)])
-def test_no_hook_stays_behind_not_even_after_an_error(tiny_model: LoadedModel, ids: Tensor, look: Any) -> None:
+def test_no_hook_stays_behind_not_even_after_an_error(tiny_model: TorchRunner, ids: Tensor, look: Any) -> None:
     before = hooks(tiny_model)
 
     def fail(site: Site, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cushion_deploy.modeling import sample
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
 
 @pytest.fixture(autouse=True)
@@ -16,20 +16,20 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "SAMPLE_TOKENS", 12)
 
 
-def test_a_seed_decides_the_text_and_the_global_generator_does_not(tiny_model: LoadedModel) -> None:
+def test_a_seed_decides_the_text_and_the_global_generator_does_not(tiny_model: TorchRunner) -> None:
     first = sample.sample_text(tiny_model, 3)
     torch.manual_seed(99)
     assert sample.sample_text(tiny_model, 3) == first
     assert sample.sample_text(tiny_model, 4) != first
 
 
-def test_progress_ends_with_all_tokens(tiny_model: LoadedModel) -> None:
+def test_progress_ends_with_all_tokens(tiny_model: TorchRunner) -> None:
     reports: list[tuple[int, int]] = []
     sample.sample_text(tiny_model, 0, lambda _, done, total: reports.append((done, total)))
     assert reports[-1] == (12, 12)
 
 
-def test_tokens_follow_the_models_own_distribution(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_follow_the_models_own_distribution(tiny_model: TorchRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of 2048 first tokens, each is followed by a draw from softmax(logits): the mean log likelihood of the
     # draws is minus the mean entropy.
     monkeypatch.setattr(sample, "SAMPLES", 2048)

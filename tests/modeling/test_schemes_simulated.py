@@ -24,8 +24,7 @@ from cushion_deploy.core.schemes import QuantScheme, parse_scheme
 from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors, run
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import (
     dynamic_grid,
     quantize_asymmetric_codes,
@@ -82,7 +81,7 @@ def activations_by_definition(x: Array, scheme: QuantScheme, static: tuple[float
 class Watch:
     """What enters every linear before anything replaces it, and what comes out."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: TorchRunner) -> None:
         self.inputs: dict[nn.Module, Array] = {}
         self.outputs: dict[nn.Module, Array] = {}
         self.handles: list[Any] = []
@@ -97,7 +96,7 @@ class Watch:
 
 
 @pytest.fixture
-def watch(tiny_model: LoadedModel) -> Iterator[Watch]:
+def watch(tiny_model: TorchRunner) -> Iterator[Watch]:
     # Hooks run in the order of their registration: these stand before any that simulate.
     found = Watch(tiny_model)
     yield found
@@ -110,7 +109,7 @@ def ids(plain_ids: IntArray) -> Tensor:
     return torch.from_numpy(plain_ids[:24].reshape(2, 12))
 
 
-def static_scales(model: LoadedModel, scheme: QuantScheme) -> ActivationScales:
+def static_scales(model: TorchRunner, scheme: QuantScheme) -> ActivationScales:
     """Return made-up scales of the scheme's kind, others for each Site, narrow enough to saturate some codes."""
     step = 2.0 / 2 ** (scheme.activation_bits - 1)
     scales = {site: float(F(step * (1 + i / 8))) for i, site in enumerate(model.sites)}
@@ -132,7 +131,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_every_linear_computes_with_codes_and_weights_of_the_definition(
-    name: str, tiny_model: LoadedModel, ids: Tensor, watch: Watch
+    name: str, tiny_model: TorchRunner, ids: Tensor, watch: Watch
 ) -> None:
     scheme = parse_scheme(name)
     scales = static_scales(tiny_model, scheme)
@@ -207,10 +206,10 @@ def test_padding_enters_no_dynamic_range(name: str, value: float) -> None:
         assert (scale[row].item(), 0.0 if zero is None else zero[row].item()) == expected
 
 
-def codes_of(model: LoadedModel, scheme: QuantScheme, prefix: Prefix, rows: Tensor, mask: Tensor | None) -> Any:
+def codes_of(model: TorchRunner, scheme: QuantScheme, prefix: Prefix, rows: Tensor, mask: Tensor | None) -> Any:
     found: dict[Site, Array] = {}
     with simulated(model, scheme, None, lambda site, c: found.__setitem__(site, c.numpy().astype(int))):
-        run(model, rows, prefix_tensors(prefix), mask)
+        model.run(rows, model.past(prefix), mask)
     return found
 
 
@@ -224,9 +223,9 @@ def agree(one: Array, other: Array) -> bool:
 @pytest.mark.parametrize("left", [True, False])
 @torch.inference_mode()
 def test_a_row_has_the_same_codes_alone_and_padded_in_a_batch_with_a_loud_row(
-    name: str, tokens: tuple[int, ...], left: bool, planted_model: LoadedModel, plain_ids: IntArray
+    name: str, tokens: tuple[int, ...], left: bool, planted_model: TorchRunner, plain_ids: IntArray
 ) -> None:
-    scheme, prefix = parse_scheme(name), compute_prefix(planted_model, tokens)
+    scheme, prefix = parse_scheme(name), planted_model.compute_prefix(tokens)
     quiet, loud = plain_ids[:7], np.append(plain_ids[20:31], 65)
     # Absorbers as padding too: their activations are the largest that there are.
     pad = np.full(5, 65)
@@ -245,7 +244,7 @@ def test_a_row_has_the_same_codes_alone_and_padded_in_a_batch_with_a_loud_row(
 
 
 def test_padding_is_forgotten_with_its_forward_pass_and_the_hook_goes(
-    tiny_model: LoadedModel, plain_ids: IntArray
+    tiny_model: TorchRunner, plain_ids: IntArray
 ) -> None:
     scheme, rows = parse_scheme("w8a8-dynamic"), torch.from_numpy(plain_ids[:16].reshape(2, 8))
     codes: list[Tensor] = []
@@ -254,9 +253,9 @@ def test_padding_is_forgotten_with_its_forward_pass_and_the_hook_goes(
         mask = torch.ones_like(rows)
         mask[:, :3] = 0
         with torch.inference_mode():
-            run(tiny_model, rows, [])
-            run(tiny_model, rows, [], mask)
-            run(tiny_model, rows, [])
+            tiny_model.run(rows, [])
+            tiny_model.run(rows, [], mask)
+            tiny_model.run(rows, [])
         # One that remembers the padding, and one the batch size.
         assert len(base._forward_pre_hooks) == 2
         four = torch.zeros(2, 1, 8, 8)
@@ -268,7 +267,7 @@ def test_padding_is_forgotten_with_its_forward_pass_and_the_hook_goes(
 
 
 @torch.inference_mode()
-def test_a_dynamic_scheme_does_not_look_at_scales(tiny_model: LoadedModel, ids: Tensor) -> None:
+def test_a_dynamic_scheme_does_not_look_at_scales(tiny_model: TorchRunner, ids: Tensor) -> None:
     scheme = parse_scheme("w8a8-per-token")
     out = []
     for scales in (None, static_scales(tiny_model, parse_scheme("w4a4-asym"))):
@@ -279,7 +278,7 @@ def test_a_dynamic_scheme_does_not_look_at_scales(tiny_model: LoadedModel, ids: 
 
 @torch.inference_mode()
 def test_without_scales_a_static_scheme_quantizes_weights_alone(
-    tiny_model: LoadedModel, ids: Tensor, watch: Watch
+    tiny_model: TorchRunner, ids: Tensor, watch: Watch
 ) -> None:
     original = {m: m.weight.numpy().copy() for group in tiny_model.sites.values() for m in group}
     with simulated(tiny_model, parse_scheme("w4a4-static-asym-g24"), None):
@@ -291,7 +290,7 @@ def test_without_scales_a_static_scheme_quantizes_weights_alone(
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-per-token-asym"])
 @torch.inference_mode()
-def test_float_sites_keep_inputs_and_weights(name: str, tiny_model: LoadedModel, ids: Tensor) -> None:
+def test_float_sites_keep_inputs_and_weights(name: str, tiny_model: TorchRunner, ids: Tensor) -> None:
     kept = (Site("layers.1.mlp.down"), Site("layers.0.attn.qkv"))
     scheme = dataclasses.replace(parse_scheme(name), float_sites=kept)
     assert set(quantized_sites(tiny_model, scheme)) == set(tiny_model.sites) - set(kept)
@@ -305,17 +304,17 @@ def test_float_sites_keep_inputs_and_weights(name: str, tiny_model: LoadedModel,
     assert seen == set(tiny_model.sites) - set(kept)
 
 
-def test_a_float_site_that_the_model_lacks_is_refused(tiny_model: LoadedModel) -> None:
+def test_a_float_site_that_the_model_lacks_is_refused(tiny_model: TorchRunner) -> None:
     scheme = QuantScheme(float_sites=(Site("layers.7.mlp.down"),))
     with pytest.raises(UsageError, match=r"layers\.7\.mlp\.down"), simulated(tiny_model, scheme, None):
         pass
 
 
-def test_weights_are_quantized_as_told_and_per_channel_in_eight_bits_if_not(tiny_model: LoadedModel) -> None:
+def test_weights_are_quantized_as_told_and_per_channel_in_eight_bits_if_not(tiny_model: TorchRunner) -> None:
     linear = tiny_model.module.model.layers[0].mlp.up_proj
     original = linear.weight.numpy().copy()
     for options in ({}, {"bits": 4}, {"group": 24}, {"bits": 6, "group": 16}):
-        with quantized_weights(tiny_model.sites, **options):
+        with quantized_weights(tiny_model, tiny_model.sites, **options):
             expected = weight_by_definition(original, options.get("bits", 8), options.get("group", 0))
             np.testing.assert_array_equal(linear.weight.numpy(), expected)
         np.testing.assert_array_equal(linear.weight.numpy(), original)
@@ -329,13 +328,13 @@ def test_weights_are_quantized_as_told_and_per_channel_in_eight_bits_if_not(tiny
         ("w6a6-static", "w8a8", "symmetric activations of 6 bits, and the scales are symmetric for 8"),
     ],
 )
-def test_scales_of_another_kind_are_refused(scheme: str, scales: str, words: str, tiny_model: LoadedModel) -> None:
+def test_scales_of_another_kind_are_refused(scheme: str, scales: str, words: str, tiny_model: TorchRunner) -> None:
     given_scales = static_scales(tiny_model, parse_scheme(scales))
     with pytest.raises(UsageError, match=words), simulated(tiny_model, parse_scheme(scheme), given_scales):
         pass
 
 
-def test_a_scheme_with_smoothquant_wants_a_model_with_smoothquant(tiny_model: LoadedModel) -> None:
+def test_a_scheme_with_smoothquant_wants_a_model_with_smoothquant(tiny_model: TorchRunner) -> None:
     scheme = parse_scheme("smoothquant-o1")
     with pytest.raises(UsageError, match="SmoothQuant") as e, simulated(tiny_model, scheme, None):
         pass
@@ -345,7 +344,7 @@ def test_a_scheme_with_smoothquant_wants_a_model_with_smoothquant(tiny_model: Lo
         pass
 
 
-def values_entering(model: LoadedModel, rows: IntArray) -> Mapping[Site, Array]:
+def values_entering(model: TorchRunner, rows: IntArray) -> Mapping[Site, Array]:
     """Return what enters each Site, run without cache and without any hook of the package."""
     found: dict[Site, Array] = {}
     handles = [
@@ -361,7 +360,7 @@ def values_entering(model: LoadedModel, rows: IntArray) -> Mapping[Site, Array]:
 
 @pytest.mark.parametrize("bits", [8, 6])
 def test_calibrated_asymmetric_scales_span_what_they_saw(
-    bits: int, tiny_model: LoadedModel, plain_ids: IntArray
+    bits: int, tiny_model: TorchRunner, plain_ids: IntArray
 ) -> None:
     rows, prefix = plain_ids[:40].reshape(4, 10), Prefix.empty(tiny_model.spec)
     histograms = observe_sites(tiny_model, prefix, rows, np.ones_like(rows), batch_size=4)

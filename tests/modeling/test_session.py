@@ -8,12 +8,11 @@ import torch
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.session import TorchSession
 
 
-def whole(model: LoadedModel, prefix: tuple[int, ...], ids: IntArray) -> FloatArray:
+def whole(model: TorchRunner, prefix: tuple[int, ...], ids: IntArray) -> FloatArray:
     """Return transformers' logits of rows behind a prefix that is fed as tokens."""
     before = np.tile(np.asarray(prefix, dtype=np.int64), (len(ids), 1))
     with torch.inference_mode():
@@ -24,11 +23,11 @@ def whole(model: LoadedModel, prefix: tuple[int, ...], ids: IntArray) -> FloatAr
 
 @pytest.mark.parametrize("prefix", [(), (7, 1, 300)])
 def test_steps_and_cuts_give_the_logits_of_the_whole_row(
-    tiny_model: LoadedModel, plain_ids: IntArray, prefix: tuple[int, ...]
+    tiny_model: TorchRunner, plain_ids: IntArray, prefix: tuple[int, ...]
 ) -> None:
     ids = plain_ids[:40].reshape(2, 20)
     expected = whole(tiny_model, prefix, ids)
-    session = TorchSession(tiny_model, compute_prefix(tiny_model, prefix))
+    session = TorchSession(tiny_model, tiny_model.compute_prefix(prefix))
     assert session.contract.prefix_length == len(prefix)
     found = session.run(ids[:, :9], need_logits="all")
     np.testing.assert_allclose(found, expected[:, :9], atol=2e-4)
@@ -44,8 +43,8 @@ def test_steps_and_cuts_give_the_logits_of_the_whole_row(
     np.testing.assert_allclose(session.run(ids, need_logits="all"), expected, atol=2e-4)
 
 
-def test_what_it_cannot_run_is_refused(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
-    session = TorchSession(tiny_model, compute_prefix(tiny_model, (7, 1)))
+def test_what_it_cannot_run_is_refused(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
+    session = TorchSession(tiny_model, tiny_model.compute_prefix((7, 1)))
     session.run(plain_ids[None, :10])
     with pytest.raises(UsageError, match="longer than the 254"):
         session.run(plain_ids[None, :245])

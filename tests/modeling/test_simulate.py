@@ -21,7 +21,8 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import HEAD_SITE, Site, layer_site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.load import LoadedModel, load_folder
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantize_codes, quantized_sites, simulated
 from cushion_deploy.modeling.source import resolve_source
 
@@ -33,14 +34,14 @@ def ids(plain_ids: IntArray) -> Tensor:
     return torch.from_numpy(plain_ids[:24].reshape(2, 12))
 
 
-def scales_for(model: LoadedModel, scale: float = 0.05) -> ActivationScales:
+def scales_for(model: TorchRunner, scale: float = 0.05) -> ActivationScales:
     """Return made-up scales, another one for each Site."""
     values = {site: float(np.float32(scale * (1 + i / 16))) for i, site in enumerate(model.sites)}
     return ActivationScales(values, "max", Lineage(model.spec.weights_digest, "p", text="c"), 1)
 
 
 @pytest.fixture
-def captured(tiny_model: LoadedModel) -> Iterator[dict[torch.nn.Module, tuple[np.ndarray, np.ndarray]]]:
+def captured(tiny_model: TorchRunner) -> Iterator[dict[torch.nn.Module, tuple[np.ndarray, np.ndarray]]]:
     """Collect input (before any replacement) and output of every linear."""
     found: dict[torch.nn.Module, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -64,7 +65,7 @@ def integer_linear(codes: np.ndarray, scale: float, weight: np.ndarray) -> np.nd
 
 @torch.inference_mode()
 def test_every_linear_computes_the_integer_product_of_its_codes(
-    tiny_model: LoadedModel, ids: Tensor, captured: dict[torch.nn.Module, tuple[np.ndarray, np.ndarray]]
+    tiny_model: TorchRunner, ids: Tensor, captured: dict[torch.nn.Module, tuple[np.ndarray, np.ndarray]]
 ) -> None:
     scales, codes = scales_for(tiny_model), dict[Site, np.ndarray]()
     original = {m: m.weight.numpy().copy() for group in tiny_model.sites.values() for m in group}
@@ -79,7 +80,7 @@ def test_every_linear_computes_the_integer_product_of_its_codes(
 
 
 @torch.inference_mode()
-def test_the_codes_of_the_first_site_are_the_rounded_norm_output(tiny_model: LoadedModel, ids: Tensor) -> None:
+def test_the_codes_of_the_first_site_are_the_rounded_norm_output(tiny_model: TorchRunner, ids: Tensor) -> None:
     scales, codes = scales_for(tiny_model), dict[Site, np.ndarray]()
     with simulated(tiny_model, SCHEME, scales, lambda site, c: codes.__setitem__(site, c.numpy().copy())):
         tiny_model.module(input_ids=ids)
@@ -94,7 +95,7 @@ def test_the_codes_of_the_first_site_are_the_rounded_norm_output(tiny_model: Loa
 
 @torch.inference_mode()
 def test_without_scales_only_the_weights_are_quantized(
-    tiny_model: LoadedModel, ids: Tensor, captured: dict[torch.nn.Module, tuple[np.ndarray, np.ndarray]]
+    tiny_model: TorchRunner, ids: Tensor, captured: dict[torch.nn.Module, tuple[np.ndarray, np.ndarray]]
 ) -> None:
     original = {m: m.weight.numpy().copy() for group in tiny_model.sites.values() for m in group}
     with simulated(tiny_model, SCHEME, None):
@@ -106,7 +107,7 @@ def test_without_scales_only_the_weights_are_quantized(
 
 
 @torch.inference_mode()
-def test_the_head_stays_in_floating_point_on_request(tiny_model: LoadedModel, ids: Tensor) -> None:
+def test_the_head_stays_in_floating_point_on_request(tiny_model: TorchRunner, ids: Tensor) -> None:
     scheme, seen = QuantScheme(quantize_head=False), []
     assert HEAD_SITE not in quantized_sites(tiny_model, scheme)
     scales = scales_for(tiny_model)
@@ -119,7 +120,7 @@ def test_the_head_stays_in_floating_point_on_request(tiny_model: LoadedModel, id
     assert len(seen) == 12
 
 
-def test_a_site_without_scale_is_refused_before_anything_changes(tiny_model: LoadedModel) -> None:
+def test_a_site_without_scale_is_refused_before_anything_changes(tiny_model: TorchRunner) -> None:
     scales = scales_for(tiny_model)
     partial = dataclasses.replace(scales, scales={k: v for k, v in scales.scales.items() if "mlp.down" not in k})
     weight = tiny_model.module.model.layers[0].self_attn.q_proj.weight
@@ -131,7 +132,7 @@ def test_a_site_without_scale_is_refused_before_anything_changes(tiny_model: Loa
 
 
 @torch.inference_mode()
-def test_the_model_is_itself_again_afterwards_even_after_an_error(tiny_model: LoadedModel, ids: Tensor) -> None:
+def test_the_model_is_itself_again_afterwards_even_after_an_error(tiny_model: TorchRunner, ids: Tensor) -> None:
     parameters = dict(tiny_model.module.named_parameters())
     copies = {name: p.clone() for name, p in parameters.items()}
     logits = tiny_model.module(input_ids=ids).logits

@@ -8,8 +8,7 @@ import torch
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.modeling.forward import compute_prefix, logits, token_nll
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.teacher import Teacher, divergence
 
 
@@ -20,24 +19,24 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
 
-def test_remembered_windows_give_the_probabilities_of_the_model(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_remembered_windows_give_the_probabilities_of_the_model(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     windows = plain_ids[:96].reshape(3, 32)
     teacher = Teacher(tiny_model)
     teacher.remember(windows)
-    expected = log_softmax(logits(tiny_model, windows[[2, 0]], Prefix.empty(tiny_model.spec)))[:, :-1]
+    expected = log_softmax(tiny_model.logits(windows[[2, 0]], Prefix.empty(tiny_model.spec)))[:, :-1]
     np.testing.assert_allclose(teacher.log_probabilities(windows[[2, 0]]).numpy(), expected, atol=1e-5)
 
 
-def test_a_model_is_compared_by_loss_and_divergence(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_a_model_is_compared_by_loss_and_divergence(planted_model: TorchRunner, plain_ids: IntArray) -> None:
     windows = plain_ids[:64].reshape(2, 32)
-    prefix = compute_prefix(planted_model, (97,))
+    prefix = planted_model.compute_prefix((97,))
     teacher = Teacher(planted_model)
     teacher.remember(windows)
     found = teacher.compare(planted_model, prefix, windows)
-    nll = np.concatenate([token_nll(planted_model, row[None], prefix)[0] for row in windows])
+    nll = np.concatenate([planted_model.token_nll(row[None], prefix)[0] for row in windows])
     np.testing.assert_allclose(found.losses, nll, rtol=1e-4, atol=1e-5)
-    p = log_softmax(logits(planted_model, windows, Prefix.empty(planted_model.spec)))[:, :-1]
-    q = log_softmax(logits(planted_model, windows, prefix))[:, :-1]
+    p = log_softmax(planted_model.logits(windows, Prefix.empty(planted_model.spec)))[:, :-1]
+    q = log_softmax(planted_model.logits(windows, prefix))[:, :-1]
     assert found.divergence == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-3)
     itself = teacher.compare(planted_model, Prefix.empty(planted_model.spec), windows)
     assert itself.divergence == pytest.approx(0, abs=1e-6)

@@ -22,8 +22,7 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.parity.ladder import TorchReference
 from cushion_deploy.parity.reference import torch_reference
 
@@ -35,7 +34,7 @@ Edit = Callable[[dict[str, np.ndarray]], None]
 class Deployed:
     """One model through calibration, export and the torch side of the ladder."""
 
-    model: LoadedModel
+    model: TorchRunner
     prefix: Prefix
     scales: ActivationScales
     scheme: QuantScheme
@@ -47,9 +46,9 @@ class Deployed:
 
 
 @pytest.fixture(scope="session")
-def deployed(tiny_model: LoadedModel, plain_ids: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+def deployed(tiny_model: TorchRunner, plain_ids: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     """Return the deployed tiny model."""
-    prefix, scheme = compute_prefix(tiny_model, TOKENS), QuantScheme()
+    prefix, scheme = tiny_model.compute_prefix(TOKENS), QuantScheme()
     windows = plain_ids[:512].reshape(8, 64)
     histograms = observe_sites(tiny_model, prefix, windows, np.ones_like(windows))
     scales = choose_scales(histograms, RangeEstimator("max"), tiny_model.lineage(prefix, "corpus"), 512)
@@ -60,7 +59,7 @@ def deployed(tiny_model: LoadedModel, plain_ids: np.ndarray, tmp_path_factory: p
     half = export_graph(*given, GraphForm(dtype="float16"), folder, name="float16")
     brain = export_graph(*given, GraphForm(dtype="bfloat16"), folder, name="bfloat16")
     ids = plain_ids[None, 500:564]
-    reference = torch_reference(tiny_model, prefix, scales, scheme, ids, windows[:4])
+    reference = torch_reference(tiny_model, Quantization(prefix, scheme, scales), ids, windows[:4])
     return Deployed(tiny_model, prefix, scales, scheme, graph, twin, half, brain, reference)
 
 

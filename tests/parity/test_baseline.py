@@ -98,7 +98,7 @@ def test_no_baseline_is_written_of_a_failure(tmp_path: Path) -> None:
 )
 def test_what_is_no_baseline_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "baseline.json").write_text(text)
-    with pytest.raises(UntrustedArtifact, match="is no baseline"):
+    with pytest.raises(UntrustedArtifact, match="is not a baseline"):
         read_baseline(tmp_path / "baseline.json")
 
 

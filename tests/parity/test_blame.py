@@ -14,7 +14,6 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.parity.blame import INPUT_DIFFERENCE, first_differing_input, twin_inputs
@@ -29,7 +28,7 @@ def test_both_sides_show_what_enters_every_site(
 ) -> None:
     folder = tiny_writer(tmp_path / "model", tie_word_embeddings=tied)
     model = load_folder(folder, resolve_source(str(folder)))
-    prefix, ids = compute_prefix(model, (7, 1)), plain_ids[None, :24]
+    prefix, ids = model.compute_prefix((7, 1)), plain_ids[None, :24]
     form, quantization = GraphForm(quantized=False), Quantization(prefix, QuantScheme())
     twin = export_graph(model.spec, model.weights, quantization, form, tmp_path, name="float")
     expected = float_inputs(model, prefix, ids)

@@ -104,7 +104,7 @@ def test_the_float_rung_says_that_the_head_itself_differs(deployed, sabotaged) -
 
     checks = float_rung(deployed.reference, sabotaged(deployed.twin, edit), site_inputs(deployed))
     assert (checks[0].passed, checks[0].site) == (False, "head")
-    assert checks[0].note.startswith("the difference arises behind the input of the last Site, head; max ")
+    assert checks[0].note.startswith("the difference arises after the input of the last Site, head; max ")
 
 
 def test_the_float_rung_fails_on_nan(deployed, sabotaged) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.parity.ladder import GREEDY_TOKENS
 from cushion_deploy.parity.reference import PROMPT_TOKENS, torch_reference
@@ -53,10 +53,10 @@ def test_every_site_of_the_graph_has_codes_in_its_order(deployed) -> None:
 def test_losses_and_continuation_are_those_of_the_quantized_model(deployed) -> None:
     d = deployed
     with simulated(d.model, d.scheme, d.scales):
-        scores = torch.from_numpy(np.stack([logits(d.model, w[None], d.prefix)[0] for w in d.reference.windows]))
+        scores = torch.from_numpy(np.stack([d.model.logits(w[None], d.prefix)[0] for w in d.reference.windows]))
         ids = d.reference.prompt
         for _ in range(GREEDY_TOKENS):
-            ids = np.concatenate([ids, logits(d.model, ids, d.prefix)[:, -1:].argmax(-1)], axis=1)
+            ids = np.concatenate([ids, d.model.logits(ids, d.prefix)[:, -1:].argmax(-1)], axis=1)
     expected = -torch.log_softmax(scores[:, :-1].double(), -1)
     chosen = torch.gather(expected, 2, torch.from_numpy(d.reference.windows[:, 1:, None]))[..., 0]
     np.testing.assert_allclose(d.reference.quantized_nll, chosen, atol=1e-4)
@@ -71,7 +71,11 @@ def test_quantization_shows_and_the_model_is_left_as_it_was(deployed) -> None:
     ids = deployed.reference.ids[:, :40]
     d = deployed
     again = torch_reference(
-        d.model, d.prefix, d.scales, d.scheme, ids, d.reference.windows[:2], lambda _, done, n: seen.append((done, n))
+        d.model,
+        Quantization(d.prefix, d.scheme, d.scales),
+        ids,
+        d.reference.windows[:2],
+        lambda _, done, n: seen.append((done, n)),
     )
     assert np.abs(again.quantized_logits - again.float_logits).max() > 0.01
     assert seen == [(1, 2), (2, 2)]
@@ -87,9 +91,7 @@ def test_without_scales_for_a_site_there_is_no_reference(deployed) -> None:
     with pytest.raises(UsageError, match=r"layers\.1\.attn\.out"):
         torch_reference(
             d.model,
-            d.prefix,
-            dataclasses.replace(d.scales, scales=left),
-            d.scheme,
+            Quantization(d.prefix, d.scheme, dataclasses.replace(d.scales, scales=left)),
             d.reference.ids[:, :8],
             d.reference.windows[:1],
         )

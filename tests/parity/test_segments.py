@@ -120,7 +120,7 @@ def test_a_fault_is_named_by_the_first_site_behind_it(
     if site is None:
         assert [check.passed for check in checks] == [True, True, False], "only the logits lie behind the head"
         assert checks[2].site == "head"
-        assert checks[2].note.startswith("the difference arises behind the input of the last Site, head; max ")
+        assert checks[2].note.startswith("the difference arises after the input of the last Site, head; max ")
     else:
         assert f"first diverging Site: {site}" in checks[0].note
         assert not checks[0].passed or not checks[1].passed

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 
-Oracle = Callable[[LoadedModel, Sequence[int], Sequence[int]], dict[str, float]]
+Oracle = Callable[[TorchRunner, Sequence[int], Sequence[int]], dict[str, float]]
 
 
-def site_inputs(model: LoadedModel, ids: Sequence[int]) -> dict[str, np.ndarray]:
+def site_inputs(model: TorchRunner, ids: Sequence[int]) -> dict[str, np.ndarray]:
     """Return what enters every linear but the head, float64 ``[length, features]``, without cache or hooks of ours."""
     found: dict[str, np.ndarray] = {}
     handles = [
@@ -30,7 +30,7 @@ def site_inputs(model: LoadedModel, ids: Sequence[int]) -> dict[str, np.ndarray]
     return found
 
 
-def measure(model: LoadedModel, before: Sequence[int], text: Sequence[int]) -> dict[str, float]:
+def measure(model: TorchRunner, before: Sequence[int], text: Sequence[int]) -> dict[str, float]:
     """Return both objectives of ``text`` behind the tokens ``before``."""
     total, largest = 0.0, 0.0
     for x in site_inputs(model, [*before, *text]).values():
@@ -48,6 +48,6 @@ def oracle() -> Oracle:
 
 
 @pytest.fixture(scope="session")
-def inputs_of() -> Callable[[LoadedModel, Sequence[int]], dict[str, np.ndarray]]:
+def inputs_of() -> Callable[[TorchRunner, Sequence[int]], dict[str, np.ndarray]]:
     """Return :func:`site_inputs`."""
     return site_inputs

@@ -14,8 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.sites import Site
-from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix import gradient
 from cushion_deploy.prefix.gradient import (
     SmoothObjective,
@@ -37,7 +36,7 @@ def stand_in(sites: list[np.ndarray], objective: str) -> float:
     return float(sum(x.size * (norm / 127) ** 2 / 12 for x, norm in zip(sites, norms, strict=True)))
 
 
-def embeddings(model: LoadedModel) -> torch.Tensor:
+def embeddings(model: TorchRunner) -> torch.Tensor:
     """Return the input embeddings of all tokens, ``[vocab, hidden]``."""
     rows: torch.Tensor = model.module.get_input_embeddings().weight.detach()
     return rows
@@ -64,10 +63,10 @@ def test_a_site_of_zeros_has_a_finite_gradient(objective: Any) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("prefix", [(), (65, 7)])
 def test_a_slot_with_a_tokens_embedding_is_that_token(
-    planted_model: LoadedModel, plain_ids: IntArray, inputs_of: InputsOf, prefix: tuple[int, ...], objective: Any
+    planted_model: TorchRunner, plain_ids: IntArray, inputs_of: InputsOf, prefix: tuple[int, ...], objective: Any
 ) -> None:
     text, token = plain_ids[:30], 44
-    past = prefix_tensors(compute_prefix(planted_model, prefix))
+    past = planted_model.past(planted_model.compute_prefix(prefix))
     slot = embeddings(planted_model)[token]
     found = float(smooth_objective(planted_model, past, text, slot, objective))
     sites = [x[len(prefix) + 1 :] for x in inputs_of(planted_model, (*prefix, token, *text)).values()]
@@ -77,10 +76,10 @@ def test_a_slot_with_a_tokens_embedding_is_that_token(
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("prefix", [(), (5,)])
 def test_the_gradient_is_the_finite_difference(
-    tiny_model: LoadedModel, plain_ids: IntArray, prefix: tuple[int, ...], objective: Any
+    tiny_model: TorchRunner, plain_ids: IntArray, prefix: tuple[int, ...], objective: Any
 ) -> None:
     text = plain_ids[:40]
-    past = prefix_tensors(compute_prefix(tiny_model, prefix))
+    past = tiny_model.past(tiny_model.compute_prefix(prefix))
     weights = embeddings(tiny_model)
     start = weights[9]
     changes = gradient_changes(tiny_model, past, text, start, objective)
@@ -106,7 +105,7 @@ def test_the_gradient_is_the_finite_difference(
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("token_class", range(4))
 def test_planted_absorbers_come_first(
-    planted_model: LoadedModel, plain_ids: IntArray, plant: Any, objective: Any, token_class: int
+    planted_model: TorchRunner, plain_ids: IntArray, plant: Any, objective: Any, token_class: int
 ) -> None:
     # Five tokens of one class fire behind any slot but an absorber: behind fewer, most tokens would do as well.
     same = np.array([plant.token_class(int(t)) == token_class for t in plain_ids])
@@ -116,7 +115,7 @@ def test_planted_absorbers_come_first(
 
 
 def test_a_long_text_is_cut_and_both_passes_are_counted(
-    tiny_model: LoadedModel, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TorchRunner, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
     forward = type(tiny_model.module.model).forward
@@ -133,7 +132,7 @@ def test_a_long_text_is_cut_and_both_passes_are_counted(
 
 
 def test_the_chunks_of_the_vocabulary_change_nothing(
-    tiny_model: LoadedModel, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TorchRunner, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = embeddings(tiny_model)[3]
     whole = gradient_changes(tiny_model, [], plain_ids[:20], start, "error")
@@ -142,13 +141,13 @@ def test_the_chunks_of_the_vocabulary_change_nothing(
     np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_the_mean_embedding_is_the_mean_of_all_tokens(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_embedding_is_the_mean_of_all_tokens(tiny_model: TorchRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient, "CHUNK", 100)
     expected = tiny_model.module.get_input_embeddings().weight.detach().double().numpy().mean(axis=0)
     np.testing.assert_allclose(mean_embedding(tiny_model).numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_the_model_stays_frozen_and_whole(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_the_model_stays_frozen_and_whole(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     reports: list[tuple[int, int]] = []
     gradient_changes(
         tiny_model,

@@ -14,8 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.sites import Site
-from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix.objective import OBJECTIVES, RowObjective, score_candidates, score_prefix
 
 CANDIDATES = [1, 65, 9, 44, 45, 46, 310]
@@ -24,10 +23,10 @@ CANDIDATES = [1, 65, 9, 44, 45, 46, 310]
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("prefix", [(), (65,), (7, 1, 30)])
 def test_the_score_of_a_prefix_is_the_numpy_recomputation(
-    planted_model: LoadedModel, plain_ids: IntArray, oracle: Callable[..., Any], prefix: tuple[int, ...], objective: Any
+    planted_model: TorchRunner, plain_ids: IntArray, oracle: Callable[..., Any], prefix: tuple[int, ...], objective: Any
 ) -> None:
     text = plain_ids[:40]
-    past = prefix_tensors(compute_prefix(planted_model, prefix))
+    past = planted_model.past(planted_model.compute_prefix(prefix))
     expected = oracle(planted_model, prefix, text)[objective]
     assert score_prefix(planted_model, past, text, objective) == pytest.approx(expected, rel=1e-3)
 
@@ -36,7 +35,7 @@ def test_the_score_of_a_prefix_is_the_numpy_recomputation(
 @pytest.mark.parametrize("prefix", [(), (9,)])
 @pytest.mark.parametrize("batch_positions", [1, 70, 10_000])
 def test_each_candidate_has_its_own_score_whatever_the_batch(
-    planted_model: LoadedModel,
+    planted_model: TorchRunner,
     plain_ids: IntArray,
     oracle: Callable[..., Any],
     prefix: tuple[int, ...],
@@ -44,7 +43,7 @@ def test_each_candidate_has_its_own_score_whatever_the_batch(
     batch_positions: int,
 ) -> None:
     text = plain_ids[:30]
-    past = prefix_tensors(compute_prefix(planted_model, prefix))
+    past = planted_model.past(planted_model.compute_prefix(prefix))
     found = score_candidates(planted_model, past, text, CANDIDATES, objective, batch_positions=batch_positions)
     expected = [oracle(planted_model, (*prefix, token), text)[objective] for token in CANDIDATES]
     assert max(expected) > 2 * min(expected), "the candidates differ"
@@ -52,7 +51,7 @@ def test_each_candidate_has_its_own_score_whatever_the_batch(
 
 
 def test_the_positions_of_a_forward_pass_stay_below_the_bound(
-    tiny_model: LoadedModel, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TorchRunner, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
     forward = type(tiny_model.module.model).forward
@@ -66,7 +65,7 @@ def test_the_positions_of_a_forward_pass_stay_below_the_bound(
     assert sizes == [60, 60, 60, 20]
 
 
-def test_progress_counts_candidates(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_progress_counts_candidates(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     reports: list[tuple[str, int, int]] = []
     score_candidates(
         tiny_model,
@@ -75,10 +74,9 @@ def test_progress_counts_candidates(tiny_model: LoadedModel, plain_ids: IntArray
         [3, 4, 5],
         "max",
         batch_positions=20,
-        task="name",
         progress=lambda *report: reports.append(report),
     )
-    assert reports == [("name", 2, 3), ("name", 3, 3)]
+    assert reports == [("scoring candidates on 9 tokens", 2, 3), ("scoring candidates on 9 tokens", 3, 3)]
 
 
 @given(
@@ -88,7 +86,7 @@ def test_progress_counts_candidates(tiny_model: LoadedModel, plain_ids: IntArray
 )
 def test_rows_are_measured_apart_and_skipped_positions_do_not_count(x: np.ndarray, skip: int, bits: int) -> None:
     limit = 2 ** (bits - 1) - 1
-    measured = {name: RowObjective(name, 3, skip, bits) for name in OBJECTIVES}
+    measured = {name: RowObjective(name, torch.zeros(3, dtype=torch.float64), skip, bits) for name in OBJECTIVES}
     for objective in measured.values():
         objective(Site("a"), torch.from_numpy(x.copy()))
         objective(Site("b"), torch.from_numpy(x[:, ::-1].copy() * 2))
@@ -106,13 +104,13 @@ def test_rows_are_measured_apart_and_skipped_positions_do_not_count(x: np.ndarra
 
 
 def test_a_site_of_zeros_adds_nothing() -> None:
-    measured = RowObjective("error", 2, 0)
+    measured = RowObjective("error", torch.zeros(2, dtype=torch.float64), 0)
     measured(Site("a"), torch.zeros(2, 3, 4))
     assert measured.totals.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.model
-def test_a_newline_takes_the_sink_of_smollm2(smollm2: LoadedModel) -> None:
+def test_a_newline_takes_the_sink_of_smollm2(smollm2: TorchRunner) -> None:
     # METHOD.md section 1: largest linear input 3366 without a prefix, 1281 behind <bos>, 109 behind a newline.
     text = smollm2.encode("The tower is 324 metres tall, about the same height as an 81-storey building. " * 3)
     newline, bos = int(smollm2.encode("\n")[0]), int(smollm2.tokenizer.bos_token_id)

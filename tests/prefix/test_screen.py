@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from cushion_deploy.modeling.forward import compute_prefix, prefix_tensors
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix import screen
 from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth
 
 InputsOf = Callable[..., dict[str, np.ndarray]]
 
 
-def own_maxima(model: LoadedModel, inputs_of: InputsOf, prefix: tuple[int, ...], token: int) -> np.ndarray:
+def own_maxima(model: TorchRunner, inputs_of: InputsOf, prefix: tuple[int, ...], token: int) -> np.ndarray:
     """Return the largest own activation of ``token`` behind ``prefix`` in each layer."""
     found = np.zeros(model.spec.num_layers)
     for site, x in inputs_of(model, (*prefix, token)).items():
@@ -29,9 +28,9 @@ def own_maxima(model: LoadedModel, inputs_of: InputsOf, prefix: tuple[int, ...],
 @pytest.mark.parametrize("prefix", [(), (97,), (5, 200)])
 @pytest.mark.parametrize("batch_positions", [100, 2048])
 def test_sizes_are_the_brute_force_ones(
-    planted_model: LoadedModel, inputs_of: InputsOf, prefix: tuple[int, ...], batch_positions: int
+    planted_model: TorchRunner, inputs_of: InputsOf, prefix: tuple[int, ...], batch_positions: int
 ) -> None:
-    past = prefix_tensors(compute_prefix(planted_model, prefix))
+    past = planted_model.past(planted_model.compute_prefix(prefix))
     sizes = self_sink_sizes(planted_model, past, 2, batch_positions=batch_positions)
     assert sizes.shape == (320,)
     for token in range(0, 320, 5):
@@ -39,7 +38,7 @@ def test_sizes_are_the_brute_force_ones(
         assert sizes[token] == pytest.approx(expected, rel=1e-3), token
 
 
-def test_as_many_layers_run_as_the_maxima_need(planted_model: LoadedModel, inputs_of: InputsOf) -> None:
+def test_as_many_layers_run_as_the_maxima_need(planted_model: TorchRunner, inputs_of: InputsOf) -> None:
     # Without a prefix every token fires in layer 1 of 3, so nothing is left to find in layer 2.
     assert sink_depth(planted_model, np.random.default_rng(0)) == 2
     sizes = self_sink_sizes(planted_model, [], 2)
@@ -59,13 +58,13 @@ def test_the_depth_is_where_the_sample_has_its_final_ranking(maxima: list[list[f
     assert screen._depth_needed(torch.tensor(maxima, dtype=torch.float32)) == depth
 
 
-def test_absorbers_come_first(planted_model: LoadedModel, plant: Any) -> None:
+def test_absorbers_come_first(planted_model: TorchRunner, plant: Any) -> None:
     sizes = self_sink_sizes(planted_model, [], 3)
     assert set(np.argsort(-sizes)[:3]) == set(plant.absorbers)
     assert sizes.min() > plant.massive, "at the first position every token becomes a sink"
 
 
-def test_the_model_is_whole_again_even_after_an_error(tiny_model: LoadedModel) -> None:
+def test_the_model_is_whole_again_even_after_an_error(tiny_model: TorchRunner) -> None:
     ids = torch.tensor([[5, 6, 7]])
     before = tiny_model.module(input_ids=ids).logits
 
@@ -78,7 +77,7 @@ def test_the_model_is_whole_again_even_after_an_error(tiny_model: LoadedModel) -
     assert torch.equal(tiny_model.module(input_ids=ids).logits, before)
 
 
-def test_progress_ends_with_the_whole_vocabulary(tiny_model: LoadedModel) -> None:
+def test_progress_ends_with_the_whole_vocabulary(tiny_model: TorchRunner) -> None:
     reports: list[tuple[int, int]] = []
     self_sink_sizes(
         tiny_model,

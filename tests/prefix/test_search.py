@@ -12,8 +12,7 @@ import pytest
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import compute_prefix
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix import search
 from cushion_deploy.prefix.search import PrefixSearch
 from cushion_deploy.prefix.trace import SearchTrace
@@ -31,7 +30,7 @@ def config(**changes: Any) -> Search:
 @pytest.mark.parametrize("objective", ["error", "max"])
 @pytest.mark.parametrize("start", [0, 150, 300])
 def test_a_planted_sink_is_found_and_removed(
-    planted_model: LoadedModel, plain_ids: IntArray, plant: Any, oracle: Oracle, objective: Any, start: int
+    planted_model: TorchRunner, plain_ids: IntArray, plant: Any, oracle: Oracle, objective: Any, start: int
 ) -> None:
     text = plain_ids[start : start + 48]
     assert oracle(planted_model, (), text)["max"] > plant.massive
@@ -43,7 +42,7 @@ def test_a_planted_sink_is_found_and_removed(
 
 
 def test_an_absorber_removes_the_sink_from_every_text(
-    planted_model: LoadedModel, plain_ids: IntArray, plant: Any, oracle: Oracle
+    planted_model: TorchRunner, plain_ids: IntArray, plant: Any, oracle: Oracle
 ) -> None:
     for start in range(0, 500, 100):
         text = plain_ids[start : start + 48]
@@ -52,7 +51,7 @@ def test_an_absorber_removes_the_sink_from_every_text(
 
 @pytest.mark.parametrize("mode", ["screen", "exhaustive"])
 def test_a_model_without_sink_gets_an_empty_prefix_and_the_words_say_so(
-    tiny_model: LoadedModel, plain_ids: IntArray, mode: Any
+    tiny_model: TorchRunner, plain_ids: IntArray, mode: Any
 ) -> None:
     prefix, trace = PrefixSearch(tiny_model, plain_ids, config(mode=mode)).run()
     assert (prefix.length, prefix.token_ids, trace.token_ids, trace.tokens) == (0, (), (), ())
@@ -62,14 +61,14 @@ def test_a_model_without_sink_gets_an_empty_prefix_and_the_words_say_so(
     assert step.best.objective > 0.5 * step.before
 
 
-def test_the_prefix_is_the_models_own_for_the_tokens_found(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_the_prefix_is_the_models_own_for_the_tokens_found(planted_model: TorchRunner, plain_ids: IntArray) -> None:
     prefix, trace = PrefixSearch(planted_model, plain_ids, config()).run()
-    assert prefix.digest == compute_prefix(planted_model, trace.token_ids).digest
+    assert prefix.digest == planted_model.compute_prefix(trace.token_ids).digest
     assert trace.tokens == tuple(planted_model.token_text(i) for i in trace.token_ids)
 
 
 @pytest.mark.parametrize("mode", ["screen", "exhaustive"])
-def test_a_seed_decides_everything(planted_model: LoadedModel, plain_ids: IntArray, mode: Any) -> None:
+def test_a_seed_decides_everything(planted_model: TorchRunner, plain_ids: IntArray, mode: Any) -> None:
     traces = []
     for seed in (5, 5, 6):
         _, trace = PrefixSearch(planted_model, plain_ids, config(mode=mode, max_length=1), seed=seed).run()
@@ -79,7 +78,7 @@ def test_a_seed_decides_everything(planted_model: LoadedModel, plain_ids: IntArr
 
 
 def test_an_exhaustive_search_finds_the_brute_force_best(
-    planted_model: LoadedModel, plain_ids: IntArray, oracle: Oracle
+    planted_model: TorchRunner, plain_ids: IntArray, oracle: Oracle
 ) -> None:
     text = plain_ids[:48]
     _, trace = PrefixSearch(planted_model, text, config(mode="exhaustive", max_length=1)).run()
@@ -92,7 +91,7 @@ def test_an_exhaustive_search_finds_the_brute_force_best(
     assert (trace.steps[0].candidates, trace.steps[0].screen_layers) == (320, 0)
 
 
-def test_screened_scores_are_exact(planted_model: LoadedModel, plain_ids: IntArray, oracle: Oracle) -> None:
+def test_screened_scores_are_exact(planted_model: TorchRunner, plain_ids: IntArray, oracle: Oracle) -> None:
     text = plain_ids[:200]
     _, trace = PrefixSearch(planted_model, text, config(text_tokens=200, max_length=1)).run()
     for scored in trace.steps[0].top[:5]:
@@ -103,7 +102,7 @@ def test_screened_scores_are_exact(planted_model: LoadedModel, plain_ids: IntArr
     assert trace.steps[0].best == trace.steps[0].top[0]
 
 
-def test_the_audit_ranks_the_found_token_among_fresh_ones(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_the_audit_ranks_the_found_token_among_fresh_ones(planted_model: TorchRunner, plain_ids: IntArray) -> None:
     settings = config(mode="exhaustive", max_length=1, audit_tokens=40)
     _, trace = PrefixSearch(planted_model, plain_ids, settings).run()
     step = trace.steps[0]
@@ -111,7 +110,7 @@ def test_the_audit_ranks_the_found_token_among_fresh_ones(planted_model: LoadedM
 
 
 def test_a_scan_that_was_interrupted_goes_on_where_it_stopped(
-    planted_model: LoadedModel, plain_ids: IntArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted_model: TorchRunner, plain_ids: IntArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "SCAN_CHUNK", 64)
     settings = config(mode="exhaustive", max_length=1, audit_tokens=0)
@@ -142,7 +141,7 @@ def test_a_scan_that_was_interrupted_goes_on_where_it_stopped(
 
 
 def test_the_seconds_of_an_interrupted_scan_add_up(
-    planted_model: LoadedModel, plain_ids: IntArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted_model: TorchRunner, plain_ids: IntArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A clock that only scoring moves, by one second a token.
     clock = [0.0]
@@ -171,7 +170,7 @@ def test_the_seconds_of_an_interrupted_scan_add_up(
     assert trace.seconds == 320
 
 
-def test_seeds_stand_first_and_count_towards_the_length(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_seeds_stand_first_and_count_towards_the_length(planted_model: TorchRunner, plain_ids: IntArray) -> None:
     newline = int(planted_model.encode("\n")[0])
     settings = config(seed_tokens=("\n", "<bos>"), max_length=2)
     prefix, trace = PrefixSearch(planted_model, plain_ids, settings).run()
@@ -181,7 +180,7 @@ def test_seeds_stand_first_and_count_towards_the_length(planted_model: LoadedMod
 
 
 def test_a_seed_that_absorbs_the_sink_leaves_nothing_to_add(
-    planted_model: LoadedModel, plain_ids: IntArray, plant: Any
+    planted_model: TorchRunner, plain_ids: IntArray, plant: Any
 ) -> None:
     text = planted_model.token_text(plant.absorbers[0])
     assert planted_model.encode(text).tolist() == [plant.absorbers[0]], "the absorber can be written as text"
@@ -190,22 +189,22 @@ def test_a_seed_that_absorbs_the_sink_leaves_nothing_to_add(
     assert "another token would not pay" in trace.stopped
 
 
-def test_more_seeds_than_the_prefix_may_be_long_are_refused(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
-    with pytest.raises(UsageError, match=r"3 tokens, longer than search.max_length = 2") as e:
+def test_more_seeds_than_the_prefix_may_be_long_are_refused(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
+    with pytest.raises(UsageError, match=r"3 tokens, more than search.max_length = 2") as e:
         PrefixSearch(tiny_model, plain_ids, config(seed_tokens=("1", "2", "3"), max_length=2))
     assert "fewer seeds" in e.value.hint
 
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_the_prefix_never_grows_beyond_its_longest_length(
-    planted_model: LoadedModel, plain_ids: IntArray, length: int
+    planted_model: TorchRunner, plain_ids: IntArray, length: int
 ) -> None:
     prefix, trace = PrefixSearch(planted_model, plain_ids, config(max_length=length)).run()
     assert prefix.length == len(trace.steps) == length
     assert f"longest length, {length}" in trace.stopped
 
 
-def test_tau_decides_what_pays(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_tau_decides_what_pays(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     # In a model without sink the best token leaves somewhat less than all of the error: tau = 1 takes it.
     strict, _ = PrefixSearch(tiny_model, plain_ids, config(max_length=1, tau=0.1)).run()
     generous, trace = PrefixSearch(tiny_model, plain_ids, config(max_length=1, tau=1.0)).run()
@@ -213,27 +212,27 @@ def test_tau_decides_what_pays(tiny_model: LoadedModel, plain_ids: IntArray) -> 
     assert (strict.length, generous.length) == (0, 1)
 
 
-def test_a_text_that_is_too_short_is_refused(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_a_text_that_is_too_short_is_refused(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     with pytest.raises(UsageError, match="holds 47 tokens, the search needs 48") as e:
         PrefixSearch(tiny_model, plain_ids[:47], config())
     assert "search.text_tokens" in e.value.hint
 
 
-def test_a_trace_survives_json(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_a_trace_survives_json(planted_model: TorchRunner, plain_ids: IntArray) -> None:
     _, trace = PrefixSearch(planted_model, plain_ids, config(max_length=2)).run()
     again = SearchTrace.from_json(json.loads(json.dumps(trace.to_json(), allow_nan=False)))
     assert again == trace
     assert again.steps[0].ratio == trace.steps[0].ratio
 
 
-def test_positions_are_counted(tiny_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_positions_are_counted(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     _, trace = PrefixSearch(tiny_model, plain_ids, config(mode="exhaustive", max_length=1)).run()
     assert trace.positions_scored == 48 + 320 * 49
     assert trace.positions_full_scan == 320 * 49, "a scan takes the token and the text, as it is counted above"
 
 
 def test_every_step_is_screened_as_deep_as_sinks_form_with_nothing_before_them(
-    planted_model: LoadedModel, plain_ids: IntArray
+    planted_model: TorchRunner, plain_ids: IntArray
 ) -> None:
     # Once the sink is taken no token becomes one, so a sample taken then would ask for every layer.
     _, trace = PrefixSearch(planted_model, plain_ids, config(max_length=2)).run()
@@ -241,7 +240,7 @@ def test_every_step_is_screened_as_deep_as_sinks_form_with_nothing_before_them(
 
 
 def test_without_gradient_candidates_no_gradient_is_taken(
-    planted_model: LoadedModel, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
+    planted_model: TorchRunner, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     take = search.gradient_changes
@@ -264,7 +263,7 @@ def test_without_gradient_candidates_no_gradient_is_taken(
     assert with_it.positions_scored == without.positions_scored + 2 * 49 + added * 49
 
 
-def test_a_candidate_tells_every_source_that_named_it(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_a_candidate_tells_every_source_that_named_it(planted_model: TorchRunner, plain_ids: IntArray) -> None:
     settings = config(max_length=1, screen_candidates=320, gradient_candidates=320, random_candidates=0)
     (step,) = PrefixSearch(planted_model, plain_ids, settings).run()[1].steps
     assert {t.source for t in step.top} <= {"self-sink + gradient", "obvious + self-sink + gradient"}
@@ -273,12 +272,12 @@ def test_a_candidate_tells_every_source_that_named_it(planted_model: LoadedModel
     assert step.finalists["self-sink"] == step.finalists["gradient"] == step.exact
 
 
-def test_a_scan_is_its_own_source(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_a_scan_is_its_own_source(planted_model: TorchRunner, plain_ids: IntArray) -> None:
     (step,) = PrefixSearch(planted_model, plain_ids, config(mode="exhaustive", max_length=1)).run()[1].steps
     assert (step.best.source, step.proposed, step.finalists) == ("scan", {"scan": 320}, {"scan": 320})
 
 
-def test_a_trace_from_before_sources_were_counted_is_read(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_a_trace_from_before_sources_were_counted_is_read(planted_model: TorchRunner, plain_ids: IntArray) -> None:
     _, trace = PrefixSearch(planted_model, plain_ids, config(max_length=1)).run()
     data = json.loads(json.dumps(trace.to_json()))
     del data["steps"][0]["proposed"], data["steps"][0]["finalists"]

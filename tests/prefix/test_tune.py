@@ -15,11 +15,11 @@ from safetensors.numpy import load
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.forward import compute_prefix, logits, token_nll
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.prefix import tune
 from cushion_deploy.prefix.tune import PrefixTuning, fake_quantize
@@ -29,24 +29,23 @@ SCHEME = QuantScheme(quantize_head=False)
 MakeTuning = Callable[..., PrefixTuning]
 
 
-def scales_of(model: LoadedModel, prefix: Prefix, value: float = 0.02) -> ActivationScales:
+def scales_of(model: TorchRunner, prefix: Prefix, value: float = 0.02) -> ActivationScales:
     """Return the same scale for every Site."""
     found = dict.fromkeys(model.sites, float(np.float32(value)))
     return ActivationScales(found, "max", Lineage(model.spec.weights_digest, prefix.digest, text="c"), 1)
 
 
 @pytest.fixture
-def tuning(planted_model: LoadedModel, plain_ids: IntArray) -> MakeTuning:
+def tuning(planted_model: TorchRunner, plain_ids: IntArray) -> MakeTuning:
     """Return a maker of small tunings of the token 97."""
 
-    def make(scratch: Path | None = None, model: LoadedModel = planted_model, **config: Any) -> PrefixTuning:
+    def make(scratch: Path | None = None, model: TorchRunner = planted_model, **config: Any) -> PrefixTuning:
         small: dict[str, Any] = {"epochs": 2, "batch": 2, "judge_every": 2, "checkpointing": False}
-        prefix = compute_prefix(model, (97,))
+        prefix = model.compute_prefix((97,))
         windows = plain_ids[: 8 * 16].reshape(8, 16)
         settings = Tuning(**{**small, **config})
-        return PrefixTuning(
-            model, SCHEME, scales_of(model, prefix), prefix, windows[:6], windows[6:], settings, 7, scratch
-        )
+        quantization = Quantization(prefix, SCHEME, scales_of(model, prefix))
+        return PrefixTuning(model, quantization, windows[:6], windows[6:], settings, 7, scratch)
 
     return make
 
@@ -67,22 +66,22 @@ def test_gradients_of_fake_quantization_are_straight_through_and_learned_step_si
 
 
 @pytest.mark.parametrize("loss", ["ce", "distill"])
-def test_losses_are_those_of_the_simulated_model(tuning: MakeTuning, planted_model: LoadedModel, loss: str) -> None:
+def test_losses_are_those_of_the_simulated_model(tuning: MakeTuning, planted_model: TorchRunner, loss: str) -> None:
     t = tuning(loss=loss)
     ids = t.train[:2]
     with t.quantized(), torch.no_grad():
         prediction, _ = t.losses(ids)
     with simulated(planted_model, SCHEME, t.scales):
-        quantized = torch.log_softmax(torch.from_numpy(logits(planted_model, ids, t.prefix)[:, :-1]).double(), -1)
-        nll = token_nll(planted_model, ids, t.prefix).mean()
-    plain = logits(planted_model, ids, Prefix.empty(planted_model.spec))[:, :-1]
+        quantized = torch.log_softmax(torch.from_numpy(planted_model.logits(ids, t.prefix)[:, :-1]).double(), -1)
+        nll = planted_model.token_nll(ids, t.prefix).mean()
+    plain = planted_model.logits(ids, Prefix.empty(planted_model.spec))[:, :-1]
     teacher = torch.log_softmax(torch.from_numpy(plain).double(), -1)
     kl = float((teacher.exp() * (teacher - quantized)).sum(-1).mean())
     assert float(prediction) == pytest.approx(nll if loss == "ce" else kl, rel=1e-4)
 
 
 def test_the_error_is_that_of_equation_6(
-    tuning: MakeTuning, planted_model: LoadedModel, inputs_of: Callable[..., dict[str, np.ndarray]]
+    tuning: MakeTuning, planted_model: TorchRunner, inputs_of: Callable[..., dict[str, np.ndarray]]
 ) -> None:
     # One Site only: behind a quantized Site the inputs of the next are others than those of the plain model.
     t = tuning()
@@ -144,7 +143,7 @@ def test_the_best_state_is_kept_and_the_start_counts(tuning: MakeTuning) -> None
     assert scales.scales == pytest.approx(t.scales.scales)
 
 
-def test_tuning_improves_what_it_is_judged_by(tuning: MakeTuning, planted_model: LoadedModel) -> None:
+def test_tuning_improves_what_it_is_judged_by(tuning: MakeTuning, planted_model: TorchRunner) -> None:
     prefix, scales, trace = tuning(epochs=8, learning_rate=0.01, scale_learning_rate=0.1).run()
     assert trace.best.held_out < 0.9 * trace.states[0].held_out
     assert scales.lineage.prefix == prefix.digest
@@ -154,8 +153,8 @@ def test_tuning_improves_what_it_is_judged_by(tuning: MakeTuning, planted_model:
     held_out = []
     for row in t.held_out:
         with simulated(planted_model, SCHEME, scales):
-            quantized = torch.log_softmax(torch.from_numpy(logits(planted_model, row[None], prefix)[:, :-1]), -1)
-        plain = logits(planted_model, row[None], Prefix.empty(planted_model.spec))[:, :-1]
+            quantized = torch.log_softmax(torch.from_numpy(planted_model.logits(row[None], prefix)[:, :-1]), -1)
+        plain = planted_model.logits(row[None], Prefix.empty(planted_model.spec))[:, :-1]
         teacher = torch.log_softmax(torch.from_numpy(plain), -1)
         held_out.append(float((teacher.exp() * (teacher - quantized)).sum(-1).mean()))
     assert np.mean(held_out) == pytest.approx(trace.best.held_out, rel=2e-2)
@@ -204,14 +203,14 @@ def test_a_checkpoint_of_another_tuning_is_not_taken(
     assert begun[0] == 1
 
 
-def test_an_empty_prefix_cannot_be_tuned(planted_model: LoadedModel, plain_ids: IntArray) -> None:
+def test_an_empty_prefix_cannot_be_tuned(planted_model: TorchRunner, plain_ids: IntArray) -> None:
     none = Prefix.empty(planted_model.spec)
     rows = plain_ids[:32].reshape(2, 16)
     with pytest.raises(UsageError, match="no prefix to tune"):
-        PrefixTuning(planted_model, SCHEME, scales_of(planted_model, none), none, rows, rows, Tuning())
+        PrefixTuning(planted_model, Quantization(none, SCHEME, scales_of(planted_model, none)), rows, rows, Tuning())
 
 
-def test_the_model_is_as_it_was_afterwards(tuning: MakeTuning, planted_model: LoadedModel) -> None:
+def test_the_model_is_as_it_was_afterwards(tuning: MakeTuning, planted_model: TorchRunner) -> None:
     ids = torch.arange(5, 25)[None]
     before = planted_model.module(input_ids=ids).logits
     tuning(epochs=1, checkpointing=True).run()

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from fake_plans import close, plan_of
 
-from cushion_deploy.core.graph_form import GraphForm
-from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.probe import Probe
 from cushion_deploy.engines.tensorrt.compatibility import mismatches

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cushion_deploy.errors import CheckFailed, UsageError
-from cushion_deploy.modeling.forward import cache_of, prefix_tensors
+from cushion_deploy.modeling.cache import new_cache
 from cushion_deploy.runtime import SamplingParams, generate
 from cushion_deploy.runtime.generate import Detokenizer, StopStrings
 
@@ -109,7 +109,7 @@ def test_greedy_tokens_equal_transformers_behind_the_prefix(tiny: Any, tokenizer
     expected = module.generate(
         full,
         attention_mask=torch.ones_like(full),
-        past_key_values=cache_of(prefix_tensors(tiny.prefix), 1),
+        past_key_values=new_cache(tiny.loaded.past(tiny.prefix), 1, keep=True),
         max_new_tokens=30,
         do_sample=False,
         eos_token_id=None,

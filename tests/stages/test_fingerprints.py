@@ -1,4 +1,4 @@
-"""Whoever changes the code of a stage is asked whether its version must rise: kept results would be reused otherwise."""
+"""A change of the code behind a stage is a question: must its version rise, so that kept results are not reused?"""
 
 from __future__ import annotations
 

@@ -12,16 +12,16 @@ import numpy as np
 import onnx
 import pytest
 
-from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.errors import CheckFailed, UsageError
+from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import Report
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.report import merge_times
 from cushion_deploy.stages.run import Run, StageTime
-from cushion_deploy.verbs.build import build, dry_run
-from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore, verify_bundle
+from cushion_deploy.verbs.build import build, dry_run
 
 SETTINGS: dict[str, object] = {
     "engines": ["onnxruntime"],
@@ -36,6 +36,8 @@ SETTINGS: dict[str, object] = {
     "parity.tokens": 32,
     "parity.decode_tokens": 2,
 }
+
+
 @dataclass
 class OneRun:
     """The pipeline of a recipe, and a run of it as in a process of its own."""
@@ -82,7 +84,9 @@ def one_run(planted_folder: Path, kept: Path, tmp_path_factory: pytest.TempPathF
 
 def reused(one: OneRun) -> dict[str, bool]:
     """Return for every stage whether an earlier run's result served at its first use; loading is not one that can."""
-    return {row["stage"]: row["reused"] for row in merge_times(one.run.times) if row["stage"] not in ("load", "tokenizer")}
+    return {
+        row["stage"]: row["reused"] for row in merge_times(one.run.times) if row["stage"] not in ("load", "tokenizer")
+    }
 
 
 def graph_of(one: OneRun) -> Any:

@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 
 from cushion_deploy.core.artifacts import SMOOTHING_FILE, write_smoothing
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.modeling.forward import logits
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
-from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import Report
+from cushion_deploy.runtime.bundle import open_bundle
+from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.quantize import Quantize, read_quantization
 from cushion_deploy.stages.report import merge_times
 from cushion_deploy.stages.run import Run
 from cushion_deploy.stages.sensitivity import Sensitivity
-from cushion_deploy.verbs.build import build
-from cushion_deploy.recipe import Recipe
-from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.store import StageStore
+from cushion_deploy.verbs.build import build
 
 SETTINGS: dict[str, object] = {
     "engines": ["onnxruntime"],
@@ -45,6 +45,8 @@ SETTINGS: dict[str, object] = {
     "tuning.window": 32,
     "tuning.judge_every": 1,
 }
+
+
 @dataclass
 class OneRun:
     """The pipeline of a recipe, and a run of it as in a process of its own."""
@@ -71,8 +73,8 @@ class OneRun:
     def costs(self) -> dict[Site, float]:
         """What every Site costs, none kept in floating point."""
         pipeline, branch = self.pipeline, self.pipeline.quantized
-        parts = branch.smoothing, branch.calibration.scales, pipeline.text, pipeline.scheme
-        return self.run.get(Sensitivity(pipeline.model, pipeline.prefix, *parts))
+        whole = Quantize(pipeline.prefix, Given(pipeline.scheme), branch.calibration.scales, branch.smoothing)
+        return self.run.get(Sensitivity(pipeline.model, whole, pipeline.text))
 
 
 MakeRun = Callable[..., OneRun]
@@ -115,8 +117,8 @@ def test_the_cost_of_a_site_is_the_divergence_when_it_alone_is_quantized(one_run
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(2, len(rows))).astype(int))]
     others = tuple(other for other in costs if other != site)
     with simulated(model, QuantScheme(quantize_head=False, float_sites=others), quantization.scales):
-        quantized = logits(model, rows, prefix)[:, :-1].astype(np.float64)
-    plain = logits(model, rows, prefix)[:, :-1].astype(np.float64)
+        quantized = model.logits(rows, prefix)[:, :-1].astype(np.float64)
+    plain = model.logits(rows, prefix)[:, :-1].astype(np.float64)
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
         shifted = x - x.max(-1, keepdims=True)
@@ -172,9 +174,7 @@ def test_a_tuned_build_with_float_sites_holds_the_ladder(one_run: MakeRun, tmp_p
     assert report.perplexity.divergence.fp == pytest.approx(0, abs=1e-5)
 
 
-def test_a_bundle_tells_what_it_deploys_and_foreign_smoothing_is_refused(
-    one_run: MakeRun, tmp_path: Path
-) -> None:
+def test_a_bundle_tells_what_it_deploys_and_foreign_smoothing_is_refused(one_run: MakeRun, tmp_path: Path) -> None:
     one = one_run(export__keep_float=["layers.1.mlp.down"])
     made, scheme = one.quantization, one.pipeline.scheme
     one.build(tmp_path / "out")

@@ -43,7 +43,7 @@ class Add(Stage[Number]):
     name: ClassVar[str] = "add"
     left: Node[Number]
     right: Node[Number]
-    settings_of: Settings = Settings()
+    settings_of: Settings = field(default_factory=Settings)
     title: str = field(default="", compare=False)
     helper: Node[Number] | None = field(default=None, compare=False)
 
@@ -110,9 +110,7 @@ def test_a_stage_runs_once_and_is_reused_by_a_later_run(run: Run) -> None:
     assert [(t.stage, t.reused) for t in (*run.times, *again.times)] == [("add", False), ("add", True)]
 
 
-def test_a_key_is_name_version_settings_and_inputs_and_nothing_else(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_is_name_version_settings_and_inputs_and_nothing_else(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     node = Add(one(1), one(2))
     key = run.key(node)
     assert run.key(Add(one(1), one(2), title="for people", helper=one(9))) == key

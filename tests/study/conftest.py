@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
-from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
 from cushion_deploy.study.cells import Cells
 from cushion_deploy.study.document import Study

@@ -15,15 +15,14 @@ import torch
 from cushion_deploy.cli.main import run
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.load import LoadedModel
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.sinks import SINK_RATIO, find_sinks
+from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.resources import Resources
 from cushion_deploy.stages.run import Run
-from cushion_deploy.verbs.doctor import Diagnosis, diagnose
-from cushion_deploy.verbs.doctor import estimate_build
-from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
+from cushion_deploy.verbs.doctor import Diagnosis, diagnose, estimate_build
 
 Look = Callable[..., Diagnosis]
 
@@ -53,7 +52,7 @@ def look(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Look:
     return lambda model, **more: diagnose(pipeline(model, **more), Run(StageStore(tmp_path / "work")))
 
 
-def test_a_planted_sink_is_seen_where_it_is(planted_model: LoadedModel, plain_ids: IntArray, plant: Any) -> None:
+def test_a_planted_sink_is_seen_where_it_is(planted_model: TorchRunner, plain_ids: IntArray, plant: Any) -> None:
     windows = plain_ids[:192].reshape(4, 48)
     sinks, sites = find_sinks(planted_model, windows)
     inputs: list[torch.Tensor] = []
@@ -97,7 +96,7 @@ def test_a_model_without_a_sink_needs_no_prefix(tiny_folder: Path, look: Look) -
 
 
 def test_the_estimate_follows_the_recipe(
-    tiny_folder: Path, pipeline: Callable[..., Pipeline], tiny_model: LoadedModel, plain_ids: IntArray, tmp_path: Path
+    tiny_folder: Path, pipeline: Callable[..., Pipeline], tiny_model: TorchRunner, plain_ids: IntArray, tmp_path: Path
 ) -> None:
     windows, run = plain_ids[:192].reshape(4, 48), Run(StageStore(tmp_path / "work"))
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -25,15 +24,15 @@ from cushion_deploy.core.artifacts import (
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.lineage import Lineage
-from cushion_deploy.parity.checks import ParityReport
 from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.parity.checks import ParityReport
+from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.parity import distinct_graphs
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
-from cushion_deploy.verbs.parity import check_bundle, climb
-from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import StageStore
+from cushion_deploy.verbs.parity import check_bundle, climb
 
 RUNGS = [
     "scales in the graph against scales.json",

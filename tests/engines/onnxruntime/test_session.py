@@ -18,11 +18,10 @@ from cushion_deploy.core.session import bfloat16_bits, context_limit, count_posi
 from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
 from cushion_deploy.engines.onnxruntime.settings import CUDA, SessionSettings, session_options
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
-from cushion_deploy.modeling.forward import logits as torch_logits
 
 
 def test_logits_equal_transformers_behind_the_prefix(tiny: Any, session: Any, ids: Any) -> None:
-    expected = torch_logits(tiny.loaded, ids, tiny.prefix)
+    expected = tiny.loaded.logits(ids, tiny.prefix)
     np.testing.assert_allclose(session.run(ids, need_logits="all"), expected, atol=2e-4)
 
 
@@ -112,7 +111,7 @@ def test_float16_cache_follows_the_contract(tiny: Any, tmp_path: Path, ids: Any)
     form = GraphForm(dtype="float16", quantized=False)
     half = export_graph(loaded.spec, loaded.weights, quantization, form, tmp_path)
     session: Any = OnnxRuntimeSession(half.path, half.contract, SessionSettings(threads=1))
-    expected = torch_logits(loaded, ids, tiny.prefix)
+    expected = loaded.logits(ids, tiny.prefix)
     session.run(ids[:, :-1], need_logits="none")
     got = session.run(ids[:, -1:])
     assert got is not None
@@ -173,7 +172,7 @@ def test_failed_run_leaves_the_cache(tiny: Any, monkeypatch: pytest.MonkeyPatch,
     assert session.length == 5
     np.testing.assert_allclose(
         session.run(ids[:, 5:], need_logits="all"),
-        torch_logits(tiny.loaded, ids, tiny.prefix)[:, 5:],
+        tiny.loaded.logits(ids, tiny.prefix)[:, 5:],
         atol=2e-4,
     )
 
@@ -266,7 +265,7 @@ def test_head_runs_only_for_wanted_tokens(tiny: Any, tmp_path: Path, ids: Any) -
     profiled.profile_file_prefix = str(tmp_path / "profile")
     providers = ["CPUExecutionProvider"]
     session._session = onnxruntime.InferenceSession(tiny.graph.path, profiled, providers=providers)
-    expected = torch_logits(tiny.loaded, ids, tiny.prefix)
+    expected = tiny.loaded.logits(ids, tiny.prefix)
     np.testing.assert_allclose(session.run(ids, need_logits="last"), expected[:, -1:], atol=2e-4)
     session.reset()
     assert session.run(ids[:, :20], need_logits="none") is None

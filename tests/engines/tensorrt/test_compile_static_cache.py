@@ -18,14 +18,13 @@ from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.engines.tensorrt.profiles import Limits, profile_shapes
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.modeling.forward import compute_prefix
 
 LIMITS = CompileOptions(("sm86",), max_batch=2, max_context=48, max_prefill=16)
 
 
 def export(model: Any, folder: Path, dtype: Any, capacity: int) -> ExportedGraph:
     """Export with constant scales: a plan does not depend on how good they are."""
-    prefix = compute_prefix(model, (7, 1))
+    prefix = model.compute_prefix((7, 1))
     digest = model.spec.weights_digest
     scales = ActivationScales(
         dict.fromkeys(model.sites, 0.05), "max", Lineage(digest, prefix.digest, text="none"), tokens=1

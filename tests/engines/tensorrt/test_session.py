@@ -11,6 +11,7 @@ import pytest
 from fake_gpu import Context, FakeTensorRt
 from fake_plans import close, plan_of
 
+from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme

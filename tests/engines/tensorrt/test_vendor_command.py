@@ -18,7 +18,9 @@ SHAPES = {
 
 def graph(name: str, capacity: int = 0) -> ExportedGraph:
     contract = GraphContract(1, 1, 8, 32, 256, "float16", 0, cache_capacity=capacity)
-    return ExportedGraph(Path(name), contract, quantized=True, sites={}, rules=(), opset=17, digest="", lineage=Lineage())
+    return ExportedGraph(
+        Path(name), contract, quantized=True, sites={}, rules=(), opset=17, digest="", lineage=Lineage()
+    )
 
 
 def test_the_vendors_tool_builds_the_same_plan() -> None:
