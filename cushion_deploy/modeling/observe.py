@@ -40,9 +40,9 @@ def observed(
 
 @contextmanager
 def replaced(model: TorchRunner, transform: Callable[[Site, Tensor], Tensor], sites: Sites) -> Iterator[None]:
-    """Replace the input ``x`` of these Sites by ``transform(site, x)``, which linears of one Site compute only once.
+    """Replace the input ``x`` of these Sites by ``transform(site, x)``, computed once for all linears of a Site.
 
-    Both are ``[batch, length, features]``.
+    Input and replacement are ``[batch, length, features]``.
     """
     with ExitStack() as stack:
         batch = stack.enter_context(_batch_size(model))

@@ -86,7 +86,7 @@ class TorchSession:
         new, limit = ids.shape[1], context_limit(self.contract)
         if self._length + new > limit:
             raise UsageError(
-                f"a context of {self._length + new} tokens exceeds the {limit} positions of the model",
+                f"a context of {self._length + new} tokens is longer than the {limit} that fit behind the prefix",
                 hint="give a shorter text",
             )
         tokens, head = self._model.tensor(np.ascontiguousarray(ids)), need_logits != "none"

@@ -64,7 +64,7 @@ def test_a_check_that_is_gone_fails(tmp_path: Path) -> None:
     fewer = ParityReport(CHECKS[:2], "text", 100)
     report = compare_baseline(fewer, read_baseline(tmp_path / "baseline.json"))
     assert not report.passed
-    assert "has not" in report.checks[-1].note
+    assert "the report does not" in report.checks[-1].note
 
 
 def test_an_edited_tolerance_counts(tmp_path: Path) -> None:
