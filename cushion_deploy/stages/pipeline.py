@@ -118,7 +118,7 @@ class Pipeline:
         calibration = self._calibrate(prefix, smoothing)
         scheme = self._scheme(prefix, smoothing, calibration)
         scales, tuning = calibration.scales, None
-        if tuned and recipe.tuning.enabled:
+        if tuned and recipe.tuning.enabled and not isinstance(prefix, NoPrefix):
             start = Quantize(prefix, scheme, scales, smoothing)
             tuning = Tune(self.model, start, self.text, recipe.tuning, recipe.seed)
             prefix, scales = tuning.tuned_prefix, tuning.tuned_scales

@@ -193,13 +193,13 @@ def test_engines_are_compiled_within_the_limits_of_the_recipe(
     from cushion_deploy.stages.compile import Compile
 
     asked = []
-    real = Compile.run
+    real = Compile.read
 
-    def record(stage: Compile, *arguments: Any) -> None:
+    def record(stage: Compile, folder: Path) -> Any:
         asked.append((stage.options.max_batch, stage.options.max_context))
-        real(stage, *arguments)
+        return real(stage, folder)
 
-    monkeypatch.setattr(Compile, "run", record)
+    monkeypatch.setattr(Compile, "read", record)
     done = cli(
         *(
             "build",

@@ -49,7 +49,7 @@ class Device:
 
 
 def graph_of(
-    model: TorchRunner, prefix: Prefix, folder: Path, dtype: Any, *, kv: KvScales | None = None, **form: Any
+    model: TorchRunner, prefix: Prefix, folder: Path, dtype: Any, /, *, kv: KvScales | None = None, **form: Any
 ) -> ExportedGraph:
     """Export a model with constant scales: what a plan computes does not depend on how good they are."""
     digest, sites = model.spec.weights_digest, dict.fromkeys(model.sites, 0.05)

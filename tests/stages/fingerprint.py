@@ -31,11 +31,11 @@ IGNORED = (
     "cushion_deploy.errors",
     "cushion_deploy.report",
     "cushion_deploy.runtime",
-    "cushion_deploy.stages.base",
-    "cushion_deploy.stages.run",
     "cushion_deploy.store",
 )
 """What decides no artifact: how work is kept, reported and read back."""
+SHARED = ("cushion_deploy.stages.observation", "cushion_deploy.stages.windows")
+"""Modules beside the stages that compute. Another stage is an input: what it computes, its digest tells."""
 
 
 def stages() -> dict[str, type[Stage[Any]]]:
@@ -74,7 +74,8 @@ def _imported(module: str) -> set[str]:
     pending = [module]
     while pending:
         name = pending.pop()
-        file = None if name in found or name.startswith(IGNORED) else _file(name)
+        another = name.startswith("cushion_deploy.stages.") and name not in (module, *SHARED)
+        file = None if another or name in found or name.startswith(IGNORED) else _file(name)
         if file is None:
             continue
         found.add(name)
