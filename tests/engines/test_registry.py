@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
 from cushion_deploy.engines.registry import ENGINES, choose_engines, compiling_engines, find_engine
@@ -39,7 +40,9 @@ def test_engines_that_only_run_are_not_offered_for_compiling(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="unknown engine 'onnxruntime-cuda'"):
         choose_engines(["onnxruntime-cuda"])
     contract = GraphContract(1, 1, 8, 32, 256, "float32", 0)
-    graph = ExportedGraph(tmp_path, contract, quantized=True, sites={}, rules=(), opset=17, digest="", parents={})
+    graph = ExportedGraph(
+        tmp_path, contract, quantized=True, sites={}, rules=(), opset=17, digest="", lineage=Lineage()
+    )
     with pytest.raises(UsageError, match="as it is: there is nothing to compile"):
         find_engine("onnxruntime-cuda").compile(graph, tmp_path, CompileOptions())
     assert list(tmp_path.iterdir()) == []

@@ -52,7 +52,7 @@ def cached(
         for dtype in ("float32", "float16")
         for folder in [tmp_path_factory.mktemp("cached")]
     ]
-    reference = torch_reference(d.model, d.prefix, d.scales, d.scheme, d.reference.ids, windows[:2], kv=kv)
+    reference = torch_reference(d.model, quantization, d.reference.ids, windows[:2])
     return Cached(kv, *graphs, reference)
 
 
