@@ -22,7 +22,7 @@ def checkout(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("cushion_deploy", "calib", "engines", "export", "optimum"):
+    for name in ("cushion_deploy", "calib", "engines", "export"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     links = [path for path in folder.rglob("*") if path.is_symlink()]
     assert links

@@ -1,7 +1,8 @@
 """`optimum-cli export cushion`: `cushion-deploy build` among the exports of optimum.
 
-optimum-cli imports every file of this folder, in whatever distribution it comes, and registers its commands. `optimum`
-is a namespace package (PEP 420): no folder from here up may have an ``__init__.py``.
+Installed as ``optimum/commands/register/register_cushion.py`` (``package-dir`` in pyproject.toml): optimum-cli imports
+every file of that folder, whatever distribution it comes with, and registers its commands. `optimum` is a namespace
+package (PEP 420), so this folder has no ``__init__.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
 
-class CushionExportCommand(BaseOptimumCLICommand):
+class CushionExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
     """Export a model as a static INT8 bundle."""
 
     COMMAND = CommandInfo("cushion", help="Export a language model as a static INT8 bundle with a CushionCache prefix.")
