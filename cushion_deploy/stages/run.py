@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
-from cushion_deploy.stages.base import Derived, Node, Stage
+from cushion_deploy.stages.base import Derived, Node, Stage, nodes_behind
 from cushion_deploy.store import StageStore, require_space
 from cushion_deploy.store.digests import digest_json
 
@@ -43,6 +43,12 @@ class Run:
     progress: Progress = silent
     times: list[StageTime] = field(default_factory=list)
     _artifacts: dict[Node[Any], Any] = field(default_factory=dict, repr=False)
+    _numbers: dict[Node[Any], str] = field(default_factory=dict, repr=False)
+
+    def number(self, end: Node[Any]) -> None:
+        """Number the stages that a node depends on, so that progress says which of how many is running."""
+        stages = [node for node in nodes_behind(end) if isinstance(node, Stage)]
+        self._numbers = {stage: f"[{i}/{len(stages)}] " for i, stage in enumerate(stages, 1)}
 
     def get(self, node: Node[T]) -> T:
         """Return the artifact of a node; what it depends on is made first, where it is not at hand.
@@ -69,6 +75,11 @@ class Run:
         inputs = {name: self.digest(node) for name, node in stage.inputs.items()}
         decided_by = {"version": stage.version, "settings": stage.settings, "inputs": inputs}
         return digest_json({"stage": stage.name, **decided_by})
+
+    def progress_of(self, node: Node[Any]) -> Progress:
+        """Return where a node reports progress; the tasks of a numbered stage begin with its number."""
+        number, report = self._numbers.get(node, ""), self.progress
+        return lambda task, done, total, note="": report(number + task, done, total, note)
 
     @property
     def seconds(self) -> float:
@@ -132,7 +143,7 @@ class Inputs:
     @property
     def progress(self) -> Progress:
         """Where long work reports."""
-        return self.run.progress
+        return self.run.progress_of(self.node)
 
     @property
     def scratch(self) -> Path:

@@ -42,6 +42,7 @@ def build(
     _require_other_text(pipeline, run)
     with run.store.lock():
         require_recipe_fits(recipe, run.get(pipeline.files).spec)
+        run.number(end)
         return run.get(end)
 
 

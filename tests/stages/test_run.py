@@ -205,3 +205,23 @@ def test_nodes_come_before_what_takes_them_and_once() -> None:
     assert len(order) == len(set(order)) == 5
     for node in order:
         assert all(order.index(other) < order.index(node) for other in node.inputs.values())
+
+
+def test_progress_says_which_of_how_many_stages_is_running(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Telling(Add):
+        """Reports once."""
+
+        name: ClassVar[str] = "telling"
+
+        def run(self, inputs: Inputs, out: Path) -> None:
+            inputs.progress("adding", 1, 1)
+            super().run(inputs, out)
+
+    told: list[str] = []
+    run = Run(StageStore(tmp_path), lambda task, done, total, note="": told.append(task))
+    end = Sum((Telling(one(1), one(2)), Telling(one(3), one(4))))
+    run.number(end)
+    run.get(end)
+    run.get(Telling(one(5), one(6)))
+    assert told == ["[1/3] adding", "[2/3] adding", "adding"]
