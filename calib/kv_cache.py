@@ -16,7 +16,7 @@ from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.kv_cache import watched_cache
+from cushion_deploy.modeling.observe_cache import watched_cache
 from cushion_deploy.modeling.runner import TorchRunner
 
 TINY = float(np.finfo(np.float32).tiny)

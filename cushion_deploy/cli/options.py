@@ -66,7 +66,9 @@ def recipe_options(function: F) -> F:
         ),
         click.option("--estimator", metavar="NAME", help=f"Range estimator: {', '.join(ESTIMATORS)}."),
         click.option(
-            "--quantize-head/--no-quantize-head", default=None, help="Quantize the output head to INT8 as well."
+            "--quantize-head/--no-quantize-head",
+            default=None,
+            help="Quantize the output head to INT8 as well.",
         ),
         click.option("--tune/--no-tune", default=None, help="Tune the prefix together with the activation scales."),
         click.option("--smooth-alpha", type=float, help="Migration strength (alpha) of SmoothQuant, 0 to 1."),

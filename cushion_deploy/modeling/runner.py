@@ -20,8 +20,8 @@ from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.core.weights import WeightSource
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import Family
-from cushion_deploy.modeling.cache import KeysValues, keys_values, length_of, new_cache
 from cushion_deploy.modeling.fold import fold
+from cushion_deploy.modeling.past_key_values import KeysValues, keys_values, length_of, new_cache
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.session import NeedLogits, context_limit, require_kept
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.cache import KeysValues, keys_values
+from cushion_deploy.modeling.past_key_values import KeysValues, keys_values
 from cushion_deploy.modeling.runner import TorchRunner
 
 

@@ -17,8 +17,8 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.kv_cache import watched_cache
 from cushion_deploy.modeling.observe import replaced
+from cushion_deploy.modeling.observe_cache import watched_cache
 from cushion_deploy.modeling.runner import TorchRunner
 
 Grid = tuple[Tensor, Tensor | None]

@@ -11,7 +11,6 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.parity.checks import ParityCheck
-from cushion_deploy.parity.constants import cache_scale_rung, scale_rung, weight_rung
 from cushion_deploy.parity.ladder import (
     TorchReference,
     decode_rung,
@@ -22,6 +21,7 @@ from cushion_deploy.parity.ladder import (
     segment_rung,
 )
 from cushion_deploy.parity.segments import SegmentRun
+from cushion_deploy.parity.stored_values import cache_scale_rung, scale_rung, weight_rung
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner

@@ -19,9 +19,9 @@ from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.parity.blame import SiteInputs
-from cushion_deploy.parity.constants import LinearWeights
 from cushion_deploy.parity.ladder import GREEDY_TOKENS, TorchReference
 from cushion_deploy.parity.segments import SiteCodes
+from cushion_deploy.parity.stored_values import LinearWeights
 
 PROMPT_TOKENS = 32
 

@@ -21,8 +21,8 @@ from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.fakequant import qmax
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import HEAD_SITE, Site
-from cushion_deploy.modeling.cache import KeysValues
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix.objective import Objective
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
-from cushion_deploy.modeling.cache import KeysValues
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 
 DEPTH_SAMPLE = 128

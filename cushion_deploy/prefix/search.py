@@ -15,7 +15,7 @@ from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.cache import KeysValues
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix.candidates import Candidates, count_sources, gather_candidates, largest
 from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, positions_run

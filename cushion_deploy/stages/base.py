@@ -99,7 +99,7 @@ class Stage(Node[T]):
     """
 
     name: ClassVar[str]
-    version: ClassVar[int] = 1
+    version: ClassVar[int]
 
     @property
     def label(self) -> str:

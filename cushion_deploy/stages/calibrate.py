@@ -40,6 +40,7 @@ class Calibrate(Observation[CalibratedScales]):
     """
 
     name: ClassVar[str] = "calibrate"
+    version: ClassVar[int] = 1
     smoothing: Node[Smoothing] | None
     estimator: Estimator
     percentile: float
@@ -91,6 +92,7 @@ class CalibrateCache(Observation[KvScales]):
     """
 
     name: ClassVar[str] = "calibrate-kv"
+    version: ClassVar[int] = 1
     smoothing: Node[Smoothing] | None
     estimator: Estimator
     percentile: float

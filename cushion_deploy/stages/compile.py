@@ -49,6 +49,7 @@ class Compile(Stage[CompiledEngine]):
     """
 
     name: ClassVar[str] = "engine"
+    version: ClassVar[int] = 1
     graph: Node[ExportedGraph]
     engine: str
     engine_version: str

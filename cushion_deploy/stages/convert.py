@@ -21,6 +21,7 @@ class Convert(Stage[Path]):
     """
 
     name: ClassVar[str] = "convert"
+    version: ClassVar[int] = 1
     source: ModelSource
 
     @property

@@ -46,6 +46,7 @@ class Evaluate(Stage[dict[str, Any]]):
     """
 
     name: ClassVar[str] = "evaluate"
+    version: ClassVar[int] = 1
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     bare: Node[Quantization]

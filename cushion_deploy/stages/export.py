@@ -35,6 +35,7 @@ class Export(Stage[ExportedGraph]):
     """
 
     name: ClassVar[str] = "export"
+    version: ClassVar[int] = 1
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     form: GraphForm

@@ -76,6 +76,7 @@ class DescribeModel(Stage[ModelFiles]):
     """
 
     name: ClassVar[str] = "tokenizer"
+    version: ClassVar[int] = 1
     model: Node[TorchRunner]
 
     def run(self, inputs: Inputs, out: Path) -> None:

@@ -58,6 +58,7 @@ class Parity(Stage[ParityResult]):
     """
 
     name: ClassVar[str] = "parity"
+    version: ClassVar[int] = 1
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     graph: Node[ExportedGraph]

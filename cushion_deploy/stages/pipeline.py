@@ -25,7 +25,7 @@ from cushion_deploy.stages.export import EngineGraph, Export
 from cushion_deploy.stages.load import DescribeModel, Load
 from cushion_deploy.stages.parity import Parity
 from cushion_deploy.stages.publish import Publish
-from cushion_deploy.stages.quantize import Quantize, WithoutPrefix
+from cushion_deploy.stages.quantization import AssembleQuantization, WithoutPrefix
 from cushion_deploy.stages.report import AssembleReport
 from cushion_deploy.stages.sample import ReadText, Sample
 from cushion_deploy.stages.search import NoPrefix, Search
@@ -119,13 +119,13 @@ class Pipeline:
         scheme = self._scheme(prefix, smoothing, calibration)
         scales, tuning = calibration.scales, None
         if tuned and recipe.tuning.enabled and not isinstance(prefix, NoPrefix):
-            start = Quantize(prefix, scheme, scales, smoothing)
+            start = AssembleQuantization(prefix, scheme, scales, smoothing)
             tuning = Tune(self.model, start, self.text, recipe.tuning, recipe.seed)
             prefix, scales = tuning.tuned_prefix, tuning.tuned_scales
             if not recipe.tuning.scales:
                 calibration = self._calibrate(prefix, smoothing)
                 scales = calibration.scales
-        quantization = Quantize(prefix, scheme, scales, smoothing, self._kv_scales(prefix, smoothing))
+        quantization = AssembleQuantization(prefix, scheme, scales, smoothing, self._kv_scales(prefix, smoothing))
         return Branch(smoothing, calibration, scheme, tuning, quantization)
 
     def _calibrate(self, prefix: Node[Prefix], smoothing: Smooth | None) -> Calibrate:
@@ -145,7 +145,7 @@ class Pipeline:
     def _scheme(self, prefix: Node[Prefix], smoothing: Smooth | None, calibration: Calibrate) -> ChooseScheme:
         wishes, sensitivity = self.recipe.export.keep_float, None
         if any(map(is_automatic, wishes)):
-            whole = Quantize(prefix, Given(self.scheme), calibration.scales, smoothing)
+            whole = AssembleQuantization(prefix, Given(self.scheme), calibration.scales, smoothing)
             sensitivity = Sensitivity(self.model, whole, self.text)
         return ChooseScheme(self.files, self.scheme, wishes, sensitivity)
 

@@ -30,6 +30,7 @@ class Sample(Stage[tuple[str, ...]]):
     """
 
     name: ClassVar[str] = "sample"
+    version: ClassVar[int] = 1
     model: Node[TorchRunner]
     seed: int
 

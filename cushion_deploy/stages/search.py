@@ -46,6 +46,7 @@ class Search(Stage[FoundPrefix]):
     """
 
     name: ClassVar[str] = "search"
+    version: ClassVar[int] = 1
     model: Node[TorchRunner]
     text: Node[Corpus]
     search: SearchSettings

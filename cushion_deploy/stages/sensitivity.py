@@ -13,7 +13,7 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.families import get_family
 from cushion_deploy.stages.base import Derived, Node, Speed, Stage
 from cushion_deploy.stages.load import ModelFiles
-from cushion_deploy.stages.quantize import Quantize
+from cushion_deploy.stages.quantization import AssembleQuantization
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.search import NoPrefix
 from cushion_deploy.stages.windows import spread_windows
@@ -40,8 +40,9 @@ class Sensitivity(Stage[dict[Site, float]]):
     """
 
     name: ClassVar[str] = "sensitivity"
+    version: ClassVar[int] = 1
     model: Node[TorchRunner]
-    quantization: Quantize
+    quantization: AssembleQuantization
     text: Node[Corpus]
 
     @property

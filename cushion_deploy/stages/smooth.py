@@ -21,6 +21,7 @@ class Smooth(Observation[Smoothing]):
     """
 
     name: ClassVar[str] = "smooth"
+    version: ClassVar[int] = 1
     alpha: float
     limit: float | None
 

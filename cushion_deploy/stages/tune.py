@@ -53,6 +53,7 @@ class Tune(Stage[TunedPrefix]):
     """
 
     name: ClassVar[str] = "tune"
+    version: ClassVar[int] = 1
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     text: Node[Corpus]

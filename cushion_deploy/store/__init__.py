@@ -16,7 +16,7 @@ from cushion_deploy.store.manifest import (
     verify_bundle,
 )
 from cushion_deploy.store.publish import publish, recover, require_publishable, staging_area
-from cushion_deploy.store.stages import StageStore
+from cushion_deploy.store.work_folder import StageStore
 
 __all__ = [
     "MANIFEST_NAME",

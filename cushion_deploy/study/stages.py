@@ -178,6 +178,7 @@ class Score(TextCell):
     """
 
     name: ClassVar[str] = "study-score"
+    version: ClassVar[int] = 1
     teacher: Node[Teacher] = field(compare=False)
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:
@@ -201,6 +202,7 @@ class Magnitudes(TextCell):
     """Magnitudes of every layer's output on the first window (Figure 2)."""
 
     name: ClassVar[str] = "study-magnitudes"
+    version: ClassVar[int] = 1
 
     def compute(self, inputs: Inputs) -> list[dict[str, float]]:
         """Return one row a layer."""
@@ -214,6 +216,7 @@ class LastBlock(TextCell):
     """What enters the last block (Table 5), and on how many windows of what length it was measured."""
 
     name: ClassVar[str] = "study-last-block"
+    version: ClassVar[int] = 1
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:
         """Return the input's magnitudes."""
@@ -229,6 +232,7 @@ class Attention(TextCell):
     """Where attention goes (Figure 3), and the tokens of the text."""
 
     name: ClassVar[str] = "study-attention"
+    version: ClassVar[int] = 1
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:
         """Return the shares of every layer."""
@@ -253,6 +257,7 @@ class Task(CellStage):
     """
 
     name: ClassVar[str] = "study-task"
+    version: ClassVar[int] = 1
     variant: Node[Variant]
     task: str
     limit: int | None

@@ -27,7 +27,7 @@ from cushion_deploy.runtime.engine import open_engine, read_engine
 from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.export import engine_form
 from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 

@@ -20,7 +20,7 @@ from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.export import engine_form
 from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.report import engine_row
 from cushion_deploy.stages.run import Run
 from cushion_deploy.store import hash_file, place, publish, recover, require_publishable, staging_area

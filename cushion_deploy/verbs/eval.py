@@ -28,7 +28,7 @@ from cushion_deploy.recipe import Evaluation as EvaluationSettings
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 

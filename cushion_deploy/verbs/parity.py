@@ -17,7 +17,7 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.parity import Parity, read_result
 from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Inputs, Run
 
 

@@ -27,7 +27,7 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.document import Report
 from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.quantize import read_quantization
+from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
 from cushion_deploy.store import StageStore, verify_bundle
 from cushion_deploy.verbs.build import build

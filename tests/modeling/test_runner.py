@@ -11,7 +11,7 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families.folding import absorbers
-from cushion_deploy.modeling.cache import new_cache
+from cushion_deploy.modeling.past_key_values import new_cache
 from cushion_deploy.modeling.runner import TorchRunner
 
 TOKENS = (7, 1, 300)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cushion_deploy.errors import CheckFailed, UsageError
-from cushion_deploy.modeling.cache import new_cache
+from cushion_deploy.modeling.past_key_values import new_cache
 from cushion_deploy.runtime import SamplingParams, generate
 from cushion_deploy.runtime.generate import Detokenizer, StopStrings
 

@@ -22,7 +22,7 @@ from cushion_deploy.report import Report
 from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.quantize import Quantize, read_quantization
+from cushion_deploy.stages.quantization import AssembleQuantization, read_quantization
 from cushion_deploy.stages.report import merge_times
 from cushion_deploy.stages.run import Run
 from cushion_deploy.stages.sensitivity import Sensitivity
@@ -73,7 +73,9 @@ class OneRun:
     def costs(self) -> dict[Site, float]:
         """What every Site costs, none kept in floating point."""
         pipeline, branch = self.pipeline, self.pipeline.quantized
-        whole = Quantize(pipeline.prefix, Given(pipeline.scheme), branch.calibration.scales, branch.smoothing)
+        whole = AssembleQuantization(
+            pipeline.prefix, Given(pipeline.scheme), branch.calibration.scales, branch.smoothing
+        )
         return self.run.get(Sensitivity(pipeline.model, whole, pipeline.text))
 
 

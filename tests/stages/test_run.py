@@ -41,6 +41,7 @@ class Add(Stage[Number]):
     """Adds."""
 
     name: ClassVar[str] = "add"
+    version: ClassVar[int] = 1
     left: Node[Number]
     right: Node[Number]
     settings_of: Settings = field(default_factory=Settings)
@@ -75,6 +76,7 @@ class Sum(Stage[Number]):
     """Adds any number of inputs."""
 
     name: ClassVar[str] = "sum"
+    version: ClassVar[int] = 1
     parts: tuple[Node[Number], ...]
 
     def run(self, inputs: Inputs, out: Path) -> None:
@@ -136,6 +138,7 @@ def test_a_stage_cannot_use_what_its_key_does_not_know(run: Run) -> None:
         """Takes an input that it does not declare."""
 
         name: ClassVar[str] = "sneaky"
+        version: ClassVar[int] = 1
 
         def run(self, inputs: Inputs, out: Path) -> None:
             inputs.get(one(7))
@@ -213,6 +216,7 @@ def test_progress_says_which_of_how_many_stages_is_running(tmp_path: Path) -> No
         """Reports once."""
 
         name: ClassVar[str] = "telling"
+        version: ClassVar[int] = 1
 
         def run(self, inputs: Inputs, out: Path) -> None:
             inputs.progress("adding", 1, 1)

@@ -12,10 +12,10 @@ import pytest
 
 from cushion_deploy.core.sites import Site
 from cushion_deploy.parity.checks import ParityCheck
-from cushion_deploy.parity.constants import scale_rung, weight_rung
 from cushion_deploy.parity.ladder import segment_rung
 from cushion_deploy.parity.reference import linear_codes
 from cushion_deploy.parity.segments import SegmentRun
+from cushion_deploy.parity.stored_values import scale_rung, weight_rung
 
 LINEARS = 3 * 7 + 1
 

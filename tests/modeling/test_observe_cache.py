@@ -12,8 +12,8 @@ import torch
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.lineage import Lineage
-from cushion_deploy.modeling.kv_cache import watched_cache
 from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.observe_cache import watched_cache
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_cache
 from cushion_deploy.modeling.source import resolve_source

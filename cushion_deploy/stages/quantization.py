@@ -27,7 +27,7 @@ from cushion_deploy.stages.run import Inputs
 
 
 @dataclass(frozen=True)
-class Quantize(Derived[Quantization]):
+class AssembleQuantization(Derived[Quantization]):
     """The parts of a quantization, refused where they do not belong together.
 
     Attributes:
