@@ -198,6 +198,6 @@ class Pipeline:
         plans = tuple(self.engine_graph(branch.quantization, graph, engine) for engine in engines)
         compiled = tuple(Compile.of(plan, name, options) for plan, name in zip(plans, engines, strict=True))
         parity = self.parity(branch.quantization, graph, plans)
-        found = branch.calibration, branch.tuning, branch.quantization, self.evaluation, graph, compiled, parity
+        found = branch.calibration, branch.tuning, branch.quantization, graph, compiled, self.evaluation, parity
         report = AssembleReport(recipe, self.files, self.text, self.search, *found)
         return Publish(recipe, self.files, branch.quantization, graph, compiled, report, output)

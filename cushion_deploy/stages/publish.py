@@ -42,7 +42,7 @@ class Publish(Derived[Report]):
 
     def make(self, inputs: Inputs) -> Report:
         """Write the bundle and return its report."""
-        graph, report = inputs.get(self.graph), inputs.get(self.report)
+        report, graph = inputs.get(self.report), inputs.get(self.graph)
         quantization, files = inputs.get(self.quantization), inputs.get(self.files)
         with staging_area(self.output) as staged:
             # Copied: onnx tools take a second hard link of external data for an attack, and refuse to read it.

@@ -41,7 +41,7 @@ class AssembleReport(Derived[Report]):
 
     Attributes:
         recipe: every setting.
-        files, text, search, calibration, tuning, quantization, evaluation, graph, engines, parity: what was found;
+        files, text, search, calibration, tuning, quantization, graph, engines, evaluation, parity: what was found;
             ``search`` and ``tuning`` are None where the recipe wants neither.
     """
 
@@ -52,13 +52,16 @@ class AssembleReport(Derived[Report]):
     calibration: Node[CalibratedScales]
     tuning: Node[TunedPrefix] | None
     quantization: Node[Quantization]
-    evaluation: Node[dict[str, Any]]
     graph: Node[ExportedGraph]
     engines: tuple[Node[CompiledEngine], ...]
+    evaluation: Node[dict[str, Any]]
     parity: Node[ParityResult]
 
     def make(self, inputs: Inputs) -> Report:
         """Return the report; its clock holds every stage of the run so far."""
+        # In this order: an engine that cannot be compiled ends the build before it is evaluated.
+        for node in self.inputs.values():
+            inputs.get(node)
         spec, parity = inputs.get(self.files).spec, inputs.get(self.parity)
         quantization, evaluation = inputs.get(self.quantization), inputs.get(self.evaluation)
         trace = inputs.get(self.tuning).trace if self.tuning else None
