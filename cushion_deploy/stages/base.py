@@ -1,4 +1,4 @@
-"""What a stage is: declared inputs, a version, and one artifact that is kept in the work folder."""
+"""Base classes of the pipeline: nodes, and stages whose artifacts are kept in the work folder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Speed:
-    """What one token position costs on this machine, in seconds, and the model that was measured.
+    """Measured cost of one token position on this machine, in seconds.
 
     Attributes:
-        spec: the model.
-        layers: a position through all layers, without the output head.
-        whole: a position through all layers and the head.
+        spec: the model that was measured.
+        layers: one position through all layers, without the output head.
+        whole: one position through all layers and the output head.
     """
 
     spec: ModelSpec
@@ -34,31 +34,31 @@ class Speed:
 
 @dataclass(frozen=True)
 class Node(ABC, Generic[T]):
-    """Something that has one artifact, of type ``T``.
+    """A node of the pipeline: it produces one artifact of type ``T``.
 
-    A node is a frozen dataclass. Its fields are everything that decides the artifact: nodes, whose artifacts are its
-    inputs, and settings. So the nodes that a build ends with hold the whole graph of what the build depends on. A field
-    with ``compare=False`` decides nothing: a title, or a node that only saves work.
+    A node is a frozen dataclass. Its fields determine the artifact completely: fields that are nodes are its inputs,
+    the others are its settings. The final nodes of a build therefore hold the whole dependency graph. A field with
+    ``compare=False`` does not affect the artifact: a title, or a node that is used only to save work.
     """
 
     @property
     def label(self) -> str:
-        """What people read of it."""
+        """The name that is shown to users."""
         return type(self).__name__
 
     @property
     def inputs(self) -> dict[str, Node[Any]]:
-        """The nodes among the fields, by name; those of a tuple as ``name[i]``."""
+        """The fields that are nodes, by name; the elements of a tuple as ``name[i]``."""
         return dict(_nodes(self._fields(deciding=True)))
 
     @property
     def helpers(self) -> dict[str, Node[Any]]:
-        """The nodes among the fields that decide nothing, by name."""
+        """The nodes among the fields that do not affect the artifact, by name."""
         return dict(_nodes(self._fields(deciding=False)))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The other fields, JSON-ready; what has a digest is represented by it."""
+        """The other fields, JSON-ready; a value that has a digest is represented by it."""
         found = {name: value for name, value in self._fields(deciding=True) if not isinstance(value, Node)}
         return {name: _plain(value) for name, value in found.items() if not _holds_nodes(value)}
 
@@ -69,21 +69,21 @@ class Node(ABC, Generic[T]):
 
     @property
     def known_digest(self) -> str | None:
-        """The digest of the artifact where that is known without making it; None elsewhere."""
+        """The digest of the artifact if it is known without making the artifact; None otherwise."""
         return None
 
     def digest_of(self, artifact: T) -> str:
-        """Return the SHA-256 (hex) that identifies the artifact in the keys of later stages."""
+        """Return the SHA-256 (hex) that identifies the artifact in the keys of downstream stages."""
         found: str = artifact.digest  # type: ignore[attr-defined]
         return found
 
 
 @dataclass(frozen=True)
 class Derived(Node[T]):
-    """A node whose artifact is made anew in every process: loaded, put together, or given."""
+    """A node whose artifact is made anew in every process: loaded, assembled, or given."""
 
     timed: ClassVar[bool] = False
-    """Whether the time that it takes is a row of the report."""
+    """Whether the time it takes is a row of the report."""
 
     @abstractmethod
     def make(self, inputs: Inputs) -> T:
@@ -92,10 +92,10 @@ class Derived(Node[T]):
 
 @dataclass(frozen=True)
 class Stage(Node[T]):
-    """A node whose artifact is kept in the work folder, and reused where version, settings and inputs are the same.
+    """A node whose artifact is kept in the work folder and reused if version, settings and inputs are unchanged.
 
-    ``version`` is raised whenever a change of the code may change the artifact: the code itself is not part of the
-    key. ``tests/stages/test_fingerprints.py`` asks for that decision at every change.
+    ``version`` must be raised whenever a code change may change the artifact, because the code itself is not part of
+    the key. ``tests/stages/test_fingerprints.py`` fails on every change of that code until this has been decided.
     """
 
     name: ClassVar[str]
@@ -103,7 +103,7 @@ class Stage(Node[T]):
 
     @property
     def label(self) -> str:
-        """The name; a stage that stands in a pipeline more than once adds what makes the difference."""
+        """The name; a stage that occurs more than once in a pipeline appends what distinguishes it."""
         return self.name
 
     @abstractmethod
@@ -112,47 +112,47 @@ class Stage(Node[T]):
 
     @abstractmethod
     def read(self, folder: Path) -> T:
-        """Return the artifact that :meth:`run` wrote, now or in an earlier process."""
+        """Return the artifact that :meth:`run` wrote, in this process or an earlier one."""
 
     def shortcut(self, inputs: Inputs) -> T | None:
-        """Return the artifact where nothing has to be done for it; None where the stage has to run."""
+        """Return the artifact if no work is needed for it; None if the stage has to run."""
         return None
 
     def room(self, inputs: Inputs) -> int:
-        """Return about how many bytes the artifact takes, where that is much; asked only before the stage runs."""
+        """Return the approximate size of the artifact in bytes; 0 if it is small. Called only before the stage runs."""
         return 0
 
     def disk(self, spec: ModelSpec) -> int:
-        """Return about how many bytes the artifact takes, by the size of the model; 0 where that is little."""
+        """Return the approximate size of the artifact in bytes, given the size of the model; 0 if it is small."""
         return 0
 
     def seconds(self, speed: Speed) -> float:
-        """Return about how long the stage takes; 0 where that is little."""
+        """Return the approximate duration of the stage in seconds; 0 if it is short."""
         return 0.0
 
 
 @dataclass(frozen=True)
 class Given(Derived[T]):
-    """An artifact that somebody handed in, such as a prefix from a file; identified by its digest."""
+    """An artifact that was supplied by the caller, such as a prefix from a file; identified by its digest."""
 
     artifact: T
 
     def make(self, inputs: Inputs) -> T:
-        """Return it."""
+        """Return the supplied artifact."""
         return self.artifact
 
     def __eq__(self, other: object) -> bool:
-        """Two are the same where their digests are."""
+        """Compare by digest."""
         return isinstance(other, Given) and self.digest_of(self.artifact) == other.digest_of(other.artifact)
 
     def __hash__(self) -> int:
-        """Agree with ``__eq__``."""
+        """Hash by digest, consistent with ``__eq__``."""
         return hash(self.digest_of(self.artifact))
 
 
 @dataclass(frozen=True)
 class Part(Derived[T]):
-    """One attribute of another node's artifact, such as the prefix among what a search found."""
+    """One attribute of another node's artifact, such as the prefix in the result of a search."""
 
     of: Node[Any]
     attribute: str
@@ -164,7 +164,7 @@ class Part(Derived[T]):
 
 
 def nodes_behind(*ends: Node[Any]) -> list[Node[Any]]:
-    """Return every node that some nodes depend on, themselves included: each once, inputs before what takes them."""
+    """Return the given nodes and everything they depend on, each once, in topological order (inputs first)."""
     found: dict[Node[Any], None] = {}
 
     def visit(node: Node[Any]) -> None:

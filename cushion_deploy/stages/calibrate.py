@@ -1,4 +1,4 @@
-"""Calibrate: static activation scales, and the scales of an INT8 cache, on the calibration text behind a prefix."""
+"""Calibrate: static activation scales and INT8 cache scales, from the calibration text behind a prefix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AMAX = "amax.json"
 
 @dataclass(frozen=True)
 class CalibratedScales:
-    """Scales, and the largest magnitude that was observed at each Site."""
+    """Activation scales, and the largest magnitude observed at each Site."""
 
     scales: ActivationScales
     amax: dict[str, float]
@@ -31,12 +31,12 @@ class CalibratedScales:
 
 @dataclass(frozen=True)
 class Calibrate(Observation[CalibratedScales]):
-    """Choose the static scale of every Site.
+    """Choose the static activation scale of every Site.
 
     Attributes:
-        smoothing: folded into the model; None for none.
+        smoothing: factors to fold into the model first; None for no smoothing.
         estimator, percentile: the range estimator.
-        bits, symmetric: of the codes; the deployable ones are 8 bits, symmetric.
+        bits, symmetric: format of the codes; deployable codes are symmetric with 8 bits.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -49,11 +49,11 @@ class Calibrate(Observation[CalibratedScales]):
 
     @property
     def scales(self) -> Node[ActivationScales]:
-        """The scales alone."""
+        """The scales without the magnitudes."""
         return Part(self, "scales")
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        """Write scales and largest magnitudes."""
+        """Write the scales and the largest magnitudes."""
         from cushion_deploy.calib.calibrate import choose_scales, observe_sites
         from cushion_deploy.calib.estimators import RangeEstimator
 
@@ -72,7 +72,7 @@ class Calibrate(Observation[CalibratedScales]):
         write_json(out / AMAX, {site: h.amax for site, h in histograms.items()})
 
     def read(self, folder: Path) -> CalibratedScales:
-        """Return both."""
+        """Return the scales and the largest magnitudes."""
         return CalibratedScales(read_scales(folder / SCALES_FILE), read_json(folder / AMAX))
 
     def digest_of(self, artifact: CalibratedScales) -> str:
@@ -82,13 +82,13 @@ class Calibrate(Observation[CalibratedScales]):
 
 @dataclass(frozen=True)
 class CalibrateCache(Observation[KvScales]):
-    """Choose the scales of an INT8 cache.
+    """Choose the scales of an INT8 key/value cache.
 
     Attributes:
-        smoothing: folded into the model; None for none.
+        smoothing: factors to fold into the model first; None for no smoothing.
         estimator, percentile: the range estimator.
-        granularity: one scale a head, or one a layer.
-        prefix_in_cache: whether a prefix lies in the cache, so that it is quantized too.
+        granularity: one scale per head, or one per layer.
+        prefix_in_cache: whether the prefix is stored in the cache and therefore quantized as well.
     """
 
     name: ClassVar[str] = "calibrate-kv"
@@ -123,6 +123,6 @@ class CalibrateCache(Observation[KvScales]):
 
 
 def folded(model: Node[TorchRunner], smoothing: Node[Smoothing] | None, inputs: Inputs) -> TorchRunner:
-    """Return a model with a smoothing folded in, or as it is where there is none."""
+    """Return the model with the smoothing factors folded in, or unchanged if there is no smoothing."""
     found = inputs.get(model)
     return found.folded(inputs.get(smoothing)) if smoothing else found

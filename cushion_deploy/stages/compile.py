@@ -1,4 +1,4 @@
-"""Compile: an engine of a graph, with the linears that run in INT8 counted."""
+"""Compile: build an engine from a graph, and count the linears that run in INT8."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from cushion_deploy.stages.run import Inputs
 from cushion_deploy.store import place
 
 LINKED_BYTES = 64 << 20
-"""An engine's file of this size or more shares its bytes with the work folder; smaller ones may be edited: copied."""
+"""Engine files of at least this size are hard-linked from the work folder; smaller ones may be edited, so copied."""
 
 
 @dataclass(frozen=True)
 class CompiledEngine:
-    """A compiled engine, and the folder of its files."""
+    """A compiled engine, and the folder that holds its files."""
 
     artifact: EngineArtifact
     folder: Path
 
     def place(self, bundle: Path) -> None:
-        """Put its files into a bundle that is being written."""
+        """Place the engine's files in a bundle that is being written."""
         target = bundle / "engines" / self.artifact.engine
         target.mkdir(parents=True)
         for name in self.artifact.files:
@@ -39,13 +39,13 @@ class CompiledEngine:
 
 @dataclass(frozen=True)
 class Compile(Stage[CompiledEngine]):
-    """Compile a graph for an engine.
+    """Compile a graph for one engine.
 
     Attributes:
-        graph: what is compiled.
-        engine: name of the engine.
-        engine_version: of the library that compiles.
-        options: targets, limits of the profiles, linears that may stay in floating point.
+        graph: the graph to compile.
+        engine: name of the engine, a key of ``ENGINES``.
+        engine_version: version of the library that compiles.
+        options: targets, limits of the optimization profiles, linears that may stay in floating point.
     """
 
     name: ClassVar[str] = "engine"
@@ -57,16 +57,16 @@ class Compile(Stage[CompiledEngine]):
 
     @classmethod
     def of(cls, graph: Node[ExportedGraph], engine: str, options: CompileOptions) -> Compile:
-        """Return the stage for the version of the library that is installed."""
+        """Return the stage for the installed version of the engine's library."""
         return cls(graph, engine, ENGINES[engine].version(), options)
 
     @property
     def label(self) -> str:
-        """The name and the engine."""
+        """The name of the stage and of the engine."""
         return f"{self.name}-{self.engine}"
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        """Write the engine's files; raises CheckFailed where too few linears run in INT8."""
+        """Write the engine's files; raises CheckFailed if too few linears run in INT8."""
         with elapsed(inputs.progress, f"compiling for {self.engine}"):
             ENGINES[self.engine].compile(inputs.get(self.graph), out, self.options)
 
@@ -75,7 +75,7 @@ class Compile(Stage[CompiledEngine]):
         return CompiledEngine(read_artifact(folder), folder)
 
     def digest_of(self, artifact: CompiledEngine) -> str:
-        """Return the compatibility key: two plans of one graph differ by some bytes."""
+        """Return the compatibility key: two plans of the same graph differ in some bytes."""
         return artifact.artifact.key
 
     def room(self, inputs: Inputs) -> int:
@@ -83,12 +83,12 @@ class Compile(Stage[CompiledEngine]):
         return 2 * inputs.get(self.graph).size
 
     def disk(self, spec: ModelSpec) -> int:
-        """As much as two graphs."""
+        """Return the size of two graphs."""
         return 4 * spec.parameters
 
 
 def compile_options(recipe: Recipe, targets: tuple[str, ...], allow_float_linears: int = 0) -> CompileOptions:
-    """Return what engines are asked for; the limits are the recipe's."""
+    """Return the options of a compilation; the limits come from the recipe."""
     plans = recipe.tensorrt
     limits = plans.max_batch, plans.max_context, plans.max_prefill
     return CompileOptions(targets, *limits, allow_float_linears=allow_float_linears)

@@ -1,4 +1,4 @@
-"""Convert: a GGUF file as a Hugging Face folder."""
+"""Convert: dequantize a GGUF file into a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cushion_deploy.stages.run import Inputs
 
 @dataclass(frozen=True)
 class Convert(Stage[Path]):
-    """Dequantize a GGUF file once.
+    """Convert a GGUF file once, so that later runs read the folder.
 
     Attributes:
-        source: the checked file.
+        source: the validated file.
     """
 
     name: ClassVar[str] = "convert"
@@ -40,9 +40,9 @@ class Convert(Stage[Path]):
         return folder
 
     def room(self, inputs: Inputs) -> int:
-        """A GGUF file may take half a byte for a parameter; converted it takes four."""
+        """Allow for eight times the file: GGUF may use half a byte per parameter, the converted model uses four."""
         return 8 * self.source.path.stat().st_size
 
     def disk(self, spec: ModelSpec) -> int:
-        """Four bytes a parameter."""
+        """Return four bytes per parameter."""
         return 4 * spec.parameters

@@ -1,4 +1,4 @@
-"""Evaluate: perplexity and divergence in four columns, and activation magnitudes without and with the prefix."""
+"""Evaluate: perplexity and divergence in four columns, and activation magnitudes with and without the prefix."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 RESULT = "evaluation.json"
 PASSES = 5
-"""Over the text: four columns, and one that remembers what the original model says."""
+"""Passes over the text: four columns, and one for the reference log-probabilities of the original model."""
 PASS_COST = 1.3
-"""Of a pass through a simulated model, over one through the model itself."""
+"""Cost of a pass through the fake-quantized model, relative to one through the float model."""
 
 
 @dataclass(frozen=True)
 class Evaluate(Stage[dict[str, Any]]):
-    """Score the model in floating point and quantized, without and with the prefix.
+    """Score the model in floating point and quantized, each with and without the prefix.
 
-    The column 'quantized' is the same recipe without a prefix: its own smoothing and scales, nothing tuned.
+    The column 'quantized' uses the same recipe without a prefix: its own smoothing and scales, no tuning.
 
     Attributes:
-        model: in floating point.
-        quantization: behind the prefix.
-        bare: without one.
-        no_prefix: what stands before a text where no prefix does.
+        model: the model in floating point.
+        quantization: the quantization with the prefix.
+        bare: the quantization without a prefix.
+        no_prefix: what precedes a text if there is no prefix.
         text: the evaluation text.
         window: tokens in each window.
-        max_tokens: tokens that are scored at most.
+        max_tokens: maximum number of tokens to score.
     """
 
     name: ClassVar[str] = "evaluate"
@@ -88,7 +88,7 @@ class Evaluate(Stage[dict[str, Any]]):
         write_json(out / RESULT, found)
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """Return ``perplexity``, ``magnitudes`` and, of an INT8 cache, ``float_cache``, as report.json has them."""
+        """Return ``perplexity``, ``magnitudes`` and, for an INT8 cache, ``float_cache``, as in report.json."""
         found: dict[str, Any] = read_json(folder / RESULT)
         return found
 
@@ -103,7 +103,7 @@ class Evaluate(Stage[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class _Columns:
-    """Scores ways to run the model on the same windows, against what the original says of them."""
+    """Scores several ways to run the model on the same windows against the original model's predictions."""
 
     model: TorchRunner
     teacher: Teacher
@@ -111,7 +111,7 @@ class _Columns:
     inputs: Inputs
 
     def four(self, quantization: Quantization, bare: Quantization) -> dict[str, Fidelity]:
-        """Return the four columns; those with a prefix are those without where there is none."""
+        """Return the four columns; without a prefix, the columns with and without one are the same."""
         found = {"fp": self.floating(bare.prefix, "FP")}
         behind = quantization.prefix.length > 0
         found["fp_prefix"] = self.floating(quantization.prefix, "FP + prefix") if behind else found["fp"]
@@ -120,7 +120,7 @@ class _Columns:
         return found
 
     def floating(self, prefix: Prefix, name: str) -> Fidelity:
-        """Score the model itself behind a prefix."""
+        """Score the float model behind a prefix."""
         return self._compare(self.model, prefix, name)
 
     def quantized(self, quantization: Quantization, name: str) -> Fidelity:

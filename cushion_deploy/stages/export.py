@@ -1,4 +1,4 @@
-"""Export: the ONNX graph of a quantization, in the form that is asked for."""
+"""Export: write the ONNX graph of a quantized model in a given form."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ DESCRIPTION = "export.json"
 
 @dataclass(frozen=True)
 class Export(Stage[ExportedGraph]):
-    """Write a graph.
+    """Export one ONNX graph.
 
     Attributes:
-        model: its weights are read from disk, with the smoothing folded in on the way.
-        quantization: what is written into it.
-        form: what it looks like.
+        model: its weights are read from disk, and smoothing factors are folded in during the export.
+        quantization: the quantization that the graph implements.
+        form: the form of the graph.
     """
 
     name: ClassVar[str] = "export"
@@ -42,7 +42,7 @@ class Export(Stage[ExportedGraph]):
 
     @property
     def label(self) -> str:
-        """The name, with what sets the form apart from that of a bundle's graph."""
+        """The name; for a form other than that of the bundle's graph, with the differences appended."""
         if not self.form.quantized:
             return f"{self.name}-float-twin"
         return self.name if self.form.dtype == "float32" else f"{self.name}-{self.form.dtype}"
@@ -61,24 +61,24 @@ class Export(Stage[ExportedGraph]):
         return ExportedGraph.from_json(read_json(folder / DESCRIPTION), folder)
 
     def room(self, inputs: Inputs) -> int:
-        """As much as :meth:`disk` says."""
+        """Return the same estimate as :meth:`disk`."""
         return self.disk(inputs.get(self.model).spec)
 
     def disk(self, spec: ModelSpec) -> int:
-        """INT8 linears beside a float embedding take about two bytes a parameter."""
+        """Return about two bytes per parameter: INT8 linears plus a float embedding."""
         return spec.parameters * (2 if self.form.quantized else 4)
 
 
 @dataclass(frozen=True)
 class EngineGraph(Derived[ExportedGraph]):
-    """The graph that an engine compiles: the bundle's own where that serves, or one of another form.
+    """The graph that an engine compiles: the bundle's own if its form fits, otherwise one exported for the engine.
 
     Attributes:
-        model, quantization: what a graph of another form is exported from.
-        graph, form: the bundle's graph, and what it looks like.
+        model, quantization: inputs of the export if another form is needed.
+        graph, form: the bundle's graph and its form.
         engine: name of the engine.
-        dtype: floating-point type that is wanted of plans.
-        context: longest context of the plan, without the prefix.
+        dtype: requested floating-point type of plans.
+        context: longest context of the plan in tokens, without the prefix.
     """
 
     model: Node[TorchRunner]
@@ -90,7 +90,7 @@ class EngineGraph(Derived[ExportedGraph]):
     context: int
 
     def make(self, inputs: Inputs) -> ExportedGraph:
-        """Return it, exported where it is not the bundle's own."""
+        """Return the graph, exporting it if the bundle's own does not fit."""
         graph = inputs.get(self.graph)
         form = engine_form(self.form, ENGINES[self.engine], self.dtype, self.context, graph.contract)
         if form == self.form:
@@ -101,15 +101,15 @@ class EngineGraph(Derived[ExportedGraph]):
 def engine_form(form: GraphForm, engine: Engine, dtype: Dtype, context: int, contract: GraphContract) -> GraphForm:
     """Return the form of the graph that an engine compiles.
 
-    Where the prefix is in the cache, the cache is in floating point, and the engine updates it in place, it is static:
-    as long as the context and the model's positions allow.
+    The cache is static if the prefix is in the cache, the cache is in floating point, and the engine updates it in
+    place. It is then as long as the context, but not longer than the model's positions.
 
     Args:
-        form: of the bundle's graph.
+        form: the form of the bundle's graph.
         engine: the engine.
-        dtype: floating-point type that is wanted; an engine that does not compile it gets its own first one.
-        context: longest context, without the prefix.
-        contract: of the bundle's graph.
+        dtype: requested floating-point type; an engine that does not compile it uses the first type that it supports.
+        context: longest context in tokens, without the prefix.
+        contract: the contract of the bundle's graph.
     """
     found = replace(form, dtype=dtype if dtype in engine.dtypes else engine.dtypes[0])
     if contract.prefix_slots and engine.in_place_cache and form.cache == "growing":

@@ -1,4 +1,4 @@
-"""Load: the model in memory, and the files of it that a bundle carries."""
+"""Load: the model in memory, and the model files that a bundle carries."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Load(Derived["TorchRunner"]):
     """The model in torch.
 
     Attributes:
-        source: the checked model on disk.
-        converted: a Hugging Face folder made of it; None where the source is one.
+        source: the validated model on disk.
+        converted: the Hugging Face folder it was converted to; None if the source already is one.
     """
 
     timed: ClassVar[bool] = True
@@ -38,24 +38,24 @@ class Load(Derived["TorchRunner"]):
 
     @property
     def known_digest(self) -> str:
-        """The digest of the source: a stage that is reused loads no model."""
+        """The digest of the source, so that reusing a stage does not load the model."""
         return self.source.digest
 
     def make(self, inputs: Inputs) -> TorchRunner:
-        """Load it."""
+        """Load the model."""
         import torch
 
         from cushion_deploy.modeling.load import load_folder
 
         folder = inputs.get(self.converted) if self.converted else self.source.path
-        # A probability below 1e-38 means nothing, and makes most processors a hundred times slower.
+        # Flush denormals: a probability below 1e-38 has no effect but slows most processors down a hundredfold.
         torch.set_flush_denormal(True)
         return load_folder(folder, self.source, inputs.progress)
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Configuration and tokenizer in a folder, and what the model is."""
+    """A folder with the configuration and tokenizer of a model, and the model's spec."""
 
     folder: Path
     spec: ModelSpec
@@ -69,7 +69,7 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class DescribeModel(Stage[ModelFiles]):
-    """Write down what a model is, so that later runs need not load it to know.
+    """Write the configuration, tokenizer and spec of a model, so that later runs need not load it to read them.
 
     Attributes:
         model: the model.
@@ -80,7 +80,7 @@ class DescribeModel(Stage[ModelFiles]):
     model: Node[TorchRunner]
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        """Write configuration, tokenizer and ``spec.json``."""
+        """Write the configuration, the tokenizer and ``spec.json``."""
         model = inputs.get(self.model)
         model.module.config.save_pretrained(out)
         model.module.generation_config.save_pretrained(out)
@@ -98,7 +98,7 @@ class DescribeModel(Stage[ModelFiles]):
 
 
 def _name_tokenizer(file: Path) -> None:
-    """Give a generic tokenizer the class name that transformers 4, and optimum with it, knows as well."""
+    """Replace the class name of a generic tokenizer by one that transformers 4, and with it optimum, also knows."""
     config = read_json(file)
     if config.get("tokenizer_class") == "TokenizersBackend":
         write_json(file, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})

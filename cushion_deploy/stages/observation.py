@@ -1,4 +1,4 @@
-"""What the stages share that observe the model on the calibration text behind a prefix."""
+"""Base of the stages that observe the model on the calibration text behind a prefix."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Observation(Stage[T]):
 
     Attributes:
         model: the model.
-        prefix: stands before every window.
+        prefix: the prefix that precedes every window.
         text: the calibration text.
-        windows: windows that are observed, at most.
-        window: tokens in each.
+        windows: maximum number of windows.
+        window: tokens in each window.
     """
 
     cost: ClassVar[float] = 1.5
-    """Of a pass that is observed, over one that is not."""
+    """Cost of an observed pass relative to a plain forward pass."""
     model: Node[TorchRunner]
     prefix: Node[Prefix]
     text: Node[Corpus]
@@ -41,11 +41,11 @@ class Observation(Stage[T]):
 
     @property
     def label(self) -> str:
-        """The name; a build observes behind the prefix and, for comparison, without one."""
+        """The name; says whether the stage observes with the prefix or, for comparison, without one."""
         return f"{self.name}-without-prefix" if isinstance(self.prefix, NoPrefix) else self.name
 
     def observed_windows(self, inputs: Inputs) -> tuple[IntArray, IntArray]:
-        """Return ids and mask of the windows, int64 ``[windows, window]``."""
+        """Return the ids and the mask of the windows, int64 ``[windows, window]``."""
         model = inputs.get(self.model)
         require_positions("calibration.window", self.window, inputs.get(self.prefix).length, model.spec)
         return calibration_windows(model, inputs.get(self.text), self.windows, self.window)

@@ -1,4 +1,4 @@
-"""Parity: climb the ladder for a graph, from transformers to the engine, and name the first Site that diverges."""
+"""Parity: compare a graph with the original model, rung by rung, and name the first Site that diverges."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 RESULT = "parity.json"
 PASSES = 12
-"""Over the parity text, of all rungs together."""
+"""Passes over the parity text, all rungs together."""
 
 
 @dataclass(frozen=True)
 class ParityResult:
-    """The ladder's report, the engine's own perplexity, and the size of the float twin in bytes."""
+    """The parity report, the engine's own perplexity, and the size of the float twin in bytes."""
 
     report: ParityReport
     engine_perplexity: float | None
@@ -43,17 +43,17 @@ class ParityResult:
 
 @dataclass(frozen=True)
 class Parity(Stage[ParityResult]):
-    """Climb the ladder.
+    """Run the parity ladder.
 
     Attributes:
-        model: in floating point.
-        quantization: what the graphs were made of.
+        model: the model in floating point.
+        quantization: the quantization that the graphs were exported from.
         graph: the bundle's graph.
-        form: of that graph.
-        plans: graphs that engines were compiled from; each that is another one has a rung.
-        text: that logits and codes are compared on.
-        evaluation_text: that perplexity is compared on.
-        parity, evaluation: the recipe's sections.
+        form: the form of that graph.
+        plans: graphs that engines were compiled from; each one that differs from ``graph`` gets its own rung.
+        text: the text on which logits and codes are compared.
+        evaluation_text: the text on which perplexity is compared.
+        parity, evaluation: the recipe's sections of the same names.
         runtime: version of ONNX Runtime.
     """
 
@@ -71,7 +71,7 @@ class Parity(Stage[ParityResult]):
     runtime: str
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        """Write every check; the float twin is removed again."""
+        """Write every check; the float twin is deleted afterwards."""
         with TemporaryDirectory(dir=out) as twin:
             found = self.climb(inputs, Path(twin))
         write_json(out / RESULT, found)
@@ -112,12 +112,12 @@ class Parity(Stage[ParityResult]):
         return digest_json(artifact.report.to_json())
 
     def seconds(self, speed: Speed) -> float:
-        """Passes over the parity text, and one over the evaluation text."""
+        """Sum the passes over the parity text and one over the evaluation text."""
         return (self.parity.tokens * PASSES + self.evaluation.max_tokens) * speed.whole
 
 
 def read_result(data: dict[str, Any]) -> ParityResult:
-    """Rebuild a result from its JSON; a value of null is one that was not finite."""
+    """Rebuild a result from its JSON; a null value stands for one that was not finite."""
     report = data["parity"]
     checks = [
         ParityCheck(
@@ -136,5 +136,5 @@ def read_result(data: dict[str, Any]) -> ParityResult:
 
 
 def distinct_graphs(graphs: Sequence[ExportedGraph], graph: ExportedGraph) -> tuple[ExportedGraph, ...]:
-    """Return those that are another graph than ``graph``, each once."""
+    """Return the graphs that differ from ``graph``, without duplicates."""
     return tuple({g.digest: g for g in graphs if g.digest != graph.digest}.values())

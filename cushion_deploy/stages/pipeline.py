@@ -1,4 +1,4 @@
-"""The table of a build: its stages, and the edges between them."""
+"""The build pipeline: its stages, and the edges between them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from cushion_deploy.stages.windows import longest_prefix
 
 @dataclass(frozen=True)
 class Branch:
-    """Everything that is measured behind one prefix, and the quantization that it amounts to."""
+    """Everything that is measured behind one prefix, and the quantization that results from it."""
 
     smoothing: Smooth | None
     calibration: Calibrate
@@ -51,15 +51,15 @@ class Pipeline:
 
     Attributes:
         recipe: every setting.
-        model, files: the model, and what it is.
-        text, evaluation_text: what is calibrated and scored on.
-        search: None where the recipe wants no prefix.
-        prefix: the searched one, or none.
-        quantized, bare: behind the prefix, and without one.
+        model, files: the model, and its configuration, tokenizer and spec.
+        text, evaluation_text: the texts for calibration and evaluation.
+        search: None if the recipe disables the prefix.
+        prefix: the prefix found by the search, or no prefix.
+        quantized, bare: the branches with and without the prefix.
     """
 
     def __init__(self, recipe: Recipe, source: ModelSource) -> None:
-        """Lay out the stages up to the quantization."""
+        """Create the nodes up to the quantization."""
         self.recipe = recipe
         self.model = Load(source, Convert(source) if source.kind == "gguf" else None)
         self.files = DescribeModel(self.model)
@@ -73,7 +73,7 @@ class Pipeline:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Pipeline:
-        """Return the pipeline of a recipe; its model is found and checked, not loaded.
+        """Return the pipeline of a recipe; the model is located and validated, but not loaded.
 
         Raises:
             UsageError: the recipe names no model, or one that cannot be used.
@@ -84,7 +84,7 @@ class Pipeline:
 
     @property
     def source(self) -> ModelSource:
-        """The checked model on disk."""
+        """The validated model on disk."""
         return self.model.source
 
     def altered(self, settings: dict[str, object]) -> Pipeline:
@@ -92,27 +92,27 @@ class Pipeline:
         return Pipeline(self.recipe.merged(settings), self.source)
 
     def corpus(self, data: str | None, part: Part) -> Node[Corpus]:
-        """Return a text."""
+        """Return the node of a calibration or evaluation text."""
         return ReadText.of(data, part, Sample(self.model, self.recipe.seed))
 
     @property
     def scheme(self) -> QuantScheme:
-        """What the recipe quantizes, Sites that it keeps in floating point included."""
+        """The recipe's scheme with every Site quantized, before ``export.keep_float`` is applied."""
         return replace(PRECISIONS[self.recipe.precision], quantize_head=self.recipe.export.quantize_head)
 
     def smoothing(self, prefix: Node[Prefix]) -> Smooth | None:
-        """Return the smoothing behind a prefix; None where the recipe wants none."""
+        """Return the smoothing stage behind a prefix; None if the recipe disables smoothing."""
         config, windows = self.recipe.smoothing, self.recipe.calibration
         if config.alpha is None:
             return None
         return Smooth(self.model, prefix, self.text, windows.windows, windows.window, config.alpha, config.limit)
 
     def behind(self, prefix: Node[Prefix], *, tuned: bool = True) -> Branch:
-        """Return what is measured behind a prefix.
+        """Return the branch that is measured behind a prefix.
 
         Args:
-            prefix: searched, given, or none.
-            tuned: False leaves the tuning out whatever the recipe says.
+            prefix: found by the search, given, or none.
+            tuned: False skips tuning even if the recipe enables it.
         """
         recipe, smoothing = self.recipe, self.smoothing(prefix)
         calibration = self._calibrate(prefix, smoothing)
@@ -162,21 +162,21 @@ class Pipeline:
         return self.form_of(self.recipe)
 
     def graph(self, quantization: Node[Quantization], form: GraphForm | None = None) -> Export:
-        """Return the graph of a quantization, in the bundle's form or another."""
+        """Return the export of a quantization, in the bundle's form or the given one."""
         return Export(self.model, quantization, form or self.form)
 
     def engine_graph(self, quantization: Node[Quantization], graph: Node[ExportedGraph], engine: str) -> EngineGraph:
-        """Return the graph that an engine compiles for a bundle with that graph."""
+        """Return the graph that an engine compiles for a bundle with the given graph."""
         plans = self.recipe.tensorrt
         return EngineGraph(self.model, quantization, graph, self.form, engine, plans.dtype, plans.max_context)
 
     def parity(
         self, quantization: Node[Quantization], graph: Node[ExportedGraph], plans: tuple[Node[ExportedGraph], ...]
     ) -> Parity:
-        """Return the ladder of a graph, and of the graphs behind plans."""
+        """Return the parity stage of a graph, including the graphs behind the given plans."""
         recipe = self.recipe
         text = self.corpus(recipe.parity.data or recipe.evaluation.data, "evaluation")
-        # What the texts hold is an input; where they lie decides nothing.
+        # The content of the texts is an input; their location is not.
         settings = recipe.parity.model_copy(update={"data": None}), recipe.evaluation.model_copy(update={"data": None})
         runtime = ENGINES["onnxruntime"].version()
         graphs = graph, self.form, plans
@@ -184,7 +184,7 @@ class Pipeline:
 
     @property
     def evaluation(self) -> Evaluate:
-        """Return the four columns."""
+        """Return the evaluation stage with its four columns."""
         config, quantization = self.recipe.evaluation, self.quantized.quantization
         bare = WithoutPrefix(quantization, self.bare.quantization)
         return Evaluate(
@@ -192,7 +192,7 @@ class Pipeline:
         )
 
     def build(self, engines: tuple[str, ...], options: CompileOptions, output: Path) -> Publish:
-        """Return the end of a build: the bundle in its place."""
+        """Return the final node of a build, which publishes the bundle."""
         recipe, branch = self.recipe, self.quantized
         graph = self.graph(branch.quantization)
         plans = tuple(self.engine_graph(branch.quantization, graph, engine) for engine in engines)

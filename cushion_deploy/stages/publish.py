@@ -1,4 +1,4 @@
-"""Publish: all files of a bundle in a folder beside its place, then one rename."""
+"""Publish: write all files of a bundle into a folder next to its destination, then rename it once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from cushion_deploy.store import place, publish, staging_area
 
 @dataclass(frozen=True)
 class Publish(Derived[Report]):
-    """Put a bundle in its place, all or nothing.
+    """Publish a bundle atomically: either completely or not at all.
 
     Attributes:
-        recipe: goes into the manifest.
-        files, quantization, graph, engines, report: what goes into the bundle.
-        output: its folder.
+        recipe: stored in the manifest.
+        files, quantization, graph, engines, report: the contents of the bundle.
+        output: the folder of the bundle.
     """
 
     recipe: Recipe
@@ -45,13 +45,13 @@ class Publish(Derived[Report]):
         report, graph = inputs.get(self.report), inputs.get(self.graph)
         quantization, files = inputs.get(self.quantization), inputs.get(self.files)
         with staging_area(self.output) as staged:
-            # Copied: onnx tools take a second hard link of external data for an attack, and refuse to read it.
+            # Copied, not linked: onnx rejects external data with a second hard link as a possible attack.
             for file in (*files.paths, *graph.files):
                 place(file, staged / file.name, link=False)
             (staged / CONTRACT_NAME).write_text(json.dumps(graph.to_json(), indent=1) + "\n")
-            # Search, calibration and scoring put text right behind the prefix: it has taken the place of <bos>.
+            # Search, calibration and scoring put the text directly behind the prefix, which replaces <bos>.
             (staged / TEXT_NAME).write_text(json.dumps({"keep_bos": quantization.prefix.length == 0}) + "\n")
-            if not graph.contract.prefix_slots:  # others begin with an empty cache, and would run without the prefix
+            if not graph.contract.prefix_slots:  # other runtimes start with an empty cache, without the prefix
                 _write_genai_config(graph, files.spec, staged)
                 write_prefix(quantization.prefix, staged / PREFIX_FILE)
             write_scales(quantization.static_scales, staged / SCALES_FILE)

@@ -1,4 +1,4 @@
-"""Put together what search, smoothing, calibration and tuning found: the quantization that is exported."""
+"""Assemble the results of search, smoothing, calibration and tuning into the quantization that is exported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cushion_deploy.stages.run import Inputs
 
 @dataclass(frozen=True)
 class AssembleQuantization(Derived[Quantization]):
-    """The parts of a quantization, refused where they do not belong together.
+    """The parts of a quantization; parts that do not belong together are rejected.
 
     Attributes:
         prefix, scheme, scales, smoothing, kv_scales: see :class:`~cushion_deploy.core.quantization.Quantization`.
@@ -41,7 +41,7 @@ class AssembleQuantization(Derived[Quantization]):
     kv_scales: Node[KvScales] | None = None
 
     def make(self, inputs: Inputs) -> Quantization:
-        """Return the quantization; raises UsageError where a part was made for something else."""
+        """Return the quantization; raises UsageError if a part was made for another model, prefix or smoothing."""
         return Quantization(
             inputs.get(self.prefix),
             inputs.get(self.scheme),
@@ -53,29 +53,29 @@ class AssembleQuantization(Derived[Quantization]):
 
 @dataclass(frozen=True)
 class WithoutPrefix(Derived[Quantization]):
-    """The quantization to compare with: without a prefix, or the same one where the search found none.
+    """The quantization to compare with: without a prefix, or the same one if the search found none.
 
     Attributes:
-        quantized: behind the prefix.
-        bare: the same recipe without one.
+        quantized: the quantization with the prefix.
+        bare: the same recipe without a prefix.
     """
 
     quantized: Node[Quantization]
     bare: Node[Quantization]
 
     def make(self, inputs: Inputs) -> Quantization:
-        """Return it."""
+        """Return the quantization without a prefix."""
         found = inputs.get(self.quantized)
         return inputs.get(self.bare) if found.prefix.length else found
 
 
 def read_quantization(bundle: Path, graph: ExportedGraph, scheme: QuantScheme) -> Quantization:
-    """Return what a bundle was quantized with, from its files.
+    """Return the quantization of a bundle, read from its files.
 
     Args:
         bundle: the verified folder.
-        graph: its graph; a Site that has a scale but no Q node was kept in floating point.
-        scheme: everything quantized.
+        graph: the bundle's graph; a Site that has a scale but no Q node was kept in floating point.
+        scheme: the scheme with every Site quantized.
 
     Raises:
         UsageError: a file is missing.

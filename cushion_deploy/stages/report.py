@@ -1,4 +1,4 @@
-"""Report: what the stages found, assembled into report.json."""
+"""Report: assemble the results of the stages into report.json."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class AssembleReport(Derived[Report]):
 
     Attributes:
         recipe: every setting.
-        files, text, search, calibration, tuning, quantization, graph, engines, evaluation, parity: what was found;
-            ``search`` and ``tuning`` are None where the recipe wants neither.
+        files, text, search, calibration, tuning, quantization, graph, engines, evaluation, parity: what to report;
+            ``search`` and ``tuning`` are None if the recipe disables them.
     """
 
     recipe: Recipe
@@ -58,8 +58,8 @@ class AssembleReport(Derived[Report]):
     parity: Node[ParityResult]
 
     def make(self, inputs: Inputs) -> Report:
-        """Return the report; its clock holds every stage of the run so far."""
-        # In this order: an engine that cannot be compiled ends the build before it is evaluated.
+        """Return the report; its times cover every stage of the run so far."""
+        # In this order, so that a failing compilation ends the build before the model is evaluated.
         for node in self.inputs.values():
             inputs.get(node)
         spec, parity = inputs.get(self.files).spec, inputs.get(self.parity)
@@ -120,7 +120,7 @@ class AssembleReport(Derived[Report]):
 
 
 def model_row(spec: ModelSpec) -> dict[str, Any]:
-    """Return a model as a report describes it."""
+    """Return the description of a model in a report, JSON-ready."""
     return {
         "family": spec.family,
         "parameters": spec.parameters,
@@ -135,7 +135,7 @@ def model_row(spec: ModelSpec) -> dict[str, Any]:
 
 
 def engine_row(artifact: EngineArtifact) -> dict[str, Any]:
-    """Return an engine as a report describes it."""
+    """Return the description of an engine in a report, JSON-ready."""
     return {
         "engine": artifact.engine,
         "targets": artifact.targets,
@@ -149,7 +149,7 @@ def engine_row(artifact: EngineArtifact) -> dict[str, Any]:
 
 
 def merge_times(times: Sequence[StageTime]) -> list[dict[str, Any]]:
-    """Return one row a stage in the order of first use; a stage asked for twice is not counted as reused."""
+    """Return one row per stage, in order of first use; a stage that is requested twice does not count as reused."""
     rows: dict[str, dict[str, Any]] = {}
     for t in times:
         row = rows.setdefault(t.stage, {"stage": t.stage, "seconds": 0.0, "reused": t.reused})

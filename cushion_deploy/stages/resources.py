@@ -1,4 +1,4 @@
-"""What a build takes on this machine, by the table of its stages: time, memory, disk."""
+"""Estimate what a build needs on this machine, stage by stage: time, memory, disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Resources:
-    """About how many seconds each stage takes, and how many bytes of memory and disk a build does."""
+    """Estimated seconds of each stage, and bytes of memory and disk for a whole build."""
 
     seconds: dict[str, float]
     memory: int
@@ -28,18 +28,18 @@ class Resources:
 
     @property
     def total_seconds(self) -> float:
-        """All stages together."""
+        """The sum over all stages."""
         return sum(self.seconds.values())
 
 
 def estimate(ends: Iterable[Node[Any]], recipe: Recipe, speed: Speed, work_dir: Path) -> Resources:
-    """Return what it takes to make some nodes, nothing reused.
+    """Return the resources needed to make some nodes from scratch.
 
     Args:
-        ends: the nodes that are wanted, such as the end of a build.
-        recipe: its windows bound memory.
-        speed: measured on this machine.
-        work_dir: on the disk that artifacts go to.
+        ends: the requested nodes, such as the final node of a build.
+        recipe: its window sizes determine the memory.
+        speed: the measured speed of this machine.
+        work_dir: a path on the disk that holds the artifacts.
     """
     spec = speed.spec
     seconds: dict[str, float] = {}
@@ -48,16 +48,16 @@ def estimate(ends: Iterable[Node[Any]], recipe: Recipe, speed: Speed, work_dir: 
         if isinstance(node, Stage):
             disk += node.disk(spec)
             if taken := node.seconds(speed):
-                # Without a prefix or behind it: one row.
+                # Stages with and without the prefix are one row.
                 seconds[node.name] = seconds.get(node.name, 0.0) + taken
     weights = 4 * spec.parameters
     logits = 4 * spec.vocab_size * max(recipe.evaluation.window, recipe.calibration.window)
     memory = int(2.5 * weights) + 6 * logits + GIB
     free = shutil.disk_usage(_existing(work_dir)).free
-    # The bundle stands beside the work folder while it is put together.
+    # The bundle is assembled next to the work folder, so its files exist twice.
     return Resources(seconds, memory, disk + 2 * spec.parameters, free_memory(), free)
 
 
 def _existing(path: Path) -> Path:
-    """Return the closest folder above a path that exists."""
+    """Return the closest existing ancestor of a path."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.isdir(folder))

@@ -1,4 +1,4 @@
-"""One run of a pipeline: reuse the stages that are finished, run the others, and time both."""
+"""Run a pipeline: reuse the finished stages, run the others, and time both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageTime:
-    """Wall time of one stage in this run; ``reused`` when an earlier run's result served."""
+    """Wall time of one stage in this run; ``reused`` if the result of an earlier run was used."""
 
     stage: str
     seconds: float
@@ -35,8 +35,8 @@ class Run:
 
     Attributes:
         store: the work folder.
-        progress: where long work reports.
-        times: the stages of this run, in the order in which they ended.
+        progress: receives progress of long tasks.
+        times: the stages of this run, in the order in which they finished.
     """
 
     store: StageStore
@@ -46,12 +46,12 @@ class Run:
     _numbers: dict[Node[Any], str] = field(default_factory=dict, repr=False)
 
     def number(self, end: Node[Any]) -> None:
-        """Number the stages that a node depends on, so that progress says which of how many is running."""
+        """Number the stages that a node depends on, so that progress shows which of how many is running."""
         stages = [node for node in nodes_behind(end) if isinstance(node, Stage)]
         self._numbers = {stage: f"[{i}/{len(stages)}] " for i, stage in enumerate(stages, 1)}
 
     def get(self, node: Node[T]) -> T:
-        """Return the artifact of a node; what it depends on is made first, where it is not at hand.
+        """Return the artifact of a node, making the artifacts that it depends on first if necessary.
 
         Raises:
             UsageError: a stage has to run and the disk has no room for its artifact.
@@ -66,24 +66,24 @@ class Run:
         return cast(T, self._artifacts[node])
 
     def digest(self, node: Node[Any]) -> str:
-        """Return the digest of a node's artifact, without making it where that is possible."""
+        """Return the digest of a node's artifact, without making the artifact if possible."""
         known = node.known_digest
         return node.digest_of(self.get(node)) if known is None else known
 
     def key(self, stage: Stage[Any]) -> str:
-        """Return what a stage's artifact is kept under: its name, its version, its settings, its inputs' digests."""
+        """Return the key of a stage's artifact: a digest of name, version, settings and input digests."""
         inputs = {name: self.digest(node) for name, node in stage.inputs.items()}
         decided_by = {"version": stage.version, "settings": stage.settings, "inputs": inputs}
         return digest_json({"stage": stage.name, **decided_by})
 
     def progress_of(self, node: Node[Any]) -> Progress:
-        """Return where a node reports progress; the tasks of a numbered stage begin with its number."""
+        """Return the progress of a node; the tasks of a numbered stage are prefixed with its number."""
         number, report = self._numbers.get(node, ""), self.progress
         return lambda task, done, total, note="": report(number + task, done, total, note)
 
     @property
     def seconds(self) -> float:
-        """Of all that was timed."""
+        """Total time of all stages."""
         return sum(t.seconds for t in self.times)
 
     def _kept(self, stage: Stage[T], inputs: Inputs) -> T:
@@ -105,7 +105,7 @@ class Run:
                 raise UsageError(
                     f"stage {stage.name} vanished from {self.store.root}", hint="do not touch the work folder"
                 )
-        # Inputs that the stage asked for while it ran were timed by themselves.
+        # Inputs that were requested while the stage ran have their own times.
         self.times.append(StageTime(stage.label, time.monotonic() - start - (self.seconds - inner), reused))
         return stage.read(folder)
 
@@ -119,11 +119,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a running node may use: the artifacts of its inputs, progress, and a folder for partial results.
+    """What a running node may access: the artifacts of its inputs, progress, and a folder for partial results.
 
     Attributes:
-        run: which makes the artifacts.
-        node: the node that runs.
+        run: the run that makes the artifacts.
+        node: the running node.
     """
 
     run: Run
@@ -133,7 +133,7 @@ class Inputs:
         """Return the artifact of one of the node's inputs.
 
         Raises:
-            ValueError: a stage asks for a node that is none of its inputs: its key would not depend on it.
+            ValueError: the node requests a node that is not one of its inputs, on which its key would not depend.
         """
         declared = (*self.node.inputs.values(), *self.node.helpers.values())
         if isinstance(self.node, Stage) and node not in declared:
@@ -142,11 +142,11 @@ class Inputs:
 
     @property
     def progress(self) -> Progress:
-        """Where long work reports."""
+        """Receives progress of long tasks."""
         return self.run.progress_of(self.node)
 
     @property
     def scratch(self) -> Path:
-        """A folder for partial results of the stage, which survives a kill; removed when the stage is finished."""
+        """A folder for partial results of the stage; it survives a killed process, and is deleted at the end."""
         stage = cast(Stage[Any], self.node)
         return self.run.store.scratch(stage.name, self.run.key(stage))

@@ -1,4 +1,4 @@
-"""Search: the prefix by Algorithm 1 of the paper; and what stands before a text where no prefix does."""
+"""Search: find the prefix by Algorithm 1 of the paper; also what precedes a text if there is no prefix."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 TRACE = "trace.json"
 USUAL_STEPS = 2
-"""Steps of a search: the second usually finds nothing."""
+"""Steps of a search, for the estimate: the second usually finds nothing."""
 
 
 @dataclass(frozen=True)
 class FoundPrefix:
-    """What a search found, and how."""
+    """The prefix that a search found, and the trace of the search."""
 
     prefix: Prefix
     trace: SearchTrace
@@ -36,13 +36,13 @@ class FoundPrefix:
 
 @dataclass(frozen=True)
 class Search(Stage[FoundPrefix]):
-    """Search a prefix.
+    """Search for a prefix.
 
     Attributes:
-        model: in floating point.
-        text: the calibration text, which candidates are scored on.
+        model: the model in floating point.
+        text: the calibration text, on which candidates are scored.
         search: the recipe's section.
-        seed: of every random choice.
+        seed: seed of every random choice.
     """
 
     name: ClassVar[str] = "search"
@@ -54,7 +54,7 @@ class Search(Stage[FoundPrefix]):
 
     @property
     def prefix(self) -> Node[Prefix]:
-        """The prefix alone."""
+        """The prefix without the trace."""
         return Part(self, "prefix")
 
     def run(self, inputs: Inputs, out: Path) -> None:
@@ -69,7 +69,7 @@ class Search(Stage[FoundPrefix]):
         write_json(out / TRACE, trace.to_json())
 
     def read(self, folder: Path) -> FoundPrefix:
-        """Return both."""
+        """Return the prefix and the trace."""
         return FoundPrefix(read_prefix(folder / PREFIX_FILE), SearchTrace.from_json(read_json(folder / TRACE)))
 
     def digest_of(self, artifact: FoundPrefix) -> str:
@@ -77,7 +77,7 @@ class Search(Stage[FoundPrefix]):
         return artifact.prefix.digest
 
     def seconds(self, speed: Speed) -> float:
-        """The screen runs the vocabulary through about half the layers; candidates are scored on growing texts."""
+        """Estimate from the screen (the vocabulary through about half the layers) and the scoring on growing texts."""
         config = self.search
         candidates = config.random_candidates + config.screen_candidates + config.gradient_candidates
         per_step = speed.spec.vocab_size / 2 + candidates * (64 + 20) + 28 * config.text_tokens
@@ -86,12 +86,12 @@ class Search(Stage[FoundPrefix]):
 
 @dataclass(frozen=True)
 class NoPrefix(Derived[Prefix]):
-    """What stands before a text where no prefix does: nothing, or the ``<bos>`` that a family never runs without.
+    """What precedes a text if there is no prefix: nothing, or the ``<bos>`` that some families always need.
 
     Attributes:
         model: the model.
-        files: says which family it is.
-        bare: whether that ``<bos>`` is left out as well.
+        files: identifies the family.
+        bare: whether to omit that ``<bos>`` as well.
     """
 
     model: Node[TorchRunner]
@@ -99,7 +99,7 @@ class NoPrefix(Derived[Prefix]):
     bare: bool = False
 
     def make(self, inputs: Inputs) -> Prefix:
-        """Return it, without loading the model where it is empty."""
+        """Return the empty prefix without loading the model, or the one that holds ``<bos>``."""
         spec = inputs.get(self.files).spec
         if self.bare or not get_family(spec.family).needs_bos:
             return Prefix.empty(spec)

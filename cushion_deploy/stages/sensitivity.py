@@ -1,4 +1,4 @@
-"""Sensitivity: what each quantized Site costs, and which Sites stay in floating point for it."""
+"""Sensitivity: measure the cost of quantizing each Site, and choose the Sites that stay in floating point."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
 WINDOWS, WINDOW = 2, 256
-"""Windows of text, and tokens in each, that Sites are compared on."""
+"""Number of windows, and tokens in each, on which Sites are compared."""
 SITES_A_LAYER = 4
 COSTS = "costs.json"
 
 
 @dataclass(frozen=True)
 class Sensitivity(Stage[dict[Site, float]]):
-    """Measure what each Site costs when it alone is quantized, in nats a token on calibration text.
+    """Measure the cost of each Site when it alone is quantized, in nats per token on calibration text.
 
     Attributes:
-        model: in floating point.
-        quantization: everything quantized.
+        model: the model in floating point.
+        quantization: the quantization with every Site quantized.
         text: the calibration text.
     """
 
@@ -47,11 +47,11 @@ class Sensitivity(Stage[dict[Site, float]]):
 
     @property
     def label(self) -> str:
-        """The name; a build compares Sites behind the prefix and without one."""
+        """The name; a build compares Sites with the prefix and without one."""
         return f"{self.name}-without-prefix" if isinstance(self.quantization.prefix, NoPrefix) else self.name
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        """Write Site to cost, in the order of the computation."""
+        """Write the cost of each Site, in the order of computation."""
         from cushion_deploy.calib.sensitivity import site_costs
 
         model, quantization = inputs.get(self.model), inputs.get(self.quantization)
@@ -60,7 +60,7 @@ class Sensitivity(Stage[dict[Site, float]]):
         write_json(out / COSTS, site_costs(model, quantization, windows, inputs.progress))
 
     def read(self, folder: Path) -> dict[Site, float]:
-        """Return Site to cost."""
+        """Return the cost of each Site."""
         found: dict[Site, float] = read_json(folder / COSTS)
         return found
 
@@ -69,19 +69,19 @@ class Sensitivity(Stage[dict[Site, float]]):
         return digest_json(artifact)
 
     def seconds(self, speed: Speed) -> float:
-        """One pass a Site."""
+        """Count one pass per Site."""
         return SITES_A_LAYER * speed.spec.num_layers * WINDOWS * WINDOW * speed.whole
 
 
 @dataclass(frozen=True)
 class ChooseScheme(Derived[QuantScheme]):
-    """The scheme with the Sites that the recipe keeps in floating point, named or found by their cost.
+    """The scheme with the Sites that the recipe keeps in floating point, given by name or chosen by cost.
 
     Attributes:
-        files: says which Sites the model has.
-        scheme: everything quantized.
-        wishes: names of Sites, and ``auto:N`` for the N that cost most.
-        sensitivity: what Sites cost; None where no wish asks for it.
+        files: determine which Sites the model has.
+        scheme: the scheme with every Site quantized.
+        wishes: entries of ``export.keep_float``: names of Sites, and ``auto:N`` for the N most costly ones.
+        sensitivity: cost of each Site; None if no entry is automatic.
     """
 
     files: Node[ModelFiles]
@@ -93,7 +93,7 @@ class ChooseScheme(Derived[QuantScheme]):
         """Return the scheme.
 
         Raises:
-            UsageError: a wish that names no Site of the model, or no number.
+            UsageError: an entry names a Site that the model does not have, or ``auto:`` lacks a number.
         """
         if not self.wishes:
             return self.scheme
@@ -103,8 +103,8 @@ class ChooseScheme(Derived[QuantScheme]):
         unknown = [site for site in named if site not in known]
         if unknown:
             raise UsageError(
-                f"export.keep_float names '{unknown[0]}', which is no quantized Site of this model",
-                hint=f"Sites are called {known[0]} to {known[-1]}; or give auto:N",
+                f"export.keep_float names '{unknown[0]}', which is not a quantized Site of this model",
+                hint=f"Sites are named {known[0]} to {known[-1]}; or give auto:N",
             )
         count = sum(_automatic(wish) for wish in self.wishes if is_automatic(wish))
         if self.sensitivity and count:
@@ -115,7 +115,7 @@ class ChooseScheme(Derived[QuantScheme]):
 
 
 def is_automatic(wish: str) -> bool:
-    """Return whether a wish of ``export.keep_float`` asks for the Sites that cost most."""
+    """Return whether an entry of ``export.keep_float`` asks for the most costly Sites."""
     return wish.startswith("auto:")
 
 

@@ -14,10 +14,10 @@ from cushion_deploy.stages.run import Inputs
 
 @dataclass(frozen=True)
 class Smooth(Observation[Smoothing]):
-    """Choose the factors.
+    """Choose the smoothing factors.
 
     Attributes:
-        alpha, limit: of the recipe's section ``smoothing``.
+        alpha, limit: settings of the recipe's section ``smoothing``.
     """
 
     name: ClassVar[str] = "smooth"

@@ -1,4 +1,4 @@
-"""Tune: keys and values of the prefix, and with them the scales, trained on calibration text (Eq. 11 of the paper)."""
+"""Tune: train the keys and values of the prefix, and the scales, on calibration text (Eq. 11 of the paper)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 TRACE = "trace.json"
 STEP_COST = 6
-"""A token of a training step, with its gradient and a layer run again for it, over one of a forward pass."""
+"""Cost of a token in a training step (gradient and recomputed layers included), relative to a forward pass."""
 
 
 @dataclass(frozen=True)
 class TunedPrefix:
-    """Prefix and scales after tuning, and how it went; ``trace`` is None where there was no prefix to tune."""
+    """Prefix and scales after tuning, and the trace of the training; ``trace`` is None if there was nothing to tune."""
 
     prefix: Prefix
     scales: ActivationScales
@@ -42,14 +42,14 @@ class TunedPrefix:
 
 @dataclass(frozen=True)
 class Tune(Stage[TunedPrefix]):
-    """Train the prefix; the best state on held-out text is kept, the untuned one included.
+    """Train the prefix and keep the best state on held-out text, the untuned one included.
 
     Attributes:
-        model: in floating point.
-        quantization: where it starts from.
+        model: the model in floating point.
+        quantization: the starting point.
         text: the calibration text.
-        tuning: the recipe's section.
-        seed: of the order of the windows.
+        tuning: the recipe's section of that name.
+        seed: seed of the order of the windows.
     """
 
     name: ClassVar[str] = "tune"
@@ -62,21 +62,21 @@ class Tune(Stage[TunedPrefix]):
 
     @property
     def tuned_prefix(self) -> Node[Prefix]:
-        """The prefix alone."""
+        """The tuned prefix."""
         return Part(self, "prefix")
 
     @property
     def tuned_scales(self) -> Node[ActivationScales]:
-        """The scales alone."""
+        """The tuned scales."""
         return Part(self, "scales")
 
     def shortcut(self, inputs: Inputs) -> TunedPrefix | None:
-        """Leave everything as it is where the search found no prefix."""
+        """Return the untuned prefix and scales if the search found no prefix."""
         found = inputs.get(self.quantization)
         return None if found.prefix.length else TunedPrefix(found.prefix, found.static_scales, None)
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        """Write prefix, scales and trace."""
+        """Write the prefix, the scales and the trace."""
         from cushion_deploy.prefix.tune import PrefixTuning
 
         model, quantization = inputs.get(self.model), inputs.get(self.quantization)
@@ -90,28 +90,28 @@ class Tune(Stage[TunedPrefix]):
         write_json(out / TRACE, trace.to_json())
 
     def _windows(self, model: TorchRunner, text: Corpus) -> tuple[IntArray, IntArray]:
-        """Return windows to train on and held-out ones, which are spread over the text like the others."""
+        """Return the windows to train on and the held-out ones; both are spread over the text."""
         config = self.tuning
         windows = spread_windows(model, text, config.windows + config.held_out, config.window)
         judged = np.zeros(len(windows), dtype=bool)
         judged[np.linspace(0, len(windows) - 1, min(config.held_out, len(windows) // 2)).astype(int)] = True
         if judged.sum() == 0:
             raise UsageError(
-                f"the calibration text has one window of {config.window} tokens, and tuning needs two at least",
+                f"the calibration text has one window of {config.window} tokens, and tuning needs at least two",
                 hint="give more text, or a smaller window (tuning.window)",
             )
         return windows[~judged], windows[judged]
 
     def read(self, folder: Path) -> TunedPrefix:
-        """Return all three."""
+        """Return the prefix, the scales and the trace."""
         prefix, scales = read_prefix(folder / PREFIX_FILE), read_scales(folder / SCALES_FILE)
         return TunedPrefix(prefix, scales, TuningTrace.from_json(read_json(folder / TRACE)))
 
     def digest_of(self, artifact: TunedPrefix) -> str:
-        """Return a digest of prefix and scales."""
+        """Return a digest of the prefix and the scales."""
         return digest_json([artifact.prefix.digest, artifact.scales.digest])
 
     def seconds(self, speed: Speed) -> float:
-        """Every window is used once an epoch."""
+        """Count every window once per epoch."""
         config = self.tuning
         return config.windows * config.window * config.epochs * STEP_COST * speed.whole

@@ -1,4 +1,4 @@
-"""Windows of text that stages run the model on, and the check that they fit into its positions."""
+"""Cut texts into windows that the model runs on, and check that these fit the model's positions."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 def calibration_windows(model: TorchRunner, text: Corpus, count: int, window: int) -> tuple[IntArray, IntArray]:
-    """Return ids and mask of up to ``count`` windows, int64 ``[windows, window]``; documents are not joined."""
+    """Return the ids and mask of up to ``count`` windows, int64 ``[windows, window]``; documents are not joined."""
     documents = [model.encode(document) for document in text.documents]
     return pack_windows(documents, window, count, text.name)
 
 
 def evaluation_windows(model: TorchRunner, text: Corpus, window: int, max_tokens: int) -> IntArray:
-    """Return the windows that perplexity is measured on, int64 ``[count, window]``, from the start of a text."""
+    """Return the windows for measuring perplexity, int64 ``[count, window]``, from the start of a text."""
     return cut_windows(model.encode(text.text), window, max_tokens, text.name)
 
 
 def spread_windows(model: TorchRunner, text: Corpus, count: int, window: int) -> IntArray:
-    """Return up to ``count`` full windows int64 ``[count, window]``, spread evenly over a text."""
+    """Return up to ``count`` full windows, int64 ``[count, window]``, spread evenly over a text."""
     ids = model.encode(text.text)
     windows = cut_windows(ids, window, len(ids), text.name)
     chosen: IntArray = windows[np.unique(np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int))]
@@ -37,7 +37,7 @@ def spread_windows(model: TorchRunner, text: Corpus, count: int, window: int) ->
 
 
 def longest_prefix(recipe: Recipe) -> int:
-    """Return the most positions that the prefix of a build may take."""
+    """Return the maximum number of positions that the prefix of a build may occupy."""
     return recipe.search.max_length if recipe.search.enabled and recipe.export.prefix != "none" else 0
 
 
@@ -45,7 +45,7 @@ def require_positions(setting: str, tokens: int, prefix: int, spec: ModelSpec) -
     """Check that a text of ``tokens`` fits behind a prefix of ``prefix`` positions.
 
     Raises:
-        UsageError: it does not; the message names the setting.
+        UsageError: the text does not fit; the message names the setting.
     """
     room = spec.max_positions - prefix
     if tokens > room:
@@ -57,10 +57,10 @@ def require_positions(setting: str, tokens: int, prefix: int, spec: ModelSpec) -
 
 
 def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
-    """Check every text of a build against the model's positions, before the first minute of work.
+    """Check that every text of a build fits the model's positions, before any expensive work.
 
     Raises:
-        UsageError: one does not fit; the message names the setting.
+        UsageError: a text does not fit; the message names the setting.
     """
     prefix = longest_prefix(recipe)
     needed = {

@@ -1,1 +1,1 @@
-"""The verbs of the command line as functions, above the stages that most of them run."""
+"""The commands as Python functions; most of them run stages of the pipeline."""

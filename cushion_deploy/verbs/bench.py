@@ -1,4 +1,4 @@
-"""The bench of a bundle: its engines beside the same model in floating point, in one run."""
+"""Benchmark a bundle: time its engines and the same model in floating point in one run."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from cushion_deploy.verbs.parity import pipeline_of_bundle
 
 CPU_ENGINE, INT8 = "onnxruntime", "INT8"
 FASTER = 1.02
-"""From this ratio on one engine counts as faster; below it is noise."""
+"""Minimum speed ratio that counts as faster; anything below is noise."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured.
+    """Results of a benchmark.
 
     Attributes:
-        workload: what ran.
-        times: by engine and type, e.g. ``onnxruntime, INT8``.
+        workload: the workload that was timed.
+        times: measured times by engine and type, e.g. ``onnxruntime, INT8``.
         memory: peak resident bytes on the CPU; bytes of device memory on a GPU.
-        files: bytes on disk of those that ran on the CPU.
-        ratios: engine to INT8 against floating point on it; empty without float twins.
-        not_run: engines of the bundle that did not run, and why.
+        files: bytes on disk of the graphs that ran on the CPU.
+        ratios: for each engine, INT8 compared with floating point; empty without float twins.
+        not_run: engines of the bundle that did not run, with the reason.
     """
 
     workload: Workload
@@ -58,7 +58,7 @@ class Bench:
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """One sentence an engine that says whether INT8 is faster there."""
+        """One sentence per engine that says whether INT8 is faster there."""
         if not self.ratios:
             return ("Nothing to compare with: the float twin was left out.",)
         return tuple(_verdict(engine, ratio) for engine, ratio in self.ratios.items())
@@ -93,18 +93,18 @@ def _verdict(engine: str, ratio: Comparison) -> str:
 def bench_bundle(
     recipe: Recipe, run: Run, bundle: Bundle, workload: Workload, *, threads: int | None, twin: bool = True
 ) -> Bench:
-    """Time a verified bundle's engines, each beside a float twin that is made from the original model.
+    """Time the engines of a verified bundle, each together with a float twin exported from the original model.
 
     Args:
-        recipe: the bundle's; it names the original model.
+        recipe: the recipe of the bundle; it names the original model.
         run: the work folder.
-        bundle: what is timed.
-        workload: what runs.
-        threads: of every engine on the CPU; None for one per core.
-        twin: False leaves the float twins out, and the original model is not needed.
+        bundle: the bundle to time.
+        workload: the workload to run.
+        threads: threads of every engine on the CPU; None for one per core.
+        twin: False skips the float twins; the original model is then not needed.
 
     Raises:
-        UsageError: the workload does not fit into the model, or the model is not at hand.
+        UsageError: the workload does not fit the model, or the original model is not available.
     """
     workload.check(bundle.contract)
     graphs = {f"{CPU_ENGINE}, {INT8}": bundle.graph}
@@ -119,7 +119,7 @@ def bench_bundle(
             for engine, session in plans.items():
                 try:
                     sessions |= _ready(engine, session, twins, workload)
-                except CushionError as e:  # one plan that cannot take the workload is no reason to time nothing
+                except CushionError as e:  # a plan that cannot run the workload must not stop the others
                     not_run[engine] = f"not run: {e.message}"
         times = time_sessions(sessions, workload, run.progress)
         memory = {name: size for name, s in sessions.items() if (size := getattr(s, "device_bytes", 0))}
@@ -133,7 +133,7 @@ def bench_bundle(
 
 
 def _ratios(times: Mapping[str, Times], workload: Workload) -> dict[str, Comparison]:
-    """Return INT8 against floating point on every engine that ran both."""
+    """Return the comparison of INT8 with floating point for every engine that ran both."""
     found = {}
     for name in times:
         engine, _, kind = name.partition(", ")
@@ -143,7 +143,7 @@ def _ratios(times: Mapping[str, Times], workload: Workload) -> dict[str, Compari
 
 
 def _ready(engine: str, plan: DecoderSession, twins: _Twins | None, workload: Workload) -> dict[str, DecoderSession]:
-    """Return a plan's session and its float twin's by name, once both have taken the workload's prompt."""
+    """Return the sessions of a plan and its float twin by name, after both have run the workload's prompt once."""
     found = {f"{engine}, {INT8}": plan}
     try:
         if twins:
@@ -160,7 +160,7 @@ def _ready(engine: str, plan: DecoderSession, twins: _Twins | None, workload: Wo
 
 
 def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, str]]:
-    """Return a session of every plan in a bundle that can run here, and why the others cannot."""
+    """Open a session for every plan of a bundle that can run here; return the reasons for the others."""
     opened: dict[str, DecoderSession] = {}
     reasons: dict[str, str] = {}
     for engine in FLAVOURS:
@@ -183,7 +183,7 @@ class _Twins:
     def graph(self, form: GraphForm | None = None) -> ExportedGraph:
         """Return the graph in floating point, in the bundle's form or another."""
         quantization = read_quantization(self.bundle.path, self.bundle.graph, self.pipeline.scheme)
-        # Its cache is what a float build would have, beside an INT8 cache too.
+        # The float twin has a float cache even if the bundle's cache is INT8.
         form = replace(form or self._form, quantized=False)
         return self.run.get(self.pipeline.graph(Given(quantization.float_twin), form))
 
@@ -193,14 +193,14 @@ class _Twins:
         return replace(form, cache="growing") if form.cache == "int8" else form
 
     def plan(self, engine: str) -> tuple[str, DecoderSession]:
-        """Compile the same model without INT8 for an engine's targets, within the same limits; return type, session."""
+        """Compile the float model for an engine's targets within the same limits; return its type and session."""
         artifact = read_engine(self.bundle, engine)
         limits, dtype = artifact.details["limits"], artifact.form[0]
         contract = self.bundle.graph.contract
         form = engine_form(self._form, ENGINES[engine], dtype, limits["context"], contract)
         graph = self.graph(form)
         options = CompileOptions(artifact.targets, limits["batch"], limits["context"], limits["prefill"])
-        # Compiled anew and in a folder of its own: opening a plan runs code, and a work folder may be anybody's.
+        # Compiled anew in a private folder: opening a plan runs code, and others may be able to write to a work folder.
         with tempfile.TemporaryDirectory(prefix="cushion-bench-") as name:
             made = ENGINES[engine].compile(graph, Path(name), options)
             plan = next(Path(name) / file for file in made.files if file != ENGINE_FILE).read_bytes()

@@ -1,4 +1,4 @@
-"""Build: model in, verified bundle out."""
+"""Build: turn a model into a verified bundle."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from cushion_deploy.store import recover, require_publishable
 def build(
     recipe: Recipe, run: Run, output: Path, *, targets: Sequence[str] = (), allow_float_linears: int = 0
 ) -> Report:
-    """Build a bundle at ``output`` and return its report; failed parity checks are in the report, not raised.
+    """Build a bundle at ``output`` and return its report; failed parity checks are reported, not raised.
 
     Args:
         recipe: every setting.
-        run: the work folder, and where progress is reported.
+        run: the work folder, and the receiver of progress.
         output: folder of the bundle.
         targets: engine-specific names such as ``sm86``; empty for the engine's default.
         allow_float_linears: linears that may stay in floating point.
 
     Raises:
-        CushionError: anything that stops the build; nothing is left at ``output`` then, and finished stages stay
-            in the work folder for the next run.
+        CushionError: the build cannot be completed; nothing is left at ``output``, and finished stages stay in the
+            work folder for the next run.
     """
     require_modules("torch", "transformers", "onnx_ir", "onnxruntime", "matplotlib", "jinja2")
     recover(output)
@@ -47,7 +47,7 @@ def build(
 
 
 def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ()) -> dict[str, Any]:
-    """Check the input of a build and return, JSON-ready, what it would do; runs nothing."""
+    """Check the inputs of a build and return, JSON-ready, what it would do, without running anything."""
     pipeline, end = _checked(recipe, output, targets, 0)
     data, source = recipe.calibration.data, pipeline.source
     text = SAMPLED[data] if data in SAMPLED else run.get(pipeline.text).name
@@ -63,7 +63,7 @@ def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ())
 
 
 def dry_run_lines(found: dict[str, Any]) -> list[str]:
-    """Return the result of :func:`dry_run` as lines for a person."""
+    """Return the result of :func:`dry_run` as lines of text."""
     model = found["model"]
     return [
         f"model: {model['label']} ({model['kind']}, sha256 {model['sha256'][:12]})",
@@ -77,7 +77,7 @@ def dry_run_lines(found: dict[str, Any]) -> list[str]:
 def _checked(
     recipe: Recipe, output: Path, targets: Sequence[str], allow_float_linears: int
 ) -> tuple[Pipeline, Publish]:
-    """Return the pipeline and its end, once output, engines and targets are known to be usable."""
+    """Return the pipeline and its final node, after checking the output folder, the engines and the targets."""
     require_publishable(output)
     options = compile_options(recipe, tuple(targets), allow_float_linears)
     engines = choose_engines(recipe.engines)
@@ -88,12 +88,12 @@ def _checked(
 
 
 def _require_other_text(pipeline: Pipeline, run: Run) -> None:
-    """Refuse to score the text that the scales are calibrated on."""
+    """Refuse to evaluate on the calibration text."""
     calibration, evaluation = pipeline.recipe.calibration.data, pipeline.recipe.evaluation.data
     if calibration in SAMPLED or evaluation is None:
         return
     if run.digest(pipeline.text) == run.digest(pipeline.evaluation_text):
         raise UsageError(
-            f"{evaluation} is the calibration text too, so its perplexity would flatter the result",
-            hint="give other text with --eval-data, or leave it out",
+            f"{evaluation} is also the calibration text, so its perplexity would be too optimistic",
+            hint="give a different text with --eval-data, or omit the option",
         )

@@ -1,4 +1,4 @@
-"""Look at a model before an hour is spent on it: its sinks, what static INT8 costs it, what a build needs here."""
+"""Doctor: examine a model before a build: its sinks, the cost of static INT8, the resources that a build needs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from cushion_deploy.stages.windows import longest_prefix
 SAMPLES, SAMPLE_TOKENS = 4, 256
 HALF_RESIDUAL = 30_000
 COSTLY = 0.1
-"""Growth of the perplexity, as a share, that a model without sinks is warned of."""
+"""Relative increase of the perplexity above which a model without sinks gets a warning."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,26 @@ class Cost:
 
     @property
     def change(self) -> float:
-        """Growth of the perplexity, as a share."""
+        """Relative increase of the perplexity."""
         return self.quantized / self.fp - 1
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found.
+    """Findings about a model.
 
     Attributes:
-        model: what it is.
-        sinks: one for each position that has any, the largest first.
-        sites: Sites that a sink enters, with how many times the median it is there, the largest first.
-        relief: share of the quantization error that the best of some common tokens leaves as a prefix.
-        prefix_pays: whether that is worth a prefix by the recipe's tau.
-        prefix_allowed: whether the recipe lets a build have one.
-        largest_residual: largest magnitude between two layers, without a prefix.
-        cost: of static W8A8 without a prefix.
-        resources: what a build takes here.
-        engines: every engine.
-        warnings: sentences.
+        model: description of the model, JSON-ready.
+        sinks: the largest sink of each position that has any, the largest first.
+        sites: Sites whose input contains a sink, with its ratio to the median, the largest first.
+        relief: share of the quantization error that remains with the best of some common tokens as a prefix.
+        prefix_pays: whether this improvement justifies a prefix by the recipe's ``tau``.
+        prefix_allowed: whether the recipe enables a prefix.
+        largest_residual: largest magnitude in the residual stream between layers, without a prefix.
+        cost: cost of static W8A8 without a prefix.
+        resources: resources that a build needs on this machine.
+        engines: availability of every engine.
+        warnings: one sentence each.
     """
 
     model: dict[str, Any]
@@ -103,13 +103,13 @@ class Diagnosis:
 
 
 def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
-    """Look at a recipe's model on a sample of its calibration text.
+    """Examine a recipe's model on a sample of its calibration text.
 
     Raises:
         UsageError: the text is shorter than the sample, or the model cannot be loaded.
     """
     recipe, model = pipeline.recipe, run.get(pipeline.model)
-    # Without the half that a build samples from the model: that takes longer than the whole look.
+    # The half of the text that a build samples from the model is omitted: sampling takes longer than the diagnosis.
     chosen = run.get(pipeline.text) if recipe.calibration.data is not None else python_topics("calibration")
     corpus = model.encode(chosen.text)
     windows = _sample(model, corpus)
@@ -150,14 +150,14 @@ def _largest_residual(model: TorchRunner, windows: IntArray) -> float:
 
 
 def prefix_relief(model: TorchRunner, corpus: IntArray, tokens: int, recipe: Recipe, progress: Progress) -> float:
-    """Return the share of the quantization error that the best of some common tokens leaves as a prefix.
+    """Return the share of the quantization error that remains with the best of some common tokens as a prefix.
 
     Args:
         model: the model.
-        corpus: token ids int64 ``[n]`` that the text is drawn from.
-        tokens: length of the text, at most.
-        recipe: its search says what is measured.
-        progress: where to report.
+        corpus: token ids, int64 ``[n]``, from which the text is drawn.
+        tokens: maximum length of the text.
+        recipe: its section ``search`` defines the measured error.
+        progress: receives progress.
     """
     config = recipe.search
     text = draw_text(corpus, min(config.text_tokens, tokens), recipe.seed, 0)
@@ -167,7 +167,7 @@ def prefix_relief(model: TorchRunner, corpus: IntArray, tokens: int, recipe: Rec
 
 
 def estimate_build(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources:
-    """Return what a build takes with every engine that can compile here."""
+    """Return the resources of a build with every engine that can compile on this machine."""
     model = run.get(pipeline.model)
     speed = Speed(
         model.spec,
@@ -181,7 +181,7 @@ def estimate_build(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources
 
 @torch.inference_mode()
 def seconds_a_position(model: TorchRunner, windows: IntArray, *, head: bool) -> float:
-    """Return what a token position takes here, the median of three passes over the first window."""
+    """Return the seconds per token position on this machine, the median of three passes over the first window."""
     row = model.tensor(windows[:1])
     times = []
     for _ in range(3):
@@ -193,7 +193,7 @@ def seconds_a_position(model: TorchRunner, windows: IntArray, *, head: bool) -> 
 
 @torch.inference_mode()
 def static_cost(model: TorchRunner, windows: IntArray, config: Calibration, progress: Progress) -> Cost:
-    """Return the perplexity of one half of the windows, quantized with the ranges of the other, without any remedy."""
+    """Return the perplexity on one half of the windows, quantized with plain ranges from the other half."""
     half = len(windows) // 2
     empty = Prefix.empty(model.spec)
     histograms = observe_sites(model, empty, windows[:half], np.ones_like(windows[:half]), progress=progress)
@@ -214,11 +214,11 @@ def static_cost(model: TorchRunner, windows: IntArray, config: Calibration, prog
 
 
 def _sample(model: TorchRunner, corpus: IntArray) -> IntArray:
-    """Return windows int64 ``[count, length]`` spread over a text."""
+    """Return windows, int64 ``[count, length]``, spread over a text."""
     length = min(SAMPLE_TOKENS, model.spec.max_positions, len(corpus) // 2)
     count = min(SAMPLES, len(corpus) // length) if length >= 2 else 0
     if count < 2:
-        raise UsageError(f"the text holds {len(corpus)} tokens, too few to look at", hint="give more text")
+        raise UsageError(f"the text has {len(corpus)} tokens, too few to examine", hint="give more text")
     pieces = corpus[: len(corpus) // length * length].reshape(-1, length)
     chosen = pieces[np.linspace(0, len(pieces) - 1, count).astype(int)]
     before = np.tile(np.array(model.bare_tokens, dtype=np.int64), (count, 1))
@@ -226,19 +226,19 @@ def _sample(model: TorchRunner, corpus: IntArray) -> IntArray:
 
 
 def _warnings(model: TorchRunner, found: Diagnosis) -> list[str]:
-    """Return what will not work, or not well, one sentence each."""
+    """Return one sentence for everything that will not work, or not work well."""
     spec = model.spec
     told = {
-        "no engine can compile here": not any(engine.compiles for engine in found.engines),
-        "a prefix pays, and the recipe builds without one": found.prefix_pays and not found.prefix_allowed,
-        "sinks stand inside of texts only, not at their beginning: look at the report before you deploy": (
+        "no engine can compile on this machine": not any(engine.compiles for engine in found.engines),
+        "a prefix pays, but the recipe disables it": found.prefix_pays and not found.prefix_allowed,
+        "sinks occur only inside texts, not at their beginning: check the report before you deploy": (
             found.prefix_pays and bool(found.sinks) and all(sink.position for sink in found.sinks)
         ),
-        "static W8A8 is costly although no sink is to blame: SmoothQuant and --keep-float auto:N are there for that": (
+        "static W8A8 is costly although the model has no sinks: try SmoothQuant or --keep-float auto:N": (
             not found.prefix_pays and not found.sinks and found.cost.change > COSTLY
         ),
-        "soft caps keep TensorRT from fusing attention into one kernel": bool(spec.score_cap or spec.logit_cap),
-        "ALiBi keeps TensorRT from fusing attention into one kernel": model.family.positions == "alibi",
+        "soft caps prevent TensorRT from fusing attention into one kernel": bool(spec.score_cap or spec.logit_cap),
+        "ALiBi prevents TensorRT from fusing attention into one kernel": model.family.positions == "alibi",
         "the tokenizer has no chat template: `generate --chat` will not work": (
             not getattr(model.tokenizer, "chat_template", None)
         ),
@@ -253,20 +253,20 @@ def _resource_warnings(needed: Resources) -> Iterator[str]:
         ("disk", needed.disk, needed.disk_free),
     ):
         if free and amount > free:
-            yield f"a build needs about {amount / GIB:.1f} GiB of {what} and {free / GIB:.1f} are free"
+            yield f"a build needs about {amount / GIB:.1f} GiB of {what} but only {free / GIB:.1f} GiB are free"
 
 
 def _position_warnings(spec: ModelSpec, found: Diagnosis) -> Iterator[str]:
     windows = [window for window in spec.windows if window]
     if windows and found.prefix_allowed:
         yield (
-            f"{len(windows)} of {spec.num_layers} layers look back {min(windows):,} tokens: further into a text they "
-            "no longer see the prefix, and sinks may come back there"
+            f"{len(windows)} of {spec.num_layers} layers look back {min(windows):,} tokens: later tokens do not "
+            "see the prefix there, and sinks may reappear"
         )
     if spec.rotary and spec.rotary.rule == "longrope":
-        yield f"a context ends at {spec.max_positions:,} positions: beyond them longrope rotates cached keys again"
+        yield f"the context ends at {spec.max_positions:,} positions, where longrope would switch its factors"
     if found.largest_residual > HALF_RESIDUAL:
         yield (
-            f"the residual stream reaches {found.largest_residual:,.0f} without a prefix, and half ends at 65,504: if "
-            "a prefix does not lower it, compile plans with --dtype bf16"
+            f"the residual stream reaches {found.largest_residual:,.0f} without a prefix, and the largest float16 "
+            "value is 65,504: if a prefix does not lower it, compile plans with --dtype bf16"
         )

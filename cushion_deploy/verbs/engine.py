@@ -1,4 +1,4 @@
-"""Engine: a bundle with one engine more."""
+"""Engine: add a compiled engine to a bundle."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from cushion_deploy.store import hash_file, place, publish, recover, require_pub
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 
 _OF_A_PLAN = re.compile(r"float16 graph|graph with a static cache")
-"""Rungs of the ladder that look at the graph behind a plan."""
+"""Names of the parity rungs that check the graph behind a plan."""
 
 
 def add_engine(
     recipe: Recipe, run: Run, bundle: Bundle, engine: Engine, options: CompileOptions, output: Path
 ) -> EngineArtifact:
-    """Publish a bundle with one engine more, or with another one in the place of the same engine.
+    """Publish a bundle with an engine added, or with the same engine replaced.
 
-    A graph of another floating-point type, or with a static cache, is exported again from the original model; nothing
-    else needs that.
+    A graph with another floating-point type or with a static cache is exported again, which needs the original model;
+    other graphs do not need it.
 
     Args:
-        recipe: the bundle's; its model is the original.
+        recipe: the recipe of the bundle; its model is the original.
         run: the work folder.
-        bundle: verified.
-        engine, options: what to compile.
-        output: a new folder, or the bundle itself; another bundle there is replaced.
+        bundle: a verified bundle.
+        engine, options: the engine to compile, and its options.
+        output: a new folder or the bundle itself; an existing bundle there is replaced.
 
     Raises:
-        UsageError: the model at hand is another one, or something else is at ``output``.
-        UntrustedArtifact: the bundle's graph is not what its export wrote, or the bundle changed meanwhile.
-        MissingDependency: what writes the report is not installed.
-        CheckFailed: see :meth:`Engine.compile`; nothing is published then.
+        UsageError: the given model is not the original, or ``output`` exists and is not a bundle.
+        UntrustedArtifact: the bundle's graph is not the one that was exported, or the bundle changed during the run.
+        MissingDependency: a package that the report needs is not installed.
+        CheckFailed: see :meth:`Engine.compile`; nothing is published.
     """
-    # Engines are kept by the digest that the graph's own description claims.
+    # Engines are cached by the digest in the graph's own description, so that has to be verified.
     verify_graph(bundle.graph)
     engine.check(options)
     if bundle.path.resolve() in output.resolve().parents:
-        raise UsageError(f"{output} lies inside of the bundle", hint="give a folder beside it")
-    require_modules("matplotlib", "jinja2")  # the report is written anew, after minutes of compiling
+        raise UsageError(f"{output} is inside the bundle", hint="give a folder outside it")
+    require_modules("matplotlib", "jinja2")  # checked now: the report is written after minutes of compiling
     recover(output)
     require_publishable(output)
     with run.store.lock():
@@ -67,7 +67,7 @@ def add_engine(
             compiled.place(staged)
             checked = artifact.lineage.graph in _graphs_checked(bundle)
             _update_report(artifact, staged / "report", checked=checked)
-            # The recipe of a bundle holds what its plans were made with.
+            # The recipe in a bundle states the limits that its plans were compiled with.
             published = dict(bundle.manifest.recipe)
             if "limits" in artifact.details:
                 published["tensorrt"] = recipe.tensorrt.model_dump(mode="json")
@@ -76,7 +76,7 @@ def add_engine(
 
 
 def _engine_graph(recipe: Recipe, bundle: Bundle, engine: Engine, options: CompileOptions) -> Node[ExportedGraph]:
-    """Return the graph to compile: the bundle's own, or one that needs the original model."""
+    """Return the graph to compile: the bundle's own, or one exported from the original model."""
     graph, own = Given(bundle.graph), Pipeline.form_of(recipe)
     form = engine_form(own, engine, recipe.tensorrt.dtype, options.max_context, bundle.graph.contract)
     if form == own:
@@ -87,27 +87,27 @@ def _engine_graph(recipe: Recipe, bundle: Bundle, engine: Engine, options: Compi
 
 
 def _copy(bundle: Bundle, staged: Path, besides: str) -> None:
-    """Copy the files of a bundle but those of one engine; raises UntrustedArtifact where one changed."""
+    """Copy all files of a bundle except those of one engine; raises UntrustedArtifact if one has changed."""
     for name, entry in bundle.manifest.files.items():
         if name.startswith(besides):
             continue
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         place(bundle.path / name, staged / name, link=False)
-        # Compiling took its time: what is published is what was verified before it.
+        # Compiling takes minutes: make sure that what is published is what was verified before.
         if hash_file(staged / name) != entry.sha256:
-            raise UntrustedArtifact(f"{name} changed meanwhile", hint="run `cushion-deploy verify`")
+            raise UntrustedArtifact(f"{name} changed during the run", hint="run `cushion-deploy verify`")
 
 
 def _graphs_checked(bundle: Bundle) -> set[str]:
-    """Return the digests of the graphs that a bundle's engines were compiled from: its report has parity of those."""
+    """Return the digests of the graphs behind a bundle's engines, whose parity is in the bundle's report."""
     names = (name for name in ENGINES if f"engines/{name}/{ENGINE_FILE}" in bundle.manifest.files)
     return {bundle.graph.digest, *(read_engine(bundle, name).lineage.graph for name in names)}
 
 
 def _update_report(artifact: EngineArtifact, folder: Path, *, checked: bool) -> None:
-    """Put an engine into the report in ``folder``, in the place of the same engine.
+    """Add an engine to the report in ``folder``, or replace the same engine there.
 
-    Checks of graphs behind plans are left out where this plan was compiled from one that they did not see.
+    Checks of graphs behind plans are removed if none of them covers the graph of this plan.
     """
     report = read_report(folder / REPORT_JSON)
     others = [engine for engine in report.engines if engine.engine != artifact.engine]

@@ -1,4 +1,4 @@
-"""Evaluate a model or a bundle: perplexity and zero-shot tasks, one column a way to run it, and their agreement."""
+"""Evaluate a model or a bundle: perplexity, zero-shot tasks and agreement, one column per way to run the model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COLUMNS = {
     "quantized-prefix": "W8A8 + prefix",
     "engine": "engine",
 }
-"""Ways to run a model, in the order of a table, with their headings; all but the last run in torch."""
+"""Ways to run a model and their headings, in the order of the table; all but the last run in torch."""
 
 
 @dataclass
@@ -50,11 +50,11 @@ class Evaluation:
     """Scores of every column.
 
     Attributes:
-        columns: names out of ``COLUMNS``.
-        texts: text to column to its losses.
-        tasks: task to column to its score.
-        agreements: the artifact against its fake-quantized model; empty where not both were run.
-        seconds: column to wall time, loading included.
+        columns: keys of ``COLUMNS``.
+        texts: for each text, the losses by column.
+        tasks: for each task, the score by column.
+        agreements: the bundle's engine compared with its fake-quantized model; empty unless both ran.
+        seconds: wall time by column, loading included.
     """
 
     columns: tuple[str, ...]
@@ -70,12 +70,12 @@ class Evaluation:
 
     @property
     def means(self) -> dict[str, Metric]:
-        """Column to the mean of the main metrics over tasks; empty without tasks."""
+        """The mean of the tasks' main metrics, by column; empty without tasks."""
         rows = list(self.tasks.values())
         return {column: mean_accuracy([row[column] for row in rows]) for column in self.columns} if rows else {}
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict; what is not finite becomes null."""
+        """Return a JSON-ready dict; values that are not finite become null."""
         texts = [
             {
                 "text": name,
@@ -104,13 +104,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scored:
-    """What every column is scored on.
+    """The texts and tasks that every column is scored on.
 
     Attributes:
-        texts: as ``--text`` names them.
-        suite: tasks; None for none.
+        texts: texts as given with ``--text``.
+        suite: zero-shot tasks; None for no tasks.
         limit: rows of each task; None for all.
-        threads: of the engine.
+        threads: threads of the engine.
     """
 
     texts: Sequence[str | None] = ()
@@ -120,11 +120,11 @@ class Scored:
 
 
 def choose_columns(wanted: Sequence[str], bundle: Bundle | None) -> tuple[str, ...]:
-    """Return the columns to run, in the order of a table; those that a target cannot have are refused.
+    """Return the columns to run, in the order of the table; columns that the target does not have are rejected.
 
     Args:
-        wanted: names; empty for all that differ from each other.
-        bundle: None for a model alone, which has FP only.
+        wanted: names of columns; empty for all that the target has.
+        bundle: None for a model that is not built, which has the FP column only.
 
     Raises:
         UsageError: an unknown column, or one that the target does not have.
@@ -136,7 +136,7 @@ def choose_columns(wanted: Sequence[str], bundle: Bundle | None) -> tuple[str, .
         if name not in COLUMNS:
             raise unknown_choice("column", name, list(COLUMNS))
         if name not in valid:
-            what = "a model that is not built yet" if bundle is None else "a bundle without a prefix"
+            what = "a model that has not been built" if bundle is None else "a bundle without a prefix"
             hint = "build it and give the bundle" if bundle is None else f"choose from: {', '.join(valid)}"
             raise UsageError(f"{what} has no column '{name}'", hint=hint)
     return tuple(c for c in valid if c in (wanted or valid))
@@ -145,17 +145,17 @@ def choose_columns(wanted: Sequence[str], bundle: Bundle | None) -> tuple[str, .
 def evaluate_columns(
     recipe: Recipe, run: Run, bundle: Bundle | None, columns: Sequence[str], what: Scored
 ) -> Evaluation:
-    """Run every column over the texts and tasks.
+    """Score every column on the texts and tasks.
 
     Args:
-        recipe: windows of ``evaluation``, and the model.
+        recipe: gives the model and the windows of ``evaluation``.
         run: the work folder.
-        bundle: a verified bundle; None for a model alone.
+        bundle: a verified bundle; None for a model that is not built.
         columns: see :func:`choose_columns`.
         what: texts and tasks.
 
     Raises:
-        UsageError: a text is too short or too long for the model, or the model is not the bundle's.
+        UsageError: a text is too short or too long for the model, or the given model is not the bundle's.
     """
     found = Evaluation(tuple(columns))
     in_torch = any(c != "engine" for c in columns)
@@ -189,8 +189,8 @@ def _score_texts(
 ) -> None:
     if corpora and config.window > scorer.limit:
         raise UsageError(
-            f"a window of {config.window} tokens is longer than the {scorer.limit} that the model takes",
-            hint=f"give --window {scorer.limit} at most",
+            f"a window of {config.window} tokens is longer than the model's limit of {scorer.limit}",
+            hint=f"set --window to at most {scorer.limit}",
         )
     for corpus in corpora:
         windows = cut_windows(encoding.plain(corpus.text), config.window, config.max_tokens, corpus.name)
@@ -200,11 +200,11 @@ def _score_texts(
 
 @dataclass
 class _Scorers:
-    """Opens the columns of one evaluation, each for as long as it is scored.
+    """Opens the columns of one evaluation, each for the time that it is scored.
 
     Attributes:
         recipe, run, bundle: see :func:`evaluate_columns`.
-        threads: of the engine.
+        threads: threads of the engine.
     """
 
     recipe: Recipe
@@ -214,7 +214,7 @@ class _Scorers:
 
     @cached_property
     def pipeline(self) -> Pipeline:
-        """The nodes of the original model; raises UsageError where another model is at hand than the bundle's."""
+        """The pipeline of the original model; raises UsageError if the given model is not the bundle's."""
         return pipeline_of_bundle(self.recipe, self.bundle.path) if self.bundle else Pipeline.of(self.recipe)
 
     @cached_property
@@ -223,12 +223,12 @@ class _Scorers:
         return self.run.get(self.pipeline.model)
 
     def corpus(self, data: str | None) -> Corpus:
-        """Return a text; only one that the model samples needs the model."""
+        """Return a text; the model is loaded only if the text is sampled from it."""
         return self.run.get(self.pipeline.corpus(data, "evaluation")) if data == "self" else read_text(data)
 
     @contextmanager
     def open(self, column: str) -> Iterator[tuple[Scorer, Encoding]]:
-        """Yield a column's scorer and encoding; quantized weights are taken back afterwards."""
+        """Yield the scorer and the encoding of a column; quantized weights are restored afterwards."""
         if self.bundle is not None and column == "engine":
             session = open_session(self.bundle.graph, threads=self.threads)
             yield Scorer(session), Encoding.of_bundle(self.bundle)
@@ -245,7 +245,7 @@ class _Scorers:
 
         used = self._built
         if column == "quantized" and used.prefix.length:
-            # The same recipe without a prefix: smoothed and calibrated for that.
+            # The same recipe without a prefix has its own smoothing and calibration.
             used = self.run.get(self.pipeline.bare.quantization)
         model = self.model.folded(used.smoothing)
         with simulated(model, used.scheme, used.scales, kv=used.kv_scales):
@@ -253,9 +253,9 @@ class _Scorers:
 
     @property
     def _built(self) -> Quantization:
-        """What the bundle was quantized with."""
+        """The quantization of the bundle."""
         if self.bundle is None:
-            raise UsageError("a model that is not built yet has no quantized columns", hint="build it first")
+            raise UsageError("a model that has not been built has no quantized columns", hint="build it first")
         return read_quantization(self.bundle.path, self.bundle.graph, self.pipeline.scheme)
 
     @staticmethod
@@ -271,8 +271,8 @@ class _Scorers:
 
 
 def encoding_of(model: TorchRunner, *, keep_bos: bool = True) -> Encoding:
-    """Return how a model's own tokenizer turns text into ids, its ``<bos>`` kept or not."""
-    # A copy: the model's own may be asked for padding by others.
+    """Return the encoding of a model's own tokenizer, with ``<bos>`` kept or not."""
+    # A copy, because others may enable padding on the model's own tokenizer.
     tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -301,7 +301,7 @@ def _metric(metric: Metric) -> dict[str, float | None]:
 
 
 def is_bundle(target: str) -> bool:
-    """Return whether a path is a bundle, by the manifest in it."""
+    """Return whether a path is a bundle, judged by its manifest."""
     from cushion_deploy.store.manifest import MANIFEST_NAME
 
     return (Path(target) / MANIFEST_NAME).is_file()

@@ -22,12 +22,12 @@ from cushion_deploy.stages.run import Inputs, Run
 
 
 def pipeline_of_bundle(recipe: Recipe, bundle: Path) -> Pipeline:
-    """Return the pipeline of the model that a bundle was built from; raises UsageError where that is not at hand."""
+    """Return the pipeline of the model that a bundle was built from; raises UsageError if it is not available."""
     try:
         pipeline = Pipeline.of(recipe)
     except UsageError as e:
         raise UsageError(
-            f"the model that the bundle was built from is not at hand: {e.message}", hint="give it with --model"
+            f"the model that the bundle was built from is not available: {e.message}", hint="give it with --model"
         ) from e
     require_model_of(pipeline, bundle)
     return pipeline
@@ -38,21 +38,21 @@ def require_model_of(pipeline: Pipeline, bundle: Path) -> None:
     if read_scales(bundle / SCALES_FILE).lineage.model != pipeline.source.digest:
         raise UsageError(
             f"{pipeline.source.label} is not the model that the bundle was built from",
-            hint="give the original with --model",
+            hint="give the original model with --model",
         )
 
 
 def check_bundle(recipe: Recipe, run: Run, bundle: Path, graph: ExportedGraph, *, reuse: bool = False) -> ParityReport:
-    """Return the ladder's report for a verified bundle.
+    """Return the parity report of a verified bundle.
 
     Args:
-        recipe: the bundle's; its model is the original.
+        recipe: the recipe of the bundle; its model is the original.
         run: the work folder.
-        bundle, graph: what is checked.
-        reuse: take the result of an earlier run, and keep this one.
+        bundle, graph: the bundle to check, and its graph.
+        reuse: use the result of an earlier run if there is one, and keep this result for later runs.
 
     Raises:
-        UsageError: the model of the bundle is not at hand, or the given one is another model.
+        UsageError: the original model is not available, or the given one is another model.
     """
     pipeline = pipeline_of_bundle(recipe, bundle)
     quantization = Given(read_quantization(bundle, graph, pipeline.scheme))
@@ -63,12 +63,12 @@ def check_bundle(recipe: Recipe, run: Run, bundle: Path, graph: ExportedGraph, *
 
 
 def climb(run: Run, stage: Parity, *, reuse: bool) -> ParityReport:
-    """Return the report of a ladder.
+    """Return the report of a parity stage.
 
     Args:
         run: the work folder.
-        stage: the ladder.
-        reuse: take the result of an earlier run, and keep this one.
+        stage: the parity stage.
+        reuse: use the result of an earlier run if there is one, and keep this result for later runs.
     """
     if reuse:
         return run.get(stage).report
@@ -79,10 +79,10 @@ def climb(run: Run, stage: Parity, *, reuse: bool) -> ParityReport:
 def _graphs_behind_plans(
     pipeline: Pipeline, run: Run, quantization: Node[Quantization], bundle: Path, graph: ExportedGraph
 ) -> tuple[tuple[Node[ExportedGraph], ...], tuple[str, ...]]:
-    """Export the graphs behind the plans of a bundle again; also say in sentences what cannot be checked.
+    """Export the graphs behind the plans of a bundle again; also return what cannot be checked, in sentences.
 
-    A bundle carries the compiled plans alone. Where the exporter writes another graph than the plan was compiled from
-    (a later version of it), a check of that graph would say nothing of the plan.
+    A bundle contains only the compiled plans. If the exporter now writes a different graph than the one that the plan
+    was compiled from (in a later version), checking that graph would say nothing about the plan.
     """
     graphs: list[Node[ExportedGraph]] = []
     unchecked = []
@@ -101,7 +101,7 @@ def _graphs_behind_plans(
             graphs.append(exported)
         else:
             unchecked.append(
-                f"the graph behind the plan of {artifact.engine} is not checked: this version writes another one; "
+                f"the graph behind the plan of {artifact.engine} is not checked: this version exports a different one; "
                 f"compile it again with `cushion-deploy engine`"
             )
     return tuple(graphs), tuple(unchecked)

@@ -111,9 +111,9 @@ def test_what_cannot_be_compiled_is_refused_before_anything_is_made(
     assert cli("engine", planted_bundle.bundle, *rtx, "--allow-float-linears", -1, "-o", tmp_path / "e").code == 2
     inside = cli("engine", planted_bundle.bundle, *rtx, "-o", planted_bundle.bundle / "sub")
     assert inside.code == 2
-    assert "lies inside of the bundle" in inside.err
+    assert "is inside the bundle" in inside.err
     verify_bundle(planted_bundle.bundle)
     absent = cli("engine", planted_bundle.bundle, *rtx, "--model", tmp_path / "nowhere", "-o", tmp_path / "e")
     assert absent.code == 2
-    assert "the model that the bundle was built from is not at hand" in absent.err
+    assert "the model that the bundle was built from is not available" in absent.err
     assert "give it with --model" in absent.err

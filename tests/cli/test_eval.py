@@ -130,7 +130,7 @@ def test_what_cannot_be_done_is_refused(cli: Any, tiny_bundle: Any, options: lis
 def test_columns_of_a_bundle_are_refused_for_a_model(cli: Any, tiny_folder: Path) -> None:
     done = cli("eval", tiny_folder, "--columns", "engine")
     assert done.code == 2
-    assert "not built yet" in done.err
+    assert "has not been built" in done.err
 
 
 def test_another_model_is_not_the_bundles(cli: Any, tiny_bundle: Any, planted_folder: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_the_estimate_follows_the_recipe(
 
 def test_too_little_text_is_refused(tiny_folder: Path, look: Look, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("no")
-    with pytest.raises(UsageError, match="too few to look at"):
+    with pytest.raises(UsageError, match="too few to examine"):
         look(tiny_folder, calibration__data=str(tmp_path / "short.txt"))
 
 
