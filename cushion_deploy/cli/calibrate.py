@@ -39,13 +39,14 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     """Observe every Site on text behind the prefix; write the scales as JSON, smoothing and cache scales beside."""
     recipe = make_recipe(values)
     require_parent(output)
-    from cushion_deploy.stages.base import Given
     from cushion_deploy.stages.pipeline import Pipeline
 
     with progress(values["quiet"]) as report_progress:
         run = make_run(values["work_dir"], report_progress)
         pipeline = Pipeline.of(recipe)
-        branch = pipeline.behind(Given(read_prefix(prefix_file)) if prefix_file else pipeline.prefix, tuned=False)
+        branch = pipeline.behind(
+            pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix, tuned=False
+        )
         with run.store.lock():
             quantization = run.get(branch.quantization)
     scales, smoothing = quantization.static_scales, quantization.smoothing

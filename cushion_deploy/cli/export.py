@@ -67,7 +67,7 @@ def command(
     with progress(values["quiet"]) as report_progress:
         run = make_run(values["work_dir"], report_progress)
         pipeline = Pipeline.of(recipe)
-        prefix = Given(read_prefix(prefix_file)) if prefix_file else pipeline.prefix
+        prefix = pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix
         with run.store.lock():
             found: Node[Quantization] = pipeline.behind(prefix).quantization
             if scales_file:
@@ -75,7 +75,9 @@ def command(
                 kv = read_kv_scales(kv_file) if kv_file else None
                 parts = run.get(prefix), pipeline.scheme, read_scales(scales_file), smoothing, kv
                 found = Given(Quantization(*parts))
-            form = replace(pipeline.form, dtype=dtype, quantized=not float_twin)
+            form = replace(pipeline.form, dtype=dtype)
+            if float_twin:
+                found, form = Given(run.get(found).float_twin), form.float_twin
             graph, length = run.get(pipeline.graph(found, form)), run.get(prefix).length
     with new_folder(output) as staged:
         for file in (*graph.files, graph.path.with_name("export.json")):

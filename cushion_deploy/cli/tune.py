@@ -36,13 +36,12 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     """
     recipe = make_recipe({**values, "tune": True})
     require_new_folder(output)
-    from cushion_deploy.stages.base import Given
     from cushion_deploy.stages.pipeline import Pipeline
 
     with progress(values["quiet"]) as report_progress:
         run = make_run(values["work_dir"], report_progress)
         pipeline = Pipeline.of(recipe)
-        branch = pipeline.behind(Given(read_prefix(prefix_file)) if prefix_file else pipeline.prefix)
+        branch = pipeline.behind(pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix)
         with run.store.lock():
             quantization = run.get(branch.quantization)
             trace = run.get(branch.tuning).trace if branch.tuning else None

@@ -161,6 +161,11 @@ class GraphForm:
         )
 
     @property
+    def float_twin(self) -> GraphForm:
+        """The same form without any quantization; a cache of INT8 codes becomes a growing one in floating point."""
+        return replace(self, quantized=False, cache="growing" if self.cache == "int8" else self.cache)
+
+    @property
     def effective_opset(self) -> int:
         """The opset that the graph is written for."""
         return STATIC_OPSET if self.cache == "static" else self.opset

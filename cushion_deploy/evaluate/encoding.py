@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.chat import ChatTemplate, encode_prompt
@@ -35,6 +36,16 @@ class Encoding:
     def of_bundle(cls, bundle: Bundle) -> Encoding:
         """Return the encoding that the runtime uses for a bundle."""
         return cls(bundle.tokenizer, bundle.bos_token_id, bundle.eos_token_ids, bundle.keep_bos, bundle.chat_template)
+
+    @classmethod
+    def of_tokenizer(
+        cls, tokenizer: Tokenizer, bos_token_id: int | None, spec: ModelSpec, *, keep_bos: bool = True
+    ) -> Encoding:
+        """Return the encoding of a model's own tokenizer, which may pad or truncate; ``tokenizer`` is not changed."""
+        copy = Tokenizer.from_str(tokenizer.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        return cls(copy, bos_token_id, spec.eos_token_ids, keep_bos)
 
     @property
     def first_token_id(self) -> int:

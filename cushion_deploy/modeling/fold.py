@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from cushion_deploy.core.smoothing import Smoothing
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
 
+@torch.inference_mode(False)
 def fold(model: TorchRunner, smoothing: Smoothing) -> TorchRunner:
     """Return a model that computes the same function with the factors folded in.
+
+    Never in inference mode, whatever the caller is in: the folded model is kept, and tuning takes gradients through it.
 
     Tensors that no factor changes are shared with ``model``. The digest stays the same, because the folded model is the
     same model: a prefix of one fits the other.

@@ -82,11 +82,15 @@ class Climb:
         literal = SegmentRun(self.graph, self.quantization.static_scales, "literal")
         yield segment_rung("canonical ONNX against fake-quant", self.reference, literal)
         for graph in self.plans:
-            plan, name = SegmentRun(graph, self.quantization.static_scales, "literal"), plan_name(graph)
-            yield plan_rung(f"{name} against the float32 graph", self.reference, literal, plan)
-            if graph.contract.cache_capacity:
-                rung = f"{name}: decode against prefill"
-                yield segment_decode_rung(rung, self.reference, plan, self.tokens)
+            yield from self._plan_graph(graph, literal)
+
+    def _plan_graph(self, graph: ExportedGraph, literal: SegmentRun) -> Iterator[list[ParityCheck]]:
+        """Climb the rungs of one graph behind plans."""
+        plan, name = SegmentRun(graph, self.quantization.static_scales, "literal"), plan_name(graph)
+        yield plan_rung(f"{name} against the float32 graph", self.reference, literal, plan)
+        if graph.contract.cache_capacity:
+            rung = f"{name}: decode against prefill"
+            yield segment_decode_rung(rung, self.reference, plan, self.tokens)
 
     def _engine(self) -> Iterator[list[ParityCheck]]:
         fused = SegmentRun(self.graph, self.quantization.static_scales, "fused")

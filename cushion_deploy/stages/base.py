@@ -106,6 +106,10 @@ class Stage(Node[T]):
         """The name; a stage that occurs more than once in a pipeline appends what distinguishes it."""
         return self.name
 
+    def label_of(self, inputs: Inputs) -> str:
+        """Return the label of a finished stage, whose inputs are known."""
+        return self.label
+
     @abstractmethod
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write the artifact into the empty folder ``out``."""

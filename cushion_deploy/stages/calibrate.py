@@ -75,10 +75,6 @@ class Calibrate(Observation[CalibratedScales]):
         """Return the scales and the largest magnitudes."""
         return CalibratedScales(read_scales(folder / SCALES_FILE), read_json(folder / AMAX))
 
-    def digest_of(self, artifact: CalibratedScales) -> str:
-        """Return the digest of the scales."""
-        return artifact.scales.digest
-
 
 @dataclass(frozen=True)
 class CalibrateCache(Observation[KvScales]):

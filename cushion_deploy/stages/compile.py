@@ -74,17 +74,13 @@ class Compile(Stage[CompiledEngine]):
         """Return the engine."""
         return CompiledEngine(read_artifact(folder), folder)
 
-    def digest_of(self, artifact: CompiledEngine) -> str:
-        """Return the compatibility key: two plans of the same graph differ in some bytes."""
-        return artifact.artifact.key
-
     def room(self, inputs: Inputs) -> int:
         """A plan may hold every weight twice."""
         return 2 * inputs.get(self.graph).size
 
     def disk(self, spec: ModelSpec) -> int:
-        """Return the size of two graphs."""
-        return 4 * spec.parameters
+        """Return the size of two graphs for a plan; an engine that runs the graph itself adds only a description."""
+        return 4 * spec.parameters if ENGINES[self.engine].compiles_to == "plan" else 0
 
 
 def compile_options(recipe: Recipe, targets: tuple[str, ...], allow_float_linears: int = 0) -> CompileOptions:

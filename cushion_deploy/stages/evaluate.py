@@ -14,7 +14,6 @@ from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.stages.base import Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.windows import evaluation_windows, require_positions
-from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -91,10 +90,6 @@ class Evaluate(Stage[dict[str, Any]]):
         """Return ``perplexity``, ``magnitudes`` and, for an INT8 cache, ``float_cache``, as in report.json."""
         found: dict[str, Any] = read_json(folder / RESULT)
         return found
-
-    def digest_of(self, artifact: dict[str, Any]) -> str:
-        """Return the digest of the numbers."""
-        return digest_json(artifact)
 
     def seconds(self, speed: Speed) -> float:
         """Five passes over the text."""

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.graph_form import GraphForm
-from cushion_deploy.core.graphs import ExportedGraph, GraphContract
+from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.progress import elapsed
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.engines.base import Engine
-from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.stages.base import Derived, Node, Stage
+from cushion_deploy.stages.base import Node, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.store.json_files import read_json, write_json
 
@@ -32,6 +31,9 @@ class Export(Stage[ExportedGraph]):
         model: its weights are read from disk, and smoothing factors are folded in during the export.
         quantization: the quantization that the graph implements.
         form: the form of the graph.
+        in_place_context: longest context in tokens of an engine that updates its cache in place, without the prefix.
+            If a prefix is in the cache, the cache is static: as long as that context, but not longer than the model's
+            positions. 0 exports ``form`` as it is.
     """
 
     name: ClassVar[str] = "export"
@@ -39,13 +41,22 @@ class Export(Stage[ExportedGraph]):
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     form: GraphForm
+    in_place_context: int = 0
 
     @property
     def label(self) -> str:
         """The name; for a form other than that of the bundle's graph, with the differences appended."""
         if not self.form.quantized:
             return f"{self.name}-float-twin"
-        return self.name if self.form.dtype == "float32" else f"{self.name}-{self.form.dtype}"
+        static = self.in_place_context or self.form.cache == "static"
+        dtype = [] if self.form.dtype == "float32" else [self.form.dtype]
+        return "-".join([self.name, *dtype, *(["static"] if static else [])])
+
+    def final_form(self, prefix: int, max_positions: int) -> GraphForm:
+        """Return the form for a prefix of the given length, once it is known."""
+        if not self.in_place_context or not prefix:
+            return self.form
+        return replace(self.form, cache="static", capacity=min(self.in_place_context + prefix, max_positions))
 
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write the graph, its weights and its description."""
@@ -53,7 +64,8 @@ class Export(Stage[ExportedGraph]):
 
         model, quantization = inputs.get(self.model), inputs.get(self.quantization)
         with elapsed(inputs.progress, f"exporting the {self.form.dtype} graph"):
-            graph = export_graph(model.spec, model.weights, quantization, self.form, out)
+            form = self.final_form(quantization.prefix.length, model.spec.max_positions)
+            graph = export_graph(model.spec, model.weights, quantization, form, out)
         write_json(out / DESCRIPTION, graph.to_json())
 
     def read(self, folder: Path) -> ExportedGraph:
@@ -69,50 +81,14 @@ class Export(Stage[ExportedGraph]):
         return spec.parameters * (2 if self.form.quantized else 4)
 
 
-@dataclass(frozen=True)
-class EngineGraph(Derived[ExportedGraph]):
-    """The graph that an engine compiles: the bundle's own if its form fits, otherwise one exported for the engine.
-
-    Attributes:
-        model, quantization: inputs of the export if another form is needed.
-        graph, form: the bundle's graph and its form.
-        engine: name of the engine.
-        dtype: requested floating-point type of plans.
-        context: longest context of the plan in tokens, without the prefix.
-    """
-
-    model: Node[TorchRunner]
-    quantization: Node[Quantization]
-    graph: Node[ExportedGraph]
-    form: GraphForm
-    engine: str
-    dtype: Dtype
-    context: int
-
-    def make(self, inputs: Inputs) -> ExportedGraph:
-        """Return the graph, exporting it if the bundle's own does not fit."""
-        graph = inputs.get(self.graph)
-        form = engine_form(self.form, ENGINES[self.engine], self.dtype, self.context, graph.contract)
-        if form == self.form:
-            return graph
-        return inputs.get(Export(self.model, self.quantization, form))
-
-
-def engine_form(form: GraphForm, engine: Engine, dtype: Dtype, context: int, contract: GraphContract) -> GraphForm:
-    """Return the form of the graph that an engine compiles.
-
-    The cache is static if the prefix is in the cache, the cache is in floating point, and the engine updates it in
-    place. It is then as long as the context, but not longer than the model's positions.
+def engine_form(form: GraphForm, engine: Engine, dtype: Dtype, context: int) -> tuple[GraphForm, int]:
+    """Return the form of the graph that an engine compiles, and its ``in_place_context``.
 
     Args:
         form: the form of the bundle's graph.
         engine: the engine.
         dtype: requested floating-point type; an engine that does not compile it uses the first type that it supports.
         context: longest context in tokens, without the prefix.
-        contract: the contract of the bundle's graph.
     """
-    found = replace(form, dtype=dtype if dtype in engine.dtypes else engine.dtypes[0])
-    if contract.prefix_slots and engine.in_place_cache and form.cache == "growing":
-        capacity = min(context + contract.prefix_length, contract.max_positions)
-        return replace(found, cache="static", capacity=capacity)
-    return found
+    in_place = engine.in_place_cache and form.prefix == "cache" and form.cache == "growing"
+    return replace(form, dtype=dtype if dtype in engine.dtypes else engine.dtypes[0]), context if in_place else 0

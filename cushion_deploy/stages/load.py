@@ -92,10 +92,6 @@ class DescribeModel(Stage[ModelFiles]):
         """Return the folder and the spec."""
         return ModelFiles(folder, ModelSpec.from_json(read_json(folder / SPEC)))
 
-    def digest_of(self, artifact: ModelFiles) -> str:
-        """Return the digest of the weights."""
-        return artifact.spec.weights_digest
-
 
 def _name_tokenizer(file: Path) -> None:
     """Replace the class name of a generic tokenizer by one that transformers 4, and with it optimum, also knows."""

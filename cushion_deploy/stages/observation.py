@@ -44,6 +44,10 @@ class Observation(Stage[T]):
         """The name; says whether the stage observes with the prefix or, for comparison, without one."""
         return f"{self.name}-without-prefix" if isinstance(self.prefix, NoPrefix) else self.name
 
+    def label_of(self, inputs: Inputs) -> str:
+        """Return the label; a search that found nothing leaves nothing to observe behind."""
+        return self.label if inputs.get(self.prefix).length else f"{self.name}-without-prefix"
+
     def observed_windows(self, inputs: Inputs) -> tuple[IntArray, IntArray]:
         """Return the ids and the mask of the windows, int64 ``[windows, window]``."""
         model = inputs.get(self.model)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.sites import Site
 from cushion_deploy.parity.checks import ParityCheck, ParityReport
 from cushion_deploy.recipe import Evaluation as EvaluationSettings
 from cushion_deploy.recipe import Parity as ParitySettings
-from cushion_deploy.stages.base import Node, Speed, Stage
+from cushion_deploy.stages.base import Derived, Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.windows import evaluation_windows
 from cushion_deploy.store import require_space
@@ -42,6 +43,35 @@ class ParityResult:
 
 
 @dataclass(frozen=True)
+class OtherGraphs:
+    """Graphs that engines were compiled from, apart from the bundle's own, each once."""
+
+    graphs: tuple[ExportedGraph, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the graphs, whatever their order."""
+        return digest_json(sorted(graph.digest for graph in self.graphs))
+
+
+@dataclass(frozen=True)
+class GraphsOfPlans(Derived[OtherGraphs]):
+    """The graphs behind plans that are not the bundle's own graph.
+
+    Attributes:
+        graph: the bundle's graph.
+        plans: the graph behind every plan.
+    """
+
+    graph: Node[ExportedGraph]
+    plans: tuple[Node[ExportedGraph], ...]
+
+    def make(self, inputs: Inputs) -> OtherGraphs:
+        """Return those that differ from the bundle's graph."""
+        return OtherGraphs(distinct_graphs([inputs.get(plan) for plan in self.plans], inputs.get(self.graph)))
+
+
+@dataclass(frozen=True)
 class Parity(Stage[ParityResult]):
     """Run the parity ladder.
 
@@ -63,7 +93,7 @@ class Parity(Stage[ParityResult]):
     quantization: Node[Quantization]
     graph: Node[ExportedGraph]
     form: GraphForm
-    plans: tuple[Node[ExportedGraph], ...]
+    plans: Node[OtherGraphs]
     text: Node[Corpus]
     evaluation_text: Node[Corpus]
     parity: ParitySettings
@@ -89,9 +119,9 @@ class Parity(Stage[ParityResult]):
         windows = evaluation_windows(model, inputs.get(self.evaluation_text), evaluation.window, evaluation.max_tokens)
         reference = torch_reference(original, quantization, ids, windows, inputs.progress)
         graph = inputs.get(self.graph)
-        plans = distinct_graphs([inputs.get(plan) for plan in self.plans], graph)
+        plans = inputs.get(self.plans).graphs
         require_space(folder, 4 * model.spec.parameters)
-        form = replace(self.form, quantized=False, cache="growing", opset=graph.opset)
+        form = replace(self.form.float_twin, opset=graph.opset)
         twin = export_graph(original.spec, original.weights, quantization.float_twin, form, folder)
         tokens = min(self.parity.decode_tokens, ids.shape[1] // 2)
         climb = Climb(model, quantization, reference, graph, twin, plans, tokens, inputs.progress)
@@ -107,9 +137,9 @@ class Parity(Stage[ParityResult]):
         """Return the result."""
         return read_result(read_json(folder / RESULT))
 
-    def digest_of(self, artifact: ParityResult) -> str:
-        """Return the digest of the report."""
-        return digest_json(artifact.report.to_json())
+    def disk(self, spec: ModelSpec) -> int:
+        """Return four bytes per parameter for the float twin, which exists while the stage runs."""
+        return 4 * spec.parameters
 
     def seconds(self, speed: Speed) -> float:
         """Sum the passes over the parity text and one over the evaluation text."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from cushion_deploy.calib.corpora import Corpus, Part
 from cushion_deploy.core.graph_form import MIN_OPSET, CacheForm, GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.host import installed_versions
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
@@ -21,9 +22,9 @@ from cushion_deploy.stages.calibrate import Calibrate, CalibrateCache
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.evaluate import Evaluate
-from cushion_deploy.stages.export import EngineGraph, Export
+from cushion_deploy.stages.export import Export, engine_form
 from cushion_deploy.stages.load import DescribeModel, Load
-from cushion_deploy.stages.parity import Parity
+from cushion_deploy.stages.parity import GraphsOfPlans, Parity
 from cushion_deploy.stages.publish import Publish
 from cushion_deploy.stages.quantization import AssembleQuantization, WithoutPrefix
 from cushion_deploy.stages.report import AssembleReport
@@ -81,6 +82,12 @@ class Pipeline:
         if recipe.model is None:
             raise UsageError("no model was given", hint="add --model FILE.gguf, --model FOLDER or --model org/name")
         return cls(recipe, resolve_source(recipe.model, recipe.revision))
+
+    def given_prefix(self, prefix: Prefix) -> Node[Prefix]:
+        """Return the node of a prefix from a file; raises UsageError if it was made for another model."""
+        hint = "run `cushion-deploy search` for this model"
+        prefix.lineage.require("the prefix was made for", hint, {"model": self.source.digest})
+        return Given(prefix)
 
     @property
     def source(self) -> ModelSource:
@@ -161,14 +168,19 @@ class Pipeline:
         """The form of the bundle's graph."""
         return self.form_of(self.recipe)
 
-    def graph(self, quantization: Node[Quantization], form: GraphForm | None = None) -> Export:
+    def graph(
+        self, quantization: Node[Quantization], form: GraphForm | None = None, in_place_context: int = 0
+    ) -> Export:
         """Return the export of a quantization, in the bundle's form or the given one."""
-        return Export(self.model, quantization, form or self.form)
+        return Export(self.model, quantization, form or self.form, in_place_context)
 
-    def engine_graph(self, quantization: Node[Quantization], graph: Node[ExportedGraph], engine: str) -> EngineGraph:
-        """Return the graph that an engine compiles for a bundle with the given graph."""
+    def engine_graph(
+        self, quantization: Node[Quantization], graph: Node[ExportedGraph], engine: str
+    ) -> Node[ExportedGraph]:
+        """Return the graph that an engine compiles: the bundle's ``graph``, or an export in another form."""
         plans = self.recipe.tensorrt
-        return EngineGraph(self.model, quantization, graph, self.form, engine, plans.dtype, plans.max_context)
+        wanted = engine_form(self.form, ENGINES[engine], plans.dtype, plans.max_context)
+        return graph if wanted == (self.form, 0) else self.graph(quantization, *wanted)
 
     def parity(
         self, quantization: Node[Quantization], graph: Node[ExportedGraph], plans: tuple[Node[ExportedGraph], ...]
@@ -178,15 +190,17 @@ class Pipeline:
         text = self.corpus(recipe.parity.data or recipe.evaluation.data, "evaluation")
         # The content of the texts is an input; their location is not.
         settings = recipe.parity.model_copy(update={"data": None}), recipe.evaluation.model_copy(update={"data": None})
-        runtime = ENGINES["onnxruntime"].version()
-        graphs = graph, self.form, plans
+        versions = installed_versions(("onnxruntime", "onnxruntime-gpu"))
+        runtime = ", ".join(f"{name} {version}" for name, version in versions.items())
+        graphs = graph, self.form, GraphsOfPlans(graph, plans)
         return Parity(self.model, quantization, *graphs, text, self.evaluation_text, *settings, runtime)
 
     @property
     def evaluation(self) -> Evaluate:
         """Return the evaluation stage with its four columns."""
         config, quantization = self.recipe.evaluation, self.quantized.quantization
-        bare = WithoutPrefix(quantization, self.bare.quantization)
+        bare: Node[Quantization]
+        bare = WithoutPrefix(quantization, self.bare.quantization) if self.search else quantization
         return Evaluate(
             self.model, quantization, bare, self.no_prefix, self.evaluation_text, config.window, config.max_tokens
         )

@@ -106,7 +106,7 @@ class Run:
                     f"stage {stage.name} vanished from {self.store.root}", hint="do not touch the work folder"
                 )
         # Inputs that were requested while the stage ran have their own times.
-        self.times.append(StageTime(stage.label, time.monotonic() - start - (self.seconds - inner), reused))
+        self.times.append(StageTime(stage.label_of(inputs), time.monotonic() - start - (self.seconds - inner), reused))
         return stage.read(folder)
 
     @contextmanager

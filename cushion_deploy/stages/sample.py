@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 from cushion_deploy.calib.corpora import SAMPLED, Corpus, Part, load_corpus
 from cushion_deploy.stages.base import Derived, Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
-from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -43,10 +42,6 @@ class Sample(Stage[tuple[str, ...]]):
     def read(self, folder: Path) -> tuple[str, ...]:
         """Return the documents."""
         return tuple(read_json(folder / DOCUMENTS))
-
-    def digest_of(self, artifact: tuple[str, ...]) -> str:
-        """Return the digest of the documents."""
-        return digest_json(list(artifact))
 
     def seconds(self, speed: Speed) -> float:
         """Count one decode step of one row per token."""

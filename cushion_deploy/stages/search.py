@@ -72,10 +72,6 @@ class Search(Stage[FoundPrefix]):
         """Return the prefix and the trace."""
         return FoundPrefix(read_prefix(folder / PREFIX_FILE), SearchTrace.from_json(read_json(folder / TRACE)))
 
-    def digest_of(self, artifact: FoundPrefix) -> str:
-        """Return the digest of the prefix."""
-        return artifact.prefix.digest
-
     def seconds(self, speed: Speed) -> float:
         """Estimate from the screen (the vocabulary through about half the layers) and the scoring on growing texts."""
         config = self.search

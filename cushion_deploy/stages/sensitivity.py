@@ -17,7 +17,6 @@ from cushion_deploy.stages.quantization import AssembleQuantization
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.search import NoPrefix
 from cushion_deploy.stages.windows import spread_windows
-from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -63,10 +62,6 @@ class Sensitivity(Stage[dict[Site, float]]):
         """Return the cost of each Site."""
         found: dict[Site, float] = read_json(folder / COSTS)
         return found
-
-    def digest_of(self, artifact: dict[Site, float]) -> str:
-        """Return the digest of the costs."""
-        return digest_json(artifact)
 
     def seconds(self, speed: Speed) -> float:
         """Count one pass per Site."""

@@ -20,7 +20,6 @@ from cushion_deploy.recipe import Tuning as TuningSettings
 from cushion_deploy.stages.base import Node, Part, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.windows import require_positions, spread_windows
-from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -106,10 +105,6 @@ class Tune(Stage[TunedPrefix]):
         """Return the prefix, the scales and the trace."""
         prefix, scales = read_prefix(folder / PREFIX_FILE), read_scales(folder / SCALES_FILE)
         return TunedPrefix(prefix, scales, TuningTrace.from_json(read_json(folder / TRACE)))
-
-    def digest_of(self, artifact: TunedPrefix) -> str:
-        """Return a digest of the prefix and the scales."""
-        return digest_json([artifact.prefix.digest, artifact.scales.digest])
 
     def seconds(self, speed: Speed) -> float:
         """Count every window once per epoch."""

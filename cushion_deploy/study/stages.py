@@ -16,6 +16,7 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.evaluate.zeroshot import TaskSuite, run_tasks
 from cushion_deploy.stages.base import Derived, Node, Stage
@@ -118,10 +119,6 @@ class Windows(Derived[IntArray]):
     def make(self, inputs: Inputs) -> IntArray:
         """Return ids, int64 ``[count, window]``."""
         return evaluation_windows(inputs.get(self.model), inputs.get(self.text), self.window, self.max_tokens)
-
-    def digest_of(self, artifact: IntArray) -> str:
-        """Return the digest of the ids."""
-        return digest_json(artifact.tolist())
 
 
 @dataclass(frozen=True)
@@ -270,12 +267,14 @@ class Task(CellStage):
         from cushion_deploy.evaluate.lm_harness import ScorerLM
         from cushion_deploy.evaluate.scorer import Scorer
         from cushion_deploy.modeling.session import TorchSession
-        from cushion_deploy.verbs.eval import encoding_of
 
         variant = inputs.get(self.variant)
         model = inputs.get(self.model).folded(variant.smoothing)
         # A prefix has taken the place of the beginning-of-sequence token.
-        encoding = encoding_of(model, keep_bos=variant.prefix.length == 0)
+        tokenizer, keep_bos = model.tokenizer, variant.prefix.length == 0
+        encoding = Encoding.of_tokenizer(
+            tokenizer.backend_tokenizer, tokenizer.bos_token_id, model.spec, keep_bos=keep_bos
+        )
         with variant.simulated(model):
             scorer = Scorer(TorchSession(model, variant.prefix))
             results = run_tasks(ScorerLM(scorer, encoding, inputs.progress, self.title), self.suite, self.limit)

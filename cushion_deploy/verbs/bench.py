@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -180,25 +180,19 @@ class _Twins:
     run: Run
     bundle: Bundle
 
-    def graph(self, form: GraphForm | None = None) -> ExportedGraph:
-        """Return the graph in floating point, in the bundle's form or another."""
+    def graph(self, form: GraphForm | None = None, in_place_context: int = 0) -> ExportedGraph:
+        """Return the graph in floating point, in the form of the bundle's or another."""
         quantization = read_quantization(self.bundle.path, self.bundle.graph, self.pipeline.scheme)
-        # The float twin has a float cache even if the bundle's cache is INT8.
-        form = replace(form or self._form, quantized=False)
-        return self.run.get(self.pipeline.graph(Given(quantization.float_twin), form))
-
-    @property
-    def _form(self) -> GraphForm:
-        form = self.pipeline.form
-        return replace(form, cache="growing") if form.cache == "int8" else form
+        twin = Given(quantization.float_twin)
+        return self.run.get(self.pipeline.graph(twin, (form or self.pipeline.form).float_twin, in_place_context))
 
     def plan(self, engine: str) -> tuple[str, DecoderSession]:
-        """Compile the float model for an engine's targets within the same limits; return its type and session."""
+        """Compile the same model without INT8 for an engine's targets, within the same limits; return type, session."""
         artifact = read_engine(self.bundle, engine)
         limits, dtype = artifact.details["limits"], artifact.form[0]
-        contract = self.bundle.graph.contract
-        form = engine_form(self._form, ENGINES[engine], dtype, limits["context"], contract)
-        graph = self.graph(form)
+        # Its cache is what a float build would have: static where it can be, beside an INT8 cache too.
+        form = self.pipeline.form.float_twin
+        graph = self.graph(*engine_form(form, ENGINES[engine], dtype, limits["context"]))
         options = CompileOptions(artifact.targets, limits["batch"], limits["context"], limits["prefill"])
         # Compiled anew in a private folder: opening a plan runs code, and others may be able to write to a work folder.
         with tempfile.TemporaryDirectory(prefix="cushion-bench-") as name:

@@ -252,7 +252,7 @@ def _resource_warnings(needed: Resources) -> Iterator[str]:
         ("memory", needed.memory, needed.memory_free),
         ("disk", needed.disk, needed.disk_free),
     ):
-        if free and amount > free:
+        if amount > free:
             yield f"a build needs about {amount / GIB:.1f} GiB of {what} but only {free / GIB:.1f} GiB are free"
 
 

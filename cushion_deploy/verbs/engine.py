@@ -77,13 +77,13 @@ def add_engine(
 
 def _engine_graph(recipe: Recipe, bundle: Bundle, engine: Engine, options: CompileOptions) -> Node[ExportedGraph]:
     """Return the graph to compile: the bundle's own, or one exported from the original model."""
-    graph, own = Given(bundle.graph), Pipeline.form_of(recipe)
-    form = engine_form(own, engine, recipe.tensorrt.dtype, options.max_context, bundle.graph.contract)
-    if form == own:
-        return graph
+    own = Pipeline.form_of(recipe)
+    form, context = engine_form(own, engine, recipe.tensorrt.dtype, options.max_context)
+    if form == own and not (context and bundle.graph.contract.prefix_slots):
+        return Given(bundle.graph)
     pipeline = pipeline_of_bundle(recipe, bundle.path)
     quantization = Given(read_quantization(bundle.path, bundle.graph, pipeline.scheme))
-    return pipeline.graph(quantization, form)
+    return pipeline.graph(quantization, form, context)
 
 
 def _copy(bundle: Bundle, staged: Path, besides: str) -> None:

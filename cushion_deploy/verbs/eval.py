@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
-
 from cushion_deploy.calib.corpora import Corpus, load_corpus
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
@@ -267,16 +265,8 @@ class _Scorers:
     def _encoding(self) -> Encoding:
         if self.bundle is not None:
             return Encoding.of_bundle(self.bundle)
-        return encoding_of(self.model)
-
-
-def encoding_of(model: TorchRunner, *, keep_bos: bool = True) -> Encoding:
-    """Return the encoding of a model's own tokenizer, with ``<bos>`` kept or not."""
-    # A copy, because others may enable padding on the model's own tokenizer.
-    tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return Encoding(tokenizer, model.tokenizer.bos_token_id, model.spec.eos_token_ids, keep_bos)
+        tokenizer = self.model.tokenizer
+        return Encoding.of_tokenizer(tokenizer.backend_tokenizer, tokenizer.bos_token_id, self.model.spec)
 
 
 def read_text(data: str | None) -> Corpus:

@@ -89,6 +89,29 @@ def test_export_of_the_float_twin_has_no_quantizer(cli: Any, planted_bundle: Any
     assert not operators & {"QuantizeLinear", "DequantizeLinear"}
 
 
+def test_the_float_twin_of_an_int8_cache_has_a_float_cache(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    import onnx
+
+    done = cli("export", *planted_bundle.options, "--float", "--kv-cache", "int8", "--output", tmp_path / "g", "--json")
+    assert done.code == 0, done.err
+    graph = onnx.load(tmp_path / "g" / "model.onnx", load_external_data=False).graph
+    assert not {n.op_type for n in graph.node} & {"QuantizeLinear", "DequantizeLinear"}
+    assert {i.type.tensor_type.elem_type for i in graph.input if "past" in i.name} == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "tune", "export"])
+def test_a_foreign_prefix_is_refused_before_any_work(
+    cli: Any, planted_bundle: Any, tiny_bundle: Any, tmp_path: Path, verb: str
+) -> None:
+    foreign = ("--prefix", planted_bundle.bundle / "prefix.safetensors", "--work-dir", tmp_path / "w")
+    done = cli(verb, *tiny_bundle.options, *foreign, "--output", tmp_path / "g")
+    assert (done.code, done.out) == (2, "")
+    assert "the prefix was made for another model" in done.err
+    assert "cushion-deploy search" in done.err
+    assert not list((tmp_path / "w").glob("stages/*"))
+    assert not (tmp_path / "g").exists()
+
+
 @pytest.mark.parametrize("kind", ["prefix", "scales"])
 def test_what_belongs_to_another_model_is_refused(
     cli: Any, planted_bundle: Any, tiny_bundle: Any, tmp_path: Path, kind: str
@@ -175,7 +198,7 @@ def test_parity_against_a_baseline(cli: Any, planted_bundle: Any, tmp_path: Path
 
 def test_parity_for_a_person_reuses_the_build(cli: Any, planted_bundle: Any) -> None:
     done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--reuse")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, ""), "a stage ran again: it reported progress"
     assert "FAIL" not in done.out
     assert done.out.splitlines()[-1].startswith("passed on 64 tokens of eval.txt")
 

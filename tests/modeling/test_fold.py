@@ -92,6 +92,16 @@ def test_a_prefix_of_the_model_is_a_prefix_of_the_folded_model(
     np.testing.assert_allclose(theirs.values, ours.values, atol=1e-5 * np.abs(ours.values).max())
 
 
+def test_a_model_folded_in_inference_mode_takes_gradients(tiny_model: TorchRunner, smoothing: Smoothing) -> None:
+    with torch.inference_mode():
+        folded = fold(tiny_model, smoothing)
+    assert not any(tensor.is_inference() for tensor in folded.module.state_dict().values())
+    weight = next(p for n, p in folded.module.named_parameters() if n.endswith("down_proj.weight"))
+    factor = torch.ones(1, requires_grad=True)
+    (weight * factor).sum().backward()
+    assert factor.grad is not None
+
+
 @pytest.fixture(scope="module")
 def smoothing_of() -> Callable[[TorchRunner], Smoothing]:
     """Return a maker of factors of 2 for the inputs of every attention."""

@@ -95,7 +95,21 @@ def _code(module: str) -> str:
             node.body = [n for n in body if not _is_text(n)] or [ast.Pass()]
         if isinstance(node, ast.Raise):
             node.exc = node.cause = None
-    return ast.dump(tree)
+        if isinstance(node, ast.JoinedStr):  # Some versions of Python end a format with an empty string.
+            node.values = [n for n in node.values if not (isinstance(n, ast.Constant) and n.value == "")]
+    return _plain(tree)
+
+
+def _plain(value: object) -> str:
+    """Return the code of a node in the same words under every Python: fields that are empty, or only say how a name is
+    used, are left out, because versions differ in them."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_plain, value))}]"
+    if not isinstance(value, ast.AST):
+        return repr(value)
+    fields = [(name, field) for name, field in ast.iter_fields(value) if name not in ("ctx", "kind")]
+    given = [f"{name}={_plain(field)}" for name, field in fields if field is not None and field != []]
+    return f"{type(value).__name__}({','.join(given)})"
 
 
 def _is_text(node: ast.AST) -> bool:

@@ -163,6 +163,11 @@ def test_a_failure_leaves_no_bundle_and_keeps_what_was_finished(
     again = one_run(tmp_path / "work")
     graph_of(again)
     assert reused(again) == {"search": True, "smooth": True, "calibrate": True, "export": True}
+    # An engine that cannot be compiled is known before the model is evaluated.
+    assert not {kept.name.partition("-")[0] for kept in (tmp_path / "work" / "stages").iterdir()} & {
+        "evaluate",
+        "parity",
+    }
 
 
 def test_two_builds_do_not_share_a_work_folder(one_run: MakeRun, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ def test_a_planted_sink_is_seen_where_it_is(planted_model: TorchRunner, plain_id
     assert first.share == 1.0
     assert first.magnitude == pytest.approx(float(sizes[:, 0].max()), rel=1e-5)
     assert {sink.position for sink in sinks} == set(np.flatnonzero((ratios.numpy() >= SINK_RATIO).any(0)).tolist())
+
+
+def test_the_doctor_needs_no_onnxruntime(planted_folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert look(planted_folder).sinks
 
 
 def test_a_model_with_a_sink_is_told_to_take_a_prefix(planted_folder: Path, look: Look) -> None:
