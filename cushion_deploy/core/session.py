@@ -203,8 +203,8 @@ def checked_inputs(
     # Left padding takes no position, but some row may have none.
     if total > limit:
         raise UsageError(
-            f"a context of {total} tokens is longer than the {limit} that the engine has room for",
-            hint=f"shorten the prompt or ask for fewer new tokens, {limit} together",
+            f"a context of {total} tokens exceeds the engine's limit of {limit}",
+            hint=f"shorten the prompt or ask for fewer new tokens, {limit} in total",
         )
     if ids.min() < 0 or ids.max() >= contract.vocab_size:
         raise UsageError(
@@ -223,7 +223,7 @@ def checked_inputs(
     if positions.shape != (batch, new) or positions.dtype != np.int64:
         raise UsageError(
             f"positions are {positions.dtype} {list(positions.shape)}, expected int64 {[batch, new]}",
-            hint="leave them out to have them counted",
+            hint="omit them to derive them from the mask",
         )
     if slots := contract.prefix_slots:
         mask, positions = np.concatenate([np.ones((batch, slots), dtype=np.int64), mask], axis=1), positions + slots
