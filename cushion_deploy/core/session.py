@@ -23,7 +23,7 @@ NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.floa
 """Types of caches in host memory; numpy has no bfloat16, so that is float32 there."""
 CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 """Bytes per element of a cache in device memory."""
-_SCALES = "open the graph with its kv_scales.json beside it"
+_SCALES = "keep kv_scales.json in the folder of the graph"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -130,7 +130,7 @@ def first_caches(
     if found != contract.prefix_slots:
         raise UsageError(
             f"every cache begins with a prefix of {contract.prefix_slots} positions, the given one has {found}",
-            hint="open the graph with its prefix.safetensors beside it",
+            hint="keep prefix.safetensors in the folder of the graph",
         )
     dtype = NUMPY_TYPES[contract.cache_dtype]
     if prefix is None:

@@ -59,7 +59,7 @@ class Family:
         name: the name in reports, and the key in the table of families.
         model_types: values of ``model_type`` in config.json that this description covers.
         layers: path of the list of layers.
-        embedding, final_norm, head: paths of the modules around the layers; a final norm without tensors is no norm.
+        embedding, final_norm, head: paths of the modules around the layers; a final norm without tensors is skipped.
         attention_norm, mlp_norm: paths inside a layer of the norms before attention and MLP (after the residual sum if
             ``ModelSpec.norm_first`` is False).
         sites: quantized inputs of a layer in the order of computation: input of q/k/v, of the output projection, of
