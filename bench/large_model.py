@@ -1,9 +1,9 @@
-"""A model of more than a billion parameters: written in shards, exported, opened and run, compiled; peak memory told.
+"""A model with more than a billion parameters: write it in shards, export, open, run and compile it; measure memory.
 
     python bench/large_model.py FOLDER [--layers 28] [--keep]
 
-Weights are random and activation scales constant, because nothing here depends on what they say. Each step runs in a
-process of its own, so that its peak memory is its own.
+The weights are random and the activation scales constant, because time and memory do not depend on their values. Each
+step runs in its own process, so that its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SCALE = 0.05
 
 
 def main() -> None:
-    """Run every step in a child and print what each took as one JSON object."""
+    """Run every step in a child process and print the measurements as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--keep", action="store_true", help="leave the files where they are")
+    parser.add_argument("--keep", action="store_true", help="keep the files")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.step:
@@ -74,7 +74,7 @@ def _run(step: str, folder: Path, layers: int) -> dict[str, Any]:
 
 
 def _write(folder: Path, layers: int) -> dict[str, Any]:
-    """Write a random llama layer by layer: one shard each, bfloat16."""
+    """Write a random Llama model layer by layer, one bfloat16 shard per layer."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -155,7 +155,7 @@ def _export(model: Path, folder: Path, dtype: str) -> dict[str, Any]:
 
 
 def _decode(graph: Any) -> dict[str, Any]:
-    """Open the graph in ONNX Runtime and run a prompt and a step."""
+    """Open the graph in ONNX Runtime and run a prompt and one decode step."""
     import numpy as np
 
     from cushion_deploy.engines.onnxruntime.session import open_session

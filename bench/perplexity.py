@@ -1,4 +1,4 @@
-"""The four columns of perplexity on a text, for every window length, estimator and head."""
+"""The four perplexity columns on a text, for every window length, estimator and head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time of the search, and ranks of its tokens among new random tokens scored exactly in the same context."""
+"""Time the prefix search, and rank its tokens among new random tokens that are scored exactly in the same context."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cushion_deploy.prefix.search import PrefixSearch, draw_text
 
 
 def main() -> None:
-    """Search, then rank every found token in a random sample that is not the search's own."""
+    """Search, then rank every found token within a random sample that the search did not use."""
     parser = arguments(__doc__)
     parser.add_argument("--sample", type=int, default=400)
-    parser.add_argument("--rejected", action="store_true", help="rank the tokens of rejected steps too")
+    parser.add_argument("--rejected", action="store_true", help="also rank the tokens of rejected steps")
     options = parser.parse_args()
     run, nodes = new_run(options), pipeline(options)
     config, model = nodes.recipe.search, run.get(nodes.model)

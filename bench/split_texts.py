@@ -1,9 +1,9 @@
-"""Make the texts of the committed study from WikiText-2 and C4 files: what is scored is never calibrated on.
+"""Create the texts of the committed study from WikiText-2 and C4 files, so that scored text is never calibrated on.
 
     python bench/split_texts.py WIKITEXT_TRAIN.txt C4.jsonl OUT
 
-writes `calibration.jsonl` (documents of the first half of C4, and as much of the WikiText-2 training text, in turn) and
-`c4-held-out.jsonl` (the second half). The other scored text is WikiText-2 validation as it is.
+writes `calibration.jsonl` (documents from the first half of C4, interleaved with as much WikiText-2 training text) and
+`c4-held-out.jsonl` (the second half). The other scored text is the unmodified WikiText-2 validation text.
 """
 
 from __future__ import annotations

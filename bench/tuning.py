@@ -1,9 +1,9 @@
-"""Does tuning help beyond its noise? The same prefix and scales tuned with several seeds, judged on other text.
+"""Measure the gain of tuning and its noise: the same prefix and scales tuned with several seeds, on other text.
 
     python bench/tuning.py --calib-data TEXT --eval-data TEXT [--eval-data TEXT] --seeds 0 1 2
 
-Prints, for the untuned start and every seed, the held-out loss of the tuning itself, and perplexity and divergence from
-the original model on each text, with the mean and the standard deviation of the changes over the seeds.
+Prints, for the untuned start and every seed, the held-out loss of the tuning itself and, for each text, perplexity and
+divergence from the original model, with mean and standard deviation of the changes over the seeds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     rows: dict[str, Any] = {"untuned": judge(model, start, teacher, texts, run.progress)}
     searched = Given(run.get(nodes.prefix))
     for seed in options.seeds:
-        # The same prefix for every seed: only the tuning differs.
+        # The same prefix for every seed, so that only the tuning differs.
         branch = nodes.altered({"seed": seed, "tuning.enabled": True}).behind(searched)
         tuned = run.get(branch.quantization)
         trace = run.get(branch.tuning).trace if branch.tuning else None
@@ -65,7 +65,7 @@ def main() -> None:
 def judge(
     model: TorchRunner, quantization: Quantization, teacher: Teacher, texts: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
-    """Return perplexity and divergence on every text, quantized and in floating point behind the same prefix."""
+    """Return perplexity and divergence on every text, quantized and in floating point with the same prefix."""
     found = {}
     folded, prefix = model.folded(quantization.smoothing), quantization.prefix
     for name, windows in texts.items():

@@ -75,7 +75,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_kv_scales(file)
     for text in ("[]", "{", json.dumps({**scales().to_json(), "more": 1}), json.dumps({"keys": [[1]]})):
         file.write_text(text)
-        with pytest.raises(UntrustedArtifact, match="no file of cache scales"):
+        with pytest.raises(UntrustedArtifact, match="not a file of cache scales"):
             read_kv_scales(file)
 
 
@@ -85,5 +85,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_tells_nonsense_is_not_trusted(change: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "kv_scales.json"
     file.write_text(json.dumps({**scales().to_json(), **change}))
-    with pytest.raises(UntrustedArtifact, match="no file of cache scales"):
+    with pytest.raises(UntrustedArtifact, match="not a file of cache scales"):
         read_kv_scales(file)

@@ -244,9 +244,9 @@ def test_asymmetric_scales_survive_json_and_symmetric_ones_say_nothing_of_zero_p
     ("changes", "words"),
     [
         ({"zero_points": {Site("head"): 3}}, "layers.0.attn.out has only one of scale and zero point"),
-        ({"zero_points": {Site("head"): 3, Site("layers.0.attn.out"): 256}}, "zero point 256 is no code of 8 bits"),
+        ({"zero_points": {Site("head"): 3, Site("layers.0.attn.out"): 256}}, "zero point 256 is not a code of 8 bits"),
         ({"zero_points": {Site("head"): -1, Site("layers.0.attn.out"): 0}}, "zero point -1"),
-        ({"bits": 4}, "zero point 255 is no code of 4 bits"),
+        ({"bits": 4}, "zero point 255 is not a code of 4 bits"),
         ({"bits": 5}, "'5'"),
     ],
 )

@@ -1,1 +1,1 @@
-"""The command line: one file a verb. Results on stdout, progress and words on stderr, stable exit codes."""
+"""The command line: one file per command. Results go to stdout, progress and errors to stderr."""

@@ -1,4 +1,4 @@
-"""`bench`: time a bundle's engines beside floating point."""
+"""`bench`: time a bundle's engines and the same model in floating point."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ if TYPE_CHECKING:
 
 @click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--model", help="The original model, for the float twin; default: the one that the bundle's recipe names."
-)
-@click.option("--no-float", is_flag=True, help="Leave the float twin out; the original model is not needed then.")
-@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prompt.")
-@click.option("--decoded", type=click.IntRange(1), default=32, show_default=True, help="Decode steps after it.")
+@click.option("--model", help="Original model, for the float twin. Default: from the bundle's recipe.")
+@click.option("--no-float", is_flag=True, help="Skip the float twin; the original model is then not needed.")
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Number of prompt tokens.")
+@click.option("--decoded", type=click.IntRange(1), default=32, show_default=True, help="Decode steps after the prompt.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds that count.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of every engine; default: one per core.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Number of timed rounds.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of every engine. Default: one per core.")
 @run_options
 def command(
     bundle: Path,
@@ -42,7 +40,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Time prefill and decode of BUNDLE's engines beside the same model in floating point, round by round in turn."""
+    """Time prefill and decode of BUNDLE's engines and of the same model in floating point, in interleaved rounds."""
     from cushion_deploy.evaluate.speed import Workload
     from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.verbs.bench import bench_bundle
@@ -72,7 +70,7 @@ def _lines(found: Bench) -> list[str]:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"prompt of {w.prompt}, {w.decoded} steps, batch {w.batch}, median of {w.rounds} rounds in turn", ""]
+    lines = [f"prompt of {w.prompt}, {w.decoded} steps, batch {w.batch}, median of {w.rounds} interleaved rounds", ""]
     for row in rows:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())

@@ -1,4 +1,4 @@
-"""`build`: model in, verified INT8 bundle out."""
+"""`build`: turn a model into a verified INT8 bundle."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from cushion_deploy.errors import ExitCode
 @plan_options
 @float_linears_option
 @click.option("--print-config", is_flag=True, help="Print the complete recipe as YAML and stop.")
-@click.option("--dry-run", is_flag=True, help="Check the input, say what would run, and stop.")
+@click.option("--dry-run", is_flag=True, help="Check the inputs, print what would run, and stop.")
 def command(
     output: Path,
     targets: tuple[str, ...],
@@ -46,9 +46,9 @@ def command(
     dry_run: bool,
     **values: Any,
 ) -> int:
-    """Build a bundle: search a prefix, calibrate, export, compile, check, report, publish.
+    """Build a bundle: search for a prefix, calibrate, export, compile, check, report, publish.
 
-    Exit code 1 when a parity check fails; the bundle is then written all the same, and its report says where.
+    The exit code is 1 if a parity check fails; the bundle is still written, and its report names the failed checks.
     """
     recipe = make_recipe(values)
     if print_config:

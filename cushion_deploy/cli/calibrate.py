@@ -1,4 +1,4 @@
-"""`calibrate`: choose smoothing and static activation scales behind a prefix."""
+"""`calibrate`: choose smoothing factors and static activation scales with a prefix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cushion_deploy.core.kv_scales import KV_SCALES_FILE
 @click.command("calibrate")
 @recipe_options
 @click.option(
-    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search it."
+    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors. Default: found by a search."
 )
 @click.option(
     "--output",
@@ -36,7 +36,7 @@ from cushion_deploy.core.kv_scales import KV_SCALES_FILE
     help="File to write.",
 )
 def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
-    """Observe every Site on text behind the prefix; write the scales as JSON, smoothing and cache scales beside."""
+    """Observe every Site with the prefix; write the scales, and smoothing and cache scales into the same folder."""
     recipe = make_recipe(values)
     require_parent(output)
     from cushion_deploy.stages.pipeline import Pipeline

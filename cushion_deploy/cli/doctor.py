@@ -1,4 +1,4 @@
-"""`doctor`: look at a model before an hour is spent on it."""
+"""`doctor`: examine a model before building it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.render.formatting import count, duration, percent, perplexity, plural, size
 
 SHOWN = 5
-"""Sinks and Sites to name."""
+"""Number of sinks and Sites to print."""
 
 if TYPE_CHECKING:
     from cushion_deploy.verbs.doctor import Diagnosis
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--revision", help="Revision of a hub model.")
 @click.option("--recipe", "file", type=click.Path(path_type=Path), help="YAML file with settings of the build.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override any setting of the recipe.")
-@click.option("--calib-data", metavar="DATA", help="Text to look at the model with. Default: the recipe's.")
+@click.option("--calib-data", metavar="DATA", help="Text to examine the model on. Default: from the recipe.")
 @run_options
 def command(
     model: str,
@@ -37,7 +37,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Say whether MODEL has sinks, what static INT8 costs it, what a build needs here, and what will not work."""
+    """Report whether MODEL has sinks, what static INT8 costs, what a build needs here, and what will not work."""
     from cushion_deploy.stages.pipeline import Pipeline
     from cushion_deploy.verbs.doctor import diagnose
 
@@ -75,7 +75,7 @@ def _lines(found: Diagnosis) -> list[str]:
     lines.append(_prefix_sentence(found))
     cost = found.cost
     lines += [
-        f"static W8A8 without a prefix or any other remedy: perplexity {perplexity(cost.fp)} to "
+        f"static W8A8 without a prefix or other remedies: perplexity {perplexity(cost.fp)} to "
         f"{perplexity(cost.quantized)}, {percent(cost.change)} (rough: {cost.tokens:,} tokens)",
         "",
     ]
@@ -97,14 +97,14 @@ def _lines(found: Diagnosis) -> list[str]:
 
 def _sink_sentence(found: Diagnosis) -> str:
     if not found.sinks:
-        return "no attention sinks: no token enters a linear much larger than the others"
+        return "no attention sinks: no token is much larger than the others at the input of any linear"
     return f"attention sinks at {plural(len(found.sinks), 'position')}:"
 
 
 def _prefix_sentence(found: Diagnosis) -> str:
     left = f"one common token as a prefix leaves {100 * found.relief:.0f} % of the quantization error"
     if found.prefix_pays and not found.prefix_allowed:
-        return f"the recipe builds without a prefix, which would pay: {left}"
+        return f"a prefix would pay, but the recipe disables it: {left}"
     if found.prefix_pays:
         return f"a prefix pays: {left}, and a search finds better ones"
     if found.sinks:

@@ -32,7 +32,7 @@ from cushion_deploy.store import MANIFEST_NAME
 from cushion_deploy.verbs.engine import add_engine
 
 SHOWN = 2000
-"""Most characters of the vendor's command to print; for 30 layers it has 20,000."""
+"""Maximum length of the printed vendor command; with 30 layers it has 20,000 characters."""
 
 
 @click.command("engine")
@@ -41,7 +41,7 @@ SHOWN = 2000
 @target_option
 @plan_options
 @float_linears_option
-@click.option("--model", help="Original model of the bundle; default: the one in its recipe.")
+@click.option("--model", help="Original model of the bundle. Default: from its recipe.")
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder, or the bundle itself."
 )
@@ -64,8 +64,8 @@ def command(
     """Compile FOLDER for an engine and count the linears that run in INT8.
 
     FOLDER is a graph written by `export`, or a bundle. For a graph, OUTPUT is the compiled engine; for a bundle, OUTPUT
-    is the bundle with that engine added or replaced. If the engine needs another graph than the bundle's (another
-    floating-point type, a static cache), that is exported from the original model.
+    is the bundle with that engine added or replaced. If the engine needs a graph other than the bundle's (a different
+    floating-point type, a static cache), it is exported from the original model.
     """
     (engine,) = choose_engines([name])
     if plan_dtype and plan_dtype not in engine.dtypes:
@@ -99,16 +99,14 @@ def command(
     fused = f", {artifact.fused_attention} fused attention kernels" if artifact.details.get("limits") else ""
     click.echo(f"{artifact.engine}: {artifact.summary}{fused}")
     if not artifact.form[1] and artifact.details.get("prefix_mode") == "cache":
-        click.echo(
-            "the cache grows: an INT8 cache is not updated in place, nor any cache without KVCacheUpdate in the library"
-        )
+        click.echo("the cache grows: only a float cache is updated in place, and only if the library has KVCacheUpdate")
     if not artifact.ran:
         click.echo(str(artifact.details.get("not_run", "not run")))
     if hazards := artifact.details.get("half_accumulators"):
-        click.echo(f"warning: {len(hazards)} INT8 products are written as half and may overflow: {hazards[0]} ...")
+        click.echo(f"warning: {len(hazards)} INT8 products are stored in float16 and may overflow: {hazards[0]} ...")
     if command_line := artifact.details.get("command"):
-        shown = textwrap.shorten(command_line, SHOWN, placeholder=" ... (see engine.json for the whole line)")
-        click.echo(f"command of the vendor's tool that builds the same plan:\n  {shown}")
+        shown = textwrap.shorten(command_line, SHOWN, placeholder=" ... (full command in engine.json)")
+        click.echo(f"vendor command that builds the same plan:\n  {shown}")
     click.echo(f"written: {output}")
     if os.path.lexists(output / MANIFEST_NAME) and artifact.details.get("limits"):
         click.echo(f"check the graph of this plan with: cushion-deploy parity {output} --model MODEL")
@@ -119,13 +117,13 @@ def _compile_graph(
 ) -> EngineArtifact:
     require_new_folder(output)
     graph = read_graph(folder)
-    # A folder of `export` has no manifest, but the digest of its graph: it is compared before an engine reads a byte.
+    # A folder from `export` has no manifest; the digest of its graph is verified before an engine reads the graph.
     verify_graph(graph)
     found = graph.contract.dtype
     if found not in engine.dtypes or (dtype and dtype != found):
         wanted = dtype or engine.dtypes[0]
         raise UsageError(
-            f"engine '{engine.name}' was asked to compile a {wanted} graph, the one in {folder} is {found}",
+            f"engine '{engine.name}' was asked to compile a {wanted} graph, but the one in {folder} is {found}",
             hint=f"write one with `cushion-deploy export --dtype {wanted}`",
         )
     with elapsed(report, f"compiling for {engine.name}"), new_folder(output) as staged:

@@ -47,15 +47,15 @@ def command(
     output: Path,
     **values: Any,
 ) -> None:
-    """Write model.onnx: Q/DQ nodes on the inputs of linears, INT8 weights, the prefix as initializers."""
+    """Write model.onnx: Q/DQ nodes at the inputs of linears, INT8 weights, the prefix as initializers."""
     recipe = make_recipe(values)
     require_new_folder(output)
     if smoothing_file and not scales_file:
-        raise UsageError("--smoothing without --scales", hint="give both files of one calibration, or neither")
+        raise UsageError("--smoothing was given without --scales", hint="give both files of a calibration, or neither")
     quantized_cache = recipe.export.kv_cache == "int8"
     if bool(kv_file) != bool(scales_file and quantized_cache):
         raise UsageError(
-            "--kv-scales belongs to --scales and --kv-cache int8" if kv_file else "--scales without --kv-scales",
+            "--kv-scales needs --scales and --kv-cache int8" if kv_file else "--scales was given without --kv-scales",
             hint="give all files of one calibration and --kv-cache int8, or none of them",
         )
     from cushion_deploy.core.quantization import Quantization

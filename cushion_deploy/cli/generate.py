@@ -1,4 +1,4 @@
-"""`generate`: stream text from a bundle, without torch in the process."""
+"""`generate`: stream text from a bundle, without importing torch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from cushion_deploy.runtime import SamplingParams, load
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--chat", is_flag=True, help="Apply the chat template to the prompt as a user message.")
-@click.option("--system", help="System message; needs --chat.")
-@click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Most tokens to generate.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--system", help="System message; requires --chat.")
 @click.option(
-    "--top-k", type=int, default=0, show_default=True, help="Sample among the k most probable tokens; 0 keeps all."
+    "--max-new-tokens", type=int, default=128, show_default=True, help="Maximum number of tokens to generate."
+)
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="Sampling temperature; 0 for greedy decoding."
+)
+@click.option(
+    "--top-k", type=int, default=0, show_default=True, help="Sample from the k most probable tokens; 0 for all."
 )
 @click.option(
     "--top-p",
     type=float,
     default=1.0,
     show_default=True,
-    help="Sample among the most probable tokens whose probabilities sum to this.",
+    help="Sample from the most probable tokens whose probabilities sum to this value.",
 )
 @click.option(
     "--min-p",
@@ -42,13 +46,13 @@ from cushion_deploy.runtime import SamplingParams, load
     type=float,
     default=1.0,
     show_default=True,
-    help="Above 1 makes tokens less probable that have occurred before.",
+    help="Values above 1 make tokens that have already occurred less probable.",
 )
 @click.option("--seed", type=int, help="Random seed.")
-@click.option("--stop", multiple=True, help="Text that ends the generation; may be repeated.")
+@click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
 @click.option("--engine", default="onnxruntime", show_default=True, help=f"Engine to run on: {', '.join(ENGINES)}.")
-@click.option("--threads", type=int, help="Threads of an engine on the CPU; default: one per physical core.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
+@click.option("--threads", type=int, help="Threads of an engine on the CPU. Default: one per physical core.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming text.")
 def command(
     bundle: Path,
     prompt: str | None,
@@ -66,7 +70,7 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Generate text from PROMPT with BUNDLE. Without PROMPT it is read from stdin."""
+    """Generate text from PROMPT with BUNDLE. Without PROMPT, the prompt is read from stdin."""
     if prompt is None:
         prompt = sys.stdin.read()
     if system and not chat:
@@ -94,6 +98,6 @@ def command(
         return
     click.echo()
     if last.usage and last.usage.new_tokens > 1 and sys.stderr.isatty():
-        # The first token belongs to the prefill.
+        # The first token is part of the prefill.
         rate = (last.usage.new_tokens - 1) / max(last.usage.decode_seconds, 1e-9)
         click.echo(f"[{last.usage.new_tokens} tokens, {rate:.1f} tokens/s, {last.finish_reason}]", err=True)

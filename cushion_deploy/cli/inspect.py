@@ -1,4 +1,4 @@
-"""`inspect`: show what a bundle, prefix or scales file holds."""
+"""`inspect`: show the contents of a bundle, prefix or scales file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _facts(path: Path) -> dict[str, Any]:
             "model digest": scales.lineage.model,
             "prefix digest": scales.lineage.prefix,
         }
-    raise UsageError(f"{path} is nothing that can be inspected", hint="give a bundle, a .safetensors or a scales.json")
+    raise UsageError(f"{path} cannot be inspected", hint="give a bundle, a prefix.safetensors or a scales.json")
 
 
 def _kv_scales(scales: KvScales) -> dict[str, Any]:

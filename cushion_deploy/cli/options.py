@@ -132,7 +132,7 @@ def split_targets(given: Sequence[str]) -> tuple[str, ...]:
 
 
 DTYPES: dict[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-"""Short names of floating-point types that ``--dtype`` accepts beside the long ones."""
+"""Short names of floating-point types that ``--dtype`` accepts in addition to the long ones."""
 
 
 def dtype_option(name: str, help_text: str, default: str | None = None) -> Callable[[F], F]:

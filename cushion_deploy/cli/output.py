@@ -1,4 +1,4 @@
-"""A new output folder: made beside its place and renamed into it, so that a stopped command leaves nothing behind."""
+"""New output folders, created under a temporary name and renamed, so that an aborted command leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from cushion_deploy.store.owned import owned_folder, swap_in
 
 
 def require_new_folder(output: Path) -> None:
-    """Check that ``output`` may be made: nothing there, or an empty folder."""
+    """Check that ``output`` can be created: it does not exist or is an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists and is not an empty folder", hint="choose another output folder")
 
 
 def require_parent(file: Path) -> None:
-    """Check, before hours of work, that a file can be written where it was asked for."""
+    """Check before long work that a file can be written to its folder."""
     if not file.absolute().parent.is_dir():
-        raise UsageError(f"the folder of {file} does not exist", hint="make it first, or choose another place")
+        raise UsageError(f"the folder of {file} does not exist", hint="create it first, or choose another folder")
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``output`` on a clean exit and vanishes on any other."""
+    """Yield an empty folder that becomes ``output`` on a clean exit and is removed on any other."""
     require_new_folder(output)
     target = output.absolute()
     with disk_errors(target):

@@ -1,4 +1,4 @@
-"""`parity`: check that a bundle computes what was evaluated; made for CI."""
+"""`parity`: check that a bundle computes what was evaluated; intended for CI."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cushion_deploy.recipe import Recipe
 
 @click.command("parity")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--model", help="The original model; default: the one that the bundle's recipe names.")
-@click.option("--eval-data", metavar="DATA", help="Text to compare on; default: that of the build.")
+@click.option("--model", help="Original model. Default: from the bundle's recipe.")
+@click.option("--eval-data", metavar="DATA", help="Text to compare on. Default: the one used by the build.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML for CI.")
-@click.option("--baseline", type=click.Path(path_type=Path), help="Fail as well where a check is worse than here.")
-@click.option("--write-baseline", type=click.Path(path_type=Path), help="Write what every check reached.")
-@click.option("--reuse", is_flag=True, help="Take the kept result of an earlier run on this machine.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="Also fail if a check is worse than in this file.")
+@click.option("--write-baseline", type=click.Path(path_type=Path), help="Write the value of every check to this file.")
+@click.option("--reuse", is_flag=True, help="Use the stored result of an earlier run, if there is one.")
 @run_options
 def command(
     bundle: Path,
@@ -35,7 +35,7 @@ def command(
     reuse: bool,
     quiet: bool,
 ) -> int:
-    """Climb the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 when a rung fails."""
+    """Run the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 if a check fails."""
     from cushion_deploy.parity import baseline as baselines
     from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.verbs.parity import check_bundle

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars with rate and time left in a terminal, a plain line now and then elsewhere."""
+"""Progress on stderr: bars with rate and remaining time in a terminal, occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from cushion_deploy.core.progress import Progress as Report
 from cushion_deploy.core.progress import silent
 
 LINE_SECONDS = 20.0
-"""Seconds between two lines where stderr is no terminal."""
+"""Seconds between two lines if stderr is not a terminal."""
 
 
 class RateColumn(ProgressColumn):
-    """Units a second."""
+    """Units per second."""
 
     def render(self, task: Task) -> Text:
         """Return the rate of a task."""
@@ -39,7 +39,7 @@ class RateColumn(ProgressColumn):
 
 
 class CountColumn(MofNCompleteColumn):
-    """Units done of units in all; seconds where the length is unknown."""
+    """Units done and total units; seconds if the length is unknown."""
 
     def render(self, task: Task) -> Text:
         """Return the count of a task."""
@@ -50,7 +50,7 @@ class CountColumn(MofNCompleteColumn):
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Report]:
-    """Yield a function that draws what it is told."""
+    """Yield a function that displays the progress it receives."""
     if quiet:
         yield silent
     elif sys.stderr.isatty():
@@ -72,7 +72,7 @@ def _bars() -> Progress:
 
 
 class _BarReport:
-    """One bar at a time; a finished one stays."""
+    """Shows one bar at a time; finished bars remain visible."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
@@ -81,7 +81,7 @@ class _BarReport:
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         known = self.tasks.get(task)
         if known is None:
-            # Without a total the bar pulses.
+            # Without a total the bar is animated.
             known = self.tasks[task] = self.bars.add_task(task, total=total or None, timed=not total)
         said = f"{task}: {note}" if note else task
         self.bars.update(known, completed=done, total=total or None, description=said)
@@ -90,7 +90,7 @@ class _BarReport:
 
 
 class _LineReport:
-    """A line every so often, and one at the end of a task."""
+    """Prints a line at intervals, and one at the end of a task."""
 
     def __init__(self) -> None:
         self.task, self.begin, self.last, self.timed = "", 0.0, 0.0, False

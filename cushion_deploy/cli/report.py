@@ -14,7 +14,7 @@ from cushion_deploy.store import verify_bundle
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print report.json.")
 def command(bundle: Path, as_json: bool) -> None:
-    """Print what the build of BUNDLE measured. The full report is BUNDLE/report/report.html."""
+    """Print the measurements of the build of BUNDLE. The full report is BUNDLE/report/report.html."""
     verify_bundle(bundle)
     report = read_report(bundle / "report" / "report.json")
     if as_json:

@@ -26,7 +26,7 @@ from cushion_deploy.core.prefix import PREFIX_FILE
     help="File to write.",
 )
 def command(output: Path, **values: Any) -> None:
-    """Search the prefix by Algorithm 1 and write it as safetensors (keys, values, token_ids)."""
+    """Search for the prefix by Algorithm 1 and write it as safetensors (keys, values, token_ids)."""
     recipe = make_recipe(values)
     require_parent(output)
     from cushion_deploy.stages.pipeline import Pipeline
@@ -42,7 +42,7 @@ def command(output: Path, **values: Any) -> None:
         click.echo(json.dumps(trace.to_json() if trace else {"token_ids": []}))
         return
     if trace is None or not prefix.length:
-        click.echo(f"empty prefix: {trace.stopped if trace else 'the recipe wants none'}")
+        click.echo(f"empty prefix: {trace.stopped if trace else 'the recipe disables the prefix'}")
     else:
         click.echo(f"prefix: {list(trace.tokens)} (ids {list(trace.token_ids)}), {prefix.length} positions")
         for step in trace.steps:

@@ -1,4 +1,4 @@
-"""`tune`: train the keys and values of a prefix, and the activation scales behind it."""
+"""`tune`: train the keys and values of a prefix together with the activation scales."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from cushion_deploy.errors import UsageError
 @click.command("tune")
 @recipe_options
 @click.option(
-    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; default: search it."
+    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors. Default: found by a search."
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the three files.")
 def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     """Tune a prefix, resumably; write prefix.safetensors, scales.json and smoothing.safetensors for `export`.
 
-    The state that does best on held-out text is kept, and the untuned prefix is one of them.
+    The best state on held-out text is kept; the untuned prefix is one of the candidates.
     """
     recipe = make_recipe({**values, "tune": True})
     require_new_folder(output)
@@ -46,7 +46,7 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
             quantization = run.get(branch.quantization)
             trace = run.get(branch.tuning).trace if branch.tuning else None
     if trace is None:
-        raise UsageError("there is no prefix to tune: the search found no sink worth one", hint="build without --tune")
+        raise UsageError("there is no prefix to tune: the search found none that pays", hint="build without --tune")
     with new_folder(output) as staged:
         write_prefix(quantization.prefix, staged / PREFIX_FILE)
         write_scales(quantization.static_scales, staged / SCALES_FILE)
@@ -57,5 +57,5 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
         return
     for state in trace.states:
         kept = " (kept)" if state.step == trace.best.step else ""
-        click.echo(f"step {state.step:>4}: {trace.loss} on held-out text {state.words} nats a token{kept}")
+        click.echo(f"step {state.step:>4}: {trace.loss} on held-out text {state.words} nats per token{kept}")
     click.echo(f"written: {output}")

@@ -1,4 +1,4 @@
-"""`verify`: check every byte of a bundle against its manifest."""
+"""`verify`: verify every byte of a bundle against its manifest."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cushion_deploy.store import verify_bundle
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(bundle: Path, as_json: bool) -> None:
-    """Check that BUNDLE holds exactly the files of its manifest, byte for byte. Exit code 4 when not."""
+    """Verify that BUNDLE contains exactly the files in its manifest, byte for byte. Exit code 4 if it does not."""
     manifest = verify_bundle(bundle)
     if as_json:
         click.echo(json.dumps(manifest.to_json()))
         return
     size = sum(entry.size for entry in manifest.files.values())
-    click.echo(f"{bundle}: {len(manifest.files)} files, {size / 1e6:.1f} MB, all as published")
+    click.echo(f"{bundle}: {len(manifest.files)} files, {size / 1e6:.1f} MB, all unchanged since publication")
     click.echo(f"manifest {manifest.digest}")

@@ -1,1 +1,1 @@
-"""The nouns that every stage shares: model, prefix, scales, graph, engine. Neither torch nor onnx."""
+"""Data types shared by all stages: model, prefix, scales, graph, engine. Imports neither torch nor onnx."""

@@ -1,4 +1,4 @@
-"""Prefix, smoothing and scales as files that any other tool can read: safetensors and JSON, never pickle."""
+"""Read and write prefixes, smoothing factors and scales in portable formats: safetensors and JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ _SMOOTHING_FORMAT = "cushion-smoothing-1"
 
 
 def write_prefix(prefix: Prefix, path: Path) -> None:
-    """Write tensors ``keys``, ``values`` (float32) and ``token_ids`` (int64), the model's digest as metadata."""
+    """Write ``keys``, ``values`` (float32) and ``token_ids`` (int64), with the model's digest as metadata."""
     tensors: dict[str, npt.NDArray[Any]] = {
         "keys": np.ascontiguousarray(prefix.keys),
         "values": np.ascontiguousarray(prefix.values),
         "token_ids": np.asarray(prefix.token_ids, dtype=np.int64),
     }
-    # One entry only: safetensors writes several in an order that changes from run to run.
+    # A single metadata entry, because safetensors writes several in an order that differs between runs.
     facts = json.dumps({"format": _PREFIX_FORMAT, "model_digest": prefix.model_digest})
     replace_file(path, save(tensors, metadata={_METADATA: facts}))
 
 
 def read_prefix(path: Path) -> Prefix:
-    """Read what :func:`write_prefix` wrote.
+    """Read a prefix written by :func:`write_prefix`.
 
     Raises:
-        UsageError: no such file.
-        UntrustedArtifact: not a prefix file, or damaged.
+        UsageError: the file does not exist.
+        UntrustedArtifact: the file is not a prefix file, or is damaged.
     """
-    hint = "give a prefix.safetensors that `cushion-deploy search` wrote"
+    hint = "give a prefix.safetensors written by `cushion-deploy search`"
     if not path.is_file():
         raise UsageError(f"{path} does not exist", hint=hint)
     try:
@@ -62,11 +62,11 @@ def read_prefix(path: Path) -> Prefix:
 
 
 def read_cached_prefix(graph: ExportedGraph) -> Prefix | None:
-    """Return the prefix that every past of a graph begins with; None where the graph has it inside, or none.
+    """Return the prefix that every cache of a graph starts with; None if the graph contains the prefix or has none.
 
     Raises:
-        UsageError: the file is not beside the graph.
-        UntrustedArtifact: it is damaged, or the prefix of another graph.
+        UsageError: the file is not in the graph's folder.
+        UntrustedArtifact: the file is damaged, or belongs to another graph.
     """
     if not graph.contract.prefix_slots:
         return None
@@ -82,20 +82,20 @@ def read_cached_prefix(graph: ExportedGraph) -> Prefix | None:
 
 
 def write_smoothing(smoothing: Smoothing, path: Path) -> None:
-    """Write the factors, one float32 tensor a Site; alpha and the model's digest as metadata."""
+    """Write the factors, one float32 tensor per Site, with alpha and the model's digest as metadata."""
     tensors = {str(site): np.ascontiguousarray(factor) for site, factor in smoothing.factors.items()}
     facts = {"format": _SMOOTHING_FORMAT, "alpha": smoothing.alpha, "model_digest": smoothing.model_digest}
     replace_file(path, save(tensors, metadata={_METADATA: json.dumps(facts)}))
 
 
 def read_smoothing(path: Path) -> Smoothing:
-    """Read what :func:`write_smoothing` wrote.
+    """Read smoothing factors written by :func:`write_smoothing`.
 
     Raises:
-        UsageError: no such file.
-        UntrustedArtifact: not a smoothing file, or damaged.
+        UsageError: the file does not exist.
+        UntrustedArtifact: the file is not a smoothing file, or is damaged.
     """
-    hint = "give a smoothing.safetensors that `cushion-deploy calibrate` wrote"
+    hint = "give a smoothing.safetensors written by `cushion-deploy calibrate`"
     if not path.is_file():
         raise UsageError(f"{path} does not exist", hint=hint)
     try:
@@ -110,24 +110,24 @@ def read_smoothing(path: Path) -> Smoothing:
 
 
 def write_scales(scales: ActivationScales, path: Path) -> None:
-    """Write the scales as JSON."""
+    """Write activation scales as JSON."""
     replace_file(path, (json.dumps(scales.to_json(), indent=1) + "\n").encode())
 
 
 def read_scales(path: Path) -> ActivationScales:
-    """Read what :func:`write_scales` wrote.
+    """Read activation scales written by :func:`write_scales`.
 
     Raises:
-        UsageError: no such file.
-        UntrustedArtifact: not a scales file.
+        UsageError: the file does not exist.
+        UntrustedArtifact: the file is not a scales file.
     """
-    hint = "give a scales.json that `cushion-deploy calibrate` wrote"
+    hint = "give a scales.json written by `cushion-deploy calibrate`"
     if not path.is_file():
         raise UsageError(f"{path} does not exist", hint=hint)
     try:
         return ActivationScales.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UntrustedArtifact(f"{path} is no scales file: {e}", hint=hint) from e
+        raise UntrustedArtifact(f"{path} is not a scales file: {e}", hint=hint) from e
 
 
 def write_kv_scales(scales: KvScales, path: Path) -> None:
@@ -136,27 +136,27 @@ def write_kv_scales(scales: KvScales, path: Path) -> None:
 
 
 def read_kv_scales(path: Path) -> KvScales:
-    """Read what :func:`write_kv_scales` wrote.
+    """Read cache scales written by :func:`write_kv_scales`.
 
     Raises:
-        UsageError: no such file.
-        UntrustedArtifact: not a file of cache scales.
+        UsageError: the file does not exist.
+        UntrustedArtifact: the file does not contain cache scales.
     """
-    hint = "give a kv_scales.json that `cushion-deploy calibrate` wrote"
+    hint = "give a kv_scales.json written by `cushion-deploy calibrate`"
     if not path.is_file():
         raise UsageError(f"{path} does not exist", hint=hint)
     try:
         return KvScales.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError, UsageError) as e:
-        raise UntrustedArtifact(f"{path} is no file of cache scales: {e}", hint=hint) from e
+        raise UntrustedArtifact(f"{path} is not a file of cache scales: {e}", hint=hint) from e
 
 
 def read_cached_scales(graph: ExportedGraph) -> KvScales | None:
-    """Return the scales of a graph's INT8 cache; None where the cache is in floating point.
+    """Return the scales of a graph's INT8 cache; None if the cache is in floating point.
 
     Raises:
-        UsageError: the file is not beside the graph.
-        UntrustedArtifact: it is damaged, or of another graph.
+        UsageError: the file is not in the graph's folder.
+        UntrustedArtifact: the file is damaged, or belongs to another graph.
     """
     if not graph.contract.quantized_cache:
         return None

@@ -14,7 +14,7 @@ from cushion_deploy.errors import UntrustedArtifact
 from cushion_deploy.store.files import replace_file
 
 ENGINE_FILE = "engine.json"
-"""File of an engine's folder that holds its :class:`EngineArtifact`."""
+"""Name of the file in an engine's folder that holds its :class:`EngineArtifact`."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class EngineArtifact:
         fused_attention: fused attention kernels found.
         ran: whether the engine was executed where it was compiled.
         details: engine-specific facts (kernel counts, rewrites, options, why it did not run).
-        lineage: the graph it was compiled from, and what that was made of.
-        versions: distribution to version, of what compiled it.
+        lineage: the graph that the engine was compiled from, and the digests behind that graph.
+        versions: versions of the distributions that compiled it.
     """
 
     engine: str
@@ -49,10 +49,10 @@ class EngineArtifact:
 
     @property
     def form(self) -> tuple[Dtype, int]:
-        """Floating-point type and cache capacity of the graph that it was compiled from.
+        """Floating-point type and cache capacity of the graph that the engine was compiled from.
 
         Raises:
-            UntrustedArtifact: the details hold no such type or capacity.
+            UntrustedArtifact: the details contain no valid type or capacity.
         """
         dtype, capacity = self.details.get("dtype", "float32"), self.details.get("cache_capacity", 0)
         if dtype not in get_args(Dtype) or type(capacity) is not int or capacity < 0:
@@ -64,7 +64,7 @@ class EngineArtifact:
 
     @property
     def summary(self) -> str:
-        """Targets and coverage in one line; for a plan also type, limits, cache and size."""
+        """Targets and INT8 coverage in one line; for a plan also type, limits, cache and size."""
         parts, limits = [", ".join(self.targets)], self.details.get("limits")
         if limits:
             parts += [f"{self.form[0]}, batch {limits['batch']}, context {limits['context']:,}"]
@@ -90,13 +90,13 @@ class EngineArtifact:
 
 
 def write_artifact(artifact: EngineArtifact, folder: Path) -> None:
-    """Write ``engine.json`` into ``folder``, all or nothing."""
+    """Write ``engine.json`` into ``folder`` atomically."""
     text = json.dumps(artifact.to_json(), indent=1, sort_keys=True) + "\n"
     replace_file(folder / ENGINE_FILE, text.encode())
 
 
 def read_artifact(folder: Path) -> EngineArtifact:
-    """Return the engine described by ``engine.json`` in ``folder``; raises UntrustedArtifact for anything else."""
+    """Return the engine that ``engine.json`` in ``folder`` describes; raises UntrustedArtifact if it is invalid."""
     file = folder / ENGINE_FILE
     try:
         return EngineArtifact.from_json(json.loads(file.read_text(encoding="utf-8")))

@@ -1,10 +1,10 @@
-"""The one rounding rule, as a numpy oracle: half to even, as ONNX QuantizeLinear specifies it.
+"""The rounding rule of the project as a numpy oracle: half to even, as in ONNX QuantizeLinear.
 
 Every other implementation (torch simulation, ONNX Q/DQ, engines) is tested against this file.
 
-- Symmetric, which is deployed: s = amax / (2^(N-1) - 1), zero point 0, codes in [-2^(N-1), 2^(N-1) - 1].
-- Asymmetric, for evaluation: s = (max - min) / (2^N - 1), a rounded zero point, codes in [0, 2^N - 1]. The range
-  always includes zero, so that zero is a code and comes back as zero.
+- Symmetric, used for deployment: s = amax / (2^(N-1) - 1), zero point 0, codes in [-2^(N-1), 2^(N-1) - 1].
+- Asymmetric, used for evaluation: s = (max - min) / (2^N - 1), a rounded zero point, codes in [0, 2^N - 1]. The range
+  always includes zero, so that zero is represented exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cushion_deploy.errors import UsageError
 Int8Array = npt.NDArray[np.int8]
 UInt8Array = npt.NDArray[np.uint8]
 BITS = (8, 6, 4)
-"""Widths of codes."""
+"""Supported widths of codes, in bits."""
 
 
 def qmax(bits: int) -> int:
@@ -51,9 +51,9 @@ def levels(bits: int) -> int:
 
 
 def asymmetric_range(low: float, high: float, bits: int = 8) -> tuple[float, int]:
-    """Return the float32 scale, as a Python float, and the zero point of the range from ``low`` to ``high``.
+    """Return the scale (a float32 value as a Python float) and the zero point for the range from ``low`` to ``high``.
 
-    The range is widened to include zero. One without extent gets scale 0, which nothing can be divided by.
+    The range is widened to include zero. An empty range has scale 0, by which nothing can be divided.
     """
     least, most = np.float32(min(low, 0.0)), np.float32(max(high, 0.0))
     scale = np.float32((most - least) / np.float32(levels(bits)))
@@ -65,7 +65,7 @@ def asymmetric_range(low: float, high: float, bits: int = 8) -> tuple[float, int
 def quantize_asymmetric(
     x: FloatArray, scale: FloatArray | float, zero_point: npt.NDArray[Any] | int, bits: int = 8
 ) -> UInt8Array:
-    """Return codes: round-half-even of x / scale, plus the zero point, saturated. Both parameters broadcast."""
+    """Return codes: round-half-even of x / scale, plus the zero point, saturated. Scale and zero point broadcast."""
     ratio = x.astype(np.float32, copy=False) / np.asarray(scale, dtype=np.float32)
     shifted: FloatArray = np.rint(ratio) + np.asarray(zero_point, dtype=np.float32)
     return np.clip(shifted, 0, levels(bits)).astype(np.uint8)
@@ -80,28 +80,28 @@ def dequantize_asymmetric(
 
 
 def quantize_weight(weight: FloatArray, name: str, bits: int = 8, group: int = 0) -> tuple[Int8Array, FloatArray]:
-    """Quantize a linear's weight, symmetric, per output channel or per group of input features within one.
+    """Quantize the weight of a linear symmetrically, per output channel or per group of input features in a channel.
 
     Args:
         weight: float32 ``[out_features, in_features]``.
         name: tensor name, for the error.
-        bits: of the codes.
-        group: input features that share a scale, the last group of a channel possibly fewer; 0 for all.
+        bits: width of the codes.
+        group: number of input features that share a scale; the last group of a channel may be smaller. 0 for all.
 
     Returns:
-        codes int8 ``[out_features, in_features]`` and scales float32 ``[out_features]``, or with a group
-        ``[out_features, ceil(in_features / group)]``. A channel or group of zeros gets scale 1: its codes are
-        zero, and TensorRT aborts on a zero scale (issue 4446).
+        Codes int8 ``[out_features, in_features]`` and scales float32 ``[out_features]``; with groups the scales are
+        ``[out_features, ceil(in_features / group)]``. A channel or group of zeros gets scale 1, because its codes are
+        zero in any case and TensorRT aborts on a zero scale (issue 4446).
 
     Raises:
-        UsageError: the weight holds NaN or infinity.
+        UsageError: the weight contains NaN or infinity.
     """
     scale = weight_scale(weight, name, bits, group)
     return quantize(weight, spread(scale, weight.shape[1], group), bits), scale
 
 
 def weight_scale(weight: FloatArray, name: str, bits: int = 8, group: int = 0) -> FloatArray:
-    """Return the scales that :func:`quantize_weight` gives a weight."""
+    """Return the scales that :func:`quantize_weight` uses for a weight."""
     magnitude = np.abs(weight)
     if not np.isfinite(magnitude).all():
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The form of an exported graph: types, key/value cache, place of the prefix, opset; and what a form can refuse."""
+"""The form of an exported graph: types, key/value cache, place of the prefix, opset; and which forms are invalid."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from cushion_deploy.store.digests import digest_json
 
 CacheForm = Literal["growing", "static", "int8"]
 MIN_OPSET, MAX_OPSET = 17, 22
-"""Every TensorRT from 10.3 on reads opset 17. Above 22 the operators of the graph change meaning or are untested."""
+"""TensorRT reads opset 17 from 10.3 on. Above 22, operators of the graph change their meaning or are untested."""
 STATIC_OPSET = 24
-"""Opset of a graph with a static cache: the first with TensorScatter, and with Attention as 23 defines it. Its other
-changes since 22 (Cast, Reshape, Shape, Transpose, Squeeze, Unsqueeze, Identity, QuantizeLinear, DequantizeLinear) are
-new types, and attributes that the graph leaves at their default."""
+"""Opset of a graph with a static cache: the first with TensorScatter, and its Attention agrees with opset 23. The other
+changes since 22 (Cast, Reshape, Shape, Transpose, Squeeze, Unsqueeze, Identity, QuantizeLinear, DequantizeLinear) only
+add types, and attributes that the graph leaves at their defaults."""
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
 class GraphForm:
-    """What a graph looks like, whatever model and quantization it is written for.
+    """The form of a graph, independent of the model and the quantization.
 
     Attributes:
-        dtype: type of activations, of a cache in floating point and of floating-point weights.
+        dtype: type of the activations, of a floating-point cache and of floating-point weights.
         quantized: whether linears are quantized; False writes the float twin.
         cache: ``growing`` appends new keys and values to the past, ``static`` updates a cache of fixed capacity in
-            place, ``int8`` grows and holds INT8 codes.
-        capacity: slots of a static cache, those of the prefix included; 0 for the other two.
-        prefix: ``baked`` puts the prefix into the graph. ``cache`` writes it beside the graph, and every caller
-            starts its cache with it. ``none`` refuses a prefix. The first two do nothing for an empty prefix.
-        opset: opset of the default domain; a static cache needs :data:`STATIC_OPSET` and ignores it.
-        scale_dtype: type of scales and of quantized products. Anything but float32 is an experiment: a float16
-            accumulator can overflow.
+            place, ``int8`` grows and stores INT8 codes.
+        capacity: slots of a static cache, including those of the prefix; 0 for the other two.
+        prefix: ``baked`` stores the prefix in the graph; ``cache`` writes it to a file next to the graph, and every
+            caller starts its cache with it; an empty prefix changes nothing in either. ``none`` rejects a prefix.
+        opset: opset of the default domain; ignored for a static cache, which uses :data:`STATIC_OPSET`.
+        scale_dtype: type of the scales and of quantized products. Only float32 is for deployment: a float16 accumulator
+            can overflow.
 
     Raises:
-        UsageError: a value out of range, or two that exclude each other.
+        UsageError: a value is out of range, or two values exclude each other.
     """
 
     dtype: Dtype = "float32"
@@ -68,32 +68,32 @@ class GraphForm:
             raise UsageError("an INT8 cache cannot be static", hint="drop the capacity, or export.kv_cache=int8")
         if self.cache == "growing" and self.capacity:
             raise UsageError(
-                f"a growing cache has no capacity, and {self.capacity} slots were given", hint="use a static cache"
+                f"a growing cache has no capacity, but {self.capacity} slots were given", hint="use a static cache"
             )
         if self.cache == "static" and self.capacity < 1:
             raise UsageError(
                 f"a static cache of {self.capacity} slots cannot hold a token",
-                hint="give it a capacity, by tensorrt.max_context",
+                hint="increase its capacity with tensorrt.max_context",
             )
 
     def check(self, spec: ModelSpec, quantization: Quantization) -> None:
-        """Check that a model and a quantization can be written in this form.
+        """Check that a model and its quantization can be exported in this form.
 
         Raises:
             UsageError: the prefix or the cache scales are for another model or another place of the prefix, scales
-                are missing, the capacity does not fit, or the prefix exceeds float16.
+                are missing, the capacity does not fit, or the prefix exceeds the range of float16.
         """
         prefix = quantization.prefix
         if prefix.model_digest != spec.weights_digest:
             raise UsageError("the prefix was made for another model", hint="run `cushion-deploy search` for this model")
         if self.quantized and quantization.scales is None:
             raise UsageError(
-                "a quantized graph needs activation scales, and there are none",
+                "a quantized graph needs activation scales, but there are none",
                 hint="run `cushion-deploy calibrate` for this model and prefix, or export the float twin",
             )
         if self.prefix == "none" and prefix.length:
             raise UsageError(
-                f"a prefix of {prefix.length} positions was given for a graph without a prefix",
+                f"a prefix of {prefix.length} positions was given, but the form of the graph excludes a prefix",
                 hint="set export.prefix to baked or cache, or give an empty prefix",
             )
         if self.cache == "static":
@@ -106,21 +106,21 @@ class GraphForm:
     def _check_capacity(self, spec: ModelSpec, prefix: Prefix) -> None:
         if prefix.length and not self._caches(prefix):
             raise UsageError(
-                "a static cache cannot be joined with a prefix that is inside the graph",
+                "a static cache cannot be combined with a prefix inside the graph",
                 hint="put the prefix into the cache: --set export.prefix=cache",
             )
         if not prefix.length < self.capacity <= spec.max_positions:
             raise UsageError(
                 f"a static cache of {self.capacity} slots does not fit a prefix of {prefix.length} and a model of "
                 f"{spec.max_positions} positions",
-                hint=f"give {prefix.length + 1} to {spec.max_positions} slots, by tensorrt.max_context",
+                hint=f"give {prefix.length + 1} to {spec.max_positions} slots with tensorrt.max_context",
             )
 
     def _check_kv_scales(self, spec: ModelSpec, quantization: Quantization) -> None:
         scales = quantization.kv_scales
         if scales is None:
             raise UsageError(
-                "an INT8 cache needs cache scales, and there are none",
+                "an INT8 cache needs cache scales, but there are none",
                 hint="run `cushion-deploy calibrate --kv-cache int8` for this model and prefix",
             )
         if scales.keys.shape != (spec.num_layers, spec.num_kv_heads):
@@ -128,7 +128,7 @@ class GraphForm:
         if scales.with_prefix != self._caches(quantization.prefix):
             where = ("inside the graph", "in the cache")
             raise UsageError(
-                f"the cache scales are for a prefix {where[scales.with_prefix]}, and it is "
+                f"the cache scales are for a prefix {where[scales.with_prefix]}, but it is "
                 f"{where[not scales.with_prefix]}",
                 hint="calibrate the cache again with this setting of export.prefix",
             )
@@ -138,7 +138,7 @@ class GraphForm:
         return self.prefix == "cache" and prefix.length > 0
 
     def select(self, quantization: Quantization) -> Quantization:
-        """Return the parts of a quantization that a graph of this form uses."""
+        """Return the parts of a quantization that a graph of this form contains."""
         return replace(
             quantization,
             scales=quantization.scales if self.quantized else None,
@@ -184,6 +184,6 @@ def _check_float16(prefix: Prefix) -> None:
     largest = max(float(np.abs(part).max(initial=0.0)) for part in (prefix.keys, prefix.values))
     if largest > _FLOAT16_MAX:
         raise UsageError(
-            f"the prefix reaches {largest:,.0f}, and float16 ends at {_FLOAT16_MAX:,.0f}",
+            f"the prefix reaches {largest:,.0f}, but the float16 maximum is {_FLOAT16_MAX:,.0f}",
             hint="compile plans with --dtype bf16",
         )

@@ -1,4 +1,4 @@
-"""What is exported: a decoder graph on disk, and what goes in and out of it."""
+"""An exported decoder graph on disk, and the contract of its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class GraphContract:
     [batch, kv_heads, past, head_dim] -> ``logits`` [batch, sequence, vocab],
     ``present.N.key/value`` [batch, kv_heads, past + sequence, head_dim].
     With ``cache_capacity`` C the cache is static: every ``past + sequence`` above is C, ``past`` is C as well,
-    ``write_indices`` int64 [batch] are the slots of the first new tokens, and ``present`` is ``past`` updated there.
-    A session counts its caller's tokens only. The prefix is in the graph, which adds it itself, or, with
-    ``prefix_in_cache``, in the first slots of every past; mask and positions then count it.
-    Past and present are of type ``dtype``, or, with ``quantized_cache``, int8 codes by the scales beside the graph.
+    ``write_indices`` int64 [batch] are the slots of the first new tokens, and ``present`` is the updated ``past``.
+    A session counts only the tokens of its caller. The prefix is either in the graph, which adds it itself, or, with
+    ``prefix_in_cache``, in the first slots of every past; mask and positions then include it.
+    Past and present have type ``dtype`` or, with ``quantized_cache``, are int8 codes whose scales are in a file.
     """
 
     num_layers: int
@@ -49,14 +49,14 @@ class GraphContract:
 
     @property
     def prefix_mode(self) -> PrefixMode:
-        """Where the prefix is."""
+        """Where the prefix is stored."""
         if not self.prefix_length:
             return "none"
         return "cache" if self.prefix_in_cache else "baked"
 
     @property
     def prefix_slots(self) -> int:
-        """Slots at the beginning of every past that hold the prefix; none where the graph has it."""
+        """Number of slots at the beginning of every past that hold the prefix; 0 if the graph contains it."""
         return self.prefix_length if self.prefix_in_cache else 0
 
 
@@ -65,15 +65,15 @@ class ExportedGraph:
     """An ONNX decoder on disk.
 
     Attributes:
-        path: the ``.onnx`` file; its weights lie beside it as ``<name>.onnx.data``, a prefix for the cache as
-            ``prefix.safetensors``, scales of an INT8 cache as ``kv_scales.json``.
-        contract: what goes in and out.
-        quantized: whether Q/DQ nodes stand at Sites (False for the float twin).
-        sites: every Site that is quantized (in a float twin: would be), with the linears packed into its MatMul.
-        rules: names of the rules that were checked on it; empty for a float twin.
+        path: the ``.onnx`` file. In the same folder are its weights as ``<name>.onnx.data``, a prefix for the cache as
+            ``prefix.safetensors`` and the scales of an INT8 cache as ``kv_scales.json``.
+        contract: its inputs and outputs.
+        quantized: whether the graph has Q/DQ nodes at its Sites (False for the float twin).
+        sites: every quantized Site (in a float twin: the same Sites), with the linears packed into its MatMul.
+        rules: names of the rules that were checked on the graph; empty for a float twin.
         opset: ONNX opset of the default domain.
-        digest: SHA-256 over the files.
-        lineage: model, prefix, smoothing, scales and scheme.
+        digest: SHA-256 over all files.
+        lineage: digests of the model, prefix, smoothing, scales and scheme.
     """
 
     path: Path
@@ -87,12 +87,12 @@ class ExportedGraph:
 
     @property
     def linears(self) -> int:
-        """Linears of the model that stand behind a Site, counted before packing."""
+        """Number of linears of the model that have a Site as input, counted before packing."""
         return sum(self.sites.values())
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The graph, its weights, the prefix where that belongs into the cache, and the scales of an INT8 cache."""
+        """The graph, its weights, the prefix for the cache if there is one, and the scales of an INT8 cache."""
         beside = [PREFIX_FILE] if self.contract.prefix_slots else []
         beside += [KV_SCALES_FILE] if self.contract.quantized_cache else []
         return self.path, *(self.path.with_name(name) for name in (f"{self.path.name}.data", *beside))
@@ -103,7 +103,7 @@ class ExportedGraph:
         return sum(file.stat().st_size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict; the path is its file name, forms of the cache that it has not are left out."""
+        """Return a JSON-ready dict; the path is its file name only, and default values of the cache are omitted."""
         data = {**asdict(self), "path": self.path.name, "parents": self.lineage.to_json()}
         del data["lineage"]
         for form in ("cache_capacity", "quantized_cache"):
@@ -113,7 +113,7 @@ class ExportedGraph:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], folder: Path) -> ExportedGraph:
-        """Rebuild from :meth:`to_json`; ``folder`` is where the files lie."""
+        """Rebuild from :meth:`to_json`; ``folder`` contains the files."""
         d = dict(data)
         d["path"] = folder / d["path"]
         d["contract"] = GraphContract(**d["contract"])

@@ -14,7 +14,7 @@ def free_memory() -> int:
     """Return the bytes of memory that processes can allocate without swapping.
 
     Raises:
-        ModuleNotFoundError: psutil, of the extra ``build``, is not installed.
+        ModuleNotFoundError: psutil, which the extra ``build`` installs, is missing.
     """
     import psutil
 
@@ -23,7 +23,7 @@ def free_memory() -> int:
 
 def own_peak_memory() -> int:
     """Return the peak resident set of this process, in bytes."""
-    # psutil has no peak on Linux. ru_maxrss of a process includes the memory of the one that forked it.
+    # psutil has no peak on Linux. ru_maxrss of a process includes the memory of the process that forked it.
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         (peak,) = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]

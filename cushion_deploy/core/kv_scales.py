@@ -1,4 +1,4 @@
-"""The scales of an INT8 key/value cache: one a head, or one a layer, for keys and for values."""
+"""Scales of an INT8 key/value cache, for keys and for values, per head or per layer."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("granularity", "estimator"), str),
     **{"tokens": int, "with_prefix": bool},
 }
-"""Types of what stands in a file beside the scales."""
+"""Types of the other entries of a scales file."""
 
 
 def kv_site(layer: int, part: KvPart) -> Site:
-    """Return the name of what enters a layer's cache, e.g. ``layers.3.kv.key``."""
+    """Return the Site name of a layer's cached keys or values, e.g. ``layers.3.kv.key``."""
     return Site(f"layers.{layer}.kv.{part}")
 
 
 @dataclass(frozen=True)
 class KvScales:
-    """Static symmetric scales of an INT8 cache, and what they were calibrated under.
+    """Static symmetric scales of an INT8 cache, and the conditions under which they were calibrated.
 
-    Codes are those of :func:`~cushion_deploy.core.fakequant.quantize`: int8, zero point 0, half to even.
+    Codes are computed by :func:`~cushion_deploy.core.fakequant.quantize`: int8, zero point 0, half to even.
 
     Attributes:
-        keys: float32 ``[layers, kv_heads]``, of keys after rotation.
+        keys: float32 ``[layers, kv_heads]``, for keys after rotation.
         values: float32 ``[layers, kv_heads]``.
         granularity: ``per-tensor`` has one scale for all heads of a layer.
         estimator: the range estimator.
-        lineage: model, prefix, smoothing and calibration text.
-        tokens: text tokens observed.
-        with_prefix: whether the prefix lies in the cache, so that it is quantized too; the scales then cover it.
+        lineage: digests of the model, prefix, smoothing and calibration text.
+        tokens: number of text tokens observed.
+        with_prefix: whether the prefix is in the cache and therefore quantized too; the scales then cover it.
     """
 
     keys: FloatArray
@@ -82,7 +82,7 @@ class KvScales:
         return scales
 
     def rows(self) -> Iterator[tuple[int, KvPart, FloatArray]]:
-        """Yield layer, part and :meth:`of` in the order of the computation."""
+        """Yield layer, part and the result of :meth:`of`, in the order of computation."""
         for layer in range(len(self.keys)):
             for part in KV_PARTS:
                 yield layer, part, self.of(layer, part)
@@ -94,7 +94,7 @@ class KvScales:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of scales and lineage."""
+        """SHA-256 of the scales and the lineage."""
         return digest_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:

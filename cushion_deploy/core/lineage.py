@@ -1,4 +1,4 @@
-"""What an artifact was made of, and the refusal to use it together with anything else."""
+"""What an artifact was made from, and the check that artifacts which are used together belong together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from cushion_deploy.errors import CushionError, UsageError
 
 _IN_FILES = {"kv_scales": "kv scales"}
-"""Names of parts in files, where they are not those of the attributes."""
+"""Names of parts in files that differ from those of the attributes."""
 _OTHER = {
     **{part: f"another {part}" for part in ("model", "prefix", "smoothing", "text", "scheme", "graph")},
     "scales": "other activation scales",
@@ -24,14 +24,14 @@ _OF_SCALES = {
 
 @dataclass(frozen=True)
 class Lineage:
-    """Digests (SHA-256, hex) of what an artifact was made of; empty where it does not depend on a part.
+    """Digests (SHA-256, hex) of everything that an artifact was made from; empty for parts it does not depend on.
 
     Attributes:
-        model: the weights and everything that decides how they run.
+        model: the weights and everything that determines how they run.
         prefix: keys and values of the prefix.
         smoothing: the factors that were folded into the weights.
         text: the calibration text.
-        scheme: what is quantized.
+        scheme: the quantization scheme.
         scales: static activation scales.
         kv_scales: scales of an INT8 cache.
         graph: the exported graph.
@@ -47,19 +47,19 @@ class Lineage:
     graph: str = ""
 
     def differences(self, expected: Mapping[str, str]) -> tuple[str, ...]:
-        """Return which of the given parts have another digest than the expected one, as words: ``another prefix``."""
+        """Return the parts whose digest is not the expected one, as phrases such as ``another prefix``."""
         return tuple(_OTHER[part] for part, digest in expected.items() if getattr(self, part) != digest)
 
     def require(
         self, made: str, hint: str, expected: Mapping[str, str], error: type[CushionError] = UsageError
     ) -> None:
-        """Refuse an artifact that was made of something else than what it is used with.
+        """Reject an artifact that was not made from the parts that it is used with.
 
         Args:
             made: the artifact and how it was made, such as ``the scales were calibrated under``.
-            hint: what to do about it.
-            expected: digests by part, for those parts that must agree.
-            error: what is raised.
+            hint: how to resolve the mismatch.
+            expected: the expected digest of each part that has to match.
+            error: type of the exception.
 
         Raises:
             CushionError: of type ``error``; the message names the first part that differs.
@@ -73,17 +73,17 @@ class Lineage:
 
     @classmethod
     def from_json(cls, data: Mapping[str, str]) -> Lineage:
-        """Rebuild from :meth:`to_json`; other keys are left to the caller."""
+        """Rebuild from :meth:`to_json`; other keys are ignored."""
         found = {field.name: data.get(_IN_FILES.get(field.name, field.name), "") for field in fields(cls)}
         return cls(**found)
 
     def to_scales(self) -> dict[str, str]:
-        """Return the parts that decide calibrated scales, under the keys of a file of scales."""
+        """Return the parts that determine calibrated scales, under the keys of a scales file."""
         return {key: getattr(self, part) for key, part in _OF_SCALES.items()}
 
     @classmethod
     def from_scales(cls, data: Mapping[str, str]) -> Lineage:
-        """Return the lineage that a file of scales holds; raises KeyError or TypeError where a digest is missing."""
+        """Return the lineage in a scales file; raises KeyError or TypeError if a digest is missing."""
         found = {part: data[key] for key, part in _OF_SCALES.items() if part != "smoothing" or key in data}
         for part, digest in found.items():
             if not isinstance(digest, str):

@@ -1,4 +1,4 @@
-"""What a model is: family, dimensions, positions, vocabulary, and the digest of its weights."""
+"""The specification of a model: family, dimensions, positions, vocabulary, and the digest of its weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cushion_deploy.errors import UsageError
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """Rotary position parameters: base and, per family, the scaling rule (Hugging Face ``rope_parameters``).
+    """Parameters of rotary positions: base and, per family, the scaling rule (Hugging Face ``rope_parameters``).
 
-    ``partial`` is the share of a head's channels that turns; the first ones do.
+    ``partial`` is the fraction of a head's channels that is rotated, counted from the first.
     """
 
     theta: float
@@ -30,17 +30,17 @@ class RotaryScaling:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model is: family, dimensions, vocabulary, and the digest of its weights.
+    """The specification of a model: family, dimensions, vocabulary, and the digest of its weights.
 
-    Attributes that are not plain:
-        activation: the function of the MLP, by the name that the graph builder knows.
+    Attributes that need an explanation:
+        activation: activation function of the MLP, by its name in the graph builder.
         rotary: None for a family without rotary positions.
-        local_rotary: of the layers with a window, where it differs.
-        windows: per layer, how many positions a token may look back, itself included; 0 for all. Empty: 0 everywhere.
-        norm_first: whether norms stand before a block; False puts them behind the residual sum.
-        attention_scale: what scores are multiplied by.
-        score_cap, logit_cap: c of c * tanh(x / c) on attention scores and on logits; 0 for none.
-        embedding_size: where it differs from the hidden size; 0 where not.
+        local_rotary: for layers with a window, if it differs.
+        windows: per layer, the number of positions a token can attend to, itself included; 0 for all. Empty: all 0.
+        norm_first: whether norms come before a block; False puts them after the residual sum.
+        attention_scale: factor of the attention scores.
+        score_cap, logit_cap: c of the soft cap c * tanh(x / c) on attention scores and on logits; 0 for none.
+        embedding_size: size of the embedding if it differs from the hidden size; otherwise 0.
     """
 
     family: str
@@ -74,11 +74,11 @@ class ModelSpec:
         if self.num_heads % self.num_kv_heads:
             raise UsageError(
                 f"{self.num_heads} attention heads are not a multiple of {self.num_kv_heads} key/value heads",
-                hint="the model's config.json is damaged; fetch it again",
+                hint="the model's config.json is damaged; download it again",
             )
 
     def window(self, layer: int) -> int:
-        """Return how far a layer looks back; 0 for everything."""
+        """Return the window of a layer in positions; 0 for no limit."""
         return self.windows[layer] if self.windows else 0
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The CushionCache: constant keys and values that stand before every text."""
+"""The CushionCache: constant keys and values that precede every text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prefix:
         token_ids: the tokens that produced it; empty for 'no prefix'.
         keys: float32 ``[layers, kv_heads, P, head_dim]``, after rotation.
         values: float32 ``[layers, kv_heads, P, head_dim]``.
-        model_digest: weights digest of the model it belongs to.
+        model_digest: weights digest of the model that the prefix belongs to.
     """
 
     token_ids: tuple[int, ...]
@@ -50,12 +50,12 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """P, the number of positions it occupies."""
+        """P, the number of positions that the prefix occupies."""
         return int(self.keys.shape[2])
 
     @property
     def lineage(self) -> Lineage:
-        """The model."""
+        """The digest of the model."""
         return Lineage(model=self.model_digest)
 
     @property

@@ -1,4 +1,4 @@
-"""How long-running work tells where it stands; the command line draws it, tests record it."""
+"""How long-running work reports progress; the command line displays it, tests record it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from contextlib import contextmanager
 from typing import Protocol
 
 TICK_SECONDS = 1.0
-"""Seconds between two reports of a step whose length is unknown; a shorter step reports nothing."""
+"""Seconds between two reports of a step of unknown length; a shorter step reports nothing."""
 
 
 class Progress(Protocol):
-    """Called with the name of a task, the units done and the units in all; also once with done == total.
+    """Called with the name of a task, the units done and the total number of units; once with done == total.
 
-    A total of 0 says that the length is unknown; the units are then seconds since the task began. ``note`` is what the
-    work has come to so far, such as a loss; it may change from report to report, the name may not.
+    A total of 0 means that the length is unknown; the units are then seconds since the start of the task. ``note`` is
+    an intermediate result, such as a loss; it may change between reports, the name must not.
     """
 
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        """Take one report."""
+        """Receive one report."""
         ...
 
 
 def silent(task: str, done: int, total: int, note: str = "") -> None:
-    """Report nothing."""
+    """Discard the report."""
 
 
 @contextmanager
 def elapsed(progress: Progress, task: str) -> Iterator[None]:
-    """Report the seconds that a step of unknown length has taken so far, from a thread, until it ends."""
+    """Report the elapsed seconds of a step of unknown length, from a thread, until it ends."""
     begin, over = time.monotonic(), threading.Event()
     ticks = 0
 

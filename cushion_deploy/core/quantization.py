@@ -1,4 +1,4 @@
-"""Everything that turns a floating-point model into the quantized one: what search, smoothing and calibration found."""
+"""Everything that makes a quantized model of a floating-point one: prefix, smoothing, scheme and scales."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _CALIBRATE = "run `cushion-deploy calibrate` for this model and prefix, and give
 
 @dataclass(frozen=True)
 class Quantization:
-    """Prefix, smoothing, scheme and scales that belong together.
+    """A prefix, smoothing factors, a scheme and scales that belong together.
 
     Attributes:
-        prefix: stands before every text; may be empty.
-        scheme: what is quantized; Sites that are kept in floating point are named in it.
-        scales: static activation scales behind the prefix; None leaves activations in floating point.
-        smoothing: folded into the weights; None for none.
-        kv_scales: scales of an INT8 cache behind the prefix; None for a cache in floating point.
+        prefix: the prefix that precedes every text; may be empty.
+        scheme: what is quantized, and which Sites stay in floating point.
+        scales: static activation scales, calibrated with the prefix; None leaves activations in floating point.
+        smoothing: factors folded into the weights; None for no smoothing.
+        kv_scales: scales of an INT8 cache, calibrated with the prefix; None for a floating-point cache.
 
     Raises:
         UsageError: a part was made for another model, prefix, smoothing or text than the others.
@@ -55,14 +55,14 @@ class Quantization:
 
     @property
     def static_scales(self) -> ActivationScales:
-        """The activation scales; raises UsageError where activations are in floating point."""
+        """The activation scales; raises UsageError if activations are in floating point."""
         if self.scales is None:
             raise UsageError("the model has no activation scales", hint="run `cushion-deploy calibrate` first")
         return self.scales
 
     @property
     def lineage(self) -> Lineage:
-        """Digests of its parts, and of the model."""
+        """The digests of the parts, and of the model."""
         return Lineage(
             model=self.prefix.model_digest,
             prefix=self.prefix.digest,
@@ -74,10 +74,10 @@ class Quantization:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the digests of its parts."""
+        """SHA-256 over the digests of the parts."""
         return digest_json(self.lineage.to_json())
 
     @property
     def float_twin(self) -> Quantization:
-        """The same model in floating point: same prefix and smoothing, nothing quantized."""
+        """The same model in floating point: same prefix and smoothing, no quantization."""
         return replace(self, scales=None, kv_scales=None)

@@ -1,4 +1,4 @@
-"""Static per-tensor scales of the activations."""
+"""Static per-tensor activation scales."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ESTIMATORS: tuple[Estimator, ...] = ("max", "percentile", "mse")
 
 @dataclass(frozen=True)
 class ActivationScales:
-    """Static per-tensor activation scales, and what they were calibrated under.
+    """Static per-tensor activation scales, and the conditions under which they were calibrated.
 
     Attributes:
-        scales: Site to scale; a float32 value kept as a Python float.
+        scales: scale of each Site, a float32 value as a Python float.
         estimator: the range estimator.
-        lineage: model, prefix, smoothing and calibration text.
-        tokens: text tokens observed.
-        zero_points: Site to the code of 0.0, between 0 and 2^bits - 1, for asymmetric codes; empty for symmetric.
-        bits: of the codes that the scales are for.
+        lineage: digests of the model, prefix, smoothing and calibration text.
+        tokens: number of text tokens observed.
+        zero_points: for asymmetric codes, the code of 0.0 at each Site, between 0 and 2^bits - 1; empty if symmetric.
+        bits: width of the codes.
     """
 
     scales: Mapping[Site, float]
@@ -46,7 +46,7 @@ class ActivationScales:
             if not math.isfinite(scale) or scale < float(np.finfo(np.float32).tiny):
                 raise UsageError(
                     f"Site {site}: scale {scale!r} is not a positive normal number",
-                    hint="look at the calibration text and the model's weights: this input is constant or not finite",
+                    hint="check the calibration text and the model's weights: this input is constant or not finite",
                 )
         if self.bits not in BITS:
             raise unknown_choice("number of bits of activation scales", str(self.bits), [str(b) for b in BITS])
@@ -58,12 +58,12 @@ class ActivationScales:
         for site, zero in self.zero_points.items():
             if not 0 <= zero < 2**self.bits:
                 raise UsageError(
-                    f"Site {site}: zero point {zero} is no code of {self.bits} bits",
+                    f"Site {site}: zero point {zero} is not a code of {self.bits} bits",
                     hint="run `cushion-deploy calibrate` again",
                 )
 
     def of(self, sites: Iterable[Site]) -> dict[Site, float]:
-        """Return the scales of these Sites; raises UsageError when one is missing."""
+        """Return the scales of these Sites; raises UsageError if one is missing."""
         wanted = list(sites)
         missing = [site for site in wanted if site not in self.scales]
         if missing:
@@ -74,16 +74,16 @@ class ActivationScales:
         return {site: self.scales[site] for site in wanted}
 
     def moved(self, scales: Mapping[Site, float], prefix: Prefix) -> ActivationScales:
-        """Return other scales of the same lineage behind another prefix, as tuning leaves them."""
+        """Return new scales with the same lineage but another prefix, as tuning produces them."""
         return replace(self, scales=dict(scales), lineage=replace(self.lineage, prefix=prefix.digest))
 
     @property
     def digest(self) -> str:
-        """SHA-256 of scales and lineage."""
+        """SHA-256 of the scales and the lineage."""
         return digest_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict; zero points and bits stand in it only where they are not the deployable ones."""
+        """Return a JSON-ready dict; zero points and bits are written only if they are not the deployable ones."""
         data = {**asdict(self), "scales": dict(sorted(self.scales.items())), **self.lineage.to_scales()}
         del data["lineage"]
         data["zero_points"] = dict(sorted(self.zero_points.items()))

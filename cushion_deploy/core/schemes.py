@@ -1,11 +1,11 @@
-"""Quantization schemes and their names: a grammar that composes them, and the settings of the paper's tables.
+"""Quantization schemes: a grammar of names, the deployable precisions, and the settings of the paper's tables.
 
-A name is ``w<bits>a<bits>`` and words joined by hyphens: how activation scales are made (``static``, ``dynamic`` or
-``per-token``), ``asym`` for asymmetric activations, ``g<size>`` for group-wise weights, ``smooth`` for SmoothQuant.
-In its canonical form the granularity is left out of deployable schemes alone, so that nobody takes another for one:
-``w8a8`` and ``w8a8-smooth`` are deployable, and ``w8a8-static-asym`` is not.
+A name is ``w<bits>a<bits>`` followed by words joined with hyphens: the granularity of activation scales (``static``,
+``dynamic`` or ``per-token``), ``asym`` for asymmetric activations, ``g<size>`` for group-wise weights, ``smooth`` for
+SmoothQuant. The canonical name omits the granularity of deployable schemes only, so that they cannot be confused with
+others: ``w8a8`` and ``w8a8-smooth`` are deployable, and ``w8a8-static-asym`` is not.
 
-A name says how numbers are quantized. Where, is said beside it: the head, and Sites kept in floating point.
+A name says how numbers are quantized, not where: the head and the Sites kept in floating point are separate fields.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.store.digests import digest_json
 
 Granularity = Literal["static", "dynamic", "per-token"]
-"""Of activation scales: per-tensor static, per-tensor dynamic, per-token dynamic."""
+"""Granularities of activation scales: per-tensor static, per-tensor dynamic, per-token dynamic."""
 GRANULARITIES: tuple[Granularity, ...] = ("static", "dynamic", "per-token")
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """How the inputs and weights of linears are quantized, and which of them.
+    """How the inputs and weights of linears are quantized, and which linears.
 
-    The default is the deployable one: what TensorRT runs in INT8 (zero point 0 on both operands). Everything
-    else exists as fake-quantization alone.
+    The default is the deployable scheme: what TensorRT runs in INT8 (zero point 0 on both operands). Other schemes
+    exist only as fake quantization.
 
     Attributes:
-        name: of the numeric format in the grammar of :func:`parse_scheme`.
-        weight_bits, activation_bits: 8, 6 or 4; weights are symmetric always.
+        name: name of the numeric format, in the grammar of :func:`parse_scheme`.
+        weight_bits, activation_bits: 8, 6 or 4; weights are always symmetric.
         quantize_head: whether the output head is quantized.
-        activations: one constant scale a Site (static), one a window and forward pass (dynamic), one a token.
-        symmetric: activations with zero point 0; else a range from minimum to maximum, zero always in it.
-        weight_group: input features that share a weight scale, within one output channel (the last group may
-            be shorter); 0 for one scale an output channel.
-        smoothing: meant for a model that SmoothQuant is folded into.
+        activations: one constant scale per Site (static), one per window and forward pass (dynamic), or one per token.
+        symmetric: True for activations with zero point 0, False for a range from minimum to maximum that includes zero.
+        weight_group: number of input features that share a weight scale, within one output channel (the last group may
+            be smaller); 0 for one scale per output channel.
+        smoothing: whether the scheme is meant for a model with SmoothQuant factors folded in.
         float_sites: Sites whose input and weights stay in floating point.
     """
 
@@ -63,13 +63,13 @@ class QuantScheme:
             raise unknown_choice("granularity of activation scales", self.activations, list(GRANULARITIES))
         if self.weight_group < 0:
             raise UsageError(
-                f"weight group of {self.weight_group} input features",
+                f"a weight group has {self.weight_group} input features",
                 hint="give a positive size, or 0 for one scale per output channel",
             )
 
     @property
     def why_not_deployable(self) -> str:
-        """What the engines' INT8 kernels lack for this scheme, in words; empty for a deployable one."""
+        """Why the engines' INT8 kernels cannot run this scheme; empty for a deployable scheme."""
         reasons = []
         if (self.weight_bits, self.activation_bits) != (8, 8):
             reasons.append(f"{self.weight_bits}-bit weights and {self.activation_bits}-bit activations are not INT8")
@@ -83,14 +83,14 @@ class QuantScheme:
 
     @property
     def deployable(self) -> bool:
-        """Whether it can be exported; what cannot is for evaluation alone."""
+        """Whether the scheme can be exported; other schemes are for evaluation only."""
         return not self.why_not_deployable
 
     def of(self, sites: Mapping[Site, _T]) -> dict[Site, _T]:
-        """Return those of a model's Sites (the head among them) that are quantized.
+        """Return the quantized ones among a model's Sites (the head is one of them).
 
         Raises:
-            UsageError: one of ``float_sites`` is no Site of the model.
+            UsageError: one of ``float_sites`` is not a Site of the model.
         """
         unknown = [site for site in self.float_sites if site not in sites]
         if unknown:
@@ -100,7 +100,7 @@ class QuantScheme:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the scheme; the order of ``float_sites`` does not count."""
+        """SHA-256 of the scheme; independent of the order of ``float_sites``."""
         return digest_json({**asdict(self), "float_sites": sorted(self.float_sites)})
 
 
@@ -111,12 +111,12 @@ GRANULARITY_WORDS: dict[Granularity, str] = {
 }
 
 PRECISIONS: dict[str, QuantScheme] = {"w8a8": QuantScheme()}
-"""Deployable precisions by name, as ``--precision`` takes them."""
+"""Deployable precisions by the names that ``--precision`` accepts."""
 
 PAPER_GROUP = 128
-"""The paper says group-wise and no size; 128 is the field's usual one."""
+"""The paper says group-wise without a size; 128 is the common choice."""
 PAPER_ALPHA = 0.8
-"""Migration strength of SmoothQuant in the paper."""
+"""SmoothQuant's migration strength in the paper."""
 
 _PAPER = {
     "o1": (8, "per-token"),
@@ -131,11 +131,11 @@ PRESETS: dict[str, str] = {
     for algorithm, suffix in (("naive", ""), ("smoothquant", "-smooth"))
     for setting, (bits, granularity) in _PAPER.items()
 }
-"""Settings of the paper's tables and the names that they stand for: W8A8 at every granularity as SmoothQuant numbers
-them (O1 per-token dynamic, O2 per-tensor dynamic, O3 per-tensor static), W6A6 and W4A4 per token."""
+"""Settings of the paper's tables and the schemes that they stand for: W8A8 at every granularity in SmoothQuant's
+numbering (O1 per-token dynamic, O2 per-tensor dynamic, O3 per-tensor static), W6A6 and W4A4 per token."""
 
 _FORMAT = re.compile(rf"w([{''.join(map(str, BITS))}])a([{''.join(map(str, BITS))}])")
-# The hyphen of per-token belongs to the word.
+# The hyphen in per-token is not a separator.
 _HYPHEN = re.compile(r"-(?!token)")
 _GROUP = re.compile(r"g([1-9]\d{0,5})")
 _FORMATS = [f"w{w}a{a}" for w in BITS for a in BITS]
@@ -143,14 +143,14 @@ _WORDS = [*GRANULARITIES, "asym", "g<size>", "smooth"]
 
 
 def parse_scheme(name: str, *, quantize_head: bool = True) -> QuantScheme:
-    """Return the scheme of a preset or of any composition of the grammar, under its canonical name.
+    """Return the scheme for the name of a preset or any composition of the grammar, under its canonical name.
 
     Args:
         name: such as ``w8a8``, ``w4a4-per-token-g128`` or ``naive-o3``; words may come in any order.
-        quantize_head: whether the output head is quantized too, which no name says.
+        quantize_head: whether the output head is quantized too; names do not express this.
 
     Raises:
-        UsageError: an unknown word, a word said twice, or two granularities.
+        UsageError: a word is unknown or repeated, or there are two granularities.
     """
     head, hyphen, rest = PRESETS.get(name, name).partition("-")
     numbers = _FORMAT.fullmatch(head)
@@ -160,14 +160,14 @@ def parse_scheme(name: str, *, quantize_head: bool = True) -> QuantScheme:
     for word in _HYPHEN.split(rest) if hyphen else []:
         field, value = _meaning(word, name)
         if field in chosen:
-            raise UsageError(f"scheme '{name}' says twice what {field} is", hint=f"leave '{word}' out, or the other")
+            raise UsageError(f"scheme '{name}' sets {field} twice", hint=f"remove '{word}' or the other one")
         chosen[field] = value
     scheme = QuantScheme("", int(numbers[1]), int(numbers[2]), quantize_head, **chosen)
     return replace(scheme, name=canonical_name(scheme))
 
 
 def _meaning(word: str, name: str) -> tuple[str, Any]:
-    """Return the field of QuantScheme that a word of a name decides, and its value."""
+    """Return the field of QuantScheme that a word sets, and its value."""
     if word in GRANULARITIES:
         return "activations", word
     if word == "asym":
@@ -180,7 +180,7 @@ def _meaning(word: str, name: str) -> tuple[str, Any]:
 
 
 def canonical_name(scheme: QuantScheme) -> str:
-    """Return the one name of a scheme's numeric format; head and float Sites have no part in it."""
+    """Return the canonical name of a scheme's numeric format, which ignores the head and float Sites."""
     words = [f"w{scheme.weight_bits}a{scheme.activation_bits}"]
     words += [] if scheme.deployable else [scheme.activations]
     words += [] if scheme.symmetric else ["asym"]
@@ -190,7 +190,7 @@ def canonical_name(scheme: QuantScheme) -> str:
 
 
 def describe(scheme: QuantScheme) -> str:
-    """Return the scheme in words, ending in whether it can be deployed and, if not, why."""
+    """Describe the scheme in a sentence that ends with whether it is deployable and, if not, why."""
     parts = [
         f"{scheme.activation_bits}-bit activations, {GRANULARITY_WORDS[scheme.activations]}, "
         + ("symmetric" if scheme.symmetric else "asymmetric"),

@@ -23,7 +23,7 @@ NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.floa
 """Types of caches in host memory; numpy has no bfloat16, so that is float32 there."""
 CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 """Bytes per element of a cache in device memory."""
-_SCALES = "open the graph with its kv_scales.json beside it"
+_SCALES = "keep kv_scales.json in the folder of the graph"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -130,7 +130,7 @@ def first_caches(
     if found != contract.prefix_slots:
         raise UsageError(
             f"every cache begins with a prefix of {contract.prefix_slots} positions, the given one has {found}",
-            hint="open the graph with its prefix.safetensors beside it",
+            hint="keep prefix.safetensors in the folder of the graph",
         )
     dtype = NUMPY_TYPES[contract.cache_dtype]
     if prefix is None:
@@ -203,8 +203,8 @@ def checked_inputs(
     # Left padding takes no position, but some row may have none.
     if total > limit:
         raise UsageError(
-            f"a context of {total} tokens is longer than the {limit} that the engine has room for",
-            hint=f"shorten the prompt or ask for fewer new tokens, {limit} together",
+            f"a context of {total} tokens exceeds the engine's limit of {limit}",
+            hint=f"shorten the prompt or ask for fewer new tokens, {limit} in total",
         )
     if ids.min() < 0 or ids.max() >= contract.vocab_size:
         raise UsageError(
@@ -223,7 +223,7 @@ def checked_inputs(
     if positions.shape != (batch, new) or positions.dtype != np.int64:
         raise UsageError(
             f"positions are {positions.dtype} {list(positions.shape)}, expected int64 {[batch, new]}",
-            hint="leave them out to have them counted",
+            hint="omit them to derive them from the mask",
         )
     if slots := contract.prefix_slots:
         mask, positions = np.concatenate([np.ones((batch, slots), dtype=np.int64), mask], axis=1), positions + slots

@@ -16,12 +16,12 @@ from cushion_deploy.store.digests import digest_arrays
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What every input channel of a Site is divided by, and the weights behind it multiplied with (SmoothQuant).
+    """Factors that divide the input channels of each Site and multiply the weights behind it (SmoothQuant).
 
     Attributes:
         factors: Site to float32 ``[features]``, positive; empty for no smoothing.
-        alpha: how much of the size moved into the weights, 0 to 1.
-        model_digest: weights digest of the model it was measured on.
+        alpha: migration strength, 0 to 1: the share of the difficulty that is moved into the weights.
+        model_digest: weights digest of the model that the factors were measured on.
     """
 
     factors: Mapping[Site, FloatArray]
@@ -38,12 +38,12 @@ class Smoothing:
 
     @property
     def lineage(self) -> Lineage:
-        """The model."""
+        """The digest of the model."""
         return Lineage(model=self.model_digest)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what a folded weight depends on; empty for no smoothing."""
+        """SHA-256 of everything that a folded weight depends on; empty for no smoothing."""
         if not self.factors:
             return ""
         return digest_arrays([("model " + self.model_digest, np.zeros(0, np.float32)), *sorted(self.factors.items())])

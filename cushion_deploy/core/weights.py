@@ -1,4 +1,4 @@
-"""The weights of a model as the exporter reads them: by name, in blocks of rows, never the whole model at once."""
+"""Access to the weights of a model for export: by name and in blocks of rows, never the whole model at once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Protocol
 from cushion_deploy.core.dtypes import FloatArray
 
 BLOCK_BYTES = 16 * 2**20
-"""Size of a block in float32; a tensor is read, folded and quantized in pieces of this size."""
+"""Size of a block in float32, in which tensors are read, folded and quantized."""
 
 
 class WeightSource(Protocol):
-    """Named weight tensors, read in pieces, so that export never holds a second copy of the model."""
+    """Named weight tensors that can be read in pieces, so that export never holds a second copy of the model."""
 
     def names(self) -> frozenset[str]:
-        """Return every tensor name, as the module spells it."""
+        """Return the names of all tensors, as in the module."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:

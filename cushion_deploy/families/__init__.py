@@ -1,4 +1,4 @@
-"""Model families: one file of data each, one line in the table below."""
+"""Model families: one data file per family, and the table that lists them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def get_family(name: str) -> Family:
-    """Return a family by its own name."""
+    """Return a family by its name."""
     return FAMILIES[name]
 
 
@@ -40,7 +40,7 @@ def family_for_model_type(model_type: str | None) -> Family:
     """Return the family that covers a ``model_type`` of config.json.
 
     Raises:
-        UsageError: nothing covers it; the hint lists what is supported.
+        UsageError: no family covers it; the hint lists what is supported.
     """
     for family in FAMILIES.values():
         if model_type in family.model_types:

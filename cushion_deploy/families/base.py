@@ -1,4 +1,4 @@
-"""What there is to know about a model family, as data that the torch side and the export side both read."""
+"""The description of a model family, as data that both the torch code and the exporter read."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-"""Names that configurations use for the functions that the graph builder knows."""
+"""Names in configurations of the activation functions that the graph builder supports."""
 
 
 @dataclass(frozen=True)
 class Absorber:
-    """The norm or linear before a Site whose output channels are the Site's input channels up to a factor.
+    """The norm or linear before a Site whose output channels are, up to a factor, the Site's input channels.
 
-    Dividing its tensors along their first axis divides the Site's input.
+    Dividing its tensors along the first axis divides the input of the Site.
 
     Attributes:
-        path: of the module, inside the layer.
-        part: which of how many equal parts of its output channels, for linears that are stored as one.
-        norm: whether it is a norm; one that stands behind the residual sum is no absorber, because the sum reads it.
+        path: path of the module inside the layer.
+        part: index and number of equal parts of its output channels, for linears that are stored as one.
+        norm: whether the module is a norm. A norm after the residual sum cannot absorb a factor: the sum reads it too.
     """
 
     path: str
@@ -43,7 +43,7 @@ class Absorber:
 class SiteRule:
     """One quantized input of a layer and the linears that share it, by module path inside the layer.
 
-    ``absorber`` is None where nothing before the Site can absorb a factor.
+    ``absorber`` is None if no module before the Site can absorb a factor.
     """
 
     kind: str
@@ -56,38 +56,38 @@ class Family:
     """A decoder-only architecture.
 
     Attributes:
-        name: the name in reports and the key of the table.
+        name: the name in reports, and the key in the table of families.
         model_types: values of ``model_type`` in config.json that this description covers.
         layers: path of the list of layers.
-        embedding, final_norm, head: paths of the modules around the layers; a final norm without tensors is none.
-        attention_norm, mlp_norm: paths inside a layer, of the norms before attention and MLP (behind the residual
-            sum instead where ``ModelSpec.norm_first`` is False).
-        sites: quantized inputs of a layer in the order of the computation: input of q/k/v, of the output
-            projection, of gate/up or the first linear of the MLP, and of the last linear of the MLP.
-        activation_key: key of the activation function in config.json; None where ``activation`` is built in.
-        activation: used where the configuration names none.
-        norm_eps_key: key of the norm's epsilon; None for the 1e-5 of torch.
-        intermediate_key: key of the MLP's inner size; without a value it is four times the hidden size.
-        norm: root mean square, or mean and variance with a bias.
-        norm_offset: added to a norm's stored weight.
-        attention_post_norm, mlp_post_norm: norms of a block's output before it is added to the residual.
+        embedding, final_norm, head: paths of the modules around the layers; a final norm without tensors is skipped.
+        attention_norm, mlp_norm: paths inside a layer of the norms before attention and MLP (after the residual sum if
+            ``ModelSpec.norm_first`` is False).
+        sites: quantized inputs of a layer in the order of computation: input of q/k/v, of the output projection, of
+            gate/up or the first linear of the MLP, and of the last linear of the MLP.
+        activation_key: key of the activation function in config.json; None if ``activation`` is fixed.
+        activation: activation function if the configuration names none.
+        norm_eps_key: key of the norm's epsilon; None for the default of torch, 1e-5.
+        intermediate_key: key of the MLP's inner size; if it has no value, the size is four times the hidden size.
+        norm: RMS norm, or a layer norm with mean, variance and bias.
+        norm_offset: constant that is added to a norm's stored weight.
+        attention_post_norm, mlp_post_norm: norms of a block's output before it is added to the residual stream.
         query_norm, key_norm: norms of each head's query and key, before rotation.
-        embedding_norm: path of a norm right behind the embedding.
-        embedding_in, embedding_out: paths of linears between embedding size and hidden size, where a model has them.
+        embedding_norm: path of a norm directly after the embedding.
+        embedding_in, embedding_out: paths of linears between embedding size and hidden size, if the model has them.
         scaled_embedding: whether embeddings are multiplied by the square root of the hidden size.
-        positions: how a token knows its place.
+        positions: kind of position encoding.
         position_embedding: path of the table of learned positions.
-        position_offset: what is added to a position before it is looked up.
-        rotary_rules: scaling rules of rotary positions that the graph builder knows for this family.
-        partial_rotary: whether ``partial_rotary_factor`` counts.
-        windows: which layers a ``sliding_window`` holds for; ``by_layer`` means those that ``layer_types`` names.
-        qkv: how one linear for q, k and v orders its outputs: all of q, then k, then v, or q, k, v head by head.
-        gated: whether the MLP multiplies its activation with a second linear.
-        needs_bos: whether the model is never run without its ``<bos>``: without it, it says nothing of use. Whatever is
-            measured without a prefix then has that token before every text, and a search begins with it.
-        transposed: last parts of the paths of linears that are stored ``[in, out]``.
-        attention: implementation in transformers that computes the whole function.
-        required: values that config.json must have (or leave out) to be covered by this description.
+        position_offset: constant that is added to a position before the lookup.
+        rotary_rules: scaling rules of rotary positions that the graph builder supports for this family.
+        partial_rotary: whether the setting ``partial_rotary_factor`` applies.
+        windows: layers that a ``sliding_window`` applies to; ``by_layer`` means those listed in ``layer_types``.
+        qkv: order of the outputs of a fused linear: all of q, then k, then v; or q, k, v head by head.
+        gated: whether the MLP multiplies its activation by the output of a second linear.
+        needs_bos: whether the model only works with ``<bos>`` before the text. Measurements without a prefix then put
+            that token before every text, and a search starts with it.
+        transposed: last path components of linears that are stored as ``[in, out]``.
+        attention: attention implementation in transformers that computes the complete function.
+        required: values that config.json must have, or omit, to be covered by this description.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Family:
         return f"{self.layers}.{index}"
 
     def linears(self, spec: ModelSpec, *, head: bool) -> dict[Site, tuple[str, ...]]:
-        """Return every Site with the paths of the linears it feeds, in the order of the computation."""
+        """Return every Site with the paths of the linears that it feeds, in the order of computation."""
         found = {
             layer_site(i, rule.kind): tuple(f"{self.layer(i)}.{path}" for path in rule.linears)
             for i in range(spec.num_layers)

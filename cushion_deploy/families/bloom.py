@@ -1,4 +1,4 @@
-"""BLOOM: ALiBi, a norm behind the embedding, GELU, one linear for q, k and v that orders them head by head."""
+"""BLOOM: ALiBi, a norm after the embedding, GELU, one linear for q, k and v that orders them head by head."""
 
 from cushion_deploy.families.base import Absorber, Family, SiteRule
 

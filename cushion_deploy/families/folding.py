@@ -1,7 +1,7 @@
-"""Where a smoothing goes: which tensor of a model takes up which factor. Read by torch and by the exporter alike.
+"""Fold smoothing factors: which tensor of a model absorbs which factor. Used by torch and by the exporter.
 
 X W = (X / s) (s W) for every input channel. The division is folded into the norm or linear before the Site, the
-product into the linears after it: the folded model computes the same function with the same operators.
+multiplication into the linears after it: the folded model computes the same function with the same operators.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cushion_deploy.families import Absorber, Family
 
 
 def absorbers(family: Family, spec: ModelSpec) -> dict[Site, Absorber]:
-    """Return every Site that can be smoothed, with what absorbs the division; paths from the root of the model."""
+    """Return every Site that can be smoothed, with its absorber; paths start at the root of the model."""
     return {
         layer_site(i, rule.kind): replace(rule.absorber, path=f"{family.layer(i)}.{rule.absorber.path}")
         for i in range(spec.num_layers)
@@ -30,13 +30,13 @@ def absorbers(family: Family, spec: ModelSpec) -> dict[Site, Absorber]:
 
 
 class FoldedWeights:
-    """The tensors of a model with the factors of a smoothing folded in (a ``WeightSource``)."""
+    """The tensors of a model with smoothing factors folded in (a ``WeightSource``)."""
 
     def __init__(self, weights: WeightSource, family: Family, spec: ModelSpec, smoothing: Smoothing) -> None:
-        """Work out which tensor is divided along its first axis and which is multiplied along its last.
+        """Determine which tensors are divided along their first axis and which are multiplied along their last.
 
         Raises:
-            UsageError: the smoothing was measured on another model, or lacks a Site.
+            UsageError: the factors were measured on another model, or a Site is missing.
         """
         self._weights = weights
         self._divide: dict[str, tuple[Absorber, FloatArray]] = {}
@@ -75,7 +75,7 @@ class FoldedWeights:
             tensor = tensor * self._multiply[name]
         if name in self._divide:
             absorber, factor = self._divide[name]
-            # What a norm multiplies by is its stored weight and the offset together.
+            # A norm multiplies by its stored weight plus the offset.
             offset = np.float32(self._norm_offset if absorber.norm and name.endswith(".weight") else 0)
             part, parts = absorber.part
             count = self.shape(name)[0]

@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and after each block, (1 + w) norms, scaled embeddings, soft caps, every other layer local."""
+"""Gemma 2: norms before and after each block, (1 + w) norms, scaled embeddings, soft caps, every second layer local."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ GEMMA2 = replace(
     ),
     activation_key="hidden_activation",
     activation="gelu_tanh",
-    # transformers' sdpa leaves out the soft cap of attention scores.
+    # transformers' sdpa ignores the soft cap of attention scores.
     attention="eager",
     rotary_rules=("default", "linear"),
     windows="by_layer",

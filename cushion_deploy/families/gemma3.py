@@ -1,4 +1,4 @@
-"""Gemma 3, text: a Gemma 2 with norms of query and key, two rotary bases, and five local layers to a global one."""
+"""Gemma 3, text: a Gemma 2 with norms of query and key, two rotary bases, and five local layers per global layer."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, layer norms, GELU; linears stored transposed, q, k and v in one."""
+"""GPT-2: learned positions, layer norms, GELU; linears stored transposed, with q, k and v in one."""
 
 from cushion_deploy.families.base import Absorber, Family, SiteRule
 

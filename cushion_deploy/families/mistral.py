@@ -1,4 +1,4 @@
-"""Mistral: a llama whose layers may look back no further than a sliding window."""
+"""Mistral: a Llama whose layers may attend to a sliding window only."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4-mini: a llama with one linear for q, k and v, and one for gate and up."""
+"""Phi-3 and Phi-4-mini: a Llama with one linear for q, k and v, and one for gate and up."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: a llama with biases on q, k and v; upper layers may use a sliding window."""
+"""Qwen2 and Qwen2.5: a Llama with biases on q, k and v; upper layers may use a sliding window."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Qwen3: a llama with norms of each head's query and key, and a head size of its own."""
+"""Qwen3: a Llama with norms of each head's query and key, and an independent head size."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Climb the ladder for a graph: every rung, from what is written in the graph to the engine's own free run."""
+"""Run the parity ladder for a graph: every rung, from the constants in the graph to free runs of the engine."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Climb:
-    """One climb.
+    """One run of the parity ladder.
 
     Attributes:
-        model: the model with the smoothing folded in.
-        quantization: what the graphs were made of.
-        reference: what torch computed on the parity text.
+        model: the model with the smoothing factors folded in.
+        quantization: the quantization that the graphs were exported from.
+        reference: the result of torch on the parity text.
         graph: the bundle's graph.
         twin: the same graph in floating point.
         plans: other graphs that engines were compiled from.
-        tokens: tokens to decode one by one.
-        progress: where to report.
-        engine_perplexity: of the engine, once :meth:`rungs` has ended.
+        tokens: number of tokens to decode one by one.
+        progress: receives progress.
+        engine_perplexity: perplexity of the engine, set when :meth:`rungs` ends.
     """
 
     model: TorchRunner
@@ -106,5 +106,5 @@ class Climb:
 
 
 def plan_name(graph: ExportedGraph) -> str:
-    """Return what the graph behind a plan is called: its type, and whether its cache is static."""
+    """Return the name of the graph behind a plan: its type, and whether its cache is static."""
     return f"{graph.contract.dtype} graph" + (" with a static cache" if graph.contract.cache_capacity else "")

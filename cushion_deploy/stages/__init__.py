@@ -1,1 +1,1 @@
-"""The pipeline: one stage a file, and the table of stages and edges that makes a build of them."""
+"""The build pipeline: one file per stage, and ``pipeline.py``, which connects the stages."""

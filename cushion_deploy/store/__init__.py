@@ -1,7 +1,7 @@
-"""Files that survive kills and refuse damage: the stage store, the bundle manifest and publication.
+"""Files that survive killed processes and detect damage: the stage store, the bundle manifest and publication.
 
-Promises: a finished folder is complete or absent, whatever stops the process; no byte of a stage or a bundle is
-trusted before its SHA-256 was compared. Knows nothing of models, graphs or engines.
+A finished folder is either complete or absent, however the process stops; no byte of a stage or a bundle is trusted
+before its SHA-256 has been compared. The package knows nothing of models, graphs or engines.
 """
 
 from __future__ import annotations

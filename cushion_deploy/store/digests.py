@@ -1,4 +1,4 @@
-"""Digests of values: what identifies an artifact and its parents."""
+"""Digests of values, which identify an artifact and its parents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single files and trees: hash, list, sync to disk, link, remove, and disk errors put into words."""
+"""Files and folders: hash, list, sync to disk, link and remove them, and turn disk errors into messages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def list_files(folder: Path) -> dict[str, int]:
     Empty folders hold no bytes and are not listed.
 
     Raises:
-        UntrustedArtifact: a symbolic link or a special file (pipe, socket, device) lies anywhere below.
+        UntrustedArtifact: the folder contains a symbolic link or a special file (pipe, socket, device) at any depth.
         OSError: a folder cannot be read.
     """
     found: dict[str, int] = {}
@@ -67,14 +67,14 @@ def list_files(folder: Path) -> dict[str, int]:
                     kind = "a symbolic link" if stat.S_ISLNK(info.st_mode) else "a special file"
                     raise UntrustedArtifact(
                         f"{relative!r} in {folder} is {kind}; only plain files are expected",
-                        hint="copy the folder with links resolved, or make it again",
+                        hint="copy the folder with links resolved, or create it again",
                     )
     return dict(sorted(found.items()))
 
 
 def sync_file(path: Path) -> None:
-    """Force a file, or a folder's list of names, to disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and writes their entries through
+    """Force a file, or the entries of a folder, to disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders; it writes their entries through
         return
     fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -84,7 +84,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Force every file and folder below ``folder``, then itself, to disk."""
+    """Force every file and folder below ``folder``, and the folder itself, to disk."""
     for current, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync_file(Path(current, name))
@@ -92,7 +92,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that a kill leaves either the old content or the new, never a part."""
+    """Write a file so that a killed process leaves either the old or the new content, never a part of it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with open(temporary, "xb") as f:
@@ -107,22 +107,22 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def place(src: Path, dst: Path, *, link: bool = True) -> None:
-    """Put the file ``src`` at ``dst`` as well, creating folders; a link is followed, never copied as a link.
+    """Make the file ``src`` available at ``dst``, creating folders; a symbolic link is followed, not copied as a link.
 
     Args:
-        src: an existing file; with ``link``, one of the stage store's.
-        dst: where it shall also be; must not exist.
-        link: share the bytes through a hard link where the file system can; False always copies, which is right for
-            files that belong to the user.
+        src: an existing file; with ``link``, a file of the stage store.
+        dst: the second path; must not exist.
+        link: share the bytes through a hard link if the file system supports it; False always copies, which is needed
+            for files that belong to the user.
 
     Raises:
-        OSError: neither worked.
+        OSError: neither linking nor copying is possible.
     """
     dst.parent.mkdir(parents=True, exist_ok=True)
     real = src.resolve(strict=True)
-    # Decision: a hard link halves the disk and the time that a bundle of gigabytes takes. Its price is that an edit
-    # in place of the bundle's file also changes the stage's file. That cannot pass unseen: the store compares every
-    # digest before it reuses a stage and sweeps away one that differs, so the price is one stage run again.
+    # Decision: a hard link halves the disk space and the time that a bundle of several gigabytes needs. Its price is
+    # that editing the bundle's file in place also changes the stage's file. This cannot go unnoticed: the store
+    # compares every digest before it reuses a stage and removes a stage that differs, so the price is one more run.
     if link:
         try:
             os.link(real, dst)
@@ -130,25 +130,25 @@ def place(src: Path, dst: Path, *, link: bool = True) -> None:
         except FileExistsError:
             raise
         except OSError as e:
-            # Another file system, one without hard links, or another owner's file: a copy always serves.
-            logger.debug("copying %s, a hard link is not possible: %s", real, e)
+            # Another file system, one without hard links, or a file of another owner: a copy always works.
+            logger.debug("copying %s, because a hard link is not possible: %s", real, e)
     if dst.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(dst))
     shutil.copyfile(real, dst)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder; what cannot be removed is logged, so that clean-up never hides the error that led to it."""
+    """Remove a folder; failures are logged, so that clean-up never hides the error that led to it."""
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
         return
     except OSError as e:
-        logger.warning("could not remove %s: %s; remove it by hand", folder, e)
+        logger.warning("could not remove %s: %s; remove it manually", folder, e)
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the bytes free to this user where ``folder`` is, or would be created."""
+    """Return the bytes that are free for this user at the location of ``folder``, which need not exist."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -156,7 +156,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def human_bytes(count: int) -> str:
-    """Return a count of bytes as a person reads it, in decimal units as disks are sold."""
+    """Format a number of bytes in decimal units, as used for disks."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -166,22 +166,22 @@ def human_bytes(count: int) -> str:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Check that ``needed`` bytes are free where ``folder`` is or will be.
+    """Check that ``needed`` bytes are free at the location of ``folder``, which need not exist.
 
     Raises:
-        UsageError: they are not.
+        UsageError: there is not enough space.
     """
     free = free_bytes(folder)
     if free < needed:
         raise UsageError(
             f"not enough disk space for {folder}: {human_bytes(needed)} needed, {human_bytes(free)} free",
-            hint=f"free another {human_bytes(needed - free)} there, or choose a folder on a larger disk",
+            hint=f"free {human_bytes(needed - free)} more there, or choose a folder on a larger disk",
         )
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk, a missing permission and the like, raised while writing ``folder``, into a UsageError.
+    """Turn a full disk, a missing permission and similar errors while writing ``folder`` into a UsageError.
 
     Other errors pass unchanged.
     """
@@ -192,7 +192,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if e.errno in _FULL:
             raise UsageError(
                 f"cannot write {where}: {e.strerror} ({human_bytes(free_bytes(folder))} free)",
-                hint="free some space or choose a folder on a larger disk, and run again; finished stages are kept",
+                hint="free some space or choose a folder on a larger disk, and run again (finished stages are kept)",
             ) from e
         if e.errno in _REFUSED:
             raise UsageError(

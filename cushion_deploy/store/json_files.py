@@ -1,4 +1,4 @@
-"""JSON files that a stage leaves behind."""
+"""JSON files that stages write."""
 
 from __future__ import annotations
 

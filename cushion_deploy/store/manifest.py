@@ -1,4 +1,4 @@
-"""The bundle manifest ``cushion.json``, and the check of a folder against it that precedes every use."""
+"""The bundle manifest ``cushion.json``, and the verification of a bundle against it before every use."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LIMIT = 16 * 1024 * 1024
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!-]{0,39}")
-_REBUILD = "the folder was altered or damaged on its way; copy it again or build it again"
+_REBUILD = "the folder was altered or damaged; copy it again or build it again"
 
 
 def tool_version() -> str:
-    """Return the installed version of cushion-deploy, ``0+source`` when it runs from a source tree."""
+    """Return the installed version of cushion-deploy; ``0+source`` if it runs from a source tree."""
     try:
         return importlib.metadata.version(TOOL)
     except importlib.metadata.PackageNotFoundError:
@@ -39,7 +39,7 @@ def tool_version() -> str:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a manifest says of one file: SHA-256 (64 lower-case hex digits) and size in bytes."""
+    """Entry of a file in a manifest: SHA-256 (64 lower-case hex digits) and size in bytes."""
 
     sha256: str
     size: int
@@ -47,16 +47,16 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class BundleManifest:
-    """What a bundle is made of.
+    """The contents of a bundle.
 
     Attributes:
-        files: relative POSIX path to entry; the exact file set, the manifest itself left out.
-        recipe: the recipe it was built with, JSON-ready.
-        parents: name to digest of what it was made from.
+        files: the exact set of files, as entries by relative POSIX path; the manifest itself is not included.
+        recipe: the recipe that the bundle was built with, JSON-ready.
+        parents: digests of everything that the bundle was made from, by name.
         created: UTC time in ISO 8601, to the second.
-        version: version of the tool that wrote it.
-        tool: name of the tool that wrote it.
-        schema: version of this format.
+        version: version of the tool that wrote the manifest.
+        tool: name of that tool.
+        schema: version of the manifest format.
     """
 
     files: Mapping[str, FileEntry]
@@ -68,35 +68,35 @@ class BundleManifest:
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict, the format's version first."""
+        """Return a JSON-ready dict, starting with the version of the format."""
         d = asdict(self)
         d["files"] = dict(sorted(d["files"].items()))
         return {k: d[k] for k in ("schema", "tool", "version", "created", "recipe", "parents", "files")}
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the content; names the bundle, because every file's digest is part of it."""
-        # Through JSON once, so that keys and tuples are what a reader will see.
+        """SHA-256 of the content; identifies the bundle, because it covers the digest of every file."""
+        # Converted to JSON and back, so that keys and tuples are what a reader will see.
         return digest_json(json.loads(json.dumps(self.to_json(), allow_nan=False)))
 
     def to_bytes(self) -> bytes:
-        """Return the content of ``cushion.json``: the fields, and their digest.
+        """Return the content of ``cushion.json``: the fields and their digest.
 
         Raises:
-            UsageError: it would be larger than a reader accepts.
+            UsageError: the content is larger than a reader accepts.
         """
         content = {**self.to_json(), "digest": self.digest}
         data = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         if len(data) > _LIMIT:
             raise UsageError(
                 f"the manifest of {len(self.files)} files has {len(data)} bytes, more than {_LIMIT}",
-                hint="put less into the recipe, or fewer files into the bundle",
+                hint="shorten the recipe or reduce the number of files",
             )
         return data
 
     @classmethod
     def from_json(cls, data: Any) -> BundleManifest:
-        """Check and rebuild from :meth:`to_json`; nothing in ``data`` is trusted, and a digest in it is not compared.
+        """Validate and rebuild from :meth:`to_json`; ``data`` is not trusted, and a digest in it is not compared.
 
         Raises:
             UntrustedArtifact: a field is missing, unknown, of the wrong type or dangerous.
@@ -137,7 +137,7 @@ def _bad(what: str) -> NoReturn:
 
 
 def check_path(path: str) -> str | None:
-    """Return why a relative POSIX path may not stand in a manifest, None when it may."""
+    """Return why a relative POSIX path is not allowed in a manifest; None if it is allowed."""
     if not path or any(part in ("", ".", "..") for part in path.split("/")):
         return "is not a plain relative path"
     if "\\" in path or ":" in path:
@@ -148,15 +148,15 @@ def check_path(path: str) -> str | None:
 
 
 def _fold(path: str) -> str:
-    # What case-insensitive and normalizing file systems take for one name.
+    # Names that case-insensitive and normalizing file systems treat as equal.
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
 def parse_files(data: Any) -> dict[str, FileEntry]:
-    """Check and rebuild the ``files`` of a manifest.
+    """Validate and rebuild the ``files`` of a manifest.
 
     Raises:
-        UntrustedArtifact: naming the first bad path.
+        UntrustedArtifact: the message names the first invalid path.
     """
     if not isinstance(data, dict):
         _bad("has no table of files")
@@ -181,21 +181,21 @@ def parse_files(data: Any) -> dict[str, FileEntry]:
 
 
 def measure_files(folder: Path) -> dict[str, FileEntry]:
-    """Return the entries of every file below a folder, sorted by path.
+    """Return the entry of every file below a folder, sorted by path.
 
     Raises:
-        UntrustedArtifact: a link or special file lies there.
+        UntrustedArtifact: the folder contains a link or a special file.
     """
     return {path: FileEntry(hash_file(folder / path), size) for path, size in list_files(folder).items()}
 
 
 def check_files(folder: Path, files: Mapping[str, FileEntry], manifest_name: str) -> None:
-    """Check that a folder holds exactly ``files`` and the manifest, byte for byte.
+    """Check that a folder contains exactly ``files`` and the manifest, byte for byte.
 
     Every path that is opened comes from listing the folder, never from the manifest.
 
     Raises:
-        UntrustedArtifact: naming the first file that is extra, missing, or of another size or content.
+        UntrustedArtifact: the message names the first file that is extra, missing, or has another size or content.
     """
     found = list_files(folder)
     found.pop(manifest_name, None)
@@ -220,19 +220,19 @@ def check_files(folder: Path, files: Mapping[str, FileEntry], manifest_name: str
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     d = dict(pairs)
     if len(d) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key occurs twice in one object")
     return d
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def read_json(path: Path) -> tuple[bytes, Any]:
-    """Read a small JSON file that nobody vouches for; return its bytes and its value.
+    """Read a small JSON file that is not trusted; return its bytes and its value.
 
     Raises:
-        UntrustedArtifact: missing, no plain file, larger than 16 MB, or not JSON (duplicate keys and NaN included).
+        UntrustedArtifact: missing, not a plain file, larger than 16 MB, or not JSON (duplicate keys and NaN included).
     """
     name = path.name
     try:
@@ -255,28 +255,28 @@ def read_json(path: Path) -> tuple[bytes, Any]:
 
 
 def read_manifest(bundle: Path) -> BundleManifest:
-    """Read ``cushion.json`` alone: the form is checked, the files it lists are not.
+    """Read ``cushion.json`` only: its form is checked, the files it lists are not.
 
     Raises:
-        UntrustedArtifact: missing, not plain, too large, unparsable, of another schema version, dangerous or altered.
+        UntrustedArtifact: missing, not a plain file, too large, not JSON, another schema version, dangerous or altered.
     """
     raw, data = read_json(bundle / MANIFEST_NAME)
     manifest = BundleManifest.from_json(data)
-    # Byte for byte, digest included: one flipped bit in a recipe's number is found too. A tool that writes the same
-    # content in another form has to raise SCHEMA. This guards against damage; against a forger, sign the bundle.
+    # Byte for byte, digest included, so that one flipped bit in a number of the recipe is found. A tool that writes the
+    # same content in another form has to raise SCHEMA. This detects damage; against forgery, sign the bundle.
     if manifest.to_bytes() != raw:
         _bad("was altered after it was written: its digest does not match its content")
     return manifest
 
 
 def verify_bundle(path: Path) -> BundleManifest:
-    """Check a bundle against its manifest: exact file set, sizes, SHA-256, plain files only, no pickles.
+    """Verify a bundle against its manifest: exact set of files, sizes, SHA-256, plain files only, no pickles.
 
     Call it before any other byte of the bundle is used.
 
     Raises:
-        UsageError: the path does not exist or is no folder.
-        UntrustedArtifact: naming the first file that fails.
+        UsageError: the path does not exist or is not a folder.
+        UntrustedArtifact: the message names the first file that fails.
     """
     try:
         if not path.is_dir():
@@ -287,7 +287,7 @@ def verify_bundle(path: Path) -> BundleManifest:
             if name.lower().endswith(PICKLE_SUFFIXES):
                 raise UntrustedArtifact(
                     f"{name!r} in {path} has the suffix of a pickle, which can run code when it is loaded",
-                    hint="a bundle never holds such files; build it again",
+                    hint="a bundle never contains such files; build it again",
                 )
         check_files(path, manifest.files, MANIFEST_NAME)
     except OSError as e:

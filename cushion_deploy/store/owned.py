@@ -1,8 +1,8 @@
-"""Temporary folders that carry a lock of their owner, so that those of killed runs can be told apart and swept.
+"""Temporary folders that hold a lock of their owner, so that those of killed processes can be recognized and removed.
 
-Layout: ``<parent>/<prefix><random>/`` holds ``owner.lock``, ``files/`` (what is being written) and, during a swap,
-``previous/`` (what it replaces). The kernel drops the lock when its process dies, however it dies; process ids would
-be reused and mean nothing in another container.
+Layout: ``<parent>/<prefix><random>/`` contains ``owner.lock``, ``files/`` (being written) and, during a swap,
+``previous/`` (being replaced). The kernel releases the lock when its process dies for any reason; process ids would be
+reused, and mean nothing in another container.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _ATTEMPTS = 5
 
 
 def _claim(parent: Path, prefix: str) -> tuple[Path, FileLock]:
-    """Make a folder with its lock held; tries again when a sweeper of another process caught it half made."""
-    # Only where a lock is taken: the runtime reads bundles through this package and needs no locks.
+    """Create a folder and hold its lock; retry if another process removed it before it was complete."""
+    # Imported here because the runtime reads bundles through this package and needs no locks.
     from filelock import FileLock, Timeout
 
     for attempt in itertools.count(1):
-        # Not tempfile.mkdtemp: its mode 0700 would outlive the rename into the published place.
+        # Not tempfile.mkdtemp: its mode 0700 would persist after the rename.
         folder = parent / f"{prefix}{uuid.uuid4().hex}"
         folder.mkdir()
         lock = FileLock(folder / _LOCK, timeout=0)
@@ -58,7 +58,7 @@ def _claim(parent: Path, prefix: str) -> tuple[Path, FileLock]:
 
 
 def _discard(folder: Path, lock: FileLock) -> None:
-    """Remove an owned folder; the lock file goes last, so that nobody else starts to remove the same files."""
+    """Remove an owned folder; the lock file is removed last, so that no other process removes the same files."""
     for child in (FILES, _PREVIOUS):
         remove_tree(folder / child)
     lock.release(force=True)
@@ -66,7 +66,7 @@ def _discard(folder: Path, lock: FileLock) -> None:
 
 
 def put_back(folder: Path, target: Path) -> bool:
-    """Return what a broken-off :func:`swap_in` moved aside to its place; True when there was something to do."""
+    """Move what an interrupted :func:`swap_in` moved aside back to its place; return whether there was anything."""
     previous = folder / _PREVIOUS
     if not previous.exists() or os.path.lexists(target):
         return False
@@ -77,12 +77,12 @@ def put_back(folder: Path, target: Path) -> bool:
 
 @contextmanager
 def owned_folder(parent: Path, prefix: str, target: Path) -> Iterator[Path]:
-    """Yield a fresh empty folder on the file system of ``parent``; whatever is left of it on exit is removed.
+    """Yield a new empty folder on the file system of ``parent``; whatever is left of it on exit is removed.
 
     Args:
         parent: an existing folder.
-        prefix: how the name begins.
-        target: where :func:`swap_in` will put it.
+        prefix: beginning of the name.
+        target: destination of a later :func:`swap_in`.
     """
     folder, lock = _claim(parent, prefix)
     try:
@@ -93,12 +93,12 @@ def owned_folder(parent: Path, prefix: str, target: Path) -> Iterator[Path]:
 
 
 def swap_in(staged: Path, target: Path) -> None:
-    """Rename the folder ``staged`` of an :func:`owned_folder` to ``target``; what stood there is kept until it is done.
+    """Rename the folder ``staged`` of an :func:`owned_folder` to ``target``; the old folder is kept until this is done.
 
-    Both names never hold a part: a reader finds the old folder, for a moment none, then the new one.
+    A reader never sees an incomplete folder: it finds the old one, for a moment none, then the new one.
 
     Raises:
-        OSError: the rename failed; the old folder is back in its place.
+        OSError: the rename failed; the old folder is back in place.
     """
     owner = staged.parent
     if os.path.lexists(target):
@@ -113,12 +113,12 @@ def swap_in(staged: Path, target: Path) -> None:
 
 
 def sweep_dead(parent: Path, prefix: str, target: Path | None = None) -> list[Path]:
-    """Remove the owned folders of killed runs below ``parent`` and return them.
+    """Remove the owned folders of killed processes in ``parent`` and return them.
 
     Args:
-        parent: where to look; need not exist.
-        prefix: how the names begin.
-        target: if given, a folder that a killed swap had moved aside is first put back there.
+        parent: the folder to search; need not exist.
+        prefix: beginning of the names.
+        target: if given, a folder that a killed swap had moved aside is first restored there.
     """
     from filelock import FileLock, Timeout
 
@@ -135,7 +135,7 @@ def sweep_dead(parent: Path, prefix: str, target: Path | None = None) -> list[Pa
         except Timeout:
             continue
         if target is not None and put_back(folder, target):
-            logger.warning("put %s back, which a killed run had moved aside", target)
+            logger.warning("restored %s, which a killed run had moved aside", target)
         _discard(folder, lock)
         removed.append(folder)
     return removed

@@ -1,4 +1,4 @@
-"""Put a finished bundle in its place by rename: all or nothing, and never over a folder that is not ours."""
+"""Publish a finished bundle by renaming it into place: atomically, and never over a folder that is not a bundle."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def _prefix(target: Path) -> str:
 
 
 def _resolve(out: Path) -> Path:
-    # Path.resolve raises RuntimeError on a loop of links before Python 3.13; this does not.
+    # Path.resolve raises RuntimeError for a loop of links before Python 3.13; this does not.
     return Path(os.path.realpath(out))
 
 
 def require_publishable(out: Path) -> None:
-    """Check that a bundle may be put at ``out``: nothing there, an empty folder, or a bundle of ours.
+    """Check that a bundle may be written to ``out``: it does not exist, is an empty folder, or is a bundle of ours.
 
-    A bundle of ours into which somebody has put other files counts as not ours, because replacing it would
-    delete them. Touches nothing.
+    A bundle with additional files does not count as ours, because replacing it would delete those files. Nothing is
+    changed.
 
     Raises:
-        UsageError: saying what is in the way.
+        UsageError: the message says what is in the way.
     """
     target = _resolve(out)
     with disk_errors(target):
@@ -51,7 +51,7 @@ def require_publishable(out: Path) -> None:
 def _require_publishable(out: Path, target: Path) -> None:
     if os.path.ismount(target):
         raise UsageError(
-            f"{out} is a mount point; a bundle is put in place by renaming its folder, which that forbids",
+            f"{out} is a mount point; a bundle is published by renaming its folder, which is not possible there",
             hint=f"choose a folder below it, such as {out / 'bundle'}",
         )
     if target in (Path.cwd(), *Path.cwd().parents):
@@ -64,9 +64,9 @@ def _require_publishable(out: Path, target: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise UsageError(f"{parent} is a file, so {out} cannot be made", hint="choose another output folder")
+        raise UsageError(f"{parent} is a file, so {out} cannot be created", hint="choose another output folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{parent} is not writable, so {out} cannot be made", hint="choose another output folder")
+        raise UsageError(f"{parent} is not writable, so {out} cannot be created", hint="choose another output folder")
 
 
 def _require_ours(out: Path, target: Path) -> None:
@@ -83,15 +83,15 @@ def _require_ours(out: Path, target: Path) -> None:
         raise UsageError(f"{out} exists and cannot be read: {e}", hint=_ELSEWHERE) from e
     if others:
         raise UsageError(
-            f"{out} is a bundle that holds files which are not of it, such as {others[0]!r}",
+            f"{out} is a bundle with files that do not belong to it, such as {others[0]!r}",
             hint="move those files away first, or choose another output folder",
         )
 
 
 def recover(out: Path) -> None:
-    """Clean up after killed publications to ``out``: put back a bundle they had moved aside, remove their files.
+    """Clean up after killed publications to ``out``: restore a bundle that was moved aside, remove temporary files.
 
-    Publications that are still running in other processes are left alone.
+    Publications that are still running in other processes are not touched.
     """
     target = _resolve(out)
     with disk_errors(target.parent):
@@ -100,9 +100,9 @@ def recover(out: Path) -> None:
 
 @contextmanager
 def staging_area(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``out``, on its file system, to be filled and given to :func:`publish`.
+    """Yield an empty folder next to ``out``, on its file system, to be filled and passed to :func:`publish`.
 
-    It is removed on exit, if it was not published, whatever the reason. Leftovers of killed runs are cleaned up first.
+    It is removed on exit unless it was published. Leftovers of killed processes are cleaned up first.
 
     Raises:
         UsageError: ``out`` may not be replaced, or the disk is full or not writable.
@@ -117,23 +117,23 @@ def staging_area(out: Path) -> Iterator[Path]:
 
 
 def publish(staged: Path, out: Path, recipe: Mapping[str, Any], parents: Mapping[str, str]) -> Path:
-    """Write the manifest into ``staged``, force all to disk, and rename it to ``out``.
+    """Write the manifest into ``staged``, force everything to disk, and rename the folder to ``out``.
 
-    A bundle that stands there is moved aside first, removed when :func:`staging_area` ends, and put back if
-    the rename fails.
+    An existing bundle is moved aside first, removed when :func:`staging_area` ends, and restored if the rename
+    fails.
 
     Args:
-        staged: the folder that ``staging_area(out)`` yielded, finished.
-        out: where the bundle shall be.
-        recipe: what it was built with, JSON-ready.
-        parents: name to digest of what it was made from.
+        staged: the finished folder that ``staging_area(out)`` yielded.
+        out: destination of the bundle.
+        recipe: the recipe that the bundle was built with, JSON-ready.
+        parents: digests of everything that the bundle was made from, by name.
 
     Returns:
         ``out``.
 
     Raises:
-        UsageError: ``out`` may not be replaced, or the disk is full or not writable; ``out`` is as it was.
-        UntrustedArtifact: ``staged`` holds a file that no reader would accept.
+        UsageError: ``out`` may not be replaced, or the disk is full or not writable; ``out`` is unchanged.
+        UntrustedArtifact: ``staged`` contains a file that no reader would accept.
         ValueError: ``staged`` does not come from ``staging_area(out)``.
     """
     target = _resolve(out)
@@ -142,7 +142,7 @@ def publish(staged: Path, out: Path, recipe: Mapping[str, Any], parents: Mapping
         or staged.parent.parent != target.parent
         or not staged.parent.name.startswith(_prefix(target))
     ):
-        raise ValueError(f"{staged} was not made by staging_area({out})")
+        raise ValueError(f"{staged} was not created by staging_area({out})")
     require_publishable(out)
     with disk_errors(target):
         (staged / MANIFEST_NAME).unlink(missing_ok=True)
@@ -151,7 +151,7 @@ def publish(staged: Path, out: Path, recipe: Mapping[str, Any], parents: Mapping
             if path.lower().endswith(PICKLE_SUFFIXES):
                 raise UntrustedArtifact(
                     f"{path!r} has the suffix of a pickle and may not be in a bundle",
-                    hint="convert the file, or leave it out",
+                    hint="convert the file, or omit it",
                 )
         (staged / MANIFEST_NAME).write_bytes(BundleManifest(files, recipe, parents).to_bytes())
         sync_tree(staged)
@@ -160,8 +160,8 @@ def publish(staged: Path, out: Path, recipe: Mapping[str, Any], parents: Mapping
         except OSError as e:
             if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
                 raise UsageError(
-                    f"{out} could not be replaced, another process uses it: {e.strerror}",
-                    hint="wait for the other process to end and run again; finished stages are kept",
+                    f"{out} could not be replaced because another process uses it: {e.strerror}",
+                    hint="wait for the other process to end and run again (finished stages are kept)",
                 ) from e
             raise
     return out

@@ -1,4 +1,4 @@
-"""The work folder: finished stages by content key, scratch folders for resumable work, and its lock."""
+"""The work folder: finished stages by key, scratch folders for resumable work, and a lock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEMPORARY = "tmp-"
 
 
 class StageStore:
-    """A content-addressed work folder that makes stages reusable.
+    """A work folder that keeps the results of stages under content-derived keys, so that they can be reused.
 
     Layout: ``stages/<stage>/<key>/`` finished, ``scratch/<stage>/<key>/`` resumable, ``tmp/`` being written, ``lock``.
 
@@ -33,34 +33,34 @@ class StageStore:
     """
 
     def __init__(self, root: Path) -> None:
-        """Remember the root; nothing is touched."""
+        """Store the path of the root; nothing is created or read."""
         self.root = root
 
     def _folder(self, kind: str, stage: str, key: str) -> Path:
         for name in (stage, key):
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{name!r} cannot name a stage or key: letters, digits, '.', '_' and '-' only")
+                raise ValueError(f"{name!r} is not a valid stage name or key: only letters, digits, '.', '_' and '-'")
         return self.root / kind / stage / key
 
     def holds(self, stage: str, key: str) -> Path | None:
-        """Return the folder of a finished stage without comparing a byte of it, or None; touches nothing.
+        """Return the folder of a finished stage, or None; the content is not verified and nothing is changed.
 
-        For telling what a run would reuse; what uses the result calls :meth:`find`.
+        Use it only to show what a run would reuse; to use the result, call :meth:`find`.
         """
         folder = self._folder("stages", stage, key)
         return folder if (folder / STAGE_MANIFEST).is_file() else None
 
     def find(self, stage: str, key: str) -> Path | None:
-        """Return the finished folder of a stage if every byte of it is as it was written.
+        """Return the folder of a finished stage if every byte is as it was written, otherwise None.
 
-        A damaged one is removed with a logged warning, and the stage has to run again.
+        A damaged folder is removed with a logged warning, and the stage has to run again.
 
         Args:
-            stage: the stage's name, such as ``search``.
-            key: digest over everything that decides the stage's result.
+            stage: name of the stage, such as ``search``.
+            key: digest of everything that determines the stage's result.
 
         Returns:
-            The folder, its ``stage.json`` included; or None.
+            The folder, which includes ``stage.json``, or None.
         """
         folder = self._folder("stages", stage, key)
         if not folder.is_dir():
@@ -68,7 +68,7 @@ class StageStore:
         try:
             _, data = read_json(folder / STAGE_MANIFEST)
             if not isinstance(data, dict) or (data.get("stage"), data.get("key")) != (stage, key):
-                raise UntrustedArtifact(f"{STAGE_MANIFEST} is of another stage", hint="run the stage again")
+                raise UntrustedArtifact(f"{STAGE_MANIFEST} belongs to another stage", hint="run the stage again")
             check_files(folder, parse_files(data.get("files")), STAGE_MANIFEST)
         except (UntrustedArtifact, OSError) as e:
             logger.warning("stage %s is damaged and will run again: %s", stage, e)
@@ -79,10 +79,10 @@ class StageStore:
 
     @contextmanager
     def write(self, stage: str, key: str) -> Iterator[Path]:
-        """Yield an empty folder for a stage's files; put it in place by rename on a clean exit.
+        """Yield an empty folder for a stage's files, and rename it into place on a clean exit.
 
-        On any exception, KeyboardInterrupt included, the folder is removed and the store is as before. On success
-        the scratch folder of the same stage and key is removed.
+        On any exception, KeyboardInterrupt included, the folder is removed and the store is unchanged. On success the
+        scratch folder of the same stage and key is removed.
 
         Raises:
             UsageError: the disk is full or not writable.
@@ -96,7 +96,7 @@ class StageStore:
                 yield staged
                 (staged / STAGE_MANIFEST).unlink(missing_ok=True)
                 files = {path: asdict(entry) for path, entry in measure_files(staged).items()}
-                parse_files(files)  # a name that find() would refuse must fail here, not on every later run
+                parse_files(files)  # a name that find() would reject must fail here, not in every later run
                 text = json.dumps({"stage": stage, "key": key, "files": files}, indent=1, ensure_ascii=False)
                 (staged / STAGE_MANIFEST).write_text(text + "\n", encoding="utf-8")
                 sync_tree(staged)
@@ -104,9 +104,9 @@ class StageStore:
         remove_tree(self._folder("scratch", stage, key))
 
     def scratch(self, stage: str, key: str) -> Path:
-        """Return an existing folder for partial results of a stage; it survives a kill.
+        """Return an existing folder for partial results of a stage; it survives a killed process.
 
-        Nothing in it is verified: write with :func:`~cushion_deploy.store.replace_file` and check what is read.
+        Its content is not verified: write with :func:`~cushion_deploy.store.replace_file` and validate what is read.
 
         Raises:
             UsageError: the disk is full or not writable.
@@ -118,12 +118,12 @@ class StageStore:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the work folder for one build; leftovers of killed runs are swept on entry.
+        """Lock the work folder for one build; leftovers of killed processes are removed on entry.
 
         Raises:
-            UsageError: at once, if another process holds it; or the folder is not writable.
+            UsageError: another process holds the lock (raised immediately), or the folder is not writable.
         """
-        # Only here: the runtime reads bundles through this package and should need no more than it says.
+        # Imported here because the runtime reads bundles through this package and needs no locks.
         from filelock import FileLock, Timeout
 
         path = self.root / "lock"
@@ -136,7 +136,7 @@ class StageStore:
                 raise UsageError(
                     f"another build is using the work folder {self.root} (lock file {path})",
                     hint="wait until it ends, or give this build another work folder; "
-                    "the lock ends with its process, so the file never has to be deleted",
+                    "the lock is released when its process ends, so the file never has to be deleted",
                 ) from e
         try:
             self.sweep()
@@ -145,7 +145,7 @@ class StageStore:
             held.release(force=True)
 
     def sweep(self) -> list[Path]:
-        """Remove the temporary folders of killed runs and return them; those of living processes stay."""
+        """Remove the temporary folders of killed processes and return them; those of running processes are kept."""
         with disk_errors(self.root):
             removed = sweep_dead(self.root / "tmp", _TEMPORARY)
         if removed:

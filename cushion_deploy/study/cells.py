@@ -1,4 +1,4 @@
-"""The cells of a study: which stage measures each, so that a killed study goes on behind those that are finished."""
+"""The measurements of a study and the stages that make them; an interrupted study continues at the next one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from cushion_deploy.study.stages import Attention, CellStage, LastBlock, Magnitu
 
 @dataclass(frozen=True)
 class Built:
-    """What a recipe makes of a prefix, and how the prefix was tuned; None where it was not."""
+    """The quantization that a recipe produces with a prefix, and the trace of the tuning; None without tuning."""
 
     quantization: Quantization
     tuning: TuningTrace | None
 
     @property
     def variant(self) -> Variant:
-        """The way that it runs the model."""
+        """The corresponding way to run the model."""
         q = self.quantization
         return Variant(q.prefix, q.scheme, q.smoothing, q.scales)
 
@@ -39,10 +39,10 @@ class Cells:
     """The measurements of one study.
 
     Attributes:
-        pipeline: its recipe says what is deployed, and how texts are cut.
+        pipeline: its recipe determines what is deployed, and how texts are cut into windows.
         run: the work folder.
-        texts: as ``--eval-data`` names them; the first also serves Table 5 and both figures.
-        done: the cells that were asked for, in order of first use.
+        texts: texts as given with ``--eval-data``; the first one is also used for Table 5 and both figures.
+        done: the cells that were requested, in order of first use.
     """
 
     pipeline: Pipeline
@@ -52,35 +52,35 @@ class Cells:
 
     @cached_property
     def searched(self) -> Prefix:
-        """The prefix as the search found it; may be empty."""
+        """The prefix that the search found; may be empty."""
         return self.run.get(self.pipeline.prefix)
 
     @cached_property
     def trace(self) -> SearchTrace | None:
-        """What the search did; None where the recipe wants none."""
+        """The trace of the search; None if the recipe disables the prefix."""
         search = self.pipeline.search
         return self.run.get(search).trace if search else None
 
     @cached_property
     def empty(self) -> Prefix:
-        """No prefix."""
+        """The empty prefix, or ``<bos>`` alone for families that need it."""
         return self.run.get(self.pipeline.no_prefix)
 
     @cached_property
     def prefix(self) -> Prefix:
-        """The prefix of every column 'with the prefix': tuned if the recipe tunes."""
+        """The prefix of every column 'with the prefix', tuned if the recipe enables tuning."""
         if self.pipeline.recipe.tuning.enabled and self.searched.length:
             return self.built(self.searched).quantization.prefix
         return self.searched
 
     def built(self, prefix: Prefix, settings: dict[str, Any] | None = None) -> Built:
-        """Return what the recipe, with some settings replaced, would deploy behind a prefix."""
+        """Return what the recipe, with some settings replaced, would deploy with a prefix."""
         branch = self.pipeline.altered(settings or {}).behind(Given(prefix))
         trace = self.run.get(branch.tuning).trace if branch.tuning and prefix.length else None
         return Built(self.run.get(branch.quantization), trace)
 
     def in_scheme(self, name: str, prefix: Prefix) -> Variant:
-        """Return the model in a named scheme of the paper: its alpha, and its ranges from minimum to maximum."""
+        """Return the variant for a named scheme of the paper, with the paper's alpha and min-max ranges."""
         pipeline, given = self.pipeline, Given(prefix)
         scheme = parse_scheme(name, quantize_head=pipeline.recipe.export.quantize_head)
         paper = pipeline.altered({"smoothing.alpha": PAPER_ALPHA, "smoothing.limit": None})
@@ -94,11 +94,11 @@ class Cells:
         return Variant(prefix, scheme, self.run.get(smoothing) if smoothing else None, scales)
 
     def scores(self, label: str, variant: Variant) -> tuple[ScoreRow, ...]:
-        """Return perplexity and divergence on every text, one cell each."""
+        """Return perplexity and divergence on every text, one cell per text."""
         return tuple(self._score(label, variant, text) for text in self.texts)
 
     def tokens(self, text: str | None) -> int:
-        """Return how many tokens of a text are scored; asks the cell of the float model."""
+        """Return the number of scored tokens of a text, from the cell of the float model."""
         return int(self._scored("FP", Variant(self.empty), text)["tokens"])
 
     def _score(self, label: str, variant: Variant, text: str | None) -> ScoreRow:
@@ -123,12 +123,12 @@ class Cells:
         return found
 
     def last_block(self, prefix: Prefix) -> dict[str, Any]:
-        """Return what enters the last block (Table 5), and on how many windows of what length it was measured."""
+        """Return the magnitudes at the input of the last block (Table 5), with the number and length of the windows."""
         found: dict[str, Any] = self.value(LastBlock(*self._behind("input of the last block", prefix)))
         return found
 
     def attention(self, prefix: Prefix) -> dict[str, Any]:
-        """Return where attention goes (Figure 3), and the tokens of the text."""
+        """Return the distribution of attention (Figure 3), and the tokens of the text."""
         found: dict[str, Any] = self.value(Attention(*self._behind("attention", prefix)))
         return found
 
@@ -137,7 +137,7 @@ class Cells:
         first = stage not in self.done
         found = self.run.get(stage)
         if first:
-            # The stage itself is the last that was timed; stages and loads within it came before.
+            # The last timed stage is this one; the stages and loads that it depends on come before it.
             reused = self.run.times[-1].reused
             self.done[stage] = Cell(name=stage.title, seconds=found.seconds, reused=reused)
         return found.value
@@ -146,13 +146,13 @@ class Cells:
         return self.run.get(self.pipeline.corpus(text, "evaluation")).name
 
     def _text(self, text: str | None) -> tuple[Windows, tuple[Any, int, int]]:
-        """Return the windows of a text, and what they are made of."""
+        """Return the windows of a text, and the fields that determine them."""
         config = self.pipeline.recipe.evaluation
         common = self.pipeline.corpus(text, "evaluation"), config.window, config.max_tokens
         return Windows(self.pipeline.model, *common), common
 
     def _behind(self, what: str, prefix: Prefix) -> tuple[Any, ...]:
-        """Return the fields of a cell on the first text behind a prefix."""
+        """Return the fields of a cell on the first text with a prefix."""
         windows, common = self._text(self.texts[0])
         title = f"{what}, {'with' if prefix.length else 'without'} the prefix"
         return title, self.pipeline.model, *common, Given(Variant(prefix)), windows

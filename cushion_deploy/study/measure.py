@@ -1,4 +1,4 @@
-"""What a study looks at inside a model: the input of the last block, and where attention goes."""
+"""Measurements inside a model for a study: the input of the last block, and the distribution of attention."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cushion_deploy.modeling.runner import TorchRunner
 
 @torch.inference_mode()
 def block_input(model: TorchRunner, prefix: Prefix, windows: IntArray, progress: Progress = silent) -> dict[str, float]:
-    """Return largest, 90th percentile and median magnitude of the input of the last block, text tokens only.
+    """Return the largest, 90th percentile and median magnitude at the input of the last block, for text tokens only.
 
     Args:
         model: the model.
-        prefix: stands before every window and is not looked at.
-        windows: int64 ``[count, length]``; each gives its own three numbers, and their means are returned.
+        prefix: the prefix that precedes every window; its positions are excluded.
+        windows: int64 ``[count, length]``; the three values are averaged over the windows.
     """
     found: list[list[float]] = []
 
@@ -37,7 +37,7 @@ def block_input(model: TorchRunner, prefix: Prefix, windows: IntArray, progress:
         past = model.past(prefix)
         for done, row in enumerate(windows, 1):
             model.run(model.tensor(row[None]), past, head=False)
-            progress("looking at the last block", done, len(windows))
+            progress("input of the last block", done, len(windows))
     finally:
         handle.remove()
     top1, top10, median = np.mean(found, axis=0).tolist()
@@ -46,15 +46,15 @@ def block_input(model: TorchRunner, prefix: Prefix, windows: IntArray, progress:
 
 @torch.inference_mode()
 def attention_shares(model: TorchRunner, prefix: Prefix, ids: IntArray) -> list[dict[str, float]]:
-    """Return per layer what share of attention falls on the prefix, on the first text token, and on the rest.
+    """Return for each layer the shares of attention on the prefix, on the first text token, and on all other tokens.
 
-    The mean over heads and over the text tokens that ask. The first of them is left out as one that asks: without a
-    prefix it has nothing but itself to attend to.
+    The shares are averaged over heads and over the text tokens as queries. The first text token is excluded as a
+    query: without a prefix it can only attend to itself.
 
     Args:
-        model: the model; attention is computed openly for this one pass.
-        prefix: stands before the text.
-        ids: text int64 ``[1, n]``, two tokens at least.
+        model: the model; its attention weights are computed explicitly for this pass.
+        prefix: the prefix that precedes the text.
+        ids: the text, int64 ``[1, n]``, with at least two tokens.
     """
     with _open_attention(model.module):
         out = model.run(model.tensor(ids), model.past(prefix), head=False, output_attentions=True)
@@ -62,7 +62,7 @@ def attention_shares(model: TorchRunner, prefix: Prefix, ids: IntArray) -> list[
 
 
 def _shares(layer: int, weights: Tensor, prefix: int) -> dict[str, float]:
-    """Return the shares of weights ``[heads, queries, prefix + n]``."""
+    """Return the shares from weights ``[heads, queries, prefix + n]``."""
     mean = weights.double().mean(dim=(0, 1))
     first = float(mean[prefix])
     return {
@@ -75,7 +75,7 @@ def _shares(layer: int, weights: Tensor, prefix: int) -> dict[str, float]:
 
 @contextmanager
 def _open_attention(module: Any) -> Iterator[None]:
-    """Let the model compute attention in the way that leaves its weights to be seen; put back on exit."""
+    """Switch the model to an attention implementation that returns its weights, and restore it on exit."""
     before = module.config._attn_implementation
     module.set_attn_implementation("eager")
     try:

@@ -1,4 +1,4 @@
-"""A whole study: which cells each table and figure is made of, gathered into a Study."""
+"""Run a study: measure the cells of every table and figure, and gather them into a Study."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cushion_deploy.study.stages import Variant
 from cushion_deploy.study.zeroshot import Tasks
 
 LIBRARIES = ("torch", "transformers", "gguf", "numpy", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tokenizers")
-"""Whose versions a study names."""
+"""Libraries whose versions a study records."""
 W8A8 = {
     "naive-o3": "per-tensor static",
     "smoothquant-o3": "SmoothQuant-O3 (per-tensor static)",
@@ -30,7 +30,7 @@ W8A8 = {
     "naive-o1": "per-token dynamic",
     "smoothquant-o1": "SmoothQuant-O1 (per-token dynamic)",
 }
-"""Schemes of Tables 1 and 2 with the paper's words for them."""
+"""Schemes of Tables 1 and 2, with their names in the paper."""
 LOW_BITS = {
     "naive-w6a6": "W6A6 per-token",
     "smoothquant-w6a6": "SmoothQuant W6A6 per-token",
@@ -39,16 +39,16 @@ LOW_BITS = {
 }
 DEPLOYED = "deployed: static W8A8 of the recipe"
 FALLBACK_ALPHA = 0.5
-"""Alpha of the smoothing remedy where the recipe itself has none."""
+"""Alpha of the smoothing remedy if the recipe itself disables smoothing."""
 KEPT_FLOAT = "auto:4"
-NO_PREFIX = "the model runs without a prefix: the search found no sink worth one, or the recipe wants none"
+NO_PREFIX = "the model runs without a prefix: the search found none that pays, or the recipe disables it"
 PLAIN: dict[str, Any] = {"tuning.enabled": False, "export.keep_float": []}
 
 Parts = dict[str, Any]
 
 
 def choose_parts(wanted: Collection[str]) -> tuple[str, ...]:
-    """Return parts in their order; all of them where none is named. Raises UsageError for an unknown one."""
+    """Return the parts in their canonical order, or all if none is named; raises UsageError for an unknown part."""
     for name in wanted:
         if name not in PARTS:
             raise unknown_choice("part of a study", name, list(PARTS))
@@ -56,12 +56,12 @@ def choose_parts(wanted: Collection[str]) -> tuple[str, ...]:
 
 
 def run_study(cells: Cells, parts: Collection[str], tasks: Tasks | str) -> Study:
-    """Measure what is missing of every part and return the study.
+    """Measure the missing cells of every part and return the study.
 
     Args:
-        cells: where the cells are kept.
-        parts: of :func:`choose_parts`.
-        tasks: for Table 2, or in words why there are none.
+        cells: the measurements.
+        parts: result of :func:`choose_parts`.
+        tasks: tasks for Table 2, or the reason why there are none.
 
     Raises:
         UsageError: a text is too short or too long for the model.
@@ -184,7 +184,7 @@ def _remedies(cells: Cells) -> list[Step]:
 
 
 def _step(cells: Cells, label: str, settings: dict[str, Any], prefix: Prefix | None = None) -> Step:
-    """Measure what a recipe deploys behind the searched prefix (or another), and the float model with its prefix."""
+    """Measure what a recipe deploys with the searched prefix (or another), and the float model with the same prefix."""
     built = cells.built(cells.searched if prefix is None else prefix, settings)
     kind: Literal["none", "searched", "tuned"] = "none"
     if built.quantization.prefix.length:
@@ -281,7 +281,7 @@ def _document(cells: Cells, found: Parts, left_out: dict[str, str]) -> Study:
 
 
 def _without_folders(value: Any) -> Any:
-    """Return a recipe in which paths on this machine are file names alone: a study is made to be passed on."""
+    """Return a recipe with paths reduced to file names, because a study is meant to be shared."""
     if isinstance(value, dict):
         return {key: _without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The cells of a study as stages: each one measurement, kept by what decides it."""
+"""The cells of a study as stages: one measurement each, keyed by everything that determines it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 VALUE = "cell.json"
 BLOCK_WINDOWS = 10
-"""Windows that Table 5 is averaged over, as in the paper."""
+"""Number of windows that Table 5 is averaged over, as in the paper."""
 ATTENTION_TOKENS = 128
-"""Length of the text of Figure 3: weights of every pair of tokens, head and layer are held at once."""
+"""Length of the text for Figure 3: the weights of all pairs of tokens, heads and layers are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Variant:
     """One way to run the model.
 
     Attributes:
-        prefix: stands before every text.
-        scheme: what is quantized; None for floating point.
-        smoothing: folded into the weights.
-        scales: of a static scheme.
+        prefix: the prefix that precedes every text.
+        scheme: the quantization scheme; None for floating point.
+        smoothing: factors folded into the weights.
+        scales: activation scales of a static scheme.
     """
 
     prefix: Prefix
@@ -54,12 +54,12 @@ class Variant:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what decides its numbers beside model and text."""
+        """SHA-256 over everything that determines the results, apart from the model and the text."""
         parts = (self.prefix, self.scheme, self.smoothing, self.scales)
         return digest_json([part.digest if part else "" for part in parts])
 
     def simulated(self, model: TorchRunner) -> AbstractContextManager[None]:
-        """Return a context in which a model, smoothing folded in, runs in this way."""
+        """Return a context in which a model with the smoothing folded in runs in this way."""
         from cushion_deploy.modeling.simulate import simulated
 
         return simulated(model, self.scheme, self.scales) if self.scheme else nullcontext()
@@ -67,7 +67,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class CellValue:
-    """What a cell measured, JSON-ready, and how long that took."""
+    """The result of a cell, JSON-ready, and the seconds that it took."""
 
     value: Any
     seconds: float
@@ -78,8 +78,8 @@ class CellStage(Stage[CellValue]):
     """One measurement.
 
     Attributes:
-        title: what people read of it.
-        model: in floating point.
+        title: the name that is shown to users.
+        model: the model in floating point.
     """
 
     title: str = field(compare=False)
@@ -90,13 +90,13 @@ class CellStage(Stage[CellValue]):
         """Return the value, JSON-ready."""
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        """Write the value and the time that it took."""
+        """Write the value and the seconds that it took."""
         begin = time.monotonic()
         value = self.compute(inputs)
         write_json(out / VALUE, {"seconds": time.monotonic() - begin, "value": value})
 
     def read(self, folder: Path) -> CellValue:
-        """Return both."""
+        """Return the value and the seconds."""
         found = read_json(folder / VALUE)
         return CellValue(found["value"], found["seconds"])
 
@@ -106,9 +106,9 @@ class Windows(Derived[IntArray]):
     """The windows of a text that a study scores.
 
     Attributes:
-        model: whose tokenizer cuts it.
+        model: the model whose tokenizer is used.
         text: the text.
-        window, max_tokens: of the recipe's section ``evaluation``.
+        window, max_tokens: settings of the recipe's section ``evaluation``.
     """
 
     model: Node[TorchRunner]
@@ -123,18 +123,18 @@ class Windows(Derived[IntArray]):
 
 @dataclass(frozen=True)
 class Taught(Derived["Teacher"]):
-    """What the original model says of the windows, remembered once for all cells.
+    """The original model's predictions for the windows, computed once for all cells.
 
     Attributes:
-        model: the original.
-        windows: of the text.
+        model: the original model.
+        windows: the windows of a text.
     """
 
     model: Node[TorchRunner]
     windows: Windows
 
     def make(self, inputs: Inputs) -> Teacher:
-        """Ask the model."""
+        """Run the original model on the windows."""
         from cushion_deploy.modeling.teacher import Teacher
 
         teacher = Teacher(inputs.get(self.model))
@@ -148,9 +148,9 @@ class TextCell(CellStage):
 
     Attributes:
         text: the text.
-        window, max_tokens: how it is cut.
+        window, max_tokens: settings that determine the windows.
         variant: one way to run the model.
-        windows: the same text, cut.
+        windows: the windows of the text.
     """
 
     text: Node[Corpus]
@@ -160,7 +160,7 @@ class TextCell(CellStage):
     windows: Windows = field(compare=False)
 
     def cut(self, inputs: Inputs) -> IntArray:
-        """Return the windows; raises UsageError where they do not fit behind the prefix."""
+        """Return the windows; raises UsageError if they do not fit behind the prefix."""
         prefix = inputs.get(self.variant).prefix
         require_positions("evaluation.window", self.window, prefix.length, inputs.get(self.model).spec)
         return inputs.get(self.windows)
@@ -171,7 +171,7 @@ class Score(TextCell):
     """Perplexity, and divergence from the original model.
 
     Attributes:
-        teacher: what the original says of the windows.
+        teacher: the original model's predictions for the windows.
     """
 
     name: ClassVar[str] = "study-score"
@@ -189,7 +189,7 @@ class Score(TextCell):
             "tokens": score.tokens,
             "perplexity": _finite(score.perplexity),
             "stderr": _finite(score.stderr),
-            # Rounding may take a divergence of nothing below zero.
+            # Rounding errors can make a divergence of zero negative.
             "divergence": _finite(max(found.divergence, 0.0)),
         }
 
@@ -202,7 +202,7 @@ class Magnitudes(TextCell):
     version: ClassVar[int] = 1
 
     def compute(self, inputs: Inputs) -> list[dict[str, float]]:
-        """Return one row a layer."""
+        """Return one row per layer."""
         from cushion_deploy.modeling.magnitudes import layer_magnitudes
 
         return layer_magnitudes(inputs.get(self.model), inputs.get(self.variant).prefix, self.cut(inputs)[:1])
@@ -210,13 +210,13 @@ class Magnitudes(TextCell):
 
 @dataclass(frozen=True)
 class LastBlock(TextCell):
-    """What enters the last block (Table 5), and on how many windows of what length it was measured."""
+    """Magnitudes at the input of the last block (Table 5), with the number and length of the windows."""
 
     name: ClassVar[str] = "study-last-block"
     version: ClassVar[int] = 1
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:
-        """Return the input's magnitudes."""
+        """Return the magnitudes of the input."""
         from cushion_deploy.study.measure import block_input
 
         windows = self.cut(inputs)[:BLOCK_WINDOWS]
@@ -226,13 +226,13 @@ class LastBlock(TextCell):
 
 @dataclass(frozen=True)
 class Attention(TextCell):
-    """Where attention goes (Figure 3), and the tokens of the text."""
+    """Distribution of attention (Figure 3), and the tokens of the text."""
 
     name: ClassVar[str] = "study-attention"
     version: ClassVar[int] = 1
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:
-        """Return the shares of every layer."""
+        """Return the shares for every layer."""
         from cushion_deploy.study.measure import attention_shares
 
         ids = self.cut(inputs)[:1, :ATTENTION_TOKENS]
@@ -242,15 +242,15 @@ class Attention(TextCell):
 
 @dataclass(frozen=True)
 class Task(CellStage):
-    """A zero-shot task of lm-eval.
+    """A zero-shot task from lm-eval.
 
     Attributes:
         variant: one way to run the model.
-        task: name of lm-eval, or of a task file.
-        limit: rows; None for all.
-        lm_eval: its version.
+        task: name of an lm-eval task, or of a task file.
+        limit: number of rows; None for all.
+        lm_eval: version of lm-eval.
         files: digests of the files that a task file may read.
-        suite: the task, read.
+        suite: the loaded task.
     """
 
     name: ClassVar[str] = "study-task"
@@ -263,14 +263,14 @@ class Task(CellStage):
     suite: TaskSuite = field(compare=False)
 
     def compute(self, inputs: Inputs) -> list[dict[str, Any]]:
-        """Return one row a task in it."""
+        """Return one row per subtask."""
         from cushion_deploy.evaluate.lm_harness import ScorerLM
         from cushion_deploy.evaluate.scorer import Scorer
         from cushion_deploy.modeling.session import TorchSession
 
         variant = inputs.get(self.variant)
         model = inputs.get(self.model).folded(variant.smoothing)
-        # A prefix has taken the place of the beginning-of-sequence token.
+        # A prefix replaces the beginning-of-sequence token.
         tokenizer, keep_bos = model.tokenizer, variant.prefix.length == 0
         encoding = Encoding.of_tokenizer(
             tokenizer.backend_tokenizer, tokenizer.bos_token_id, model.spec, keep_bos=keep_bos

@@ -1,4 +1,4 @@
-"""Zero-shot cells: one task of lm-eval on one way to run the model."""
+"""Zero-shot cells: one lm-eval task on one way to run the model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from cushion_deploy.study.stages import Task, Variant
 
 @dataclass
 class Tasks:
-    """The tasks of a study, each a unit of its own; found and checked when made.
+    """The tasks of a study, each measured separately; they are located and validated on construction.
 
     Args:
-        names: as ``eval --tasks`` takes them.
-        data: folder with the data that task files name; None for beside them.
-        limit: rows of each task; None for all.
+        names: names as given with ``eval --tasks``.
+        data: folder with the data that task files name; None for the folder of the task file.
+        limit: number of rows of each task; None for all.
 
     Raises:
         MissingDependency: lm-eval is not installed.
-        UsageError: no such task, or a file that describes none.
+        UsageError: a task does not exist, or a file does not describe a task.
     """
 
     names: Sequence[str]
@@ -39,7 +39,7 @@ class Tasks:
         self.suites = {name: TaskSuite([name], self.data) for name in _units(self.names)}
 
     def scores(self, cells: Cells, label: str, variant: Variant) -> tuple[TaskResult, ...]:
-        """Return the results of every task, one cell each."""
+        """Return the results of every task, one cell per task."""
         found = []
         for unit, suite in self.suites.items():
             name = unit if unit in USUAL_NAMES else Path(unit).name
@@ -51,13 +51,13 @@ class Tasks:
 
 
 def find_tasks(names: Sequence[str], data: Path | None, limit: int | None) -> Tasks | str:
-    """Return the tasks, or in words why there are none: none was asked for, or lm-eval is missing.
+    """Return the tasks, or the reason why there are none: none was given, or lm-eval is missing.
 
     Raises:
-        UsageError: a task that was asked for does not exist.
+        UsageError: a given task does not exist.
     """
     if not names:
-        return "no task was given: add --tasks with names of lm-eval or a folder of task files"
+        return "no task was given: add --tasks with lm-eval names or a folder of task files"
     try:
         return Tasks(names, data, limit)
     except MissingDependency as error:
@@ -65,7 +65,7 @@ def find_tasks(names: Sequence[str], data: Path | None, limit: int | None) -> Ta
 
 
 def _units(names: Sequence[str]) -> list[str]:
-    """Return names and files of single tasks: ``all`` and folders taken apart."""
+    """Return the names and files of single tasks, with ``all`` and folders expanded."""
     found: list[str] = []
     for name in names:
         if name == ALL:
@@ -78,6 +78,6 @@ def _units(names: Sequence[str]) -> list[str]:
 
 
 def _digests(unit: str, data: Path | None) -> list[str]:
-    """Return the digests of the files that a task file may read: those beside it, and those of the data folder."""
+    """Return the digests of the files that a task file may read: those in its folder, and those in the data folder."""
     folders = [folder for folder in (Path(unit).parent if unit.endswith(".yaml") else None, data) if folder]
     return [hash_file(file) for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]

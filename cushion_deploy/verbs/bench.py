@@ -60,7 +60,7 @@ class Bench:
     def verdicts(self) -> tuple[str, ...]:
         """One sentence per engine that says whether INT8 is faster there."""
         if not self.ratios:
-            return ("Nothing to compare with: the float twin was left out.",)
+            return ("Nothing to compare with: the float twin was skipped.",)
         return tuple(_verdict(engine, ratio) for engine, ratio in self.ratios.items())
 
     def to_json(self) -> dict[str, Any]:

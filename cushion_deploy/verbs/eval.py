@@ -161,7 +161,7 @@ def evaluate_columns(
         scorers = _Scorers(recipe, run, bundle, what.threads)
         corpora = [scorers.corpus(data) for data in what.texts]
         if in_torch:
-            scorers.pipeline  # noqa: B018 - another model is refused before any column is scored
+            scorers.pipeline  # noqa: B018 - reject another model before any column is scored
         for column in columns:
             began = time.monotonic()
             with scorers.open(column) as (scorer, encoding):

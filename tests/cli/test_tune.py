@@ -56,7 +56,7 @@ def test_smoothing_without_its_scales_is_refused(cli: Any, planted_bundle: Any, 
     smoothing = planted_bundle.bundle / "smoothing.safetensors"
     done = cli("export", *planted_bundle.options, "--smoothing", smoothing, "--output", tmp_path / "graph")
     assert done.code == 2
-    assert "--smoothing without --scales" in done.err
+    assert "--smoothing was given without --scales" in done.err
 
 
 @pytest.mark.parametrize("flags", [["--smooth-alpha", "2"], ["--set", "tuning.epochs=0"]])

@@ -308,7 +308,7 @@ def test_export_takes_the_files_of_one_calibration(cli: Any, tiny_bundle: Any, t
     # One without the other would mix two calibrations.
     alone = cli("export", *options, "--scales", files["scales"], "--output", tmp_path / "h")
     assert alone.code == 2
-    assert "--scales without --kv-scales" in alone.err
+    assert "--scales was given without --kv-scales" in alone.err
     files["kv_scales"].write_text(json.dumps({**read, "corpus_digest": "0" * 64}))
     other = cli("export", *options, *given, "--output", tmp_path / "h")
     assert other.code == 2

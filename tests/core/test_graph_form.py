@@ -48,7 +48,7 @@ def quantization_of(prefix: Prefix, *, with_prefix: bool = False) -> Quantizatio
         ({"prefix": "inside"}, "unknown place of the prefix 'inside'", "baked, cache, none"),
         ({"opset": MIN_OPSET - 1}, "opset 16 is not supported", "choose 17 to 22"),
         ({"opset": MAX_OPSET + 1}, "opset 23 is not supported", "choose 17 to 22"),
-        ({"capacity": 8}, "a growing cache has no capacity, and 8 slots were given", "static"),
+        ({"capacity": 8}, "a growing cache has no capacity, but 8 slots were given", "static"),
         ({"cache": "static"}, "a static cache of 0 slots", "tensorrt.max_context"),
         ({"cache": "static", "capacity": -1}, "a static cache of -1 slots", "tensorrt.max_context"),
         ({"cache": "int8", "capacity": 8}, "an INT8 cache cannot be static", "export.kv_cache=int8"),
@@ -66,7 +66,7 @@ def test_a_form_that_contradicts_itself_is_refused(form: dict[str, Any], message
     [
         ({}, replace(quantization_of(prefix_of(2)), scales=None), "needs activation scales"),
         ({"prefix": "none"}, quantization_of(prefix_of(2)), "a prefix of 2 positions was given"),
-        ({"cache": "static", "capacity": 9}, quantization_of(prefix_of(2)), "cannot be joined with a prefix"),
+        ({"cache": "static", "capacity": 9}, quantization_of(prefix_of(2)), "cannot be combined with a prefix"),
         (
             {"cache": "static", "capacity": 2, "prefix": "cache"},
             quantization_of(prefix_of(2)),
@@ -74,9 +74,13 @@ def test_a_form_that_contradicts_itself_is_refused(form: dict[str, Any], message
         ),
         ({"cache": "static", "capacity": 21}, quantization_of(prefix_of(0)), "a static cache of 21 slots"),
         ({"cache": "int8"}, replace(quantization_of(prefix_of(2)), kv_scales=None), "needs cache scales"),
-        ({"cache": "int8", "prefix": "cache"}, quantization_of(prefix_of(2)), "and it is in the cache"),
-        ({"cache": "int8"}, quantization_of(prefix_of(2), with_prefix=True), "and it is inside the graph"),
-        ({"dtype": "float16"}, quantization_of(prefix_of(2, 70_000.0)), "reaches 70,000, and float16 ends at 65,504"),
+        ({"cache": "int8", "prefix": "cache"}, quantization_of(prefix_of(2)), "but it is in the cache"),
+        ({"cache": "int8"}, quantization_of(prefix_of(2), with_prefix=True), "but it is inside the graph"),
+        (
+            {"dtype": "float16"},
+            quantization_of(prefix_of(2, 70_000.0)),
+            "reaches 70,000, but the float16 maximum is 65,504",
+        ),
     ],
 )
 def test_a_quantization_that_does_not_fit_the_form_is_refused(

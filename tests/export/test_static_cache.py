@@ -71,7 +71,7 @@ def test_what_a_growing_cache_says_of_itself_does_not_mention_a_capacity(export:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"prefix": "baked"}, "cannot be joined with a prefix"),
+        ({"prefix": "baked"}, "cannot be combined with a prefix"),
         ({"capacity": 3}, "3 slots does not fit a prefix of 3"),
         ({"capacity": 129}, "a model of 128 positions"),
     ],

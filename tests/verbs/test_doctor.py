@@ -89,8 +89,8 @@ def test_a_recipe_without_a_prefix_is_told_what_it_forgoes(planted_folder: Path,
     found = look(planted_folder, search__enabled=False)
     assert found.prefix_pays
     assert not found.prefix_allowed
-    assert any("builds without one" in warning for warning in found.warnings)
-    assert not any("builds without one" in w for w in look(planted_folder).warnings)
+    assert any("the recipe disables it" in warning for warning in found.warnings)
+    assert not any("the recipe disables it" in w for w in look(planted_folder).warnings)
 
 
 def test_a_model_without_a_sink_needs_no_prefix(tiny_folder: Path, look: Look) -> None:
