@@ -10,6 +10,7 @@ from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.modeling.source import ModelSource
 from cushion_deploy.stages.base import Derived, Node, Stage
 from cushion_deploy.stages.run import Inputs
+from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -73,11 +74,13 @@ class DescribeModel(Stage[ModelFiles]):
 
     Attributes:
         model: the model.
+        generation: digest of its chat templates and generation settings, which the model's digest does not cover.
     """
 
     name: ClassVar[str] = "tokenizer"
     version: ClassVar[int] = 1
     model: Node[TorchRunner]
+    generation: str
 
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write configuration, tokenizer and ``spec.json``."""
@@ -93,8 +96,8 @@ class DescribeModel(Stage[ModelFiles]):
         return ModelFiles(folder, ModelSpec.from_json(read_json(folder / SPEC)))
 
     def digest_of(self, artifact: ModelFiles) -> str:
-        """Return the digest of the weights."""
-        return artifact.spec.weights_digest
+        """Return a digest of the model, its chat templates and its generation settings."""
+        return digest_json([artifact.spec.weights_digest, self.generation])
 
 
 def _name_tokenizer(file: Path) -> None:
