@@ -141,7 +141,7 @@ def _export(model: Path, folder: Path, dtype: str) -> dict[str, Any]:
     family = get_family("llama")
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    spec = describe(module, family, ModelSource("folder", model, "random", None, "0" * 64))
+    spec = describe(module, family, ModelSource("folder", model, "random", None, "0" * 64, "0" * 64))
     prefix, sites = Prefix.empty(spec), family.linears(spec, head=True)
     scales = ActivationScales(dict.fromkeys(sites, SCALE), "max", Lineage(spec.weights_digest, prefix.digest), 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

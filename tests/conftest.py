@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from cushion_deploy.modeling.source import resolve_source
 # A runner that starts this in the background has SIGINT ignored, and children inherit that: the tests that interrupt
 # a real process would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests neither read nor write the user's digest cache, in this process or in those that they start.
+os.environ["CUSHION_CACHE_DIR"] = ""
 
 SMOLLM2 = Path(__file__).parents[1] / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT_TEMPLATE = (

@@ -32,6 +32,7 @@ VERBS = {
     "generate": "Generate text with a bundle.",
     "report": "Show the report of a bundle.",
     "inspect": "Show the contents of a bundle, prefix or scales file.",
+    "clean": "Empty a work folder.",
 }
 
 

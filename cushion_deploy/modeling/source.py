@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -11,12 +10,13 @@ from typing import Any, Literal
 
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.families import ACTIVATIONS, Family, family_for_model_type
-from cushion_deploy.store import hash_file
+from cushion_deploy.store.digest_cache import cached_digests
+from cushion_deploy.store.digests import digest_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 SUPPORTED = "a .gguf file, a local Hugging Face folder with safetensors, or a hub id such as org/name"
-SIDE_FILES = (
-    "generation_config.json",
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -26,11 +26,11 @@ SIDE_FILES = (
     "*.model",
     "*.tiktoken",
     "tekken.json",
-    "chat_template*.j*",
-    "additional_chat_templates/*.jinja",
 )
-"""Files read besides config and weights: generation settings, and the tokenizer in all its layouts."""
-_HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *SIDE_FILES]
+"""The tokenizer in all its layouts."""
+GENERATION_FILES = ("generation_config.json", "chat_template*.j*", "additional_chat_templates/*.jinja")
+"""Files that decide how text is generated, not what the model computes for given token ids."""
+_HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES, *GENERATION_FILES]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -38,12 +38,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class ModelSource:
     """A checked model on disk.
 
+    A GGUF file has one digest, which is used for both: editing its chat template makes it another model.
+
     Attributes:
         kind: ``gguf`` (one file) or ``folder`` (Hugging Face layout, safetensors).
         path: the file or folder.
         label: what the user wrote, for reports.
         revision: hub revision asked for, if any.
-        digest: SHA-256 over all files that affect the model.
+        digest: SHA-256 over what decides token ids and logits: config.json, the weights, and the tokenizer without its
+            chat template. A prefix, scales and a graph belong to the model with this digest.
+        generation_digest: SHA-256 over what decides only how text is generated: generation_config.json and chat
+            templates, including the one inside tokenizer_config.json.
     """
 
     kind: Literal["gguf", "folder"]
@@ -51,6 +56,7 @@ class ModelSource:
     label: str
     revision: str | None
     digest: str
+    generation_digest: str
 
 
 def resolve_source(model: str, revision: str | None = None) -> ModelSource:
@@ -78,18 +84,32 @@ def _from_file(path: Path, label: str) -> ModelSource:
         magic = f.read(4)
     if magic != b"GGUF":
         raise UsageError(f"{path.name} is not a GGUF file (it begins with {magic!r})", hint=f"give {SUPPORTED}")
-    return ModelSource("gguf", path, label, None, hash_file(path))
+    digest = cached_digests([path])[path]
+    return ModelSource("gguf", path, label, None, digest, digest)
 
 
 def _from_folder(path: Path, label: str, revision: str | None) -> ModelSource:
     config = read_json(path / "config.json", f"give {SUPPORTED}")
     check_config(config)
-    weights = weight_files(path)
-    h = hashlib.sha256()
-    beside = {file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
-    for file in [path / "config.json", *weights, *sorted(beside)]:
-        h.update(f"{file.relative_to(path).as_posix()}:{hash_file(file)};".encode())
-    return ModelSource("folder", path, label, revision, h.hexdigest())
+    numbers = [path / "config.json", *weight_files(path), *_matching(path, TOKENIZER_FILES)]
+    generation = _matching(path, GENERATION_FILES)
+    digests = cached_digests([*numbers, *generation])
+    of_numbers, of_generation = (
+        {file.relative_to(path).as_posix(): digests[file] for file in files} for files in (numbers, generation)
+    )
+    if (path / TOKENIZER_CONFIG).is_file():
+        settings = read_json(path / TOKENIZER_CONFIG, "fetch the file again")
+        template = settings.pop("chat_template", None)
+        of_numbers[TOKENIZER_CONFIG] = json.dumps(settings, sort_keys=True)
+        if template is not None:
+            of_generation[TOKENIZER_CONFIG] = json.dumps(template, sort_keys=True)
+    return ModelSource("folder", path, label, revision, digest_json(of_numbers), digest_json(of_generation))
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """Return the matching files of a folder, sorted, except tokenizer_config.json: it contributes to both digests."""
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return sorted(found - {folder / TOKENIZER_CONFIG})
 
 
 def check_config(config: dict[str, Any]) -> Family:

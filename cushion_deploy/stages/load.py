@@ -73,11 +73,13 @@ class DescribeModel(Stage[ModelFiles]):
 
     Attributes:
         model: the model.
+        generation: digest of its chat templates and generation settings, which the model's digest does not cover.
     """
 
     name: ClassVar[str] = "tokenizer"
     version: ClassVar[int] = 1
     model: Node[TorchRunner]
+    generation: str
 
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write the configuration, the tokenizer and ``spec.json``."""

@@ -63,7 +63,7 @@ class Pipeline:
         """Create the nodes up to the quantization."""
         self.recipe = recipe
         self.model = Load(source, Convert(source) if source.kind == "gguf" else None)
-        self.files = DescribeModel(self.model)
+        self.files = DescribeModel(self.model, source.generation_digest)
         self.text = self.corpus(recipe.calibration.data, "calibration")
         self.evaluation_text = self.corpus(recipe.evaluation.data, "evaluation")
         self.search = Search(self.model, self.text, recipe.search, recipe.seed) if longest_prefix(recipe) else None

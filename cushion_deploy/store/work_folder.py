@@ -19,8 +19,8 @@ from cushion_deploy.store.owned import owned_folder, swap_in, sweep_dead
 logger = logging.getLogger(__name__)
 
 STAGE_MANIFEST = "stage.json"
-_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
-_TEMPORARY = "tmp-"
+NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
+TEMPORARY = "tmp-"
 
 
 class StageStore:
@@ -38,7 +38,7 @@ class StageStore:
 
     def _folder(self, kind: str, stage: str, key: str) -> Path:
         for name in (stage, key):
-            if not _NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is not a valid stage name or key: only letters, digits, '.', '_' and '-'")
         return self.root / kind / stage / key
 
@@ -92,7 +92,7 @@ class StageStore:
         with disk_errors(self.root):
             temporary.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            with owned_folder(temporary, _TEMPORARY, target) as staged:
+            with owned_folder(temporary, TEMPORARY, target) as staged:
                 yield staged
                 (staged / STAGE_MANIFEST).unlink(missing_ok=True)
                 files = {path: asdict(entry) for path, entry in measure_files(staged).items()}
@@ -117,8 +117,11 @@ class StageStore:
         return folder
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Lock the work folder for one build; leftovers of killed processes are removed on entry.
+    def lock(self, *, sweep: bool = True) -> Iterator[None]:
+        """Lock the work folder for one build.
+
+        Args:
+            sweep: whether leftovers of killed processes are removed on entry.
 
         Raises:
             UsageError: another process holds the lock (raised immediately), or the folder is not writable.
@@ -135,11 +138,12 @@ class StageStore:
             except Timeout as e:
                 raise UsageError(
                     f"another build is using the work folder {self.root} (lock file {path})",
-                    hint="wait until it ends, or give this build another work folder; "
+                    hint="wait until it ends, or choose another work folder; "
                     "the lock is released when its process ends, so the file never has to be deleted",
                 ) from e
         try:
-            self.sweep()
+            if sweep:
+                self.sweep()
             yield
         finally:
             held.release(force=True)
@@ -147,7 +151,7 @@ class StageStore:
     def sweep(self) -> list[Path]:
         """Remove the temporary folders of killed processes and return them; those of running processes are kept."""
         with disk_errors(self.root):
-            removed = sweep_dead(self.root / "tmp", _TEMPORARY)
+            removed = sweep_dead(self.root / "tmp", TEMPORARY)
         if removed:
             logger.info("removed %d unfinished folders of killed runs", len(removed))
         return removed

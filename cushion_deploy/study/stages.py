@@ -250,6 +250,8 @@ class Task(CellStage):
         limit: number of rows; None for all.
         lm_eval: version of lm-eval.
         files: digests of the files that a task file may read.
+        generation: digest of the model's generation settings: an end-of-sequence token ends generated answers, and is
+            the context of a text without one.
         suite: the loaded task.
     """
 
@@ -260,6 +262,7 @@ class Task(CellStage):
     limit: int | None
     lm_eval: str
     files: tuple[str, ...]
+    generation: str
     suite: TaskSuite = field(compare=False)
 
     def compute(self, inputs: Inputs) -> list[dict[str, Any]]:

@@ -43,7 +43,8 @@ class Tasks:
         found = []
         for unit, suite in self.suites.items():
             name = unit if unit in USUAL_NAMES else Path(unit).name
-            decided_by = name, self.limit, metadata.version("lm_eval"), tuple(_digests(unit, self.data))
+            files, generation = tuple(_digests(unit, self.data)), cells.pipeline.source.generation_digest
+            decided_by = name, self.limit, metadata.version("lm_eval"), files, generation
             title = f"{label}, {Path(unit).stem}"
             value = cells.value(Task(title, cells.pipeline.model, Given(variant), *decided_by, suite))
             found += [TaskResult.model_validate(row) for row in value]

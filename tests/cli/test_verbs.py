@@ -166,6 +166,22 @@ def test_verify_names_the_manifest(cli: Any, planted_bundle: Any) -> None:
     assert set(shown["files"]) == set(verify_bundle(planted_bundle.bundle).files)
 
 
+def test_no_digest_of_a_bundle_is_cached(
+    cli: Any, planted_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUSHION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("cushion_deploy.store.digest_cache.SETTLED_NS", -1_000_000_000)
+    bundle, model = planted_bundle.bundle, Path(planted_bundle.options[1])
+    for arguments in (("verify", bundle), ("inspect", bundle), ("generate", bundle, "a", "--max-new-tokens", "1")):
+        assert cli(*arguments).code == 0
+    assert not (tmp_path / "cache").exists()
+    # The model that a bundle was built from is cached, its configuration and weights at least.
+    assert cli("parity", bundle, "--work-dir", planted_bundle.work, "--reuse").code == 0
+    cached = [Path(name) for name in json.loads((tmp_path / "cache" / "digests.json").read_text())["files"]]
+    assert {"config.json", "model.safetensors"} <= {file.name for file in cached}
+    assert {file.parent for file in cached} == {model}
+
+
 def test_parity_of_a_bundle(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
     junit = tmp_path / "parity.xml"
     done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--junit", junit, "--json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import CushionError, ExitCode, UntrustedArtifact, UsageError
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.source import ModelSource, resolve_source
+from cushion_deploy.store import digest_cache
 
 Shard = Callable[[Path], None]
 
@@ -77,11 +79,16 @@ def test_a_gguf_file_is_recognized_by_its_content(tmp_path: Path) -> None:
     assert resolve_source(str(file)).kind == "gguf"
 
 
-def test_the_digest_follows_every_byte_that_decides_the_model(folder: Path) -> None:
-    digests = [resolve_source(str(folder)).digest]
+def digests(folder: Path) -> tuple[str, str]:
+    source = resolve_source(str(folder))
+    return source.digest, source.generation_digest
+
+
+def test_the_digest_follows_every_byte_that_decides_the_numbers(folder: Path) -> None:
+    found = [digests(folder)]
 
     def now() -> None:
-        digests.append(resolve_source(str(folder)).digest)
+        found.append(digests(folder))
 
     edit_config(folder, rms_norm_eps=1e-3)
     now()
@@ -91,30 +98,78 @@ def test_the_digest_follows_every_byte_that_decides_the_model(folder: Path) -> N
     now()
     (folder / "tokenizer_config.json").write_text("{}")
     now()
-    (folder / "chat_template.jinja").write_text("other")
+    (folder / "tokenizer.json").write_text("{}")
     now()
-    assert len(set(digests)) == 5
+    assert len({digest for digest, _ in found}) == 5
+    assert len({generation for _, generation in found}) == 1
     (folder / "README.md").write_text("words")
-    now()
-    assert digests[-1] == digests[-2]
+    assert digests(folder) == found[-1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("generation_config.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "added_tokens.json"),
-        *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "tokenizer.4.0.0.json"),
-        *("spiece.model", "additional_chat_templates/tool_use.jinja"),
-    ],
+NUMBERS = (
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "added_tokens.json"),
+    *("special_tokens_map.json", "tokenizer.4.0.0.json", "spiece.model"),
 )
-def test_the_digest_covers_every_file_that_loading_reads(folder: Path, name: str) -> None:
-    before = resolve_source(str(folder)).digest
+GENERATION = (
+    *("generation_config.json", "chat_template.jinja", "chat_template.json"),
+    "additional_chat_templates/tool_use.jinja",
+)
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *GENERATION])
+def test_every_file_that_loading_reads_is_in_one_of_the_digests(folder: Path, name: str) -> None:
+    changed = name in GENERATION
+    found = [digests(folder)]
     (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text('{"of": "another"}')
-    there = resolve_source(str(folder)).digest
-    assert there != before
-    (folder / name).write_text('{"of": "one more"}')
-    assert resolve_source(str(folder)).digest not in (there, before)
+    for text in ('{"of": "another"}', '{"of": "one more"}'):
+        (folder / name).write_text(text)
+        found.append(digests(folder))
+    assert len({both[changed] for both in found}) == 3
+    assert len({both[not changed] for both in found}) == 1
+
+
+def test_a_template_inside_the_tokenizer_config_decides_no_number(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    assert "chat_template" not in settings
+    found = [digests(folder)]
+    for template in ("{{ a }}", "{{ b }}", [{"name": "default", "template": "{{ b }}"}]):
+        file.write_text(json.dumps({**settings, "chat_template": template}))
+        found.append(digests(folder))
+    assert len({digest for digest, _ in found}) == 1
+    assert len({generation for _, generation in found}) == 4
+    file.write_text(json.dumps({**settings, "chat_template": None}, indent=8))
+    assert digests(folder) == found[0]
+    file.write_text(json.dumps({**settings, "add_bos_token": False}))
+    assert digests(folder)[0] != found[0][0]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_tokenizer_config_that_is_no_json_object_is_damaged(folder: Path, text: str) -> None:
+    (folder / "tokenizer_config.json").write_text(text)
+    assert "tokenizer_config.json" in refused(folder, ExitCode.UNTRUSTED).message
+
+
+def test_a_gguf_file_is_one_whole(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF" + bytes(20))
+    source = resolve_source(str(file))
+    assert source.digest == source.generation_digest == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_checkpoint_is_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUSHION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(digest_cache, "SETTLED_NS", -1_000_000_000)
+    first = resolve_source(str(folder))
+
+    def read(path: Path) -> str:
+        pytest.fail(f"{path} was read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digest_cache, "hash_file", read)
+        assert resolve_source(str(folder)) == first
+    shutil.rmtree(tmp_path / "cache")
+    assert resolve_source(str(folder)) == first
 
 
 def test_beside_an_index_the_whole_file_is_what_is_loaded_and_hashed(folder: Path, tiny_folder: Path) -> None:
@@ -358,6 +413,6 @@ def test_a_hub_id_with_pickled_weights_alone_is_refused(tiny_folder: Path, tmp_p
 
 
 def test_a_source_is_a_value() -> None:
-    one, other = (ModelSource("gguf", Path("a"), "a", None, "d") for _ in range(2))
+    one, other = (ModelSource("gguf", Path("a"), "a", None, "d", "g") for _ in range(2))
     assert one == other
     assert issubclass(UntrustedArtifact, CushionError)

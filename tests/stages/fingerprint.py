@@ -35,7 +35,7 @@ IGNORED = (
 )
 """What decides no artifact: how work is kept, reported and read back."""
 SHARED = ("cushion_deploy.stages.observation", "cushion_deploy.stages.windows")
-"""Modules beside the stages that compute. Another stage is an input: what it computes, its digest tells."""
+"""Modules beside the stages that compute. Another stage is an input: its digest identifies what it computes."""
 
 
 def stages() -> dict[str, type[Stage[Any]]]:

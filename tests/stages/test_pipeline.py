@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +155,7 @@ def test_a_failure_leaves_no_bundle_and_keeps_what_was_finished(
     one_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
-        raise CheckFailed("the engine broke", hint="mend it")
+        raise CheckFailed("the engine broke", hint="repair it")
 
     with monkeypatch.context() as patch:
         patch.setattr(Compile, "run", broken)
@@ -241,6 +243,67 @@ def test_a_verb_alone_refuses_a_window_that_does_not_fit(one_run: MakeRun, tmp_p
     one = one_run(tmp_path / "work", calibration__window=257)
     with pytest.raises(UsageError, match=r"calibration\.window is 257"):
         one.quantization  # noqa: B018 - it is computed
+
+
+def write_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("edited {{ messages }}")
+
+
+def write_inline_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "edited {{ messages }}"}))
+
+
+def write_generation_config(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "temperature": 0.25}))
+
+
+@pytest.mark.parametrize("edit", [write_template, write_inline_template, write_generation_config])
+def test_an_edited_template_gives_a_new_bundle_and_measures_nothing_again(
+    one_run: MakeRun, planted_folder: Path, tmp_path: Path, edit: Callable[[Path], None]
+) -> None:
+    from cushion_deploy.runtime.bundle import open_bundle
+
+    one_run().build(tmp_path / "before")
+    model = Path(shutil.copytree(planted_folder, tmp_path / "model"))
+    edit(model)
+    one = one_run(model=model)
+    one.build(tmp_path / "after")
+    assert {row["stage"] for row in merge_times(one.run.times) if not row["reused"]} == {"load", "tokenizer"}
+    before, after = open_bundle(tmp_path / "before"), open_bundle(tmp_path / "after")
+    assert after.manifest.parents == before.manifest.parents
+    if edit is write_generation_config:
+        assert (before.eos_token_ids, after.eos_token_ids) == ((2,), (2, 7))
+        assert json.loads((tmp_path / "after" / "genai_config.json").read_text())["model"]["eos_token_id"] == [2, 7]
+        assert after.generation_config["temperature"] == 0.25
+    else:
+        assert after.require_chat_template().source == "edited {{ messages }}"
+
+
+def write_config(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 2e-6}))
+
+
+def write_weight(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as f:
+        f.seek(-4, os.SEEK_END)
+        byte = f.read(1)[0]
+        f.seek(-4, os.SEEK_END)
+        f.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("edit", [write_config, write_weight])
+def test_an_edited_model_runs_everything_again(
+    one_run: MakeRun, planted_folder: Path, tmp_path: Path, edit: Callable[[Path], None]
+) -> None:
+    graph_of(one_run())
+    model = Path(shutil.copytree(planted_folder, tmp_path / "model"))
+    edit(model)
+    one = one_run(model=model)
+    graph_of(one)
+    assert reused(one) == {"search": False, "smooth": False, "calibrate": False, "export": False}
 
 
 def test_a_stage_asked_for_twice_is_one_row_and_not_reused() -> None:

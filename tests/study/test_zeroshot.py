@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,17 @@ def test_a_task_is_a_cell_and_its_files_decide_it(desk: Desk, folder: Path, tmp_
     second, reused = run()
     assert (second.n, reused) == (12, False)
     assert second.value == pytest.approx(first.value)
+
+
+def test_the_tokens_that_end_a_text_decide_a_task(desk: Desk, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    model = Path(shutil.copytree(desk.model, tmp_path / "model"))
+
+    def run() -> tuple[bool, ...]:
+        cells = replace(desk, model=model).cells(tmp_path / "work", search__enabled=False)
+        Tasks([str(folder)], None, 2).scores(cells, "FP", Variant(cells.empty))
+        return tuple(cell.reused for cell in cells.done.values())
+
+    assert (run(), run()) == ((False,), (True,))
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert run() == (False,)
