@@ -113,7 +113,7 @@ def test_scales_come_back_and_are_plain_json(scales: ActivationScales, tmp_path:
 def test_what_is_no_scales_file_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "s.json"
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(UntrustedArtifact, match="no scales file"):
+    with pytest.raises(UntrustedArtifact, match="not a scales file"):
         read_scales(file)
 
 

@@ -203,7 +203,7 @@ def checked_inputs(
     # Left padding takes no position, but some row may have none.
     if total > limit:
         raise UsageError(
-            f"a context of {total} tokens exceeds the engine's limit of {limit}",
+            f"a context of {total} tokens is longer than the {limit} that the engine supports",
             hint=f"shorten the prompt or ask for fewer new tokens, {limit} in total",
         )
     if ids.min() < 0 or ids.max() >= contract.vocab_size:

@@ -136,8 +136,8 @@ def test_scales_of_something_else_are_refused(cache_scales, make_model, tmp_path
         (replace(good, keys=good.keys[:1], values=good.values[:1]), {}, "another model"),
         (replace(good, lineage=replace(good.lineage, prefix="other")), {}, "another prefix"),
         (replace(good, lineage=replace(good.lineage, smoothing="other")), {}, "another smoothing"),
-        (replace(good, with_prefix=True), {}, "for a prefix in the cache, and it is inside the graph"),
-        (good, {"prefix": "cache"}, "for a prefix inside the graph, and it is in the cache"),
+        (replace(good, with_prefix=True), {}, "for a prefix in the cache, but it is inside the graph"),
+        (good, {"prefix": "cache"}, "for a prefix inside the graph, but it is in the cache"),
     ):
         with pytest.raises(UsageError, match=words):
             export(kv, GraphForm(quantized=False, cache="int8", **form))
