@@ -102,8 +102,8 @@ def command(
         click.echo("the cache grows: only a float cache is updated in place, and only if the library has KVCacheUpdate")
     if not artifact.ran:
         click.echo(str(artifact.details.get("not_run", "not run")))
-    if hazards := artifact.details.get("half_accumulators"):
-        click.echo(f"warning: {len(hazards)} INT8 products are stored in float16 and may overflow: {hazards[0]} ...")
+    if narrow := artifact.details.get("half_accumulators"):
+        click.echo(f"warning: {len(narrow)} INT8 products are stored in float16 and may overflow: {narrow[0]} ...")
     if command_line := artifact.details.get("command"):
         shown = textwrap.shorten(command_line, SHOWN, placeholder=" ... (full command in engine.json)")
         click.echo(f"vendor command that builds the same plan:\n  {shown}")

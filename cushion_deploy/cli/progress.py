@@ -83,8 +83,8 @@ class _BarReport:
         if known is None:
             # Without a total the bar is animated.
             known = self.tasks[task] = self.bars.add_task(task, total=total or None, timed=not total)
-        said = f"{task}: {note}" if note else task
-        self.bars.update(known, completed=done, total=total or None, description=said)
+        text = f"{task}: {note}" if note else task
+        self.bars.update(known, completed=done, total=total or None, description=text)
         if total and done >= total:
             del self.tasks[task]
 

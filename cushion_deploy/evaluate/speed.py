@@ -153,8 +153,8 @@ def peak_memory(graph: ExportedGraph, workload: Workload, threads: int | None = 
         env=child_environment(),
     )
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise CheckFailed(f"the process that measures memory failed: {said}", hint="free some memory and run it again")
+        error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise CheckFailed(f"the process that measures memory failed: {error}", hint="free some memory and run it again")
     return int(done.stdout)
 
 

@@ -150,11 +150,11 @@ class Pipeline:
         )
 
     def _scheme(self, prefix: Node[Prefix], smoothing: Smooth | None, calibration: Calibrate) -> ChooseScheme:
-        wishes, sensitivity = self.recipe.export.keep_float, None
-        if any(map(is_automatic, wishes)):
+        keep_float, sensitivity = self.recipe.export.keep_float, None
+        if any(map(is_automatic, keep_float)):
             whole = AssembleQuantization(prefix, Given(self.scheme), calibration.scales, smoothing)
             sensitivity = Sensitivity(self.model, whole, self.text)
-        return ChooseScheme(self.files, self.scheme, wishes, sensitivity)
+        return ChooseScheme(self.files, self.scheme, keep_float, sensitivity)
 
     @staticmethod
     def form_of(recipe: Recipe) -> GraphForm:

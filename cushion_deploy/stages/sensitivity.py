@@ -75,13 +75,13 @@ class ChooseScheme(Derived[QuantScheme]):
     Attributes:
         files: determine which Sites the model has.
         scheme: the scheme with every Site quantized.
-        wishes: entries of ``export.keep_float``: names of Sites, and ``auto:N`` for the N most costly ones.
+        keep_float: entries of ``export.keep_float``: names of Sites, and ``auto:N`` for the N most costly ones.
         sensitivity: cost of each Site; None if no entry is automatic.
     """
 
     files: Node[ModelFiles]
     scheme: QuantScheme
-    wishes: tuple[str, ...]
+    keep_float: tuple[str, ...]
     sensitivity: Node[dict[Site, float]] | None
 
     def make(self, inputs: Inputs) -> QuantScheme:
@@ -90,18 +90,18 @@ class ChooseScheme(Derived[QuantScheme]):
         Raises:
             UsageError: an entry names a Site that the model does not have, or ``auto:`` lacks a number.
         """
-        if not self.wishes:
+        if not self.keep_float:
             return self.scheme
         spec = inputs.get(self.files).spec
         known = list(get_family(spec.family).linears(spec, head=self.scheme.quantize_head))
-        named = [Site(wish) for wish in self.wishes if not is_automatic(wish)]
+        named = [Site(entry) for entry in self.keep_float if not is_automatic(entry)]
         unknown = [site for site in named if site not in known]
         if unknown:
             raise UsageError(
                 f"export.keep_float names '{unknown[0]}', which is not a quantized Site of this model",
                 hint=f"Sites are named {known[0]} to {known[-1]}; or give auto:N",
             )
-        count = sum(_automatic(wish) for wish in self.wishes if is_automatic(wish))
+        count = sum(_automatic(entry) for entry in self.keep_float if is_automatic(entry))
         if self.sensitivity and count:
             costs = inputs.get(self.sensitivity)
             named += [site for site in sorted(costs, key=lambda s: -costs[s]) if site not in named][:count]
@@ -109,13 +109,13 @@ class ChooseScheme(Derived[QuantScheme]):
         return replace(self.scheme, float_sites=tuple(site for site in known if site in chosen))
 
 
-def is_automatic(wish: str) -> bool:
+def is_automatic(entry: str) -> bool:
     """Return whether an entry of ``export.keep_float`` asks for the most costly Sites."""
-    return wish.startswith("auto:")
+    return entry.startswith("auto:")
 
 
-def _automatic(wish: str) -> int:
-    number = wish.partition(":")[2]
+def _automatic(entry: str) -> int:
+    number = entry.partition(":")[2]
     if not number.isdecimal() or int(number) == 0:
-        raise UsageError(f"export.keep_float holds '{wish}'", hint="write auto:N with N of 1 or more, such as auto:4")
+        raise UsageError(f"export.keep_float holds '{entry}'", hint="write auto:N with N of 1 or more, such as auto:4")
     return int(number)

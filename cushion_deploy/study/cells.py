@@ -17,7 +17,7 @@ from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
 from cushion_deploy.study.document import Cell
 from cushion_deploy.study.document import Score as ScoreRow
-from cushion_deploy.study.stages import Attention, CellStage, LastBlock, Magnitudes, Score, Taught, Variant, Windows
+from cushion_deploy.study.stages import Attention, CellStage, LastBlock, Magnitudes, Score, TeacherOf, Variant, Windows
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class Cells:
 
     def _scored(self, label: str, variant: Variant, text: str | None) -> dict[str, Any]:
         windows, common = self._text(text)
-        taught = Taught(self.pipeline.model, windows)
+        teacher = TeacherOf(self.pipeline.model, windows)
         title = f"{label}, {self._name(text)}"
-        found: dict[str, Any] = self.value(Score(title, self.pipeline.model, *common, Given(variant), windows, taught))
+        found: dict[str, Any] = self.value(Score(title, self.pipeline.model, *common, Given(variant), windows, teacher))
         return found
 
     def magnitudes(self, prefix: Prefix) -> list[dict[str, float]]:

@@ -122,7 +122,7 @@ class Windows(Derived[IntArray]):
 
 
 @dataclass(frozen=True)
-class Taught(Derived["Teacher"]):
+class TeacherOf(Derived["Teacher"]):
     """The original model's predictions for the windows, computed once for all cells.
 
     Attributes:

@@ -44,24 +44,24 @@ def headline(study: Study) -> str:
 def introduction(study: Study) -> list[str]:
     """State what was studied and how it was measured."""
     m = study.model
-    said = [
+    lines = [
         f"{model_name(m.source)} has {count(m.parameters)} parameters in {plural(m.layers, 'layer')} of width "
         f"{m.hidden_size:,}. Ranges and smoothing were calibrated on {study.calibration}."
     ]
     if study.prefix.token_ids:
         tokens = listing([f"`{_code(token)}`" for token in study.prefix.tokens])
         how = "tuned after the search" if study.prefix.tuned else "as the search found it, without tuning"
-        said.append(f"The prefix is {plural(len(study.prefix.tokens), 'token')} long, {tokens}, {how}.")
+        lines.append(f"The prefix is {plural(len(study.prefix.tokens), 'token')} long, {tokens}, {how}.")
     else:
-        said.append("There is no prefix: the search found no sink that justifies one, or the recipe disables it.")
+        lines.append("There is no prefix: the search found no sink that justifies one, or the recipe disables it.")
     if study.texts:
         texts = listing([f"{t.tokens:,} tokens of {t.name} in windows of {t.window:,}" for t in study.texts])
-        said.append(
+        lines.append(
             f"Perplexity is measured on {texts}. Windows do not overlap, and tokens of the prefix are not scored. "
             "KL is the mean divergence from the original model without prefix or quantization. "
             "A prefix alone changes perplexity, so results are also compared with FP with the same prefix."
         )
-    return said
+    return lines
 
 
 def sentences(study: Study, part: str) -> list[str]:
@@ -83,21 +83,21 @@ def sentences(study: Study, part: str) -> list[str]:
 
 
 def _table1(study: Study) -> list[str]:
-    said = [
+    lines = [
         "The schemes are those of the paper: asymmetric activations, min-max ranges, group-wise weights, and the "
         "paper's alpha for SmoothQuant. The last row is the model that `cushion-deploy build` deploys."
     ]
     pairs = study.table1 or ()
     for text in study.texts:
-        said += _worst_and_gains(study, pairs, text.name)
+        lines += _worst_and_gains(study, pairs, text.name)
     printed = paper_tables()["table1"]
     static, fp = printed.row("per-tensor static").with_prefix, printed.row("FP16").without
     over = [value / base - 1 for value, base in zip(static, fp, strict=True)]
-    said.append(
+    lines.append(
         f"In the paper, per-tensor static W8A8 with CushionCache is {percent(min(over))} to {percent(max(over))} over "
         f"FP16 on {len(over)} models."
     )
-    return said
+    return lines
 
 
 def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: str) -> list[str]:
@@ -130,22 +130,22 @@ def _table2(study: Study) -> list[str]:
     fp = 100 * mean_of([r.value for r in pairs[0].without])
     rows = f"the first {plural(study.task_limit, 'row')} of each task" if study.task_limit else "every row"
     errors = [r.stderr for r in pairs[0].without if r.stderr is not None]
-    said = [f"FP reaches an average of {fp:.2f} % over {rows}."]
+    lines = [f"FP reaches an average of {fp:.2f} % over {rows}."]
     if len(errors) == len(pairs[0].without):
         spread = 100 * math.hypot(*errors) / len(errors)
-        said[0] += f" The standard error of this average is {spread:.1f} points."
+        lines[0] += f" The standard error of this average is {spread:.1f} points."
     last = pairs[-1]
     without = 100 * mean_of([r.value for r in last.without])
     sentence = f"The deployed recipe reaches {without:.2f} % without the prefix ({signed(without - fp)} points)"
     if last.with_prefix:
         with_prefix = 100 * mean_of([r.value for r in last.with_prefix])
         sentence += f" and {with_prefix:.2f} % with it ({signed(with_prefix - fp)})"
-    return [*said, sentence + "."]
+    return [*lines, sentence + "."]
 
 
 def _table3(study: Study) -> list[str]:
     steps = study.table3 or ()
-    said = [
+    lines = [
         "Every row is a recipe in the deployable scheme (static, per-tensor, symmetric) with the recipe's smoothing "
         "and ranges. The paper reports accuracy under per-tensor dynamic quantization; this table reports perplexity."
     ]
@@ -153,13 +153,13 @@ def _table3(study: Study) -> list[str]:
         scores = [on(step.scores, text.name) for step in steps]
         values = [s.perplexity for s in scores if s is not None and s.perplexity is not None]
         if 2 < len(values) == len(steps):
-            said.append(f"On {text.name}, {_share_of_the_search(values[0], values[1], values[-1])}.")
+            lines.append(f"On {text.name}, {_share_of_the_search(values[0], values[1], values[-1])}.")
     rows = [row.without[0] for row in paper_tables()["table3"].rows[1:]]
-    said.append(
+    lines.append(
         f"In the paper, the search brings {100 * (rows[1] - rows[0]) / (rows[-1] - rows[0]):.0f} % of the gain in "
         "accuracy."
     )
-    return said
+    return lines
 
 
 def _share_of_the_search(first: float, greedy: float, last: float) -> str:
@@ -178,7 +178,7 @@ def _share_of_the_search(first: float, greedy: float, last: float) -> str:
 
 def _remedies(study: Study) -> list[str]:
     steps = study.remedies or ()
-    said = ["A row that begins with + adds one remedy to the row above; the three range estimators are alternatives."]
+    lines = ["A row that begins with + adds one remedy to the row above; the three range estimators are alternatives."]
     for text in study.texts:
         known = [
             (s.divergence, step) for step in steps if (s := on(step.scores, text.name)) and s.divergence is not None
@@ -187,12 +187,12 @@ def _remedies(study: Study) -> list[str]:
             continue
         best = min(known, key=lambda row: row[0])[1]
         score, same = on(best.scores, text.name), on(best.fp, text.name)
-        said.append(
+        lines.append(
             f"On {text.name}, '{best.label}' is closest to the original model: {divergence(score)} nats per token at "
             f"perplexity {perplexity(score)}, {_over(score, on(study.fp, text.name))} FP and {_over(score, same)} "
             f"FP with the same prefix.{_largest_step(known)}"
         )
-    return said
+    return lines
 
 
 def _largest_step(known: Sequence[tuple[float, Step]]) -> str:
@@ -206,15 +206,15 @@ def _largest_step(known: Sequence[tuple[float, Step]]) -> str:
 
 
 def _table4(study: Study) -> list[str]:
-    said = ["Fewer bits with one scale per token: simulated as in the paper, not deployable."]
+    lines = ["Fewer bits with one scale per token: simulated as in the paper, not deployable."]
     pairs = study.table4 or ()
     for text in study.texts:
         both = [(on(p.without, text.name), on(p.with_prefix, text.name)) for p in pairs]
         known = [(a, b) for a, b in both if a and b]
         if known:
             gains = sum(_lower(b, a, "perplexity") for a, b in known)
-            said.append(f"On {text.name}, the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
-    return said
+            lines.append(f"On {text.name}, the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
+    return lines
 
 
 def _table5(study: Study) -> list[str]:
@@ -236,7 +236,7 @@ def _table6(study: Study) -> list[str]:
     found = study.table6
     if found is None:
         return []
-    said = []
+    lines = []
     if found.search_seconds is not None:
         sentence = (
             f"The search ({found.search_mode}) took {duration(found.search_seconds)} and scored "
@@ -245,15 +245,15 @@ def _table6(study: Study) -> list[str]:
         if 0 < found.positions_scored < found.positions_full_scan:
             ratio = found.positions_full_scan / found.positions_scored
             sentence += f"; a scan of the whole vocabulary would need {ratio:,.0f} times as many positions"
-        said.append(sentence + ".")
+        lines.append(sentence + ".")
     else:
-        said.append("No search was run.")
+        lines.append("No search was run.")
     if found.tuning_seconds is not None:
-        said.append(
+        lines.append(
             f"Tuning ({found.tuning_loss}) took {duration(found.tuning_seconds)} for "
             f"{plural(found.tuning_steps, 'step')}."
         )
-    return said
+    return lines
 
 
 def _figure2(study: Study) -> list[str]:
@@ -265,17 +265,17 @@ def _figure3(study: Study) -> list[str]:
     if found is None or not found.without:
         return []
     first = _mean(found.without, "first")
-    said = [
+    lines = [
         f"Shares of attention on a text of {plural(found.tokens, 'token')}, averaged over heads and all text tokens "
         f"except the first. Without a prefix, {first:.0%} of the attention is on the first token, averaged over layers."
     ]
     if found.with_prefix:
-        said.append(
+        lines.append(
             f"With the prefix, {_mean(found.with_prefix, 'prefix'):.0%} is on the prefix, "
             f"{_mean(found.with_prefix, 'first'):.0%} on the first token of the text and "
             f"{_mean(found.with_prefix, 'rest'):.0%} on all others."
         )
-    return [text.replace("%", " %") for text in said]
+    return [text.replace("%", " %") for text in lines]
 
 
 def _mean(layers: Sequence[LayerAttention], name: str) -> float:

@@ -84,10 +84,10 @@ class Bench:
 def _verdict(engine: str, ratio: Comparison) -> str:
     parts = [(name, getattr(ratio, name)) for name in ("prefill", "decode")]
     slower = [name for name, value in parts if value < FASTER]
-    said = " and ".join(f"{value:.2f} times as fast in {name}" for name, value in parts)
+    ratios = " and ".join(f"{value:.2f} times as fast in {name}" for name, value in parts)
     if not slower:
-        return f"On {engine}, INT8 runs {said} as floating point."
-    return f"On {engine}, INT8 is not faster in {' and '.join(slower)}: it runs {said} as floating point."
+        return f"On {engine}, INT8 runs {ratios} as floating point."
+    return f"On {engine}, INT8 is not faster in {' and '.join(slower)}: it runs {ratios} as floating point."
 
 
 def bench_bundle(

@@ -228,7 +228,7 @@ def _sample(model: TorchRunner, corpus: IntArray) -> IntArray:
 def _warnings(model: TorchRunner, found: Diagnosis) -> list[str]:
     """Return one sentence for everything that will not work, or not work well."""
     spec = model.spec
-    told = {
+    problems = {
         "no engine can compile on this machine": not any(engine.compiles for engine in found.engines),
         "a prefix pays, but the recipe disables it": found.prefix_pays and not found.prefix_allowed,
         "sinks occur only inside texts, not at their beginning: check the report before you deploy": (
@@ -243,8 +243,8 @@ def _warnings(model: TorchRunner, found: Diagnosis) -> list[str]:
             not getattr(model.tokenizer, "chat_template", None)
         ),
     }
-    said = [sentence for sentence, holds in told.items() if holds]
-    return [*_resource_warnings(found.resources), *_position_warnings(spec, found), *said]
+    sentences = [sentence for sentence, holds in problems.items() if holds]
+    return [*_resource_warnings(found.resources), *_position_warnings(spec, found), *sentences]
 
 
 def _resource_warnings(needed: Resources) -> Iterator[str]:

@@ -63,7 +63,7 @@ def add_engine(
         compiled = run.get(Compile.of(_engine_graph(recipe, bundle, engine, options), engine.name, options))
         artifact, own = compiled.artifact, f"engines/{engine.name}/"
         with staging_area(output) as staged:
-            _copy(bundle, staged, besides=own)
+            _copy(bundle, staged, replaced=own)
             compiled.place(staged)
             checked = artifact.lineage.graph in _graphs_checked(bundle)
             _update_report(artifact, staged / "report", checked=checked)
@@ -86,10 +86,10 @@ def _engine_graph(recipe: Recipe, bundle: Bundle, engine: Engine, options: Compi
     return pipeline.graph(quantization, form, context)
 
 
-def _copy(bundle: Bundle, staged: Path, besides: str) -> None:
+def _copy(bundle: Bundle, staged: Path, replaced: str) -> None:
     """Copy all files of a bundle except those of one engine; raises UntrustedArtifact if one has changed."""
     for name, entry in bundle.manifest.files.items():
-        if name.startswith(besides):
+        if name.startswith(replaced):
             continue
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         place(bundle.path / name, staged / name, link=False)

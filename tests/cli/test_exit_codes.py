@@ -53,7 +53,7 @@ import cushion_deploy.cli.progress as progress
 from cushion_deploy.cli.main import main
 task = sys.argv.pop(1)
 def report(self, name, done, total):
-    if name.startswith(task) and done:
+    if task in name and done:
         print("reached", flush=True)
         time.sleep(120)
 progress._LineReport.__call__ = report

@@ -131,10 +131,10 @@ def test_the_cost_of_a_site_is_the_divergence_when_it_alone_is_quantized(one_run
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"), [("layers.9.attn.qkv", "not a quantized Site"), ("auto:x", "auto:x"), ("auto:0", "auto:0")]
+    ("entry", "message"), [("layers.9.attn.qkv", "not a quantized Site"), ("auto:x", "auto:x"), ("auto:0", "auto:0")]
 )
-def test_a_wish_that_cannot_be_met_is_refused(one_run: MakeRun, wish: str, message: str) -> None:
-    one = one_run(export__keep_float=[wish])
+def test_an_entry_that_cannot_be_met_is_refused(one_run: MakeRun, entry: str, message: str) -> None:
+    one = one_run(export__keep_float=[entry])
     with pytest.raises(UsageError, match=message):
         one.quantization  # noqa: B018 - it is computed
 

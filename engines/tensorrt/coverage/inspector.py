@@ -99,8 +99,8 @@ def _tensor(tensor: Any, name: str, version: str) -> KernelTensor:
     if not isinstance(tensor, dict):
         raise _unreadable(name, f"a tensor is {tensor!r:.60}", version)
     spelled = {key.lower(): value for key, value in tensor.items()}
-    said = " ".join(str(spelled[key]) for key in _KEYS if spelled.get(key))
-    kind = next((_TYPES[word] for word in _WORD.findall(said) if word in _TYPES), UNKNOWN)
+    text = " ".join(str(spelled[key]) for key in _KEYS if spelled.get(key))
+    kind = next((_TYPES[word] for word in _WORD.findall(text) if word in _TYPES), UNKNOWN)
     dimensions = spelled.get("dimensions")
     sizes = dimensions if isinstance(dimensions, list) and all(isinstance(d, int) for d in dimensions) else []
     return KernelTensor(str(tensor.get("Name", "")), kind, tuple(sizes))
