@@ -52,7 +52,7 @@ import sys, time
 import cushion_deploy.cli.progress as progress
 from cushion_deploy.cli.main import main
 task = sys.argv.pop(1)
-def report(self, name, done, total):
+def report(self, name, done, total, note=""):
     if task in name and done:
         print("reached", flush=True)
         time.sleep(120)
