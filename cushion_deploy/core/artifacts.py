@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from cushion_deploy.store import replace_file
 
 SCALES_FILE = "scales.json"
 SMOOTHING_FILE = "smoothing.safetensors"
+T = TypeVar("T")
 _REBUILD = "build the bundle again"
 _METADATA = "cushion"
 _PREFIX_FORMAT = "cushion-prefix-1"
@@ -74,7 +76,7 @@ def read_cached_prefix(graph: ExportedGraph) -> Prefix | None:
     prefix = read_prefix(file)
     graph.lineage.require(
         f"{file}: {graph.path.name} was made for",
-        "build the bundle again",
+        _REBUILD,
         {"prefix": prefix.digest},
         UntrustedArtifact,
     )
@@ -111,7 +113,7 @@ def read_smoothing(path: Path) -> Smoothing:
 
 def write_scales(scales: ActivationScales, path: Path) -> None:
     """Write activation scales as JSON."""
-    replace_file(path, (json.dumps(scales.to_json(), indent=1) + "\n").encode())
+    _write_json(scales.to_json(), path)
 
 
 def read_scales(path: Path) -> ActivationScales:
@@ -121,18 +123,12 @@ def read_scales(path: Path) -> ActivationScales:
         UsageError: the file does not exist.
         UntrustedArtifact: the file is not a scales file.
     """
-    hint = "give a scales.json written by `cushion-deploy calibrate`"
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist", hint=hint)
-    try:
-        return ActivationScales.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UntrustedArtifact(f"{path} is not a scales file: {e}", hint=hint) from e
+    return _read_json(path, "a scales file", SCALES_FILE, ActivationScales.from_json)
 
 
 def write_kv_scales(scales: KvScales, path: Path) -> None:
     """Write the scales of an INT8 cache as JSON."""
-    replace_file(path, (json.dumps(scales.to_json(), indent=1) + "\n").encode())
+    _write_json(scales.to_json(), path)
 
 
 def read_kv_scales(path: Path) -> KvScales:
@@ -142,13 +138,7 @@ def read_kv_scales(path: Path) -> KvScales:
         UsageError: the file does not exist.
         UntrustedArtifact: the file does not contain cache scales.
     """
-    hint = "give a kv_scales.json written by `cushion-deploy calibrate`"
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist", hint=hint)
-    try:
-        return KvScales.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError, UsageError) as e:
-        raise UntrustedArtifact(f"{path} is not a file of cache scales: {e}", hint=hint) from e
+    return _read_json(path, "a file of cache scales", KV_SCALES_FILE, KvScales.from_json)
 
 
 def read_cached_scales(graph: ExportedGraph) -> KvScales | None:
@@ -164,8 +154,22 @@ def read_cached_scales(graph: ExportedGraph) -> KvScales | None:
     scales = read_kv_scales(file)
     graph.lineage.require(
         f"{file}: {graph.path.name} was made with",
-        "build the bundle again",
+        _REBUILD,
         {"kv_scales": scales.digest},
         UntrustedArtifact,
     )
     return scales
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _read_json(path: Path, what: str, name: str, parse: Callable[[Any], T]) -> T:
+    hint = f"give a {name} written by `cushion-deploy calibrate`"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", hint=hint)
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as e:
+        raise UntrustedArtifact(f"{path} is not {what}: {e}", hint=hint) from e

@@ -6,24 +6,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from one_run import OneRun
 
-from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.report import Report
 from cushion_deploy.stages.compile import Compile
-from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.report import merge_times
 from cushion_deploy.stages.run import Run, StageTime
 from cushion_deploy.store import StageStore, verify_bundle
-from cushion_deploy.verbs.build import build, dry_run
+from cushion_deploy.verbs.build import dry_run
 
 SETTINGS: dict[str, object] = {
     "engines": ["onnxruntime"],
@@ -38,25 +35,6 @@ SETTINGS: dict[str, object] = {
     "parity.tokens": 32,
     "parity.decode_tokens": 2,
 }
-
-
-@dataclass
-class OneRun:
-    """The pipeline of a recipe, and a run of it as in a process of its own."""
-
-    pipeline: Pipeline
-    run: Run
-
-    @classmethod
-    def of(cls, recipe: Recipe, work: Path) -> OneRun:
-        return cls(Pipeline.of(recipe), Run(StageStore(work)))
-
-    @property
-    def quantization(self) -> Quantization:
-        return self.run.get(self.pipeline.quantized.quantization)
-
-    def build(self, output: Path) -> Report:
-        return build(self.pipeline.recipe, self.run, output)
 
 
 MakeRun = Callable[..., OneRun]

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from one_run import OneRun
 
 from cushion_deploy.core.artifacts import SMOOTHING_FILE, write_smoothing
-from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
-from cushion_deploy.core.sites import HEAD_SITE, Site
+from cushion_deploy.core.sites import HEAD_SITE
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.report import Report
 from cushion_deploy.runtime.bundle import open_bundle
-from cushion_deploy.stages.base import Given
-from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.quantization import AssembleQuantization, read_quantization
+from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.report import merge_times
-from cushion_deploy.stages.run import Run
-from cushion_deploy.stages.sensitivity import Sensitivity
-from cushion_deploy.store import StageStore
-from cushion_deploy.verbs.build import build
 
 SETTINGS: dict[str, object] = {
     "engines": ["onnxruntime"],
@@ -45,38 +37,6 @@ SETTINGS: dict[str, object] = {
     "tuning.window": 32,
     "tuning.judge_every": 1,
 }
-
-
-@dataclass
-class OneRun:
-    """The pipeline of a recipe, and a run of it as in a process of its own."""
-
-    pipeline: Pipeline
-    run: Run
-
-    @classmethod
-    def of(cls, recipe: Recipe, work: Path) -> OneRun:
-        return cls(Pipeline.of(recipe), Run(StageStore(work)))
-
-    @property
-    def quantization(self) -> Quantization:
-        return self.run.get(self.pipeline.quantized.quantization)
-
-    def build(self, output: Path) -> Report:
-        return build(self.pipeline.recipe, self.run, output)
-
-    @property
-    def model(self) -> Any:
-        return self.run.get(self.pipeline.model)
-
-    @property
-    def costs(self) -> dict[Site, float]:
-        """What every Site costs, none kept in floating point."""
-        pipeline, branch = self.pipeline, self.pipeline.quantized
-        whole = AssembleQuantization(
-            pipeline.prefix, Given(pipeline.scheme), branch.calibration.scales, branch.smoothing
-        )
-        return self.run.get(Sensitivity(pipeline.model, whole, pipeline.text))
 
 
 MakeRun = Callable[..., OneRun]
