@@ -1,6 +1,6 @@
 """Create the texts of the committed study from WikiText-2 and C4 files, so that scored text is never calibrated on.
 
-    python bench/split_texts.py WIKITEXT_TRAIN.txt C4.jsonl OUT
+    python bench/split_texts.py WIKITEXT2_TRAIN.txt C4.jsonl OUT
 
 writes `calibration.jsonl` (documents from the first half of C4, interleaved with as much WikiText-2 training text) and
 `c4-held-out.jsonl` (the second half). The other scored text is the unmodified WikiText-2 validation text.
@@ -8,8 +8,8 @@ writes `calibration.jsonl` (documents from the first half of C4, interleaved wit
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from itertools import zip_longest
 from pathlib import Path
 
@@ -29,4 +29,10 @@ def main(train: Path, c4: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]))
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("train", type=Path, help="training text of WikiText-2, plain text")
+    parser.add_argument("c4", type=Path, help="documents of C4, one JSON object with 'text' a line")
+    parser.add_argument("out", type=Path, help="folder to write to")
+    main(**vars(parser.parse_args()))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--decoded", type=click.IntRange(1), default=32, show_default=True, help="Decode steps after the prompt.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Number of timed rounds.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of every engine. Default: one per core.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of every engine. Default: one per physical core.")
 @run_options
 def command(
     bundle: Path,

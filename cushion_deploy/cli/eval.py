@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.argument("target", metavar="OUT_OR_MODEL")
+@click.argument("target", metavar="TARGET")
 @click.option(
     "--data",
     multiple=True,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--model", metavar="MODEL", help="Original model of the bundle. Default: from its recipe.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings; only for a model.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the engine. Default: one per core.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the engine. Default: one per physical core.")
 @run_options
 def command(
     target: str,
@@ -71,8 +71,8 @@ def command(
 ) -> int:
     """Score a bundle or a model on texts and tasks.
 
-    TARGET is a bundle or a model. A bundle is run in torch (FP and fake-quant, each with and without the prefix) and
-    on its engine; a model is run in FP. The exit code is 1 if the engine differs from fake-quant by more than the
+    TARGET is a bundle or a model. A bundle is run in torch (FP and fake-quant, each with and without the prefix)
+    and on its engine; a model is run in FP. The exit code is 1 if the engine differs from fake-quant by more than the
     noise of the measurement.
     """
     from cushion_deploy.evaluate.zeroshot import TaskSuite

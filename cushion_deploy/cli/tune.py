@@ -15,10 +15,12 @@ from cushion_deploy.core.artifacts import (
     SCALES_FILE,
     SMOOTHING_FILE,
     read_prefix,
+    write_kv_scales,
     write_prefix,
     write_scales,
     write_smoothing,
 )
+from cushion_deploy.core.kv_scales import KV_SCALES_FILE
 from cushion_deploy.core.prefix import PREFIX_FILE
 from cushion_deploy.errors import UsageError
 
@@ -28,30 +30,37 @@ from cushion_deploy.errors import UsageError
 @click.option(
     "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors. Default: found by a search."
 )
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the three files.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the files.")
 def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     """Tune a prefix, resumably; write prefix.safetensors, scales.json and smoothing.safetensors for `export`.
 
+    With --kv-cache int8 also kv_scales.json, calibrated behind the tuned prefix.
     The best state on held-out text is kept; the untuned prefix is one of the candidates.
     """
     recipe = make_recipe({**values, "tune": True})
+    if not prefix_file and not recipe.search.enabled:
+        raise UsageError("there is no prefix to tune: the recipe disables it", hint="drop --no-prefix or give --prefix")
     require_new_folder(output)
     from cushion_deploy.stages.pipeline import Pipeline
 
     with progress(values["quiet"]) as report_progress:
         run = make_run(values["work_dir"], report_progress)
         pipeline = Pipeline.of(recipe)
-        branch = pipeline.behind(pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix)
+        prefix = pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix
+        branch = pipeline.behind(prefix)
         with run.store.lock():
+            trace = run.get(branch.tuning).trace if branch.tuning and run.get(prefix).length else None
+            if trace is None:
+                why = "the given one is empty" if prefix_file else "the search found none that pays"
+                raise UsageError(f"there is no prefix to tune: {why}", hint="build without --tune")
             quantization = run.get(branch.quantization)
-            trace = run.get(branch.tuning).trace if branch.tuning else None
-    if trace is None:
-        raise UsageError("there is no prefix to tune: the search found none that pays", hint="build without --tune")
     with new_folder(output) as staged:
         write_prefix(quantization.prefix, staged / PREFIX_FILE)
         write_scales(quantization.static_scales, staged / SCALES_FILE)
         if quantization.smoothing:
             write_smoothing(quantization.smoothing, staged / SMOOTHING_FILE)
+        if quantization.kv_scales:
+            write_kv_scales(quantization.kv_scales, staged / KV_SCALES_FILE)
     if values["as_json"]:
         click.echo(json.dumps(trace.to_json()))
         return

@@ -34,7 +34,6 @@ class Bundle:
         generation_config: generation_config.json; empty if there is none.
         graph: the decoder graph, in the file ``graph.path``.
         tokenizer: tokenizer of the model, without padding and truncation.
-        tokenizer_config: tokenizer_config.json; empty if there is none.
         chat_template: chat template; None for a model that was not trained to chat.
         bos_token_id: beginning-of-sequence token; None if the model has none.
         eos_token_ids: tokens that end a generation.
@@ -48,7 +47,6 @@ class Bundle:
     generation_config: Mapping[str, Any]
     graph: ExportedGraph
     tokenizer: Tokenizer
-    tokenizer_config: Mapping[str, Any]
     chat_template: ChatTemplate | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -100,7 +98,6 @@ def open_bundle(path: Path | str) -> Bundle:
         generation_config=generation,
         graph=read_graph(path),
         tokenizer=tokenizer,
-        tokenizer_config=tokenizer_config,
         chat_template=_chat_template(path, tokenizer_config, special),
         bos_token_id=_bos(tokenizer, special, config),
         eos_token_ids=_eos(tokenizer, special, generation, config),

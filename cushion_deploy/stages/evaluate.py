@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +13,7 @@ from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.stages.base import Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.windows import evaluation_windows, require_positions
-from cushion_deploy.store.json_files import read_json, write_json
+from cushion_deploy.store.json_files import finite, read_json, write_json
 
 if TYPE_CHECKING:
     from cushion_deploy.core.dtypes import IntArray
@@ -72,8 +71,8 @@ class Evaluate(Stage[dict[str, Any]]):
                 "corpus": corpus.name,
                 "window": self.window,
                 "tokens": int(windows.shape[0] * (windows.shape[1] - 1)),
-                **{name: _finite(TextScore(f.losses).perplexity) for name, f in columns.items()},
-                "divergence": {name: _finite(f.divergence) for name, f in columns.items()},
+                **{name: finite(TextScore(f.losses).perplexity) for name, f in columns.items()},
+                "divergence": {name: finite(f.divergence) for name, f in columns.items()},
             },
             "magnitudes": {
                 "without": layer_magnitudes(model, inputs.get(self.no_prefix), windows[:1]),
@@ -83,7 +82,7 @@ class Evaluate(Stage[dict[str, Any]]):
         if quantization.kv_scales:
             plain = measure.quantized(replace(quantization, kv_scales=None), "W8A8, float cache")
             score, divergence = TextScore(plain.losses).perplexity, plain.divergence
-            found["float_cache"] = {"perplexity": _finite(score), "divergence": _finite(divergence)}
+            found["float_cache"] = {"perplexity": finite(score), "divergence": finite(divergence)}
         write_json(out / RESULT, found)
 
     def read(self, folder: Path) -> dict[str, Any]:
@@ -128,7 +127,3 @@ class _Columns:
 
     def _compare(self, model: TorchRunner, prefix: Prefix, name: str) -> Fidelity:
         return self.teacher.compare(model, prefix, self.windows, self.inputs.progress, f"perplexity: {name}")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -42,14 +42,6 @@ class StageStore:
                 raise ValueError(f"{name!r} is not a valid stage name or key: only letters, digits, '.', '_' and '-'")
         return self.root / kind / stage / key
 
-    def holds(self, stage: str, key: str) -> Path | None:
-        """Return the folder of a finished stage, or None; the content is not verified and nothing is changed.
-
-        Use it only to show what a run would reuse; to use the result, call :meth:`find`.
-        """
-        folder = self._folder("stages", stage, key)
-        return folder if (folder / STAGE_MANIFEST).is_file() else None
-
     def find(self, stage: str, key: str) -> Path | None:
         """Return the folder of a finished stage if every byte is as it was written, otherwise None.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from cushion_deploy.stages.base import Derived, Node, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.windows import evaluation_windows, require_positions
 from cushion_deploy.store.digests import digest_json
-from cushion_deploy.store.json_files import read_json, write_json
+from cushion_deploy.store.json_files import finite, read_json, write_json
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
@@ -187,10 +186,10 @@ class Score(TextCell):
         score = TextScore(found.losses)
         return {
             "tokens": score.tokens,
-            "perplexity": _finite(score.perplexity),
-            "stderr": _finite(score.stderr),
+            "perplexity": finite(score.perplexity),
+            "stderr": finite(score.stderr),
             # Rounding errors can make a divergence of zero negative.
-            "divergence": _finite(max(found.divergence, 0.0)),
+            "divergence": finite(max(found.divergence, 0.0)),
         }
 
 
@@ -282,7 +281,3 @@ class Task(CellStage):
             scorer = Scorer(TorchSession(model, variant.prefix))
             results = run_tasks(ScorerLM(scorer, encoding, inputs.progress, self.title), self.suite, self.limit)
         return [{"task": r.task, "metric": r.metric, "n": r.n, "value": r.value, "stderr": r.stderr} for r in results]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,6 +27,7 @@ from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
+from cushion_deploy.store.json_files import finite
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Evaluation:
                 "text": name,
                 "tokens": next(iter(row.values())).tokens,
                 "columns": {
-                    c: {"perplexity": _finite(s.perplexity), "stderr": _finite(s.stderr)} for c, s in row.items()
+                    c: {"perplexity": finite(s.perplexity), "stderr": finite(s.stderr)} for c, s in row.items()
                 },
             }
             for name, row in self.texts.items()
@@ -282,12 +282,8 @@ def _agreements(found: Evaluation, bundle: Bundle | None) -> tuple[Agreement, ..
     return (*texts, *(tasks_agree(row["engine"], row[reference]) for row in found.tasks.values()))
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _metric(metric: Metric) -> dict[str, float | None]:
-    return {"value": _finite(metric.value), "stderr": _finite(metric.stderr)}
+    return {"value": finite(metric.value), "stderr": finite(metric.stderr)}
 
 
 def is_bundle(target: str) -> bool:

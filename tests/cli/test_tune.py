@@ -1,4 +1,4 @@
-"""`tune` writes three files that `export` takes, and says what it cannot tune."""
+"""`tune` writes the files that `export` takes, and says what it cannot tune."""
 
 from __future__ import annotations
 
@@ -42,14 +42,30 @@ def test_the_files_of_a_tuning_make_a_graph(cli: Any, planted_bundle: Any, tmp_p
     assert (tmp_path / "graph" / "model.onnx").is_file()
 
 
+def test_a_tuning_with_an_int8_cache_has_the_scales_of_the_cache(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    options = (*planted_bundle.options, "--kv-cache", "int8", "--work-dir", tmp_path / "w")
+    tuned = tmp_path / "tuned"
+    assert cli("tune", *options, *TUNING, "--output", tuned).code == 0
+    files = ["--prefix", tuned / "prefix.safetensors", "--scales", tuned / "scales.json"]
+    files += ["--smoothing", tuned / "smoothing.safetensors", "--kv-scales", tuned / "kv_scales.json"]
+    done = cli("export", *options, *files, "--output", tmp_path / "graph", "--json")
+    assert done.code == 0, done.err
+    assert done.json["contract"]["quantized_cache"]
+
+
 def test_a_model_without_sink_has_nothing_to_tune(
     cli: Any, tiny_folder: Path, small: list[str], tmp_path: Path
 ) -> None:
     options = ["--model", tiny_folder, *small, *TUNING, "--work-dir", tmp_path / "w"]
     done = cli("tune", *options, "--output", tmp_path / "tuned")
     assert done.code == 2
-    assert "no prefix to tune" in done.err
+    assert "no prefix to tune: the search found none" in done.err
     assert not (tmp_path / "tuned").exists()
+    assert not list((tmp_path / "w" / "stages").glob("calibrate*")), "nothing was calibrated in vain"
+    disabled = cli("tune", *options[:-1], tmp_path / "v", "--no-prefix", "--output", tmp_path / "tuned")
+    assert (disabled.code, disabled.out) == (2, "")
+    assert "no prefix to tune: the recipe disables it" in disabled.err
+    assert not (tmp_path / "v").exists()
 
 
 def test_smoothing_without_its_scales_is_refused(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
