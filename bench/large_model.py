@@ -135,7 +135,8 @@ def _export(model: Path, folder: Path, dtype: str) -> dict[str, Any]:
     from cushion_deploy.core.schemes import QuantScheme
     from cushion_deploy.export.write import export_graph
     from cushion_deploy.families import get_family
-    from cushion_deploy.modeling.load import SafetensorsWeights, describe
+    from cushion_deploy.modeling.checkpoint import Checkpoint
+    from cushion_deploy.modeling.load import describe
     from cushion_deploy.modeling.source import ModelSource
 
     family = get_family("llama")
@@ -146,7 +147,7 @@ def _export(model: Path, folder: Path, dtype: str) -> dict[str, Any]:
     scales = ActivationScales(dict.fromkeys(sites, SCALE), "max", Lineage(spec.weights_digest, prefix.digest), 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     folder.mkdir()
-    weights = SafetensorsWeights(model, family)
+    weights = Checkpoint(model, family)
     quantization, form = Quantization(prefix, QuantScheme(), scales), GraphForm(dtype=dtype)  # type: ignore[arg-type]
     graph = export_graph(spec, weights, quantization, form, folder)
     (folder / "export.json").write_text(json.dumps(graph.to_json()))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, RangeEstimator
+from cushion_deploy.calib.estimators import BINS, Counts, MagnitudeHistogram, RangeEstimator
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.fakequant import asymmetric_range, symmetric_scale
 from cushion_deploy.core.lineage import Lineage
@@ -21,18 +21,21 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
 
+EXACT = 1 << 24
+"""Values that are counted at once: histc counts in float32, which is exact up to this number."""
+
 
 @dataclass
 class SiteObserver:
     """Histogram and signed range of the input of each Site, over text tokens only.
 
     Attributes:
-        mask: bool ``[batch, length]`` of the current batch, False on padding.
+        mask: bool ``[batch, length]`` of the current batch, False on padding; None if nothing is padded.
         batch: number of the current batch, for error messages.
         histograms: the histogram of each Site so far.
     """
 
-    mask: Tensor
+    mask: Tensor | None = None
     batch: int = 0
     histograms: dict[Site, MagnitudeHistogram] = field(default_factory=dict)
 
@@ -42,7 +45,7 @@ class SiteObserver:
         Raises:
             UsageError: the batch has NaN or infinity, or only zeros and subnormal numbers.
         """
-        signed = x[self.mask].flatten()
+        signed = (x if self.mask is None else x[self.mask]).flatten().float()
         low, high = (float(value) for value in signed.aminmax())
         amax = max(-low, high)
         if not np.isfinite(amax):
@@ -58,8 +61,30 @@ class SiteObserver:
         histogram = self.histograms.setdefault(site, MagnitudeHistogram())
         histogram.cover(amax)
         histogram.widen(low, high)
-        counts = torch.histc(signed.abs(), bins=BINS, min=0.0, max=histogram.limit)
-        histogram.add(TorchRunner.array(counts).astype(np.int64))
+        histogram.add(count_magnitudes(signed, histogram.limit))
+
+    def begin(self, batch: int, mask: Tensor | None) -> None:
+        """Describe the batch that comes next; ``mask`` int64 ``[batch, length]`` is 0 on padding."""
+        self.batch, self.mask = batch, None if mask is None else mask.bool()
+
+
+def count_magnitudes(values: Tensor, limit: float) -> Counts:
+    """Return how many magnitudes of ``values`` ``[n]`` lie in each bin of [0, limit], int64 ``[BINS]``."""
+    counts = np.zeros(BINS, dtype=np.int64)
+    for part in torch.split(values, EXACT):
+        counts += TorchRunner.array(torch.histc(part.abs(), bins=BINS, min=0.0, max=limit)).astype(np.int64)
+    return counts
+
+
+def merge_histogram(model: TorchRunner, histogram: MagnitudeHistogram) -> MagnitudeHistogram:
+    """Return the histogram of all processes, given this process's own."""
+    most = model.reduced(np.array([histogram.amax, histogram.high, -histogram.low]), "max")
+    if most[0] == 0:
+        return histogram
+    merged = MagnitudeHistogram(histogram.limit, histogram.amax, histogram.counts)
+    merged.cover(float(most[0]))
+    counts = model.reduced(merged.counts, "sum")
+    return MagnitudeHistogram(merged.limit, float(most[0]), counts, -float(most[2]), float(most[1]))
 
 
 @torch.inference_mode()
@@ -81,16 +106,17 @@ def observe_sites(
         batch_size: windows per forward pass.
         progress: where to report the number of windows done.
     """
-    past = model.past(prefix)
-    rows = model.tensor(mask)
-    observer = SiteObserver(rows[:0].bool())
+    batches, observer = model.batches(ids, mask, batch_size), SiteObserver()
     with observed(model, observer):
-        for start in range(0, len(ids), batch_size):
-            part = rows[start : start + batch_size]
-            observer.mask, observer.batch = part.bool(), start // batch_size
-            model.run(model.tensor(ids[start : start + batch_size]), past, None if bool(part.all()) else part)
-            progress("observing Sites", min(start + batch_size, len(ids)), len(ids))
-    return observer.histograms
+        model.sweep(
+            batches,
+            model.past(prefix),
+            before=lambda number: observer.begin(number, batches[number].mask),
+            progress=progress,
+            task="observing Sites",
+        )
+    found = {site: observer.histograms.get(site, MagnitudeHistogram()) for site in model.sites}
+    return {site: merge_histogram(model, histogram) for site, histogram in found.items()}
 
 
 def choose_scales(

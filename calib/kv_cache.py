@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cushion_deploy.calib.estimators import BINS, MagnitudeHistogram, RangeEstimator
+from cushion_deploy.calib.calibrate import count_magnitudes, merge_histogram
+from cushion_deploy.calib.estimators import MagnitudeHistogram, RangeEstimator
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.fakequant import qmax, symmetric_scale
 from cushion_deploy.core.kv_scales import KV_PARTS, KvGranularity, KvPart, KvScales, kv_site
@@ -31,13 +32,13 @@ class CacheObserver:
 
     Attributes:
         granularity: one histogram per head, or one for all heads of a layer.
-        mask: bool ``[batch, length]`` of the current batch, False on padding.
+        mask: bool ``[batch, length]`` of the current batch, False on padding; None if nothing is padded.
         batch: number of the current batch, for error messages.
         histograms: the histograms so far.
     """
 
     granularity: KvGranularity
-    mask: Tensor
+    mask: Tensor | None = None
     batch: int = 0
     histograms: Histograms = field(default_factory=dict)
 
@@ -47,7 +48,9 @@ class CacheObserver:
         Raises:
             UsageError: the batch has NaN or infinity.
         """
-        heads = states.transpose(1, 2)[self.mask].abs().transpose(0, 1)  # [kv_heads, tokens, head_dim]
+        tokens = states.transpose(1, 2)  # [batch, length, kv_heads, head_dim]
+        tokens = tokens.flatten(0, 1) if self.mask is None else tokens[self.mask]
+        heads = tokens.float().abs().transpose(0, 1)  # [kv_heads, tokens, head_dim]
         groups = [heads] if self.granularity == "per-tensor" else list(heads)
         found = self.histograms.setdefault((layer, part), [MagnitudeHistogram() for _ in groups])
         for head, (histogram, magnitudes) in enumerate(zip(found, groups, strict=True)):
@@ -61,9 +64,12 @@ class CacheObserver:
             if amax < TINY:
                 continue  # a dead head, as some models have: zeros fit any scale
             histogram.cover(amax)
-            counts = torch.histc(magnitudes, bins=BINS, min=0.0, max=histogram.limit)
-            histogram.add(TorchRunner.array(counts).astype(np.int64))
+            histogram.add(count_magnitudes(magnitudes.flatten(), histogram.limit))
         return states
+
+    def begin(self, batch: int, mask: Tensor | None) -> None:
+        """Describe the batch that comes next; ``mask`` int64 ``[batch, length]`` is 0 on padding."""
+        self.batch, self.mask = batch, None if mask is None else mask.bool()
 
 
 @torch.inference_mode()
@@ -87,16 +93,24 @@ def observe_cache(
         batch_size: windows per forward pass.
         progress: where to report the number of windows done.
     """
-    past = model.past(prefix)
-    rows = model.tensor(mask)
-    observer = CacheObserver(granularity, rows[:0].bool())
+    batches, observer = model.batches(ids, mask, batch_size), CacheObserver(granularity)
     with watched_cache(model, observer):
-        for start in range(0, len(ids), batch_size):
-            part, tokens = rows[start : start + batch_size], model.tensor(ids[start : start + batch_size])
-            observer.mask, observer.batch = part.bool(), start // batch_size
-            model.run(tokens, past, None if bool(part.all()) else part, head=False)
-            progress("observing keys and values", min(start + batch_size, len(ids)), len(ids))
-    return observer.histograms
+        model.sweep(
+            batches,
+            model.past(prefix),
+            before=lambda number: observer.begin(number, batches[number].mask),
+            progress=progress,
+            task="observing keys and values",
+        )
+    count = 1 if granularity == "per-tensor" else model.spec.num_kv_heads
+    return {
+        (layer, part): [
+            merge_histogram(model, histogram)
+            for histogram in observer.histograms.get((layer, part), [MagnitudeHistogram() for _ in range(count)])
+        ]
+        for layer in range(model.spec.num_layers)
+        for part in KV_PARTS
+    }
 
 
 def choose_kv_scales(

@@ -12,7 +12,7 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
-from cushion_deploy.modeling.teacher import divergence
+from cushion_deploy.modeling.teacher import Teacher
 
 
 @torch.inference_mode()
@@ -32,13 +32,12 @@ def site_costs(
     """
     model, scheme = model.folded(quantization.smoothing), quantization.scheme
     sites = list(quantized_sites(model, scheme))
-    past, ids = model.past(quantization.prefix), model.tensor(windows)
-    teacher = torch.log_softmax(model.run(ids, past).logits[:, :-1].float(), -1)
+    teacher = Teacher(model, quantization.prefix)
+    teacher.remember(windows)
     found: dict[Site, float] = {}
     for done, site in enumerate(sites, 1):
         others = tuple(other for other in sites if other != site)
         with simulated(model, replace(scheme, float_sites=others), quantization.scales):
-            student = torch.log_softmax(model.run(ids, past).logits[:, :-1].float(), -1)
-        found[site] = float(divergence(student, teacher).mean())
+            found[site] = teacher.compare(model, quantization.prefix, windows).divergence
         progress("measuring the cost of each Site", done, len(sites))
     return found

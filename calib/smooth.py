@@ -49,21 +49,18 @@ def channel_maxima(
         Site to float32 ``[features]``.
     """
     found: dict[Site, Tensor] = {}
-    rows = model.tensor(mask)
-    text = rows[:0].bool()
+    batches = model.batches(ids, mask, batch)
 
     def keep(site: Site, x: Tensor) -> None:
-        largest = x[text].abs().amax(dim=0)
+        text = model.current.mask
+        largest = (x.flatten(0, 1) if text is None else x[text.bool()]).abs().amax(dim=0).float()
         found[site] = torch.maximum(found[site], largest) if site in found else largest
 
-    past = model.past(prefix)
     with observed(model, keep):
-        for start in range(0, len(ids), batch):
-            part = rows[start : start + batch]
-            text = part.bool()
-            model.run(model.tensor(ids[start : start + batch]), past, None if bool(text.all()) else part)
-            progress("measuring channels", min(start + batch, len(ids)), len(ids))
-    return {site: model.array(value) for site, value in found.items()}
+        model.sweep(batches, model.past(prefix), progress=progress, task="measuring channels")
+    nothing = {site: np.zeros(linears[0].in_features, dtype=np.float32) for site, linears in model.sites.items()}
+    own = {site: model.array(found[site]) if site in found else zeros for site, zeros in nothing.items()}
+    return {site: model.reduced(value, "max") for site, value in own.items()}
 
 
 def choose_factors(
@@ -79,7 +76,7 @@ def choose_factors(
     """
     factors: dict[Site, FloatArray] = {}
     for site in absorbers(model.family, model.spec):
-        weight = torch.stack([linear.weight.detach().abs().amax(dim=0) for linear in model.sites[site]]).amax(dim=0)
+        weight = torch.stack([w.abs().amax(dim=0).float() for w in model.weights_of(site)]).amax(dim=0)
         seen = maxima[site][maxima[site] > 0].astype(np.float64)
         usual = np.quantile(seen, USUAL) if seen.size else 1.0
         x = np.maximum(maxima[site].astype(np.float64), QUIET * usual)

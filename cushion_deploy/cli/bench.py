@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import make_run, run_options
+from cushion_deploy.cli.options import compute_options, compute_settings, make_run, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.render.formatting import size
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Number of timed rounds.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of every engine. Default: one per physical core.")
+@compute_options
 @run_options
 def command(
     bundle: Path,
@@ -36,6 +37,8 @@ def command(
     batch: int,
     rounds: int,
     threads: int | None,
+    device: str | None,
+    compute_dtype: str | None,
     work_dir: Path,
     as_json: bool,
     quiet: bool,
@@ -46,7 +49,9 @@ def command(
     from cushion_deploy.verbs.bench import bench_bundle
 
     opened = open_bundle(bundle)
-    recipe = Recipe.from_bundle(opened.manifest.recipe).merged({"model": model} if model else {})
+    recipe = Recipe.from_bundle(opened.manifest.recipe).merged(
+        {**({"model": model} if model else {}), **compute_settings(device, compute_dtype)}
+    )
     with progress(quiet) as report:
         workload = Workload(prompt, decoded, batch, rounds)
         run = make_run(work_dir, report)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cushion_deploy.cli.options import (
+    compute_options,
     float_linears_option,
     make_recipe,
     make_run,
@@ -24,6 +25,7 @@ from cushion_deploy.errors import ExitCode
 
 @click.command("build")
 @recipe_options
+@compute_options
 @click.option(
     "--output",
     "-o",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import make_recipe, make_run, recipe_options
+from cushion_deploy.cli.options import compute_options, make_recipe, make_shared_run, recipe_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import (
@@ -24,6 +24,7 @@ from cushion_deploy.core.kv_scales import KV_SCALES_FILE
 
 @click.command("calibrate")
 @recipe_options
+@compute_options
 @click.option(
     "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors. Default: found by a search."
 )
@@ -42,13 +43,15 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     from cushion_deploy.stages.pipeline import Pipeline
 
     with progress(values["quiet"]) as report_progress:
-        run = make_run(values["work_dir"], report_progress)
+        run = make_shared_run(values["work_dir"], report_progress, recipe)
         pipeline = Pipeline.of(recipe)
         branch = pipeline.behind(
             pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix, tuned=False
         )
-        with run.store.lock():
+        with run.lock():
             quantization = run.get(branch.quantization)
+    if not run.processes.leads:
+        return
     scales, smoothing = quantization.static_scales, quantization.smoothing
     write_scales(scales, output)
     written = [output]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import make_run, parse_settings, run_options
+from cushion_deploy.cli.options import compute_options, make_run, parse_settings, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.render.formatting import count, duration, percent, perplexity, plural, size
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--recipe", "file", type=click.Path(path_type=Path), help="YAML file with settings of the build.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override any setting of the recipe.")
 @click.option("--calib-data", metavar="DATA", help="Text to examine the model on. Default: from the recipe.")
+@compute_options
 @run_options
 def command(
     model: str,
@@ -33,6 +34,8 @@ def command(
     file: Path | None,
     settings: tuple[str, ...],
     calib_data: str | None,
+    device: str | None,
+    compute_dtype: str | None,
     work_dir: Path,
     as_json: bool,
     quiet: bool,
@@ -42,12 +45,18 @@ def command(
     from cushion_deploy.verbs.doctor import diagnose
 
     recipe = Recipe.load(file) if file else Recipe()
-    given: dict[str, object] = {"model": model, "revision": revision, "calibration.data": calib_data}
+    given: dict[str, object] = {
+        "model": model,
+        "revision": revision,
+        "calibration.data": calib_data,
+        "compute.device": device,
+        "compute.dtype": compute_dtype,
+    }
     overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(settings)
     with progress(quiet) as report:
         run = make_run(work_dir, report)
         pipeline = Pipeline.of(recipe.merged(overrides))
-        with run.store.lock():
+        with run.lock():
             found = diagnose(pipeline, run)
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(_lines(found)))
 

@@ -70,7 +70,7 @@ def command(
     (engine,) = choose_engines([name])
     if plan_dtype and plan_dtype not in engine.dtypes:
         raise UsageError(
-            f"engine '{name}' compiles {', '.join(engine.dtypes)} graphs, not {plan_dtype}", hint="omit --dtype"
+            f"engine '{name}' compiles {', '.join(engine.dtypes)} graphs, not {plan_dtype}", hint="omit --plan-dtype"
         )
     wanted = {
         "tensorrt.max_batch": max_batch,

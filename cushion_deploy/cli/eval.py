@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import make_run, names, run_options, scored_text
+from cushion_deploy.cli.options import (
+    compute_options,
+    compute_settings,
+    make_shared_run,
+    names,
+    run_options,
+    scored_text,
+)
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.recipe import Recipe
@@ -52,6 +59,7 @@ if TYPE_CHECKING:
 @click.option("--model", metavar="MODEL", help="Original model of the bundle. Default: from its recipe.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings; only for a model.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine. Default: one per physical core.")
+@compute_options
 @run_options
 def command(
     target: str,
@@ -65,6 +73,8 @@ def command(
     model: str | None,
     recipe: Path | None,
     threads: int | None,
+    device: str | None,
+    compute_dtype: str | None,
     work_dir: Path,
     as_json: bool,
     quiet: bool,
@@ -81,8 +91,11 @@ def command(
     bundle = _open(target, model, recipe)
     if bundle is None:
         settings = (Recipe.load(recipe) if recipe else Recipe()).merged({"model": target})
+        flags = {"compute.device": device, "compute.dtype": compute_dtype}
+        settings = settings.merged({name: value for name, value in flags.items() if value is not None})
     else:
         settings = Recipe.from_bundle(bundle.manifest.recipe).merged({"model": model} if model else {})
+        settings = settings.merged(compute_settings(device, compute_dtype))
     settings = settings.merged(scored_text(settings, window, max_tokens))
     chosen = choose_columns(names([columns] if columns else []), bundle)
     wanted = names(tasks)
@@ -91,9 +104,11 @@ def command(
     suite = TaskSuite(wanted, task_data) if wanted else None
     texts: Sequence[str | None] = data or ([] if wanted else [settings.evaluation.data])
     with progress(quiet) as report_progress:
-        run = make_run(work_dir, report_progress)
+        run = make_shared_run(work_dir, report_progress, settings)
         found = evaluate_columns(settings, run, bundle, chosen, Scored(texts, suite, limit, threads))
-    if as_json:
+    if not run.processes.leads:
+        pass
+    elif as_json:
         click.echo(json.dumps({"target": target, "window": settings.evaluation.window, **found.to_json()}))
     else:
         for line in table(found):

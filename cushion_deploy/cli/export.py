@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import dtype_option, make_recipe, make_run, recipe_options
+from cushion_deploy.cli.options import device_option, dtype_option, make_recipe, make_run, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import read_kv_scales, read_prefix, read_scales, read_smoothing
@@ -18,6 +18,7 @@ from cushion_deploy.errors import UsageError
 
 @click.command("export")
 @recipe_options
+@device_option
 @click.option(
     "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; searched by default."
 )
@@ -34,7 +35,7 @@ from cushion_deploy.errors import UsageError
     type=click.Path(path_type=Path),
     help="kv_scales.json of the same calibration, for an INT8 cache; requires --scales.",
 )
-@dtype_option("dtype", "Type of everything that is not INT8.", default="fp32")
+@dtype_option("--dtype", "dtype", "Type of everything that is not INT8.", default="fp32")
 @click.option("--float", "float_twin", is_flag=True, help="Write the float twin: the same graph without Q/DQ nodes.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the graph.")
 def command(
@@ -68,7 +69,7 @@ def command(
         run = make_run(values["work_dir"], report_progress)
         pipeline = Pipeline.of(recipe)
         prefix = pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix
-        with run.store.lock():
+        with run.lock():
             found: Node[Quantization] = pipeline.behind(prefix).quantization
             if scales_file:
                 smoothing = read_smoothing(smoothing_file) if smoothing_file else None

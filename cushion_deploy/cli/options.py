@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from cushion_deploy.core.dtypes import Dtype
-from cushion_deploy.core.progress import Progress
+from cushion_deploy.core.processes import Processes, require_one_process
+from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.scales import ESTIMATORS
 from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.errors import UsageError
@@ -20,6 +21,9 @@ from cushion_deploy.store import StageStore
 
 F = TypeVar("F", bound=Callable[..., Any])
 WORK_DIR = Path(".cushion-work")
+
+DTYPES: dict[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""Short names of floating-point types that options accept in addition to the long ones."""
 
 FLAGS: dict[str, str] = {
     "model": "model",
@@ -37,6 +41,8 @@ FLAGS: dict[str, str] = {
     "max_length": "search.max_length",
     "seed_tokens": "search.seed_tokens",
     "objective": "search.objective",
+    "device": "compute.device",
+    "compute_dtype": "compute.dtype",
     "max_batch": "tensorrt.max_batch",
     "max_context": "tensorrt.max_context",
     "max_prefill": "tensorrt.max_prefill",
@@ -93,6 +99,32 @@ def recipe_options(function: F) -> F:
     return function
 
 
+def device_option(function: F) -> F:
+    """Add ``--device``."""
+    return click.option(
+        "--device",
+        metavar="auto|cpu|cuda[:N]|mps",
+        help="Device that runs the model in torch. Default: a GPU, or the CPU.",
+    )(function)
+
+
+def compute_options(function: F) -> F:
+    """Add ``--device`` and ``--dtype``: where and in which type torch runs the model."""
+    dtype = click.option(
+        *("--dtype", "compute_dtype"),
+        type=click.Choice(["auto", *DTYPES, *DTYPES.values()]),
+        metavar="auto|fp32|bf16|fp16",
+        callback=lambda _, __, value: DTYPES.get(value, value),
+        help="Type that torch computes in. Default: fp32 on a CPU, the checkpoint's own on a GPU.",
+    )
+    return device_option(dtype(function))
+
+
+def compute_settings(device: str | None, dtype: str | None) -> dict[str, object]:
+    """Return the settings of :func:`compute_options` for the recipe of a bundle, which may be from another machine."""
+    return {"compute.device": device or "auto", "compute.dtype": dtype or "auto", "compute.memory": None}
+
+
 def run_options(function: F) -> F:
     """Add the options of every command that runs stages on a model: the work folder and the output."""
     options = [
@@ -131,14 +163,10 @@ def split_targets(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(target.strip() for text in given for target in text.split(",") if target.strip())
 
 
-DTYPES: dict[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-"""Short names of floating-point types that ``--dtype`` accepts in addition to the long ones."""
-
-
-def dtype_option(name: str, help_text: str, default: str | None = None) -> Callable[[F], F]:
-    """Return ``--dtype`` as an option whose value is the long name of a type."""
+def dtype_option(flag: str, name: str, help_text: str, default: str | None = None) -> Callable[[F], F]:
+    """Return an option for the type of a graph, whose value is the long name of a type."""
     return click.option(
-        *("--dtype", name),
+        *(flag, name),
         type=click.Choice([*DTYPES, *DTYPES.values()]),
         metavar="fp16|bf16|fp32",
         default=default,
@@ -156,7 +184,7 @@ def plan_options(function: F) -> F:
         ),
         click.option("--max-context", type=int, help="Maximum context of TensorRT profiles. Default: from the recipe."),
         click.option("--max-batch", type=int, help="Maximum batch of TensorRT profiles. Default: from the recipe."),
-        dtype_option("plan_dtype", "Floating-point type of TensorRT plans. Default: from the recipe, fp16."),
+        dtype_option("--plan-dtype", "plan_dtype", "Type of TensorRT plans. Default: from the recipe, fp16."),
     ):
         function = option(function)
     return function
@@ -203,8 +231,28 @@ def parse_settings(texts: Sequence[str]) -> dict[str, object]:
 
 
 def make_run(work_dir: Path, progress: Progress) -> Run:
-    """Return a run on a work folder."""
+    """Return a run on a work folder, in one process.
+
+    Raises:
+        UsageError: torchrun started several processes.
+    """
+    require_one_process(str(click.get_current_context().info_name))
     return Run(StageStore(work_dir), progress)
+
+
+def make_shared_run(work_dir: Path, progress: Progress, recipe: Recipe) -> Run:
+    """Return a run on a work folder whose work all processes of torchrun share; they are connected until the end.
+
+    Raises:
+        UsageError: the recipe asks for a device that is not there.
+    """
+    processes = Processes.of_torchrun()
+    if processes.size > 1:
+        from cushion_deploy.modeling.processes import join, leave
+
+        join(processes, recipe.compute.device)
+        click.get_current_context().call_on_close(leave)
+    return Run(StageStore(work_dir), progress if processes.leads else silent, processes=processes)
 
 
 def scored_text(recipe: Recipe, window: int | None, max_tokens: int | None) -> dict[str, object]:

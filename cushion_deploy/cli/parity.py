@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.cli.options import make_run, run_options
+from cushion_deploy.cli.options import compute_options, compute_settings, make_run, run_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode
@@ -22,6 +22,7 @@ from cushion_deploy.recipe import Recipe
 @click.option("--baseline", type=click.Path(path_type=Path), help="Also fail if a check is worse than in this file.")
 @click.option("--write-baseline", type=click.Path(path_type=Path), help="Write the value of every check to this file.")
 @click.option("--reuse", is_flag=True, help="Use the stored result of an earlier run, if there is one.")
+@compute_options
 @run_options
 def command(
     bundle: Path,
@@ -33,6 +34,8 @@ def command(
     write_baseline: Path | None,
     work_dir: Path,
     reuse: bool,
+    device: str | None,
+    compute_dtype: str | None,
     quiet: bool,
 ) -> int:
     """Run the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 if a check fails."""
@@ -43,7 +46,7 @@ def command(
     opened = open_bundle(bundle)
     overrides = {"model": model, "evaluation.data": eval_data, "parity.data": eval_data}
     given = {name: value for name, value in overrides.items() if value is not None}
-    recipe = Recipe.from_bundle(opened.manifest.recipe).merged(given)
+    recipe = Recipe.from_bundle(opened.manifest.recipe).merged({**given, **compute_settings(device, compute_dtype)})
     for file in filter(None, (junit, write_baseline)):
         require_parent(file)
     earlier = baselines.read_baseline(baseline) if baseline else ()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import make_recipe, make_run, recipe_options
+from cushion_deploy.cli.options import compute_options, make_recipe, make_shared_run, recipe_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import write_prefix
@@ -17,6 +17,7 @@ from cushion_deploy.core.prefix import PREFIX_FILE
 
 @click.command("search")
 @recipe_options
+@compute_options
 @click.option(
     "--output",
     "-o",
@@ -32,11 +33,13 @@ def command(output: Path, **values: Any) -> None:
     from cushion_deploy.stages.pipeline import Pipeline
 
     with progress(values["quiet"]) as report_progress:
-        run = make_run(values["work_dir"], report_progress)
+        run = make_shared_run(values["work_dir"], report_progress, recipe)
         pipeline = Pipeline.of(recipe)
-        with run.store.lock():
+        with run.lock():
             prefix = run.get(pipeline.prefix)
             trace = run.get(pipeline.search).trace if pipeline.search else None
+    if not run.processes.leads:
+        return
     write_prefix(prefix, output)
     if values["as_json"]:
         click.echo(json.dumps(trace.to_json() if trace else {"token_ids": []}))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import make_recipe, make_run, names, recipe_options, scored_text
+from cushion_deploy.cli.options import compute_options, make_recipe, make_run, names, recipe_options, scored_text
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import UsageError, require_modules
@@ -16,6 +16,7 @@ from cushion_deploy.errors import UsageError, require_modules
 @click.command("study")
 @click.argument("model", metavar="MODEL")
 @recipe_options
+@compute_options
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder to write the study to."
 )
@@ -85,7 +86,7 @@ def command(
     found = find_tasks(names(tasks), task_data, limit) if "table2" in parts else ""
     with progress(values["quiet"]) as report_progress:
         run, pipeline = make_run(values["work_dir"], report_progress), Pipeline.of(recipe)
-        with run.store.lock():
+        with run.lock():
             study = run_study(Cells(pipeline, run, texts or (recipe.evaluation.data,)), parts, found)
     with new_folder(output) as staged:
         write_study(study, staged)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import make_recipe, make_run, recipe_options
+from cushion_deploy.cli.options import compute_options, make_recipe, make_run, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import (
@@ -27,6 +27,7 @@ from cushion_deploy.errors import UsageError
 
 @click.command("tune")
 @recipe_options
+@compute_options
 @click.option(
     "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors. Default: found by a search."
 )
@@ -48,7 +49,7 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
         pipeline = Pipeline.of(recipe)
         prefix = pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix
         branch = pipeline.behind(prefix)
-        with run.store.lock():
+        with run.lock():
             trace = run.get(branch.tuning).trace if branch.tuning and run.get(prefix).length else None
             if trace is None:
                 why = "the given one is empty" if prefix_file else "the search found none that pays"

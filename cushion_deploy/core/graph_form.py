@@ -185,5 +185,5 @@ def _check_float16(prefix: Prefix) -> None:
     if largest > _FLOAT16_MAX:
         raise UsageError(
             f"the prefix reaches {largest:,.0f}, but the float16 maximum is {_FLOAT16_MAX:,.0f}",
-            hint="compile plans with --dtype bf16",
+            hint="compile plans with --plan-dtype bf16",
         )

@@ -6,7 +6,9 @@ multiplication into the linears after it: the folded model computes the same fun
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,36 @@ def absorbers(family: Family, spec: ModelSpec) -> dict[Site, Absorber]:
         for rule in family.sites
         if rule.absorber is not None and (spec.norm_first or not rule.absorber.norm)
     }
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What folding does to one tensor ``[out, ...]``: (tensor * multiplier + offset) / divisor - offset.
+
+    Attributes:
+        multiplier: float32 ``[in]``; None to multiply by nothing.
+        divisor: float32 ``[out]``; None to divide by nothing.
+        offset: what a norm adds to its stored weight.
+    """
+
+    multiplier: FloatArray | None = None
+    divisor: FloatArray | None = None
+    offset: float = 0.0
+
+    def apply(self, tensor: Any, rows: slice, convert: Callable[[FloatArray], Any]) -> Any:
+        """Return folded rows of the tensor: a numpy array or, with the same operations in float32, a torch tensor.
+
+        Args:
+            tensor: rows of the tensor, float32.
+            rows: which rows they are.
+            convert: converts a factor to the kind of ``tensor``.
+        """
+        if self.multiplier is not None:
+            tensor = tensor * convert(self.multiplier)
+        if self.divisor is not None:
+            column = convert(self.divisor[rows]).reshape(-1, *[1] * (tensor.ndim - 1))
+            tensor = (tensor + self.offset) / column - self.offset
+        return tensor
 
 
 class FoldedWeights:
@@ -70,17 +102,19 @@ class FoldedWeights:
 
     def rows(self, name: str, start: int, stop: int) -> FloatArray:
         """Return ``tensor[start:stop]`` as float32."""
-        tensor = self._weights.rows(name, start, stop)
-        if name in self._multiply:
-            tensor = tensor * self._multiply[name]
-        if name in self._divide:
-            absorber, factor = self._divide[name]
-            # A norm multiplies by its stored weight plus the offset.
-            offset = np.float32(self._norm_offset if absorber.norm and name.endswith(".weight") else 0)
-            part, parts = absorber.part
-            count = self.shape(name)[0]
-            divisor = np.ones(count, dtype=np.float32)
-            divisor[part * count // parts : (part + 1) * count // parts] = factor
-            column = divisor[start:stop].reshape(-1, *[1] * (tensor.ndim - 1))
-            tensor = (tensor + offset) / column - offset
-        return tensor
+        stored = self._weights.rows(name, start, stop)
+        folded: FloatArray = self.fold(name).apply(stored, slice(start, stop), lambda factor: factor)
+        return folded
+
+    def fold(self, name: str) -> Fold:
+        """Return what folding does to a tensor; nothing unless it is among :attr:`touched`."""
+        if name not in self._divide:
+            return Fold(self._multiply.get(name))
+        absorber, factor = self._divide[name]
+        part, parts = absorber.part
+        count = self.shape(name)[0]
+        divisor = np.ones(count, dtype=np.float32)
+        divisor[part * count // parts : (part + 1) * count // parts] = factor
+        # A norm multiplies by its stored weight plus the offset.
+        offset = self._norm_offset if absorber.norm and name.endswith(".weight") else 0.0
+        return Fold(self._multiply.get(name), divisor, offset)

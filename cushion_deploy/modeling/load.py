@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
+from cushion_deploy.core.processes import SINGLE, Processes
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
-from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.errors import UsageError
 from cushion_deploy.families import ACTIVATIONS, Family
+from cushion_deploy.modeling.checkpoint import Checkpoint
+from cushion_deploy.modeling.devices import DTYPES, resolve_device, resolve_dtype, weight_memory
+from cushion_deploy.modeling.placement import PlacedWeights
 from cushion_deploy.modeling.runner import TorchRunner
-from cushion_deploy.modeling.source import ModelSource, check_config, read_json, weight_files
-from cushion_deploy.modeling.transformers_progress import reported_bars
+from cushion_deploy.modeling.source import ModelSource, check_config, read_json
+from cushion_deploy.recipe import Compute
 
+ON_CPU = Compute(device="cpu", dtype="float32")
 UNLIMITED_POSITIONS = 131_072
 """Context of a model without a limit of its own (ALiBi); memory runs out far below."""
 TORCH_NORM_EPS = 1e-5
@@ -35,99 +38,114 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
 """Parameters of each rotary rule. Checkpoints have other keys too, such as ``type``, the old name of the rule."""
 
 
-class SafetensorsWeights:
-    """A ``WeightSource`` of the tensors in a folder, by their names in the module, read in pieces as float32.
-
-    Linears that a family stores as ``[in, out]`` are returned as ``[out, in]``, as in torch.
-    """
-
-    def __init__(self, folder: Path, family: Family) -> None:
-        """Index the safetensors files of ``folder``; raises UntrustedArtifact if one is damaged."""
-        # Tensor names in older checkpoints lack the name of the decoder.
-        base = family.layers.partition(".")[0]
-        self._found: dict[str, tuple[Path, str]] = {}
-        self._transposed = tuple(f".{part}.weight" for part in family.transposed)
-        for file in weight_files(folder):
-            try:
-                with safe_open(file, framework="pt") as f:
-                    for key in list(f.keys()):
-                        whole = key if key.startswith((f"{base}.", f"{family.head}.")) else f"{base}.{key}"
-                        self._found[whole] = (file, key)
-            except SafetensorError as e:
-                raise UntrustedArtifact(f"{file.name} is damaged: {e}", hint="fetch the model again") from e
-
-    def keep(self, names: Collection[str]) -> None:
-        """Drop all tensors but these: a file may hold tensors that the configuration does not use."""
-        self._found = {name: place for name, place in self._found.items() if name in names}
-
-    def names(self) -> frozenset[str]:
-        """Return every tensor name."""
-        return frozenset(self._found)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading it; raises KeyError for an unknown name."""
-        file, key = self._found[name]
-        with safe_open(file, framework="pt") as f:
-            shape = tuple(f.get_slice(key).get_shape())
-        return shape[::-1] if self._is_transposed(name) else shape
-
-    def rows(self, name: str, start: int, stop: int) -> FloatArray:
-        """Return ``tensor[start:stop]`` as float32; raises KeyError for an unknown name."""
-        file, key = self._found[name]
-        with safe_open(file, framework="pt") as f:
-            stored = f.get_slice(key)
-            part = stored[:, start:stop].T.contiguous() if self._is_transposed(name) else stored[start:stop]
-            return TorchRunner.array(part.to(torch.float32))
-
-    def _is_transposed(self, name: str) -> bool:
-        return name.endswith(self._transposed)
-
-
-def load_folder(folder: Path, source: ModelSource, progress: Progress = silent) -> TorchRunner:
-    """Load a Hugging Face folder in float32, frozen, without remote code.
+def load_folder(
+    folder: Path,
+    source: ModelSource,
+    progress: Progress = silent,
+    *,
+    compute: Compute = ON_CPU,
+    processes: Processes = SINGLE,
+) -> TorchRunner:
+    """Load a Hugging Face folder, frozen, without remote code.
 
     Args:
         folder: the folder of ``source``, or the one that :func:`convert_gguf` wrote.
         source: where the model came from; its digest identifies the model.
         progress: where to report progress.
+        compute: device, floating-point type and memory. Layers that do not fit are streamed from the folder.
+        processes: the processes that load the same model.
 
     Raises:
-        UsageError: the model is not a supported decoder, or its tensors do not match its config.
+        UsageError: the model is not a supported decoder, its tensors do not match its config, or the device is not
+            there.
         UntrustedArtifact: the weights are damaged.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     config = read_json(folder / "config.json", "give a Hugging Face folder")
-    family = check_config(config)
-    weights = SafetensorsWeights(folder, family)
+    family, device = check_config(config), resolve_device(compute.device, processes.local_rank)
+    dtype = DTYPES[resolve_dtype(compute, source.dtype)]
+    checkpoint = Checkpoint(folder, family)
+    module = _empty_module(folder, family, source, dtype)
+    spec = describe(module, family, source)
+    _require_tensors(module, checkpoint, spec, family, source)
+    checkpoint.keep(module.state_dict().keys())
+    placed = PlacedWeights(module, checkpoint, family, spec, device, dtype)
+    _fill(module, placed, weight_memory(compute, device), progress)
+    tokenizer = _tokenizer(folder, source)
+    sites = bind_sites(module, family, spec)
+    return TorchRunner(spec, family, module, tokenizer, sites, checkpoint, folder, placed, processes=processes)
+
+
+def _empty_module(folder: Path, family: Family, source: ModelSource, dtype: torch.dtype) -> Any:
+    """Return the module that config.json describes, without weights, frozen and in eval mode."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
     try:
-        with reported_bars(progress):
-            module, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                use_safetensors=True,
-                attn_implementation=family.attention,
-                output_loading_info=True,
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=family.attention, trust_remote_code=False
             )
+        if (folder / "generation_config.json").is_file():
+            module.generation_config = GenerationConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError, RuntimeError) as e:
         raise UsageError(f"{source.label} cannot be loaded: {_first_line(e)}", hint="fetch the model again") from e
-    if info["missing_keys"]:
-        raise UsageError(
-            f"{source.label} lacks tensors: {', '.join(sorted(info['missing_keys'])[:3])}", hint="fetch it again"
-        )
+    replace_conv1d(module)
+    module.eval().requires_grad_(False)
+    return module
+
+
+def _require_tensors(
+    module: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, family: Family, source: ModelSource
+) -> None:
+    """Raise UsageError unless the checkpoint has every tensor of the module, in its shape."""
+    names = checkpoint.names()
+    tied = {f"{family.head}.weight"} if spec.tied_head else set()
+    wanted = module.state_dict()
+    missing = sorted(wanted.keys() - names - tied)
+    if missing:
+        raise UsageError(f"{source.label} lacks tensors: {', '.join(missing[:3])}", hint="fetch it again")
+    for name in sorted(wanted.keys() & names):
+        if checkpoint.shape(name) != tuple(wanted[name].shape):
+            raise UsageError(
+                f"{source.label} cannot be loaded: {name} is {list(checkpoint.shape(name))}, and config.json asks for "
+                f"{list(wanted[name].shape)}",
+                hint="fetch the model again",
+            )
+
+
+def _fill(module: Any, placed: PlacedWeights, memory: int, progress: Progress) -> None:
+    """Read the weights of a module, except those of the layers that do not fit on the device."""
+    from accelerate.utils import set_module_tensor_to_device
+
+    layers = placed.plan(memory)
+    for path in layers:
+        placed.stream(module.get_submodule(path), path)
+    left_out = tuple(f"{path}." for path in layers)
+    names = [name for name in module.state_dict() if not name.startswith(left_out)]
+    with torch.inference_mode(False):
+        for done, name in enumerate(names, 1):
+            if name in placed:
+                set_module_tensor_to_device(module, name, placed.device, value=placed[name])
+            progress("loading weights", done, len(names))
+        # Buffers that no checkpoint has, such as rotary frequencies.
+        for name, buffer in list(module.named_buffers()):
+            if buffer.device != placed.device:
+                set_module_tensor_to_device(module, name, placed.device)
+    module.tie_weights()
+    module.requires_grad_(False)
+
+
+def _tokenizer(folder: Path, source: ModelSource) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, ImportError) as e:
         raise UsageError(
             f"{source.label} has no usable tokenizer: {_first_line(e)}",
             hint="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from e
-    weights.keep(module.state_dict().keys())
-    replace_conv1d(module)
-    module.eval().requires_grad_(False)
-    spec = describe(module, family, source)
-    return TorchRunner(spec, family, module, tokenizer, bind_sites(module, family, spec), weights, folder)
 
 
 def replace_conv1d(module: nn.Module) -> None:

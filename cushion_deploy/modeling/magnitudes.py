@@ -28,5 +28,5 @@ def layer_magnitudes(model: TorchRunner, prefix: Prefix, ids: IntArray) -> list[
     with ExitStack() as stack:
         for layer in model.layers:
             stack.callback(layer.register_forward_hook(hook).remove)
-        model.run(model.tensor(ids), model.past(prefix), head=False)
+        model.sweep(model.batches(ids, None, len(ids)), model.past(prefix))
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cushion_deploy.core.sites import Site
+from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.modeling.runner import TorchRunner
 
 Sites = Mapping[Site, tuple[nn.Linear, ...]]
@@ -20,21 +20,24 @@ def observed(
 ) -> Iterator[None]:
     """Call ``callback(site, x)`` with the input ``[batch, length, features]`` of every Site, once per forward pass.
 
-    The linears of one Site share their input, so only the first has a hook.
+    The linears of one Site share their input, so only the first has a hook. In a sweep, which computes no logits, the
+    head is observed at the last hidden states.
 
     Args:
         model: the model.
         callback: called for each Site in the order of computation.
         sites: the Sites to observe; None for all.
     """
+    chosen = model.sites if sites is None else sites
     with ExitStack() as stack:
-        batch = stack.enter_context(_batch_size(model))
-        for site, linears in (model.sites if sites is None else sites).items():
+        for site, linears in chosen.items():
 
             def hook(_: nn.Module, args: tuple[Any, ...], site: Site = site) -> None:
-                callback(site, _with_batch_axis(args[0], batch[0]))
+                callback(site, model.current.with_batch_axis(args[0]))
 
             stack.callback(linears[0].register_forward_pre_hook(hook).remove)
+        if HEAD_SITE in chosen:
+            stack.enter_context(model.watching_head(lambda hidden: callback(HEAD_SITE, hidden)))
         yield
 
 
@@ -45,7 +48,6 @@ def replaced(model: TorchRunner, transform: Callable[[Site, Tensor], Tensor], si
     Input and replacement are ``[batch, length, features]``.
     """
     with ExitStack() as stack:
-        batch = stack.enter_context(_batch_size(model))
         for site, linears in sites.items():
             memo: list[Tensor] = []
 
@@ -58,7 +60,7 @@ def replaced(model: TorchRunner, transform: Callable[[Site, Tensor], Tensor], si
             ) -> tuple[Any, ...]:
                 x = args[0]
                 if not memo or memo[0] is not x:
-                    memo[:] = [x, *[transform(site, _with_batch_axis(x, batch[0])).reshape(x.shape)] * sharers]
+                    memo[:] = [x, *[transform(site, model.current.with_batch_axis(x)).reshape(x.shape)] * sharers]
                 found = memo.pop()
                 # Dropped once every linear has used it: a layer that is run again may get the very same x.
                 if len(memo) == 1:
@@ -69,24 +71,3 @@ def replaced(model: TorchRunner, transform: Callable[[Site, Tensor], Tensor], si
                 stack.callback(linear.register_forward_pre_hook(hook).remove)
             stack.callback(memo.clear)
         yield
-
-
-@contextmanager
-def _batch_size(model: TorchRunner) -> Iterator[list[int]]:
-    """Yield a list whose single element is the batch size of the current forward pass."""
-    batch = [1]
-
-    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        batch[0] = next(len(tensor) for tensor in given if tensor is not None)
-
-    handle = model.decoder.register_forward_pre_hook(remember, with_kwargs=True)
-    try:
-        yield batch
-    finally:
-        handle.remove()
-
-
-def _with_batch_axis(x: Tensor, batch: int) -> Tensor:
-    """Return ``x`` as ``[batch, length, features]``; OPT gives its MLP batch and length as one axis."""
-    return x if x.dim() == 3 else x.reshape(batch, -1, x.shape[-1])

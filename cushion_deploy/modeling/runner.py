@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +17,81 @@ from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.processes import SINGLE, Processes
+from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
 from cushion_deploy.core.smoothing import Smoothing
-from cushion_deploy.core.weights import WeightSource
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import Family
-from cushion_deploy.modeling.fold import fold
+from cushion_deploy.modeling.checkpoint import Checkpoint
+from cushion_deploy.modeling.current_pass import CurrentPass
 from cushion_deploy.modeling.past_key_values import KeysValues, keys_values, length_of, new_cache
+from cushion_deploy.modeling.placement import PlacedWeights, WeightFormat
+from cushion_deploy.modeling.processes import Reduction, reduce
+from cushion_deploy.modeling.sweep import Batch, Sweep
 
-CPU = torch.device("cpu")
+PIECE = 128
+"""Tokens whose logits are computed at once: those of a window and a large vocabulary would take a gigabyte."""
 
 
 @dataclass(frozen=True)
 class TorchRunner:
     """A frozen model in eval mode with everything that a forward pass needs.
 
+    Views of one model with different smoothings share its weights, which change when another view runs.
+
     Attributes:
         spec, family: the model's configuration and its family.
-        module: the transformers ``...ForCausalLM``.
+        transformer: the transformers ``...ForCausalLM``, with the weights of the view that ran last; see
+            :attr:`module`.
         tokenizer: the transformers tokenizer.
         sites: each Site, ``head`` included, with the linears that share it as input.
-        weights: the tensors on disk, for export.
+        weights: the tensors on disk.
         folder: the Hugging Face folder that the model was loaded from.
-        smoothing: the factors folded into ``module`` (not into ``weights``); None for none.
-        device: where the module and all tensors of a pass are.
-        dtype: floating-point type of weights and activations.
+        placed: the tensors of ``module``: their device and type, what is folded into them and what is quantized.
+        smoothing: the factors that are folded into the weights when this view runs; None for none.
+        processes: the processes that share the batches of a sweep.
+        current: the pass that is running.
+        watchers: called with the last hidden states of every pass, see :meth:`watching_head`.
     """
 
     spec: ModelSpec
     family: Family
-    module: Any
+    transformer: Any
     tokenizer: Any
     sites: dict[Site, tuple[nn.Linear, ...]]
-    weights: WeightSource
+    weights: Checkpoint
     folder: Path
+    placed: PlacedWeights
     smoothing: Smoothing | None = None
-    device: torch.device = CPU
-    dtype: torch.dtype = torch.float32
-    _folded: dict[str, TorchRunner] = field(default_factory=dict, init=False, repr=False, compare=False)
+    processes: Processes = SINGLE
+    current: CurrentPass = field(default_factory=CurrentPass, repr=False)
+    watchers: list[Callable[[Tensor], None]] = field(default_factory=list, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the module and of all tensors of a pass."""
+        return self.placed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of weights and activations."""
+        return self.placed.dtype
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The type that sums are accumulated in: float64, or float32 on a device that has no float64."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    @property
+    def module(self) -> Any:
+        """The transformers ``...ForCausalLM``, with the smoothing of this view folded in.
+
+        Raises:
+            UsageError: weights are quantized with another smoothing folded in.
+        """
+        self.placed.use(self.smoothing)
+        return self.transformer
 
     @property
     def decoder(self) -> nn.Module:
@@ -87,12 +126,10 @@ class TorchRunner:
         return Lineage(model=self.digest, prefix=prefix.digest, smoothing=self.smoothing_digest, text=text)
 
     def folded(self, smoothing: Smoothing | None) -> TorchRunner:
-        """Return the model with a smoothing folded in: this one where there is nothing to fold.
-
-        The last folded model is kept.
+        """Return the view of the model with a smoothing folded in: this one where there is nothing to fold.
 
         Raises:
-            UsageError: another smoothing is already folded into this model.
+            UsageError: another smoothing is already folded into this model, or it was measured on another model.
         """
         wanted = smoothing.digest if smoothing else ""
         if wanted == self.smoothing_digest:
@@ -101,11 +138,20 @@ class TorchRunner:
             raise UsageError(
                 "another smoothing is already folded into this model", hint="fold into the model as it was loaded"
             )
-        if wanted not in self._folded:
-            # Dropped first: two folded copies need not fit into memory.
-            self._folded.clear()
-            self._folded[wanted] = fold(self, smoothing)
-        return self._folded[wanted]
+        self.placed.state_with(smoothing)
+        return replace(self, smoothing=smoothing)
+
+    @contextmanager
+    def quantized(self, formats: Mapping[str, WeightFormat]) -> Iterator[None]:
+        """Run with some weights, by their names in the module, replaced by their dequantized codes; undone on exit."""
+        with self.placed.quantized(self.smoothing, formats):
+            yield
+
+    def weights_of(self, site: Site) -> Iterator[Tensor]:
+        """Yield the weights ``[out, in]`` of the linears of a Site, folded and not quantized, one at a time."""
+        state = self.placed.state_with(self.smoothing)
+        for path in self.family.linears(self.spec, head=True)[site]:
+            yield self.placed.read(f"{path}.weight", state)
 
     def encode(self, text: str) -> IntArray:
         """Return the token ids of plain text, int64 ``[n]``, without special tokens."""
@@ -120,6 +166,17 @@ class TorchRunner:
         """Return an array, a number or a tensor of the CPU as a tensor on the device, type unchanged."""
         return torch.as_tensor(values, device=self.device)
 
+    def batches(self, ids: IntArray, mask: IntArray | None, size: int) -> list[Batch]:
+        """Cut rows and mask (0 on padding), int64 ``[rows, length]`` each, into batches of ``size`` rows."""
+        found = []
+        for start in range(0, len(ids), size):
+            part = slice(start, start + size)
+            padded = mask is not None and not mask[part].all()
+            found.append(
+                Batch(self.tensor(ids[part]), self.tensor(mask[part]) if padded and mask is not None else None)
+            )
+        return found
+
     @staticmethod
     def host(tensor: Tensor) -> Tensor:
         """Return a tensor, without its gradient history, on the CPU."""
@@ -127,8 +184,9 @@ class TorchRunner:
 
     @staticmethod
     def array(tensor: Tensor) -> npt.NDArray[Any]:
-        """Return a tensor as a numpy array of the same type; not bfloat16, which numpy does not have."""
-        found: npt.NDArray[Any] = TorchRunner.host(tensor).numpy()
+        """Return a tensor as a numpy array of the same type; bfloat16, which numpy does not have, becomes float32."""
+        host = TorchRunner.host(tensor)
+        found: npt.NDArray[Any] = (host.float() if host.dtype == torch.bfloat16 else host).numpy()
         return found
 
     def arange(self, start: int, stop: int) -> Tensor:
@@ -168,6 +226,7 @@ class TorchRunner:
         Returns:
             The transformers output.
         """
+        self.current.begin(len(ids), mask)
         module = self.module if head else self.module.base_model
         batch, length = ids.shape[:2]
         begin = length_of(past)
@@ -179,6 +238,64 @@ class TorchRunner:
             options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + begin
             options["attention_mask"] = torch.cat([mask.new_ones(batch, begin), mask], dim=1)
         return module(use_cache=True, **options)
+
+    @torch.inference_mode()
+    def sweep(
+        self,
+        batches: Sequence[Batch],
+        past: KeysValues,
+        *,
+        before: Callable[[int], None] = lambda number: None,
+        after: Callable[[int, Tensor], None] = lambda number, hidden: None,
+        progress: Progress = silent,
+        task: str = "",
+    ) -> None:
+        """Run many batches, without logits; where weights are streamed, layer by layer, so that each is read once.
+
+        Every process runs its share of the batches; the caller combines what they found with :meth:`reduced`.
+
+        Args:
+            batches: all batches, the same in every process.
+            past: keys and values before every batch.
+            before: called with the number of the batch that runs next, before each of its passes or layers.
+            after: called with the number of a batch and its last hidden states ``[rows, length, hidden]``.
+            progress, task: where to report the rows that are done, and as what.
+        """
+        Sweep(self, batches, past, before, after, progress, task).run()
+
+    @contextmanager
+    def watching_head(self, watcher: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call ``watcher`` with the input of the head, ``[batch, length, hidden]``, in every sweep."""
+        self.watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self.watchers.remove(watcher)
+
+    def reduce(self, tensor: Tensor, reduction: Reduction) -> Tensor:
+        """Return the elementwise sum, maximum or minimum of a tensor over all processes; it is changed in place."""
+        return reduce(tensor, reduction, self.processes)
+
+    def reduced(self, values: npt.NDArray[Any], reduction: Reduction) -> npt.NDArray[Any]:
+        """Return the elementwise sum, maximum or minimum of an array over all processes."""
+        if self.processes.size == 1:
+            return values
+        return self.array(self.reduce(self.tensor(values.copy()), reduction))
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits float32 ``[..., vocab]`` of last hidden states, capped as in the model."""
+        found: Tensor = self.module.get_submodule(self.family.head)(hidden).float()
+        cap = self.spec.logit_cap
+        return cap * torch.tanh(found / cap) if cap else found
+
+    def pieces(self, length: int) -> Iterator[slice]:
+        """Yield slices of a text of ``length`` tokens whose logits are computed at once.
+
+        A head that is quantized gets the whole text, because a dynamic scale covers all of its tokens.
+        """
+        head = self.module.get_submodule(self.family.head)
+        step = length if head._forward_pre_hooks else PIECE
+        return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
     @torch.inference_mode()
     def compute_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
@@ -195,20 +312,27 @@ class TorchRunner:
         return self.array(self.run(self.tensor(ids), self.past(prefix)).logits.float())
 
     @torch.inference_mode()
-    def token_nll(self, ids: IntArray, prefix: Prefix) -> FloatArray:
+    def token_nll(self, ids: IntArray, prefix: Prefix, progress: Progress = silent, task: str = "") -> FloatArray:
         """Return the negative log likelihood (nats) of tokens 1.. of each row behind ``prefix``.
 
         Args:
-            ids: int64 ``[batch, length]``.
+            ids: int64 ``[rows, length]``; each row runs alone.
             prefix: the prefix before every row.
+            progress, task: where to report the rows done, and as what.
 
         Returns:
-            float32 ``[batch, length - 1]``.
+            float32 ``[rows, length - 1]``.
         """
+        found = self.zeros(len(ids), ids.shape[1] - 1, dtype=torch.float32)
         tokens = self.tensor(ids)
-        scores = self.run(tokens, self.past(prefix)).logits[:, :-1].float()
-        loss = nn.functional.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        return self.array(loss.reshape(len(tokens), -1))
+
+        def score(number: int, hidden: Tensor) -> None:
+            for piece in self.pieces(ids.shape[1] - 1):
+                logits, targets = self.head_logits(hidden[:, piece])[0], tokens[number, 1:][piece]
+                found[number, piece] = nn.functional.cross_entropy(logits, targets, reduction="none")
+
+        self.sweep(self.batches(ids, None, 1), self.past(prefix), after=score, progress=progress, task=task)
+        return self.array(self.reduce(found, "sum"))
 
     @torch.inference_mode()
     def greedy(self, prompt: IntArray, prefix: Prefix, count: int) -> tuple[int, ...]:

@@ -11,32 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from cushion_deploy.core.fakequant import dequantize, levels, qmax, quantize_weight, spread
+from cushion_deploy.core.fakequant import levels, qmax
 from cushion_deploy.core.kv_scales import KV_PARTS, KvPart, KvScales, kv_site
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.fakequant import quantize_asymmetric_codes, quantize_codes
 from cushion_deploy.modeling.observe import replaced
 from cushion_deploy.modeling.observe_cache import watched_cache
+from cushion_deploy.modeling.placement import WeightFormat
 from cushion_deploy.modeling.runner import TorchRunner
 
 Grid = tuple[Tensor, Tensor | None]
 """Scale and, for asymmetric codes, zero point (an integer value); both float32, both broadcast against the input."""
-
-
-def quantize_codes(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
-    """Return the integer codes of ``x`` in its floating-point type; ``scale`` broadcasts.
-
-    It divides by the scale, as ONNX QuantizeLinear does, instead of multiplying by the reciprocal.
-    """
-    limit = qmax(bits)
-    return torch.clamp(torch.round(x / scale), -limit - 1, limit)
-
-
-def quantize_asymmetric_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8) -> Tensor:
-    """Return the codes of ``x``, 0 to 2^bits - 1, in its floating-point type; scale and zero point broadcast."""
-    return torch.clamp(torch.round(x / scale) + zero_point, 0, levels(bits))
 
 
 def dynamic_grid(x: Tensor, scheme: QuantScheme, text: Tensor | None = None) -> Grid:
@@ -46,7 +34,7 @@ def dynamic_grid(x: Tensor, scheme: QuantScheme, text: Tensor | None = None) -> 
     on which rows share a batch. The scale of values that are all zero is 1.
 
     Args:
-        x: ``[batch, length, features]``.
+        x: float32 ``[batch, length, features]``.
         scheme: a dynamic scheme.
         text: bool ``[batch, length]``, False on padding, which no range includes; None if nothing is padded.
 
@@ -91,14 +79,13 @@ def quantized_weights(
         bits: bits of the codes.
         group: input features that share a scale; 0 for one scale per output channel.
     """
-    with ExitStack() as stack:
-        for site, linears in sites.items():
-            for i, linear in enumerate(linears):
-                original = linear.weight
-                codes, scale = quantize_weight(model.array(original), f"{site}[{i}]", bits, group)
-                quantized = model.tensor(dequantize(codes, spread(scale, codes.shape[1], group)))
-                linear.weight = nn.Parameter(quantized, requires_grad=False)
-                stack.callback(setattr, linear, "weight", original)
+    paths = model.family.linears(model.spec, head=True)
+    formats = {
+        f"{path}.weight": WeightFormat(f"{site}[{i}]", bits, group)
+        for site in sites
+        for i, path in enumerate(paths[site])
+    }
+    with model.quantized(formats):
         yield
 
 
@@ -134,21 +121,21 @@ def simulated(
     with ExitStack() as stack:
         grid_of = None
         if scheme.activations != "static":
-            grid_of = stack.enter_context(_dynamic_grids(model, scheme))
+            grid_of = _dynamic_grids(model, scheme)
         elif scales is not None:
             grid_of = _static_grids(model, scheme, scales, sites)
         if grid_of is not None:
             grid = grid_of
 
             def transform(site: Site, x: Tensor) -> Tensor:
-                scale, zero = grid(site, x)
+                scale, zero = grid(site, x.float())
                 if zero is None:
                     codes = quantize_codes(x, scale, bits)
                 else:
                     codes = quantize_asymmetric_codes(x, scale, zero, bits)
                 if on_codes:
                     on_codes(site, codes.to(kind))
-                return codes * scale if zero is None else (codes - zero) * scale
+                return (codes * scale if zero is None else (codes - zero) * scale).to(x.dtype)
 
             stack.enter_context(replaced(model, transform, sites))
         stack.enter_context(quantized_weights(model, sites, scheme.weight_bits, scheme.weight_group))
@@ -185,30 +172,15 @@ def _static_grids(
     return lambda site, _: grids[site]
 
 
-@contextmanager
-def _dynamic_grids(model: TorchRunner, scheme: QuantScheme) -> Iterator[Callable[[Site, Tensor], Grid]]:
-    """Yield a function from Site and input to grid that leaves out the padding of the current forward pass."""
-    padding: list[Tensor | None] = [None]
-
-    def remember(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise UsageError(
-                f"an attention mask {tuple(mask.shape)} does not say which tokens are padding",
-                hint="give a mask [batch, past + length]",
-            )
-        padding[0] = mask
+def _dynamic_grids(model: TorchRunner, scheme: QuantScheme) -> Callable[[Site, Tensor], Grid]:
+    """Return a function from Site and input to grid that leaves out the padding of the current forward pass."""
 
     def grid(_: Site, x: Tensor) -> Grid:
-        # The mask begins with the cached tokens; a head that runs on the last tokens only needs the end of it.
-        text = None if padding[0] is None else padding[0][:, -x.shape[1] :].bool()
-        return dynamic_grid(x, scheme, text)
+        mask = model.current.mask
+        # A head that runs on the last tokens only needs the end of the mask.
+        return dynamic_grid(x, scheme, None if mask is None else mask[:, -x.shape[1] :].bool())
 
-    handle = model.decoder.register_forward_pre_hook(remember, with_kwargs=True)
-    try:
-        yield grid
-    finally:
-        handle.remove()
+    return grid
 
 
 @contextmanager
@@ -233,14 +205,14 @@ def quantized_cache(
         codes = quantize_codes(states, step)
         if on_codes:
             on_codes(kv_site(layer, part), codes.to(torch.int8).transpose(1, 2))
-        return codes * step
+        return (codes * step).to(states.dtype)
 
     def held(cache: DynamicCache) -> None:
         # States that came through `entering` do not change: dequantized codes round to themselves.
         for i, layer in enumerate(cache.layers):
             if layer.is_initialized:
                 layer.keys, layer.values = (
-                    quantize_codes(states, steps[i, part]) * steps[i, part]
+                    (quantize_codes(states, steps[i, part]) * steps[i, part]).to(states.dtype)
                     for part, states in zip(KV_PARTS, (layer.keys, layer.values), strict=True)
                 )
 

@@ -47,7 +47,7 @@ def find_sinks(model: TorchRunner, windows: IntArray) -> tuple[tuple[Sink, ...],
             largest[site] = x.abs().amax(dim=-1)
 
     with observed(model, keep):
-        model.run(model.tensor(windows), [], head=False)
+        model.sweep(model.batches(windows, None, len(windows)), [])
     sites = list(largest)
     sizes = torch.stack([largest[site] for site in sites])  # [Sites, windows, length]
     usual = sizes.flatten(1).median(dim=1).values.clamp(min=torch.finfo(torch.float32).tiny)

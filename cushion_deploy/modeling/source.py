@@ -6,8 +6,9 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.families import ACTIVATIONS, Family, family_for_model_type
 from cushion_deploy.store.digest_cache import cached_digests
@@ -49,6 +50,7 @@ class ModelSource:
             chat template. A prefix, scales and a graph belong to the model with this digest.
         generation_digest: SHA-256 over what decides only how text is generated: generation_config.json and chat
             templates, including the one inside tokenizer_config.json.
+        dtype: type of the stored weights, as config.json says; float32 for GGUF, which is dequantized.
     """
 
     kind: Literal["gguf", "folder"]
@@ -57,6 +59,7 @@ class ModelSource:
     revision: str | None
     digest: str
     generation_digest: str
+    dtype: Dtype = "float32"
 
 
 def resolve_source(model: str, revision: str | None = None) -> ModelSource:
@@ -103,7 +106,14 @@ def _from_folder(path: Path, label: str, revision: str | None) -> ModelSource:
         of_numbers[TOKENIZER_CONFIG] = json.dumps(settings, sort_keys=True)
         if template is not None:
             of_generation[TOKENIZER_CONFIG] = json.dumps(template, sort_keys=True)
-    return ModelSource("folder", path, label, revision, digest_json(of_numbers), digest_json(of_generation))
+    digests_of = digest_json(of_numbers), digest_json(of_generation)
+    return ModelSource("folder", path, label, revision, *digests_of, stored_dtype(config))
+
+
+def stored_dtype(config: dict[str, Any]) -> Dtype:
+    """Return the type in which a checkpoint stores its weights, from its config.json; float32 if it does not say."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return next((known for known in get_args(Dtype) if known == named), "float32")
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -19,28 +19,33 @@ PIECE = 32
 
 @dataclass
 class Teacher:
-    """The model without prefix and without quantization; windows are remembered before anything is quantized.
+    """A model without quantization; windows are remembered before anything is quantized.
 
     Attributes:
         model: the original model.
+        prefix: what precedes every window; None for what precedes a text if there is no prefix.
         hidden: the last hidden states ``[length, hidden]`` of each window, by its bytes. Logits follow from them and
             would take a hundred times the memory.
     """
 
     model: TorchRunner
+    prefix: Prefix | None = None
     hidden: dict[bytes, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.past = self.model.past(self.model.compute_prefix(self.model.bare_tokens))
+        self.past = self.model.past(self.prefix or self.model.compute_prefix(self.model.bare_tokens))
         self.head = self.model.module.get_submodule(self.model.family.head).weight
 
-    @torch.no_grad()
     def remember(self, windows: IntArray, progress: Progress = silent) -> None:
         """Run windows int64 ``[windows, length]`` through the model, one by one, and store their hidden states."""
-        for done, row in enumerate(windows, 1):
-            found = self.model.run(self.model.tensor(row[None]), self.past, head=False)
-            self.hidden[row.tobytes()] = found.last_hidden_state[0]
-            progress("running the original model", done, len(windows))
+        batches = self.model.batches(windows, None, 1)
+
+        def store(number: int, hidden: Tensor) -> None:
+            # Cloned outside of inference mode: tuning takes gradients of what is computed from them.
+            with torch.inference_mode(False):
+                self.hidden[windows[number].tobytes()] = hidden[0].clone()
+
+        self.model.sweep(batches, self.past, after=store, progress=progress, task="running the original model")
 
     @torch.no_grad()
     def log_probabilities(self, ids: IntArray) -> Tensor:
@@ -58,19 +63,25 @@ class Teacher:
         task: str = "comparing",
     ) -> Fidelity:
         """Score ``model`` behind a prefix on remembered windows int64 ``[count, length]``."""
-        past = model.past(prefix)
-        losses, divergences = [], []
-        for done, row in enumerate(windows, 1):
-            tokens, hidden = model.tensor(row), self.hidden[row.tobytes()][:-1]
-            logits, targets = model.run(tokens[None], past).logits[0, :-1].float(), tokens[1:, None]
-            # In pieces, because passes over all logits of a window would take longer than the model.
-            for piece in range(0, len(targets), PIECE):
-                part = slice(piece, piece + PIECE)
-                student = torch.log_softmax(logits[part], -1)
-                losses.append(-student.gather(-1, targets[part])[:, 0])
-                divergences.append(divergence(student, self._of_hidden(hidden[part])))
-            progress(task, done, len(windows))
-        return Fidelity(model.array(torch.cat(losses)), model.array(torch.cat(divergences)))
+        length = windows.shape[1] - 1
+        found, tokens = model.zeros(2, len(windows), length, dtype=torch.float32), model.tensor(windows)
+
+        def score(number: int, states: Tensor) -> None:
+            teacher = self.hidden[windows[number].tobytes()]
+            for piece in model.pieces(length):
+                logits = model.head_logits(states[0, piece])
+                # In small parts, because passes over all logits of a piece would take longer than the model.
+                for start in range(piece.start, piece.stop, PIECE):
+                    part = slice(start, min(start + PIECE, piece.stop))
+                    student = torch.log_softmax(logits[start - piece.start : part.stop - piece.start], -1)
+                    targets = tokens[number, 1:][part]
+                    found[0, number, part] = -student.gather(-1, targets[:, None])[:, 0]
+                    found[1, number, part] = divergence(student, self._of_hidden(teacher[part]))
+
+        batches = model.batches(windows, None, 1)
+        model.sweep(batches, model.past(prefix), after=score, progress=progress, task=task)
+        losses, divergences = model.array(model.reduce(found, "sum")).reshape(2, -1)
+        return Fidelity(losses, divergences)
 
     def _of_hidden(self, hidden: Tensor) -> Tensor:
         logits, cap = nn.functional.linear(hidden, self.head).float(), self.model.spec.logit_cap

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
-from cushion_deploy.core.fakequant import quantize_weight
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
+from cushion_deploy.modeling.fakequant import weight_codes
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
@@ -48,14 +48,11 @@ def torch_reference(
 
     with simulated(folded, scheme, quantization.scales, keep, kv):
         quantized_logits = folded.logits(ids, prefix)
-    losses = []
     prompt = ids[:, :PROMPT_TOKENS]
     with simulated(folded, scheme, quantization.scales, kv=kv):
-        for done, window in enumerate(windows, 1):
-            losses.append(folded.token_nll(window[None], prefix)[0])
-            progress("perplexity of fake-quant", done, len(windows))
+        losses = folded.token_nll(windows, prefix, progress, "perplexity of fake-quant")
         greedy = folded.greedy(prompt, prefix, GREEDY_TOKENS)
-    return TorchReference(ids, float_logits, quantized_logits, codes, windows, np.stack(losses), prompt, greedy)
+    return TorchReference(ids, float_logits, quantized_logits, codes, windows, losses, prompt, greedy)
 
 
 @torch.inference_mode()
@@ -75,6 +72,7 @@ def float_inputs(model: TorchRunner, prefix: Prefix, ids: IntArray) -> SiteInput
 
 def linear_codes(model: TorchRunner, scheme: QuantScheme) -> Iterator[LinearWeights]:
     """Yield Site, codes and scales of every quantized linear as fake-quant uses them, one linear at a time."""
-    for site, linears in quantized_sites(model, scheme).items():
-        for i, linear in enumerate(linears):
-            yield site, *quantize_weight(model.array(linear.weight), f"{site}[{i}]")
+    for site in quantized_sites(model, scheme):
+        for i, weight in enumerate(model.weights_of(site)):
+            codes, scale = weight_codes(weight.float(), f"{site}[{i}]")
+            yield site, model.array(codes).astype(np.int8), model.array(scale)[:, 0]

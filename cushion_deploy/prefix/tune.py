@@ -34,6 +34,7 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.layerwise import replaced_forward
 from cushion_deploy.modeling.observe import replaced
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, quantized_weights
@@ -49,8 +50,8 @@ CHECKPOINT_SECONDS = 60
 def fake_quantize(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
     """Return ``x`` quantized and dequantized, differentiable in ``x`` and ``scale`` (straight-through rounding)."""
     limit = qmax(bits)
-    inside = torch.clamp(x / scale, -limit - 1, limit)
-    return (inside + (inside.round() - inside).detach()) * scale
+    inside = torch.clamp(x.float() / scale, -limit - 1, limit)
+    return ((inside + (inside.round() - inside).detach()) * scale).to(x.dtype)
 
 
 @dataclass
@@ -178,8 +179,10 @@ class PrefixTuning:
         """
         self._errors.clear()
         states = zip(self.parameters["keys"], self.parameters["values"], strict=True)
-        tokens = self.model.tensor(ids)
-        logits = self.model.run(tokens, [(keys[None], values[None]) for keys, values in states]).logits
+        tokens, kind = self.model.tensor(ids), self.model.dtype
+        logits = self.model.run(
+            tokens, [(keys[None].to(kind), values[None].to(kind)) for keys, values in states]
+        ).logits
         # A layer that is run again for its gradient adds its error again, but only after this sum.
         error = torch.stack(self._errors).sum() / ids.size
         scores = torch.log_softmax(logits[:, :-1].float(), -1)
@@ -196,7 +199,7 @@ class PrefixTuning:
         def transform(site: Site, x: Tensor) -> Tensor:
             scale = self.parameters["log_scales"][self.index[site]].exp()
             quantized = fake_quantize(x, scale, self.quantization.scheme.activation_bits)
-            self._errors.append((x - quantized.detach()).square().sum())
+            self._errors.append((x - quantized.detach()).float().square().sum())
             return quantized
 
         with ExitStack() as stack:
@@ -204,8 +207,7 @@ class PrefixTuning:
             stack.enter_context(quantized_weights(self.model, self.sites))
             if self.config.checkpointing:
                 for layer in self.model.layers:
-                    layer.forward = _checkpointed(layer.forward)
-                    stack.callback(delattr, layer, "forward")
+                    stack.enter_context(replaced_forward(layer, _checkpointed(layer.forward)))
             yield
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.recipe.sections import (
     Calibration,
+    Compute,
     Evaluation,
     Export,
     Names,
@@ -48,6 +49,7 @@ class Recipe(Section):
     engines: Names | None = Field(
         default=None, description="Engines to compile for; null is every engine that can compile on this machine."
     )
+    compute: Compute = Field(default_factory=Compute, description="Where and how torch computes.")
     search: Search = Field(default_factory=Search, description="How the prefix is found.")
     smoothing: SmoothQuant = Field(
         default_factory=SmoothQuant,

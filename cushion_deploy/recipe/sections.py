@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.graphs import PrefixMode
 from cushion_deploy.core.kv_scales import KvGranularity
 from cushion_deploy.core.scales import Estimator
+from cushion_deploy.errors import unknown_choice
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 """A tuple of strings; not strict, so that a YAML list is accepted for the tuple."""
@@ -20,6 +22,32 @@ class Section(BaseModel):
 
     # Strict, because pydantic would otherwise accept the YAML `yes` as the number 1, and "4" as 4.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Compute(Section):
+    """Where and how torch computes."""
+
+    device: str = Field(
+        default="auto",
+        description="Device that runs the model: auto (the GPU that is there), cpu, cuda, cuda:N or mps.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Floating-point type to compute in; auto is float32 on a CPU, and the checkpoint's type on a GPU.",
+    )
+    memory: float | None = Field(
+        default=None,
+        ge=0,
+        description="GiB of weights that may stay on the device; layers beyond that are read from disk when they run. "
+        "Null is 80 % of what is free.",
+    )
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value):
+            raise unknown_choice("device", value, ["auto", "cpu", "cuda", "cuda:N", "mps"])
+        return value
 
 
 class Search(Section):

@@ -67,6 +67,10 @@ class Node(ABC, Generic[T]):
             if field.compare is deciding:
                 yield field.name, getattr(self, field.name)
 
+    def ran_on(self, artifact: T) -> str:
+        """Return on what the artifact runs what depends on it, such as ``cpu, float32``; empty if it runs nothing."""
+        return ""
+
     @property
     def known_digest(self) -> str | None:
         """The digest of the artifact if it is known without making the artifact; None otherwise."""
@@ -84,6 +88,8 @@ class Derived(Node[T]):
 
     timed: ClassVar[bool] = False
     """Whether the time it takes is a row of the report."""
+    exclusive: ClassVar[bool] = False
+    """Whether making it drops other artifacts of the same class first, because memory holds only one."""
 
     @abstractmethod
     def make(self, inputs: Inputs) -> T:
@@ -100,6 +106,8 @@ class Stage(Node[T]):
 
     name: ClassVar[str]
     version: ClassVar[int]
+    shared: ClassVar[bool] = False
+    """Whether several processes share its work; a stage that is not shared runs in the first of them."""
 
     @property
     def label(self) -> str:

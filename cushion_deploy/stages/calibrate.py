@@ -41,6 +41,7 @@ class Calibrate(Observation[CalibratedScales]):
 
     name: ClassVar[str] = "calibrate"
     version: ClassVar[int] = 1
+    shared: ClassVar[bool] = True
     smoothing: Node[Smoothing] | None
     estimator: Estimator
     percentile: float
@@ -89,6 +90,7 @@ class CalibrateCache(Observation[KvScales]):
 
     name: ClassVar[str] = "calibrate-kv"
     version: ClassVar[int] = 1
+    shared: ClassVar[bool] = True
     smoothing: Node[Smoothing] | None
     estimator: Estimator
     percentile: float

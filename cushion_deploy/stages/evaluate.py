@@ -44,7 +44,8 @@ class Evaluate(Stage[dict[str, Any]]):
     """
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
+    shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     bare: Node[Quantization]

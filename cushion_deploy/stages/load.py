@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.modeling.source import ModelSource
+from cushion_deploy.recipe import Compute
 from cushion_deploy.stages.base import Derived, Node, Stage
 from cushion_deploy.stages.run import Inputs
+from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -25,11 +28,16 @@ class Load(Derived["TorchRunner"]):
     Attributes:
         source: the validated model on disk.
         converted: the Hugging Face folder it was converted to; None if the source already is one.
+        dtype: floating-point type to compute in.
+        compute: device and memory; they change how long a stage takes, and results by rounding only.
     """
 
     timed: ClassVar[bool] = True
+    exclusive: ClassVar[bool] = True
     source: ModelSource
     converted: Node[Path] | None = None
+    dtype: Dtype = "float32"
+    compute: Compute = field(default=Compute(), compare=False)
 
     @property
     def label(self) -> str:
@@ -38,8 +46,14 @@ class Load(Derived["TorchRunner"]):
 
     @property
     def known_digest(self) -> str:
-        """The digest of the source, so that reusing a stage does not load the model."""
-        return self.source.digest
+        """The digest of the source and of the type, so that reusing a stage does not load the model."""
+        return self.source.digest if self.dtype == "float32" else digest_json([self.source.digest, self.dtype])
+
+    def ran_on(self, artifact: TorchRunner) -> str:
+        """Return device and floating-point type."""
+        from cushion_deploy.modeling.devices import device_name
+
+        return f"{device_name(artifact.device)}, {self.dtype}"
 
     def make(self, inputs: Inputs) -> TorchRunner:
         """Load the model."""
@@ -50,7 +64,9 @@ class Load(Derived["TorchRunner"]):
         folder = inputs.get(self.converted) if self.converted else self.source.path
         # Flush denormals: a probability below 1e-38 has no effect but slows most processors down a hundredfold.
         torch.set_flush_denormal(True)
-        return load_folder(folder, self.source, inputs.progress)
+        compute = self.compute.model_copy(update={"dtype": self.dtype})
+        processes = inputs.run.processes
+        return load_folder(folder, self.source, inputs.progress, compute=compute, processes=processes)
 
 
 @dataclass(frozen=True)
@@ -100,3 +116,14 @@ def _name_tokenizer(file: Path) -> None:
     config = read_json(file)
     if config.get("tokenizer_class") == "TokenizersBackend":
         write_json(file, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def compute_dtype(compute: Compute, source: ModelSource) -> Dtype:
+    """Return the floating-point type to compute in; torch is imported only if the answer depends on the device."""
+    if compute.dtype != "auto":
+        return compute.dtype
+    if source.dtype == "float32" or compute.device == "cpu":
+        return "float32"
+    from cushion_deploy.modeling.devices import resolve_dtype
+
+    return resolve_dtype(compute, source.dtype)

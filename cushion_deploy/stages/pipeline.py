@@ -23,7 +23,7 @@ from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.evaluate import Evaluate
 from cushion_deploy.stages.export import Export, engine_form
-from cushion_deploy.stages.load import DescribeModel, Load
+from cushion_deploy.stages.load import DescribeModel, Load, compute_dtype
 from cushion_deploy.stages.parity import GraphsOfPlans, Parity
 from cushion_deploy.stages.publish import Publish
 from cushion_deploy.stages.quantization import AssembleQuantization, WithoutPrefix
@@ -53,6 +53,7 @@ class Pipeline:
     Attributes:
         recipe: every setting.
         model, files: the model, and its configuration, tokenizer and spec.
+        exact_model: the same model in float32, the type in which the parity ladder compares codes.
         text, evaluation_text: the texts for calibration and evaluation.
         search: None if the recipe disables the prefix.
         prefix: the prefix found by the search, or no prefix.
@@ -62,7 +63,9 @@ class Pipeline:
     def __init__(self, recipe: Recipe, source: ModelSource) -> None:
         """Create the nodes up to the quantization."""
         self.recipe = recipe
-        self.model = Load(source, Convert(source) if source.kind == "gguf" else None)
+        converted = Convert(source) if source.kind == "gguf" else None
+        self.model = Load(source, converted, compute_dtype(recipe.compute, source), recipe.compute)
+        self.exact_model = Load(source, converted, "float32", recipe.compute)
         self.files = DescribeModel(self.model, source.generation_digest)
         self.text = self.corpus(recipe.calibration.data, "calibration")
         self.evaluation_text = self.corpus(recipe.evaluation.data, "evaluation")
@@ -193,7 +196,7 @@ class Pipeline:
         versions = installed_versions(("onnxruntime", "onnxruntime-gpu"))
         runtime = ", ".join(f"{name} {version}" for name, version in versions.items())
         graphs = graph, self.form, GraphsOfPlans(graph, plans)
-        return Parity(self.model, quantization, *graphs, text, self.evaluation_text, *settings, runtime)
+        return Parity(self.exact_model, quantization, *graphs, text, self.evaluation_text, *settings, runtime)
 
     @property
     def evaluation(self) -> Evaluate:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
+from cushion_deploy.core.processes import SINGLE, Processes
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
 from cushion_deploy.stages.base import Derived, Node, Stage, nodes_behind
@@ -22,11 +24,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageTime:
-    """Wall time of one stage in this run; ``reused`` if the result of an earlier run was used."""
+    """Wall time of one stage in this run.
+
+    Attributes:
+        stage: label of the stage.
+        seconds: wall time.
+        reused: whether the result of an earlier run was used.
+        ran_on: device, floating-point type and, if there were several, processes that computed the result; empty if it
+            needed no model.
+    """
 
     stage: str
     seconds: float
     reused: bool
+    ran_on: str = ""
 
 
 @dataclass
@@ -37,11 +48,13 @@ class Run:
         store: the work folder.
         progress: receives progress of long tasks.
         times: the stages of this run, in the order in which they finished.
+        processes: the processes that share the work.
     """
 
     store: StageStore
     progress: Progress = silent
     times: list[StageTime] = field(default_factory=list)
+    processes: Processes = SINGLE
     _artifacts: dict[Node[Any], Any] = field(default_factory=dict, repr=False)
     _numbers: dict[Node[Any], str] = field(default_factory=dict, repr=False)
 
@@ -49,6 +62,12 @@ class Run:
         """Number the stages that a node depends on, so that progress shows which of how many is running."""
         stages = [node for node in nodes_behind(end) if isinstance(node, Stage)]
         self._numbers = {stage: f"[{i}/{len(stages)}] " for i, stage in enumerate(stages, 1)}
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Lock the work folder; of several processes, the first one does."""
+        with self.store.lock() if self.processes.leads else nullcontext():
+            yield
 
     def get(self, node: Node[T]) -> T:
         """Return the artifact of a node, making the artifacts that it depends on first if necessary.
@@ -62,7 +81,7 @@ class Run:
                 self._artifacts[node] = self._kept(node, inputs)
             else:
                 with self._clock(node):
-                    self._artifacts[node] = cast(Derived[T], node).make(inputs)
+                    self._artifacts[node] = self._made(cast(Derived[T], node), inputs)
         return cast(T, self._artifacts[node])
 
     def digest(self, node: Node[Any]) -> str:
@@ -92,22 +111,59 @@ class Run:
             return found
         key = self.key(stage)
         start, inner = time.monotonic(), self.seconds
-        folder = self.store.find(stage.name, key)
-        reused = folder is not None
-        if folder is None:
+        folder = self.store.find(stage.name, key) if self.processes.leads else None
+        reused = self._leader_says(folder is not None)
+        if not reused:
             logger.info("%s: running", stage.label)
+            self._execute(stage, key, inputs)
+        if folder is None:
+            folder = self.store.find(stage.name, key)
+        if folder is None:
+            raise UsageError(f"stage {stage.name} vanished from {self.store.root}", hint="do not touch the work folder")
+        # Inputs that were requested while the stage ran have their own times.
+        seconds = time.monotonic() - start - (self.seconds - inner)
+        ran_on = self.store.facts(stage.name, key).get("ran_on", "")
+        self.times.append(StageTime(stage.label_of(inputs), seconds, reused, ran_on))
+        return stage.read(folder)
+
+    def _execute(self, stage: Stage[T], key: str, inputs: Inputs) -> None:
+        """Run a stage: its artifact is written by the first process, and every process waits for it."""
+        if self.processes.size > 1:
+            # Made by all processes together, before some of them run the stage and others wait.
+            for node in (*stage.inputs.values(), *stage.helpers.values()):
+                self.get(node)
+        if not self.processes.leads:
+            if stage.shared:
+                with TemporaryDirectory(prefix="cushion-") as unused:
+                    stage.run(inputs, Path(unused))
+        else:
             if room := stage.room(inputs):
                 require_space(self.store.root, room)
-            with self.store.write(stage.name, key) as staged:
-                stage.run(inputs, staged)
-            folder = self.store.find(stage.name, key)
-            if folder is None:
-                raise UsageError(
-                    f"stage {stage.name} vanished from {self.store.root}", hint="do not touch the work folder"
-                )
-        # Inputs that were requested while the stage ran have their own times.
-        self.times.append(StageTime(stage.label_of(inputs), time.monotonic() - start - (self.seconds - inner), reused))
-        return stage.read(folder)
+            facts: dict[str, str] = {}
+            with self.store.write(stage.name, key, facts) as folder:
+                stage.run(inputs, folder)
+                facts["ran_on"] = self._ran_on(stage)
+        self._leader_says(True)
+
+    def _ran_on(self, stage: Stage[T]) -> str:
+        """Return on what the models among a stage's inputs run; empty if there are none."""
+        inputs = (*stage.inputs.values(), *stage.helpers.values())
+        found = [node.ran_on(self._artifacts[node]) for node in inputs if node in self._artifacts]
+        together = f", {self.processes.size} processes" if self.processes.size > 1 and stage.shared else ""
+        return next((f"{text}{together}" for text in found if text), "")
+
+    def _leader_says(self, value: bool) -> bool:
+        if self.processes.size == 1:
+            return value
+        from cushion_deploy.modeling.processes import leader_says
+
+        return leader_says(value, self.processes)
+
+    def _made(self, node: Derived[T], inputs: Inputs) -> T:
+        if node.exclusive:
+            for other in [found for found in self._artifacts if type(found) is type(node)]:
+                del self._artifacts[other]
+        return node.make(inputs)
 
     @contextmanager
     def _clock(self, node: Node[Any]) -> Iterator[None]:

@@ -47,6 +47,7 @@ class Search(Stage[FoundPrefix]):
 
     name: ClassVar[str] = "search"
     version: ClassVar[int] = 1
+    shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     text: Node[Corpus]
     search: SearchSettings

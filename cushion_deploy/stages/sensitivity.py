@@ -39,7 +39,8 @@ class Sensitivity(Stage[dict[Site, float]]):
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
+    shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     quantization: AssembleQuantization
     text: Node[Corpus]

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -69,12 +69,22 @@ class StageStore:
             return None
         return folder
 
+    def facts(self, stage: str, key: str) -> dict[str, str]:
+        """Return what was recorded about the run of a finished stage; empty if nothing was."""
+        _, data = read_json(self._folder("stages", stage, key) / STAGE_MANIFEST)
+        found = data.get("facts", {}) if isinstance(data, dict) else {}
+        return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
     @contextmanager
-    def write(self, stage: str, key: str) -> Iterator[Path]:
+    def write(self, stage: str, key: str, facts: Mapping[str, str] | None = None) -> Iterator[Path]:
         """Yield an empty folder for a stage's files, and rename it into place on a clean exit.
 
         On any exception, KeyboardInterrupt included, the folder is removed and the store is unchanged. On success the
         scratch folder of the same stage and key is removed.
+
+        Args:
+            stage, key: see :meth:`find`.
+            facts: what to record about the run beside the files, as it is on exit.
 
         Raises:
             UsageError: the disk is full or not writable.
@@ -89,7 +99,8 @@ class StageStore:
                 (staged / STAGE_MANIFEST).unlink(missing_ok=True)
                 files = {path: asdict(entry) for path, entry in measure_files(staged).items()}
                 parse_files(files)  # a name that find() would reject must fail here, not in every later run
-                text = json.dumps({"stage": stage, "key": key, "files": files}, indent=1, ensure_ascii=False)
+                manifest = {"stage": stage, "key": key, "facts": dict(facts or {}), "files": files}
+                text = json.dumps(manifest, indent=1, ensure_ascii=False)
                 (staged / STAGE_MANIFEST).write_text(text + "\n", encoding="utf-8")
                 sync_tree(staged)
                 swap_in(staged, target)

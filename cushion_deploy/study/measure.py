@@ -34,10 +34,9 @@ def block_input(model: TorchRunner, prefix: Prefix, windows: IntArray, progress:
     last = model.layers[-1]
     handle = last.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        past = model.past(prefix)
-        for done, row in enumerate(windows, 1):
-            model.run(model.tensor(row[None]), past, head=False)
-            progress("input of the last block", done, len(windows))
+        model.sweep(
+            model.batches(windows, None, 1), model.past(prefix), progress=progress, task="input of the last block"
+        )
     finally:
         handle.remove()
     top1, top10, median = np.mean(found, axis=0).tolist()

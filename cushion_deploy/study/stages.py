@@ -174,7 +174,7 @@ class Score(TextCell):
     """
 
     name: ClassVar[str] = "study-score"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     teacher: Node[Teacher] = field(compare=False)
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:

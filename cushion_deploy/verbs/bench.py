@@ -111,7 +111,7 @@ def bench_bundle(
     plans, not_run = _open_plans(bundle)
     sessions: dict[str, DecoderSession] = {}
     try:
-        with run.store.lock() if twin else nullcontext():
+        with run.lock() if twin else nullcontext():
             twins = _Twins(pipeline_of_bundle(recipe, bundle.path), run, bundle) if twin else None
             if twins:
                 graphs[f"{CPU_ENGINE}, float32"] = twins.graph()

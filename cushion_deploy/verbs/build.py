@@ -40,7 +40,7 @@ def build(
     recover(output)
     pipeline, end = _checked(recipe, output, targets, allow_float_linears)
     _require_other_text(pipeline, run)
-    with run.store.lock():
+    with run.lock():
         require_recipe_fits(recipe, run.get(pipeline.files).spec)
         run.number(end)
         return run.get(end)

@@ -59,7 +59,7 @@ def add_engine(
     require_modules("matplotlib", "jinja2")  # checked now: the report is written after minutes of compiling
     recover(output)
     require_publishable(output)
-    with run.store.lock():
+    with run.lock():
         compiled = run.get(Compile.of(_engine_graph(recipe, bundle, engine, options), engine.name, options))
         artifact, own = compiled.artifact, f"engines/{engine.name}/"
         with staging_area(output) as staged:

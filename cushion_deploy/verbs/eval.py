@@ -157,7 +157,7 @@ def evaluate_columns(
     """
     found = Evaluation(tuple(columns))
     in_torch = any(c != "engine" for c in columns)
-    with run.store.lock() if in_torch or "self" in what.texts else nullcontext():
+    with run.lock() if in_torch or "self" in what.texts else nullcontext():
         scorers = _Scorers(recipe, run, bundle, what.threads)
         corpora = [scorers.corpus(data) for data in what.texts]
         if in_torch:

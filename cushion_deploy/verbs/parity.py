@@ -56,7 +56,7 @@ def check_bundle(recipe: Recipe, run: Run, bundle: Path, graph: ExportedGraph, *
     """
     pipeline = pipeline_of_bundle(recipe, bundle)
     quantization = Given(read_quantization(bundle, graph, pipeline.scheme))
-    with run.store.lock():
+    with run.lock():
         plans, unchecked = _graphs_behind_plans(pipeline, run, quantization, bundle, graph)
         report = climb(run, pipeline.parity(quantization, Given(graph), plans), reuse=reuse)
     return replace(report, unchecked=unchecked)

@@ -11,7 +11,6 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UntrustedArtifact
-from cushion_deploy.modeling.fold import fold
 from cushion_deploy.modeling.runner import TorchRunner
 
 
@@ -104,7 +103,7 @@ def test_channels_that_were_not_seen_change_nothing_for_the_others_and_keep_thei
 def test_with_alpha_one_all_channels_are_equally_large(tiny_model: TorchRunner) -> None:
     ids, none = text(2), Prefix.empty(tiny_model.spec)
     maxima = channel_maxima(tiny_model, none, ids, np.ones_like(ids))
-    folded = fold(tiny_model, choose_factors(tiny_model, maxima, 1.0))
+    folded = tiny_model.folded(choose_factors(tiny_model, maxima, 1.0))
     after = channel_maxima(folded, none, ids, np.ones_like(ids))
     for site in choose_factors(tiny_model, maxima, 1.0).factors:
         weight = np.concatenate([linear.weight.numpy() for linear in tiny_model.sites[site]])

@@ -57,7 +57,15 @@ def test_a_plan_of_another_type_climbs_the_ladder(
     pytest.importorskip("tensorrt_rtx")
     more = ("--engine", "tensorrt-rtx", "--targets", "sm86", "--max-context", 64, "--max-prefill", 16)
     done = cli(
-        "engine", planted_bundle.bundle, *more, "--dtype", short, "--work-dir", tmp_path / "w", "-o", tmp_path / "e"
+        "engine",
+        planted_bundle.bundle,
+        *more,
+        "--plan-dtype",
+        short,
+        "--work-dir",
+        tmp_path / "w",
+        "-o",
+        tmp_path / "e",
     )
     assert done.code == 0, done.err
     assert "22 of 22 linears in INT8" in done.out
@@ -82,7 +90,7 @@ def test_a_plan_of_another_type_climbs_the_ladder(
 
 def test_a_float32_plan_needs_no_model(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    more = ("--targets", "sm86", "--max-context", 64, "--dtype", "fp32", "--model", tmp_path / "nowhere")
+    more = ("--targets", "sm86", "--max-context", 64, "--plan-dtype", "fp32", "--model", tmp_path / "nowhere")
     more += ("--work-dir", tmp_path / "w")
     done = cli("engine", planted_bundle.bundle, "--engine", "tensorrt-rtx", *more, "-o", tmp_path / "e")
     assert done.code == 0, done.err
@@ -92,7 +100,7 @@ def test_a_float32_plan_needs_no_model(cli: Any, planted_bundle: Any, tmp_path: 
 
 
 def test_an_engine_refuses_a_type_that_it_does_not_compile(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
-    done = cli("engine", planted_bundle.bundle, "--engine", "onnxruntime", "--dtype", "bf16", "-o", tmp_path / "e")
+    done = cli("engine", planted_bundle.bundle, "--engine", "onnxruntime", "--plan-dtype", "bf16", "-o", tmp_path / "e")
     assert done.code == 2
     assert "compiles float32 graphs, not bfloat16" in done.err
     missing = cli("engine", planted_bundle.bundle, "--engine", "tensorrt", "-o", tmp_path / "e")

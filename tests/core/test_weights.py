@@ -15,7 +15,7 @@ from cushion_deploy.core.sites import Site
 from cushion_deploy.core.weights import blocks, whole
 from cushion_deploy.export.linear import PackedLinear
 from cushion_deploy.families import get_family
-from cushion_deploy.modeling.load import SafetensorsWeights
+from cushion_deploy.modeling.checkpoint import Checkpoint
 
 NAME = "transformer.h.0.attn.c_attn.weight"
 
@@ -28,7 +28,7 @@ def test_blocks_are_the_rows_of_the_tensor_in_order(
     tensor = torch.arange(77, dtype=torch.float32).reshape(7, 11)
     save_file({name: tensor}, tmp_path / "model.safetensors")
     monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
-    found = SafetensorsWeights(tmp_path, get_family(family))
+    found = Checkpoint(tmp_path, get_family(family))
     stored = next(iter(found.names()))
     expected = tensor.numpy().T if family == "gpt2" else tensor.numpy()  # gpt2 keeps its linears as [in, out]
     assert found.shape(stored) == expected.shape
@@ -42,7 +42,7 @@ def test_blocks_are_the_rows_of_the_tensor_in_order(
 def test_a_linear_is_quantized_within_its_codes_and_a_few_blocks(tmp_path: Path) -> None:
     shape = (4096, 4096)
     save_file({"model.w.weight": torch.ones(shape, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
-    linear = PackedLinear(Site("head"), ("model.w",), SafetensorsWeights(tmp_path, get_family("llama")))
+    linear = PackedLinear(Site("head"), ("model.w",), Checkpoint(tmp_path, get_family("llama")))
     tracemalloc.start()
     codes = linear.codes()
     _, peak = tracemalloc.get_traced_memory()

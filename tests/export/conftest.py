@@ -24,7 +24,9 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
 from cushion_deploy.families import get_family
-from cushion_deploy.modeling.load import SafetensorsWeights, bind_sites, describe
+from cushion_deploy.modeling.checkpoint import Checkpoint
+from cushion_deploy.modeling.load import bind_sites, describe
+from cushion_deploy.modeling.placement import PlacedWeights
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
@@ -64,7 +66,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             family = get_family("llama")
             spec = describe(module, family, source)
             sites = bind_sites(module, family, spec)
-            made[key] = TorchRunner(spec, family, module, None, sites, SafetensorsWeights(folder, family), folder)
+            weights = Checkpoint(folder, family)
+            placed = PlacedWeights(module, weights, family, spec, torch.device("cpu"), torch.float32)
+            made[key] = TorchRunner(spec, family, module, None, sites, weights, folder, placed)
         return made[key]
 
     return make

@@ -15,7 +15,6 @@ from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import FAMILIES, family_for_model_type, get_family
 from cushion_deploy.families.folding import absorbers
-from cushion_deploy.modeling.fold import fold
 from cushion_deploy.modeling.runner import TorchRunner
 
 LoadVariant = Callable[[str], TorchRunner]
@@ -71,14 +70,14 @@ def test_folding_a_smoothing_changes_no_output(variant: str, load_variant: LoadV
     wanted = absorbers(model.family, model.spec)
     widths = {site: model.sites[site][0].in_features for site in wanted}
     factors = {site: np.exp(rng.normal(size=widths[site])).astype(np.float32) for site in wanted}
-    folded = fold(model, Smoothing(factors, 0.5, model.spec.weights_digest))
+    folded = model.folded(Smoothing(factors, 0.5, model.spec.weights_digest))
     ids = rng.integers(3, 300, (1, 24))
     expected = model.logits(ids, Prefix.empty(model.spec))
     found = folded.logits(ids, Prefix.empty(model.spec))
     assert len(wanted) >= model.spec.num_layers
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     for site in wanted:
-        assert not torch.equal(folded.sites[site][0].weight, model.sites[site][0].weight)
+        assert not torch.equal(next(folded.weights_of(site)), next(model.weights_of(site)))
 
 
 def test_a_family_is_found_by_name_and_by_every_model_type() -> None:

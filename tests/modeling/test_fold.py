@@ -15,7 +15,6 @@ from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families.folding import FoldedWeights, absorbers
-from cushion_deploy.modeling.fold import fold
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
 
@@ -50,7 +49,7 @@ def test_everything_but_the_attention_output_and_the_head_can_be_smoothed(tiny_m
 
 
 def test_the_output_stays_and_the_inputs_of_sites_are_divided(tiny_model: TorchRunner, smoothing: Smoothing) -> None:
-    folded, none = fold(tiny_model, smoothing), Prefix.empty(tiny_model.spec)
+    folded, none = tiny_model.folded(smoothing), Prefix.empty(tiny_model.spec)
     before, after = tiny_model.logits(IDS, none), folded.logits(IDS, none)
     np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
     divided = site_inputs(folded)
@@ -59,22 +58,27 @@ def test_the_output_stays_and_the_inputs_of_sites_are_divided(tiny_model: TorchR
         np.testing.assert_allclose(divided[site], expected, atol=2e-5 * np.abs(expected).max(), err_msg=site)
 
 
-def test_the_original_is_untouched_and_shares_what_no_factor_touches(
+def test_only_what_a_factor_touches_is_replaced_and_it_comes_back(
     tiny_model: TorchRunner, smoothing: Smoothing
 ) -> None:
-    before = {name: p.clone() for name, p in tiny_model.module.named_parameters()}
-    folded = fold(tiny_model, smoothing)
-    parameters = dict(folded.module.named_parameters())
+    none = Prefix.empty(tiny_model.spec)
+    logits = tiny_model.logits(IDS, none)
+    before = dict(tiny_model.module.named_parameters())
+    values = {name: p.clone() for name, p in before.items()}
+    tiny_model.folded(smoothing).logits(IDS, none)
     for name, p in tiny_model.module.named_parameters():
-        assert torch.equal(p, before[name]), name
         touched = (
             any(part in name for part in ("norm.weight", "q_proj", "k_proj", "v_proj", "mlp")) and "layers" in name
         )
-        assert (parameters[name] is p) is not touched, name
+        assert (before[name] is p) is not touched, name
+    np.testing.assert_array_equal(tiny_model.logits(IDS, none), logits)
+    for name, p in tiny_model.module.named_parameters():
+        assert torch.equal(p, values[name]), name
 
 
 def test_export_reads_the_weights_that_torch_runs(tiny_model: TorchRunner, smoothing: Smoothing) -> None:
-    folded = fold(tiny_model, smoothing)
+    folded = tiny_model.folded(smoothing)
+    folded.logits(IDS, Prefix.empty(folded.spec))
     weights = FoldedWeights(tiny_model.weights, tiny_model.family, tiny_model.spec, smoothing)
     assert weights.names() == tiny_model.weights.names()
     for name, p in folded.module.named_parameters():
@@ -85,7 +89,7 @@ def test_export_reads_the_weights_that_torch_runs(tiny_model: TorchRunner, smoot
 def test_a_prefix_of_the_model_is_a_prefix_of_the_folded_model(
     planted_model: TorchRunner, smoothing_of: Callable[[TorchRunner], Smoothing]
 ) -> None:
-    folded = fold(planted_model, smoothing_of(planted_model))
+    folded = planted_model.folded(smoothing_of(planted_model))
     ours, theirs = planted_model.compute_prefix((97, 5)), folded.compute_prefix((97, 5))
     assert theirs.model_digest == ours.model_digest
     np.testing.assert_allclose(theirs.keys, ours.keys, atol=1e-5 * np.abs(ours.keys).max())
@@ -93,8 +97,9 @@ def test_a_prefix_of_the_model_is_a_prefix_of_the_folded_model(
 
 
 def test_a_model_folded_in_inference_mode_takes_gradients(tiny_model: TorchRunner, smoothing: Smoothing) -> None:
+    folded = tiny_model.folded(smoothing)
     with torch.inference_mode():
-        folded = fold(tiny_model, smoothing)
+        folded.run(torch.from_numpy(IDS), [])
     assert not any(tensor.is_inference() for tensor in folded.module.state_dict().values())
     weight = next(p for n, p in folded.module.named_parameters() if n.endswith("down_proj.weight"))
     factor = torch.ones(1, requires_grad=True)
@@ -122,4 +127,4 @@ def test_a_smoothing_of_another_model_or_of_other_sites_is_refused(
     few = dict(list(smoothing.factors.items())[1:])
     for wrong in (replace(smoothing, model_digest="another"), replace(smoothing, factors=few)):
         with pytest.raises(UsageError, match="another model"):
-            fold(tiny_model, wrong)
+            tiny_model.folded(wrong)

@@ -19,7 +19,8 @@ from cushion_deploy.core.sites import HEAD_SITE, layer_site
 from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import SiteRule, get_family
-from cushion_deploy.modeling.load import SafetensorsWeights, bind_sites, load_folder
+from cushion_deploy.modeling.checkpoint import Checkpoint
+from cushion_deploy.modeling.load import bind_sites, load_folder
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 
@@ -83,7 +84,7 @@ def test_half_precision_weights_are_widened_exactly(tiny_folder: Path, tmp_path:
         "model.norm.weight": tensors["model.norm.weight"].half(),
     }
     save_torch(halved, tmp_path / "model.safetensors")
-    weights = SafetensorsWeights(tmp_path, get_family("llama"))
+    weights = Checkpoint(tmp_path, get_family("llama"))
     for name, tensor in halved.items():
         array = whole(weights, name)
         assert array.dtype == np.float32
@@ -112,7 +113,7 @@ def test_loading_reports_its_weights_and_leaves_stderr_alone(
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     seen: list[tuple[str, int, int]] = []
     load_folder(tiny_folder, resolve_source(str(tiny_folder)), lambda *row: seen.append(row))
-    assert seen[0] == ("loading weights", 0, 30)
+    assert seen[0] == ("loading weights", 1, 30)
     assert seen[-1] == ("loading weights", 30, 30)
     load_folder(tiny_folder, resolve_source(str(tiny_folder)))
     assert "it/s" not in capfd.readouterr().err

@@ -8,11 +8,13 @@ import torch
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families.folding import absorbers
 from cushion_deploy.modeling.past_key_values import new_cache
 from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.modeling.simulate import simulated
 
 TOKENS = (7, 1, 300)
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -179,11 +181,11 @@ def smoothing_of(model: TorchRunner, value: float) -> Smoothing:
     return Smoothing(factors, 0.5, model.digest)
 
 
-def test_the_last_folded_model_is_kept_and_nothing_is_folded_twice(tiny_model: TorchRunner) -> None:
+def test_views_with_different_smoothings_share_one_module(tiny_model: TorchRunner) -> None:
     first, second = smoothing_of(tiny_model, 2.0), smoothing_of(tiny_model, 3.0)
     folded = tiny_model.folded(first)
     assert (folded.smoothing, folded.digest) == (first, tiny_model.digest)
-    assert tiny_model.folded(first) is folded
+    assert folded.module is tiny_model.module
     assert folded.folded(first) is folded
     assert tiny_model.folded(None) is tiny_model
     assert tiny_model.folded(Smoothing({}, 0.5, tiny_model.digest)) is tiny_model
@@ -191,4 +193,14 @@ def test_the_last_folded_model_is_kept_and_nothing_is_folded_twice(tiny_model: T
         with pytest.raises(UsageError, match="another smoothing is already folded"):
             folded.folded(other)
     assert tiny_model.folded(second).smoothing is second
-    assert tiny_model.folded(first) is not folded
+
+
+def test_no_other_view_runs_while_weights_are_quantized(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
+    folded, ids = tiny_model.folded(smoothing_of(tiny_model, 2.0)), plain_ids[None, :8]
+    none = Prefix.empty(tiny_model.spec)
+    before = folded.logits(ids, none)
+    with simulated(folded, QuantScheme(), None):
+        with pytest.raises(UsageError, match="another smoothing"):
+            tiny_model.logits(ids, none)
+        assert not np.array_equal(folded.logits(ids, none), before)
+    np.testing.assert_array_equal(folded.logits(ids, none), before)

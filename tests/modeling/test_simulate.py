@@ -21,9 +21,10 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import HEAD_SITE, Site, layer_site
 from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.fakequant import quantize_codes
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.runner import TorchRunner
-from cushion_deploy.modeling.simulate import quantize_codes, quantized_sites, simulated
+from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.modeling.source import resolve_source
 
 SCHEME = QuantScheme()
@@ -140,7 +141,7 @@ def test_the_model_is_itself_again_afterwards_even_after_an_error(tiny_model: To
         assert not torch.equal(tiny_model.module(input_ids=ids).logits, logits)
         raise ZeroDivisionError
     after = dict(tiny_model.module.named_parameters())
-    assert all(after[name] is p and torch.equal(p, copies[name]) for name, p in parameters.items())
+    assert all(torch.equal(after[name], copies[name]) for name in parameters)
     assert torch.equal(tiny_model.module(input_ids=ids).logits, logits)
 
 

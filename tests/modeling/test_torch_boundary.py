@@ -1,4 +1,4 @@
-"""Numpy and torch meet in the runner alone, and only it chooses a device."""
+"""Numpy and torch meet in the runner, and in what it consists of; only there is a device chosen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "cushion_deploy"
-RUNNER = PACKAGE / "modeling" / "runner.py"
+RUNNER = {PACKAGE / "modeling" / f"{name}.py" for name in ("runner", "checkpoint", "placement", "processes")}
+"""The runner, the tensors that it reads and places, and the processes that it combines results with."""
 CONVERSIONS = {"torch.from_numpy", "torch.tensor", "torch.as_tensor", "torch.asarray", ".numpy"}
 MOVES = {".cpu", ".cuda"}
 FACTORIES = {f"torch.{name}" for name in ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")}
@@ -19,7 +20,7 @@ DRAWS = {f"torch.{name}" for name in ("rand", "randint", "randn", "randperm")}
 def torch_modules() -> list[Path]:
     """Return the modules that import torch, except the runner."""
     parts = [PACKAGE, *(PACKAGE / name for name in ("calib", "engines", "export"))]
-    files = {file for part in parts for file in part.rglob("*.py")} - {RUNNER}
+    files = {file for part in parts for file in part.rglob("*.py")} - RUNNER
     return sorted(file for file in files if "import torch" in file.read_text() or "from torch" in file.read_text())
 
 

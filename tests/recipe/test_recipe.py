@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "precision": "w8a8",
     "seed": 0,
     "engines": None,
+    "compute": {"device": "auto", "dtype": "auto", "memory": None},
     "search": {
         "enabled": True,
         "seed_tokens": [],
@@ -158,6 +159,9 @@ BAD = {
     "search: on": ("search is True", "a mapping of settings"),
     "calibration: {percentile: 50}": ("calibration.percentile is 50", "greater than 50"),
     "calibration: {estimator: average}": ("calibration.estimator is 'average'", "'max', 'percentile' or 'mse'"),
+    "compute: {device: gpu}": ("unknown device 'gpu'", "choose one of: auto, cpu, cuda, cuda:N, mps"),
+    "compute: {dtype: int8}": ("compute.dtype is 'int8'", "'bfloat16'"),
+    "compute: {memory: -1}": ("compute.memory is -1", "greater than or equal to 0"),
     "engines: onnxruntime": ("engines is 'onnxruntime'", "a list of strings"),
     "engines: [1]": ("engines.0 is 1", "valid string"),
     "evaluation: {max_tokens: 100}": ("max_tokens 100 is less than one window of 512", "--print-config"),

@@ -101,7 +101,7 @@ def test_the_output_is_ascii_with_one_line_a_value() -> None:
     assert text.isascii()
     assert text.endswith("\n")
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    assert len(lines) == len(list(Recipe.settings())) + 8
+    assert len(lines) == len(list(Recipe.settings())) + 9
     assert "  tau: 1.0e-05" in lines
     assert "revision: null" in lines
     assert "  seed_tokens: [\"\\n\", 'a: b', \"\\L\", 'yes']" in lines

@@ -1,0 +1,276 @@
+"""The weights of a module: on which device they are, what is folded into them, and which of them are quantized.
+
+A model exists once. Folding and quantization replace its weights one tensor at a time, and what was replaced is read
+from the checkpoint again; a second copy would double the memory. Layers that do not fit on the device have no weights
+between passes: each is read from the checkpoint when it is its turn, folded and quantized on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import compute_module_sizes
+from torch import Tensor, nn
+
+from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.errors import UsageError
+from cushion_deploy.families import Family
+from cushion_deploy.families.folding import FoldedWeights
+from cushion_deploy.modeling.checkpoint import Checkpoint
+from cushion_deploy.modeling.fakequant import fake_quantize_weight
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a weight is quantized.
+
+    Attributes:
+        label: name of the weight in error messages.
+        bits: bits of the codes.
+        group: input features that share a scale; 0 for one scale per output channel.
+    """
+
+    label: str
+    bits: int = 8
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class WeightState:
+    """What the weights of a module are at this moment.
+
+    Attributes:
+        smoothing: the smoothing that is folded in; None for none.
+        folded: its folding.
+        quantized: the quantized tensors by name.
+    """
+
+    smoothing: Smoothing | None = None
+    folded: FoldedWeights | None = None
+    quantized: Mapping[str, WeightFormat] = field(default_factory=dict)
+
+    def has(self, smoothing: Smoothing | None) -> bool:
+        """Return whether this smoothing is the one that is folded in."""
+        if smoothing is self.smoothing:
+            return True
+        return smoothing is not None and self.smoothing is not None and smoothing.digest == self.smoothing.digest
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Names of the tensors that folding changes."""
+        return self.folded.touched if self.folded else frozenset()
+
+
+class PlacedWeights(Mapping[str, Tensor]):
+    """The tensors of a module by name, as they are in use now; reading one computes it from the checkpoint.
+
+    Attributes:
+        device: where the module runs.
+        dtype: floating-point type of weights and activations.
+        state: what is folded and quantized.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        checkpoint: Checkpoint,
+        family: Family,
+        spec: ModelSpec,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Describe a module whose weights are those of the checkpoint, on the device or, to be streamed, nowhere."""
+        self._module, self._checkpoint, self._family, self._spec = module, checkpoint, family, spec
+        self.device, self.dtype = device, dtype
+        self.state = WeightState()
+        self._streamed: dict[nn.Module, StreamedLayer] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor in the current state, on the device."""
+        return self.read(name, self.state)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of all tensors."""
+        return iter(self._checkpoint.names())
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._checkpoint.names())
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether the checkpoint has a tensor of this name, without reading it."""
+        return name in self._checkpoint.names()
+
+    def read(self, name: str, state: WeightState) -> Tensor:
+        """Return a tensor as it is in some state, on the device; the module is not changed."""
+        stored = self._stored_name(name)
+        weight_format = state.quantized.get(name)
+        changed = weight_format is not None or stored in state.touched
+        found = self._checkpoint.tensor(stored, self.device, torch.float32 if changed else self.dtype)
+        if state.folded is not None and stored in state.touched:
+            whole = slice(0, found.shape[0])
+            found = state.folded.fold(stored).apply(found, whole, lambda f: torch.as_tensor(f, device=self.device))
+        if weight_format is not None:
+            # Quantization sees the weight as the module would hold it.
+            held = found.to(self.dtype).float()
+            found = fake_quantize_weight(held, weight_format.label, weight_format.bits, weight_format.group)
+        return found.to(self.dtype)
+
+    def state_with(self, smoothing: Smoothing | None) -> WeightState:
+        """Return the state with a smoothing folded in and nothing quantized.
+
+        Raises:
+            UsageError: the smoothing was measured on another model.
+        """
+        if smoothing is None:
+            return WeightState()
+        if self.state.has(smoothing):
+            return replace(self.state, quantized={})
+        return WeightState(smoothing, FoldedWeights(self._checkpoint, self._family, self._spec, smoothing))
+
+    def use(self, smoothing: Smoothing | None) -> None:
+        """Make the module run with a smoothing folded in.
+
+        Raises:
+            UsageError: weights are quantized with another smoothing folded in.
+        """
+        if self.state.has(smoothing):
+            return
+        if self.state.quantized:
+            raise UsageError(
+                "the weights are quantized with another smoothing folded in", hint="leave the simulation first"
+            )
+        before, self.state = self.state.touched, self.state_with(smoothing)
+        self._replace(before | self.state.touched)
+
+    @contextmanager
+    def quantized(self, smoothing: Smoothing | None, formats: Mapping[str, WeightFormat]) -> Iterator[None]:
+        """Run with some weights replaced by their dequantized codes, and a smoothing folded in; restored on exit.
+
+        Raises:
+            UsageError: a weight contains NaN or infinity.
+        """
+        self.use(smoothing)
+        before = self.state
+        self.state = replace(before, quantized={**before.quantized, **formats})
+        try:
+            self._replace(formats)
+            yield
+        finally:
+            self.state = before
+            self._replace(formats)
+
+    def plan(self, memory: int) -> list[str]:
+        """Return the paths of the layers that do not fit into ``memory`` bytes, the last ones of the model.
+
+        What is not a layer is always on the device, and room for one streamed layer is kept free.
+        """
+        sizes = compute_module_sizes(self._module, dtype=self.dtype)
+        paths = [self._family.layer(i) for i in range(self._spec.num_layers)]
+        largest = max(sizes[path] for path in paths)
+        room = memory - (sizes[""] - sizes[self._family.layers])
+        if room >= sizes[self._family.layers]:
+            return []
+        room -= largest
+        kept = 0
+        while kept < len(paths) and room >= sizes[paths[kept]]:
+            room -= sizes[paths[kept]]
+            kept += 1
+        return paths[kept:]
+
+    def stream(self, layer: nn.Module, path: str) -> None:
+        """Read the weights of a layer whenever it runs; ``path`` is its path in the module."""
+        names = {name.removeprefix(f"{path}."): name for name in self if name.startswith(f"{path}.")}
+        self._streamed[layer] = hook = StreamedLayer(self, names)
+        add_hook_to_module(layer, hook)
+
+    @property
+    def streamed_layers(self) -> int:
+        """Number of layers whose weights are not kept on the device."""
+        return len(self._streamed)
+
+    @contextmanager
+    def held(self, layer: nn.Module) -> Iterator[None]:
+        """Keep the weights of a layer on the device within the context."""
+        hook = self._streamed.get(layer)
+        if hook is None:
+            yield
+            return
+        with hook.held(layer):
+            yield
+
+    def _stored_name(self, name: str) -> str:
+        """Return the name in the checkpoint: that of the embedding for a tied head."""
+        if name == f"{self._family.head}.weight" and (self._spec.tied_head or name not in self._checkpoint.names()):
+            return f"{self._family.embedding}.weight"
+        return name
+
+    @torch.inference_mode(False)
+    def _replace(self, names: Mapping[str, Any] | frozenset[str]) -> None:
+        """Replace tensors of the module by what they are in the current state.
+
+        Never in inference mode, whatever the caller is in: tuning takes gradients through these weights.
+        """
+        for name in sorted(names):
+            path, _, attribute = name.rpartition(".")
+            owner = self._module.get_submodule(path)
+            if getattr(owner, attribute).is_meta:
+                continue
+            if name not in self.state.quantized and self._stored_name(name) != name:
+                tied: nn.Parameter = self._module.get_parameter(self._stored_name(name))
+                setattr(owner, attribute, tied)
+                continue
+            # The old tensor first, so that two of them need not fit into memory.
+            setattr(owner, attribute, nn.Parameter(torch.empty(0), requires_grad=False))
+            setattr(owner, attribute, nn.Parameter(self[name], requires_grad=False))
+
+
+class StreamedLayer(AlignDevicesHook):  # type: ignore[misc]
+    """accelerate's hook for offloaded weights on a whole layer; the layer can be held for several calls."""
+
+    def __init__(self, weights: PlacedWeights, names: Mapping[str, str]) -> None:
+        """Read the layer's tensors, by their names in the layer, from ``weights``."""
+        by_name = _Renamed(weights, names)
+        super().__init__(execution_device=weights.device, offload=True, weights_map=by_name, place_submodules=True)
+        self._is_held = False
+
+    @contextmanager
+    def held(self, layer: nn.Module) -> Iterator[None]:
+        """Read the weights once, and keep them until the end of the context."""
+        super().pre_forward(layer)
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            super().post_forward(layer, None)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Read the weights unless they are held."""
+        return (args, kwargs) if self._is_held else super().pre_forward(module, *args, **kwargs)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Drop the weights unless they are held."""
+        return output if self._is_held else super().post_forward(module, output)
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Some tensors of a mapping under other names, read when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

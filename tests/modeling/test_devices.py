@@ -1,0 +1,113 @@
+"""The device and the type of a recipe: what `auto` means, what is refused, and that results agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.calib.estimators import RangeEstimator
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.scales import ActivationScales
+from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.devices import resolve_device, resolve_dtype
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.modeling.source import resolve_source, stored_dtype
+from cushion_deploy.recipe import Compute
+
+CLOSE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
+"""Largest relative difference of a scale (by the maximum) and of the root mean square of a prefix's keys and values."""
+
+
+def test_auto_is_the_accelerator_that_is_there() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert resolve_device("auto").type == expected
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:77", "mps", "cuda"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(name: str) -> None:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if there.get(name):
+        pytest.skip(f"this machine has {name}")
+    with pytest.raises(UsageError) as e:
+        resolve_device(name)
+    assert name.partition(":")[0] in e.value.message
+    assert "cpu" in e.value.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "float8_e4m3fn"}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_the_stored_type_is_that_of_the_configuration(config: dict[str, str], expected: str) -> None:
+    assert stored_dtype(config) == expected
+
+
+def test_a_cpu_computes_in_float32_unless_told_otherwise() -> None:
+    assert resolve_dtype(Compute(device="cpu"), "bfloat16") == "float32"
+    assert resolve_dtype(Compute(device="cpu", dtype="float16"), "bfloat16") == "float16"
+
+
+@pytest.fixture
+def bfloat16_folder(tiny_writer: Callable[..., Path], sink_planter: Callable[..., None], tmp_path: Path) -> Path:
+    """Return a model with a planted sink whose weights are stored in bfloat16."""
+
+    def edit(module: torch.nn.Module) -> None:
+        sink_planter(module)
+        module.to(torch.bfloat16)
+
+    return tiny_writer(tmp_path / "bf16", edit)
+
+
+def measured(model: TorchRunner, ids: IntArray) -> tuple[Prefix, ActivationScales]:
+    """Return the prefix of an absorber, and the scales behind it."""
+    prefix = model.compute_prefix((97,))
+    histograms = observe_sites(model, prefix, ids, np.ones_like(ids))
+    return prefix, choose_scales(histograms, RangeEstimator("max"), model.lineage(prefix), ids.size)
+
+
+def require_close(
+    found: tuple[Prefix, ActivationScales], expected: tuple[Prefix, ActivationScales], dtype: str
+) -> None:
+    """Check that prefix and scales agree within the stated tolerance."""
+    for one, other in ((found[0].keys, expected[0].keys), (found[0].values, expected[0].values)):
+        assert np.sqrt(np.mean((one - other) ** 2)) <= CLOSE[dtype] * np.sqrt(np.mean(other**2))
+    assert found[1].scales.keys() == expected[1].scales.keys()
+    for site, scale in expected[1].scales.items():
+        assert found[1].scales[site] == pytest.approx(scale, rel=CLOSE[dtype]), site
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_the_bits_give_nearly_the_same_prefix_and_scales(
+    dtype: str, bfloat16_folder: Path, plain_ids: IntArray
+) -> None:
+    source, ids = resolve_source(str(bfloat16_folder)), plain_ids[:128].reshape(4, 32)
+    assert source.dtype == "bfloat16"
+    exact = load_folder(bfloat16_folder, source)
+    rough = load_folder(bfloat16_folder, source, compute=Compute(device="cpu", dtype=dtype))  # type: ignore[arg-type]
+    assert {str(p.dtype) for p in rough.module.parameters()} == {f"torch.{dtype}"}
+    require_close(measured(rough, ids), measured(exact, ids), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_gpu_gives_the_prefix_and_the_scales_of_a_cpu(dtype: str, bfloat16_folder: Path, plain_ids: IntArray) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("not run: no GPU")
+    source, ids = resolve_source(str(bfloat16_folder)), plain_ids[:128].reshape(4, 32)
+    exact = load_folder(bfloat16_folder, source)
+    gpu = load_folder(bfloat16_folder, source, compute=Compute(device="cuda", dtype=dtype))  # type: ignore[arg-type]
+    assert {p.device.type for p in gpu.module.parameters()} == {"cuda"}
+    require_close(measured(gpu, ids), measured(exact, ids), dtype)
