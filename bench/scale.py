@@ -50,7 +50,8 @@ def main() -> None:
     if given.step:
         print(json.dumps(_child(given)))
         return
-    given.folder = given.folder or Path(tempfile.mkdtemp(prefix="cushion-scale-"))
+    # Created only after the options have been checked.
+    given.folder = given.folder or Path(tempfile.gettempdir()) / f"cushion-scale-{os.getpid()}"
     result = _open_result(given)
     try:
         error = _measure(given, result)
