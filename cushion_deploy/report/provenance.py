@@ -24,6 +24,8 @@ def environment_section(environment: Environment | None, model: Model) -> Sectio
     rows += [("Processor", environment.cpu), ("Platform", environment.platform)]
     if environment.peak_rss_bytes is not None:
         rows.append(("Peak memory", size(environment.peak_rss_bytes)))
+    if environment.peak_device_bytes is not None:
+        rows.append(("Peak memory of the GPU", size(environment.peak_device_bytes)))
     rows += [("Python", environment.python), *sorted(environment.versions.items())]
     return Section("environment", "Environment", (names_and_values(rows),))
 

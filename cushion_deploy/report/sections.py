@@ -238,7 +238,9 @@ def time(report: Report, figures: Figures) -> Blocks:
     """Return the time of every stage."""
     if not report.stages:
         return []
-    rows = tuple((s.stage, duration(s.seconds), "reused" if s.reused else "computed") for s in report.stages)
+    rows = tuple(
+        (s.stage, duration(s.seconds), "reused" if s.reused else "computed", s.ran_on) for s in report.stages
+    )
     text = (
         f"This build took {duration(report.build_seconds)}. Outlined stages were reused from an earlier build and "
         "are not counted."
@@ -246,7 +248,7 @@ def time(report: Report, figures: Figures) -> Blocks:
     return [
         Paragraph(text),
         *figure_if_drawn(figures, "stages", "Bar chart of the seconds that each stage took."),
-        Details("Every stage", (Table(("stage", "time", "result"), rows, align="lrl"),)),
+        Details("Every stage", (Table(("stage", "time", "result", "ran on"), rows, align="lrll"),)),
     ]
 
 

@@ -89,6 +89,7 @@ class AssembleReport(Derived[Report]):
                 "cpu": cpu_description(),
                 "versions": installed_versions(PACKAGES),
                 "peak_rss_bytes": peak_memory(),
+                "peak_device_bytes": _device_peak(inputs.run.times),
             },
         }
         return Report.model_validate(data)
@@ -117,6 +118,16 @@ class AssembleReport(Derived[Report]):
             "float_sites": float_sites,
             "float_linears": sum(len(linears[site]) for site in float_sites),
         }
+
+
+def _device_peak(times: Sequence[StageTime]) -> int | None:
+    """Return the largest memory that torch allocated on the GPU in this process; None if no stage ran on one."""
+    gpus = [t.ran_on.partition(" ")[0] for t in times if t.ran_on.startswith("cuda") and not t.reused]
+    if not gpus:
+        return None
+    from cushion_deploy.modeling.devices import peak_bytes, resolve_device
+
+    return peak_bytes(resolve_device(gpus[0]))
 
 
 def model_row(spec: ModelSpec) -> dict[str, Any]:
@@ -152,7 +163,7 @@ def merge_times(times: Sequence[StageTime]) -> list[dict[str, Any]]:
     """Return one row per stage, in order of first use; a stage that is requested twice does not count as reused."""
     rows: dict[str, dict[str, Any]] = {}
     for t in times:
-        row = rows.setdefault(t.stage, {"stage": t.stage, "seconds": 0.0, "reused": t.reused})
+        row = rows.setdefault(t.stage, {"stage": t.stage, "seconds": 0.0, "reused": t.reused, "ran_on": t.ran_on})
         row["seconds"] += t.seconds
     return list(rows.values())
 

@@ -30,11 +30,16 @@ class Model(StrictModel):
 
 
 class Stage(StrictModel):
-    """Wall time of one stage of the build; ``reused`` if the result of an earlier build was used."""
+    """Wall time of one stage of the build; ``reused`` if the result of an earlier build was used.
+
+    ``ran_on`` is the device, the floating-point type and, if there were several, the processes that computed the
+    result; empty if no model ran.
+    """
 
     stage: str
     seconds: Seconds
     reused: bool
+    ran_on: str = ""
 
 
 class Environment(StrictModel):
@@ -45,6 +50,7 @@ class Environment(StrictModel):
     cpu: str
     versions: dict[str, str] = Field(default_factory=dict)
     peak_rss_bytes: Count | None = None
+    peak_device_bytes: Count | None = None
 
 
 class Export(StrictModel):
