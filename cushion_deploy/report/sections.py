@@ -100,6 +100,8 @@ def search(report: Report) -> Blocks:
                 f"Candidates of step {index}, with the number that was scored exactly in parentheses: {counts}. "
                 "A token proposed by several sources counts for each."
             )
+            if step.screened:
+                text += f" The self-sink screen ran {step.screened:,} of {report.model.vocab_size:,} tokens."
             blocks.append(Paragraph(text, note=True))
     if report.search.rank_in_random_sample:
         ranks = ", then ".join(f"{r.rank:,} of {r.of:,}" for r in report.search.rank_in_random_sample)
