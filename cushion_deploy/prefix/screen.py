@@ -90,9 +90,9 @@ def _layer_maxima(model: TorchRunner, past: KeysValues, ids: Tensor, depth: int)
     found = model.zeros(depth, len(ids))
 
     def keep(site: Site, x: Tensor) -> None:
-        low, high = x.flatten(1).aminmax(dim=1)
         layer = layer_of(site)
-        found[layer] = torch.maximum(found[layer], torch.maximum(-low, high))
+        for largest in (x.amax(dim=(1, 2)), -x.amin(dim=(1, 2))):
+            found[layer] = torch.maximum(found[layer], largest)
 
     with first_layers(model, depth) as sites, observed(model, keep, sites):
         model.run(ids[:, None], past[:depth], head=False)
