@@ -8,12 +8,14 @@ with stand-ins that return the output of the last layer.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class _Recorded(Exception):
@@ -91,3 +93,21 @@ def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[
 
 def _states(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Run every layer again for its gradient instead of keeping what it computes, and a streamed one its weights."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced_forward(layer, _checkpointed(layer.forward)))
+        yield
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

@@ -1,4 +1,4 @@
-"""The key/value cache of one forward pass: constant states before the text, and whether the text's own are kept."""
+"""Key/value caches: that of one forward pass behind constant states, and one that many decode steps fill in place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 KeysValues = list[tuple[Tensor, Tensor]]
 """Per layer: keys and values, each float32 ``[batch, kv_heads, length, head_dim]``, keys after rotation."""
@@ -27,6 +28,40 @@ class ConstantPast(DynamicCache):  # type: ignore[misc]
         # Copied even where nothing comes before, so that the memory layout is that of a growing cache.
         keys = torch.cat([*(layer.keys for layer in past), key_states], dim=2)
         return keys, torch.cat([*(layer.values for layer in past), value_states], dim=2)
+
+
+class ReservedLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer of a cache for ``capacity`` positions, allocated once: a step writes its own states and copies none."""
+
+    def __init__(self, capacity: int) -> None:
+        """Begin empty; the first states decide batch, heads, type and device."""
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate room for keys and values like these."""
+        super().lazy_initialization(key_states, value_states)
+        self.room = [
+            states.new_empty(*states.shape[:2], self.capacity, states.shape[3]) for states in (key_states, value_states)
+        ]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append states and return views of all so far, ``[batch, kv_heads, length, head_dim]``."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin, self.length = self.length, self.length + key_states.shape[2]
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room.narrow(2, begin, states.shape[2]).copy_(states)
+        self.keys, self.values = (room[:, :, : self.length] for room in self.room)
+        return self.keys, self.values
+
+
+def reserved_cache(layers: int, capacity: int) -> Cache:
+    """Return an empty cache with room for ``capacity`` positions in each layer.
+
+    It holds every position, and the masks of sliding-window layers close those beyond the window.
+    """
+    return Cache(layers=[ReservedLayer(capacity) for _ in range(layers)])
 
 
 def new_cache(past: KeysValues, batch: int, *, keep: bool) -> DynamicCache:

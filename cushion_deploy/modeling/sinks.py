@@ -10,6 +10,7 @@ from torch import Tensor
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 
 SINK_RATIO = 20.0
@@ -40,18 +41,7 @@ class Sink:
 @torch.inference_mode()
 def find_sinks(model: TorchRunner, windows: IntArray) -> tuple[tuple[Sink, ...], tuple[tuple[Site, float], ...]]:
     """Return the sinks of windows int64 ``[count, length]``, and the Sites that they enter with their ratios."""
-    largest: dict[Site, Tensor] = {}
-
-    def keep(site: Site, x: Tensor) -> None:
-        if site != HEAD_SITE:
-            largest[site] = x.abs().amax(dim=-1)
-
-    with observed(model, keep):
-        model.sweep(model.batches(windows, None, len(windows)), [])
-    sites = list(largest)
-    sizes = torch.stack([largest[site] for site in sites])  # [Sites, windows, length]
-    usual = sizes.flatten(1).median(dim=1).values.clamp(min=torch.finfo(torch.float32).tiny)
-    ratios = sizes / usual[:, None, None]
+    sites, sizes, ratios = token_sizes(model, [], windows)
     strongest, where = ratios.max(dim=0)  # [windows, length]
     sinks = []
     for position in torch.nonzero((strongest >= SINK_RATIO).any(dim=0)).flatten().tolist():
@@ -70,3 +60,25 @@ def find_sinks(model: TorchRunner, windows: IntArray) -> tuple[tuple[Sink, ...],
     by_site = {site: float(r) for site, r in zip(sites, ratios.flatten(1).amax(dim=1), strict=True) if r >= SINK_RATIO}
     order = sorted(sinks, key=lambda sink: -sink.times_median)
     return tuple(order), tuple(sorted(by_site.items(), key=lambda entry: -entry[1]))
+
+
+@torch.inference_mode()
+def token_sizes(model: TorchRunner, past: KeysValues, windows: IntArray) -> tuple[list[Site], Tensor, Tensor]:
+    """Return the Sites, the largest magnitude of every token there, and what multiple of the median token's that is.
+
+    Both are ``[Sites, windows, length]``, of windows int64 ``[windows, length]`` behind ``past``.
+    """
+    batches = model.batches(windows, None, len(windows))
+    sites = {site: linears for site, linears in model.sites.items() if site != HEAD_SITE}
+    number = {site: i for i, site in enumerate(sites)}
+    sizes = model.zeros(len(sites), *windows.shape, dtype=torch.float32)
+
+    def keep(site: Site, x: Tensor) -> None:
+        low, high = x.amin(dim=-1), x.amax(dim=-1)
+        sizes[number[site]] = torch.maximum(-low, high)
+
+    with observed(model, keep, sites):
+        model.sweep(batches, past)
+    sizes = model.reduce(sizes, "max")
+    usual = sizes.flatten(1).median(dim=1).values.clamp(min=torch.finfo(torch.float32).tiny)
+    return list(sites), sizes, sizes / usual[:, None, None]

@@ -14,6 +14,8 @@ the error that an average token removes, so the gradient points to tokens that r
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.fakequant import qmax
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import HEAD_SITE, Site
+from cushion_deploy.modeling.layerwise import checkpointed
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
@@ -48,7 +51,7 @@ class SmoothObjective:
 
     def __call__(self, site: Site, x: Tensor) -> None:
         """Add one Site with input ``x`` ``[1, length, features]``."""
-        text = x[:, self.skip :]
+        text = x[:, self.skip :].float()
         amax = smooth_maximum(text)
         if self.objective == "error":
             self.parts.append(text.numel() * (amax / self.limit).square() / 12)
@@ -83,8 +86,12 @@ def smooth_objective(
         objective: the objective to approximate.
     """
     measured = SmoothObjective(objective, skip=1)
-    embeddings = torch.cat([slot[None], model.module.get_input_embeddings()(model.tensor(text))])
-    with observed(model, measured, {site: linears for site, linears in model.sites.items() if site != HEAD_SITE}):
+    embeddings = torch.cat([slot[None].to(model.dtype), model.module.get_input_embeddings()(model.tensor(text))])
+    layers = {site: linears for site, linears in model.sites.items() if site != HEAD_SITE}
+    with ExitStack() as stack:
+        stack.enter_context(observed(model, measured, layers))
+        if model.placed.streamed_layers:
+            stack.enter_context(checkpointed(model.layers))
         model.run(embeddings[None], past, head=False)
     return measured.total
 
@@ -119,7 +126,7 @@ def gradient_changes(
     (gradient,) = torch.autograd.grad(value, slot)
     gradient /= value.detach()
     tokens = model.arange(0, model.spec.vocab_size)
-    changes = torch.cat([(embed(ids) - start) @ gradient for ids in tokens.split(CHUNK)])  # type: ignore[no-untyped-call]
+    changes = torch.cat([(embed(ids).float() - start) @ gradient for ids in tokens.split(CHUNK)])  # type: ignore[no-untyped-call]
     progress(task, 1, 1)
     return model.array(changes)
 
@@ -127,7 +134,7 @@ def gradient_changes(
 def mean_embedding(model: TorchRunner) -> Tensor:
     """Return the mean input embedding of the vocabulary, float32 ``[hidden]``."""
     embed, tokens = model.module.get_input_embeddings(), model.arange(0, model.spec.vocab_size)
-    total = torch.stack([embed(ids).double().sum(dim=0) for ids in tokens.split(CHUNK)]).sum(dim=0)  # type: ignore[no-untyped-call]
+    total = torch.stack([embed(ids).to(model.wide).sum(dim=0) for ids in tokens.split(CHUNK)]).sum(dim=0)  # type: ignore[no-untyped-call]
     return (total / len(tokens)).float()
 
 

@@ -1,24 +1,23 @@
-"""Self-sink screen: run every vocabulary token alone at one position and measure its own activations.
+"""Self-sink screen: run vocabulary tokens alone at one position and measure the activations of each.
 
 A token can replace the sink only if it becomes a sink at its own position (METHOD section 3). That takes one position
-per token instead of one text: V positions, not V * n. The screen only filters; the exact objective decides.
+per token instead of one text: V positions, not V * n. The screen only filters; the exact objective decides. So it may
+also run a random part of a large vocabulary: many tokens serve about equally well.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.prefix.first_layers import first_layers, layer_of
 
 DEPTH_SAMPLE = 128
 """Random tokens that determine how many layers the screen has to run."""
@@ -35,38 +34,42 @@ def sink_depth(model: TorchRunner, rng: np.random.Generator) -> int:
     through as many as the ranking of the sample needs.
     """
     vocabulary, layers = model.spec.vocab_size, model.spec.num_layers
-    sample = model.tensor(rng.choice(vocabulary, size=min(DEPTH_SAMPLE, vocabulary), replace=False))
-    return _depth_needed(_layer_maxima(model, [], sample, layers))
+    sample = rng.choice(vocabulary, size=min(DEPTH_SAMPLE, vocabulary), replace=False)
+    return _depth_needed(_layer_maxima(model, [], sample, layers, DEPTH_SAMPLE))
 
 
 @torch.inference_mode()
 def self_sink_sizes(
     model: TorchRunner,
     past: KeysValues,
+    tokens: IntArray,
     depth: int,
     *,
     batch_positions: int = 2048,
     progress: Progress = silent,
 ) -> FloatArray:
-    """Return for every token, placed after ``past``, its largest Site activation in the first ``depth`` layers.
+    """Return for each token, placed after ``past``, its largest Site activation in the first ``depth`` layers.
 
     Args:
         model: the model.
         past: keys and values of the prefix so far.
+        tokens: token ids int64 ``[n]``.
         depth: layers to run.
         batch_positions: tokens per forward pass, which bounds memory.
         progress: where to report the number of tokens done.
 
     Returns:
-        float32 ``[vocab]``.
+        float32 ``[n]``.
     """
-    vocabulary = model.spec.vocab_size
-    sizes = np.empty(vocabulary, dtype=np.float32)
-    for start in range(0, vocabulary, batch_positions):
-        ids = model.arange(start, min(start + batch_positions, vocabulary))
-        sizes[start : start + len(ids)] = model.array(_layer_maxima(model, past, ids, depth).amax(dim=0))
-        progress("screening the vocabulary", start + len(ids), vocabulary)
-    return sizes
+    maxima = _layer_maxima(model, past, tokens, depth, batch_positions, progress)
+    return model.array(maxima.amax(dim=0))
+
+
+def tokens_to_screen(vocabulary: int, count: int | None, rng: np.random.Generator) -> IntArray:
+    """Return ``count`` random token ids in ascending order, int64; all if None or if there are no more than that."""
+    if count is None or count >= vocabulary:
+        return np.arange(vocabulary, dtype=np.int64)
+    return np.sort(rng.choice(vocabulary, size=count, replace=False)).astype(np.int64)
 
 
 def _depth_needed(maxima: Tensor) -> int:
@@ -78,33 +81,24 @@ def _depth_needed(maxima: Tensor) -> int:
     return len(maxima)
 
 
-def _layer_maxima(model: TorchRunner, past: KeysValues, ids: Tensor, depth: int) -> Tensor:
-    """Return the largest Site activation of each token in each layer, ``[depth, tokens]``."""
-    found = model.zeros(depth, len(ids))
-    sites = {site: linears for site, linears in model.sites.items() if _layer_of(site, depth) is not None}
+def _layer_maxima(
+    model: TorchRunner, past: KeysValues, tokens: IntArray, depth: int, batch: int, progress: Progress = silent
+) -> Tensor:
+    """Return the largest Site activation of each token in each layer, float32 ``[depth, tokens]``."""
+    found = model.zeros(depth, len(tokens), dtype=torch.float32)
+    batches = model.batches(tokens[:, None], None, batch)
+    part = slice(0)
+
+    def before(number: int) -> None:
+        nonlocal part
+        part = slice(number * batch, number * batch + len(batches[number].ids))
 
     def keep(site: Site, x: Tensor) -> None:
-        layer = _layer_of(site, depth)
-        if layer is not None:
-            found[layer] = torch.maximum(found[layer], x.abs().amax(dim=(1, 2)))
+        values = x.flatten(1)
+        low, high = values.amin(dim=1), values.amax(dim=1)
+        row = found[layer_of(site), part]
+        row.copy_(torch.maximum(row, torch.maximum(-low, high)))
 
-    with observed(model, keep, sites), _truncated(model, depth):
-        model.run(ids[:, None], past[:depth], head=False)
-    return found
-
-
-def _layer_of(site: Site, depth: int) -> int | None:
-    parts = site.split(".")
-    layer = int(parts[1]) if parts[0] == "layers" else None
-    return layer if layer is not None and layer < depth else None
-
-
-@contextmanager
-def _truncated(model: TorchRunner, depth: int) -> Iterator[None]:
-    """Make the model run only its first ``depth`` layers."""
-    name, full = model.family.layers.rpartition(".")[2], model.layers
-    setattr(model.decoder, name, full[:depth])
-    try:
-        yield
-    finally:
-        setattr(model.decoder, name, full)
+    with first_layers(model, depth) as sites, observed(model, keep, sites):
+        model.sweep(batches, past[:depth], before=before, progress=progress, task="screening the vocabulary")
+    return model.reduce(found, "max")

@@ -17,22 +17,30 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.prefix import floor
 from cushion_deploy.prefix.candidates import Candidates, count_sources, gather_candidates, largest
 from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, positions_run
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
-from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth
+from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth, tokens_to_screen
 from cushion_deploy.prefix.trace import ScoredToken, SearchStep, SearchTrace
 from cushion_deploy.recipe import Search
 from cushion_deploy.store import replace_file
 
 RUNGS = (64, 128)
-"""Text lengths of successive halving before the whole text."""
+"""Text lengths of successive halving before the whole text. These rungs run as many layers as the screen."""
 KEEP = (0.15, 0.25)
 """Share of the candidates that each of those rungs keeps."""
 FINALISTS = 12
 """The fewest candidates that are scored on the whole text."""
 SCAN_CHUNK = 512
 """Tokens between two checkpoints of an exhaustive scan."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step that was not run, because what remains without the sinks of the text, ``floor``, is too much."""
+
+    floor: float
 
 
 @dataclass
@@ -73,6 +81,9 @@ class PrefixSearch:
         trace.stopped = f"the prefix reached its longest length, {self.config.max_length}"
         for number in range(max(0, self.config.max_length - len(ids))):
             step = self._step(ids, number)
+            if isinstance(step, Skipped):
+                trace.stopped = self._why_skipped(step, ids)
+                break
             trace.steps.append(step)
             if not step.accepted:
                 trace.stopped = self._why_stopped(step, ids)
@@ -82,33 +93,55 @@ class PrefixSearch:
         trace.seconds += time.monotonic() - begin
         return self.model.compute_prefix(ids), trace
 
-    def _step(self, ids: tuple[int, ...], number: int) -> SearchStep:
-        rng = np.random.default_rng([self.seed, number, 1])
+    def _step(self, ids: tuple[int, ...], number: int) -> SearchStep | Skipped:
+        rng = self._rng(number, 1)
         past = self.model.past(self.model.compute_prefix(ids))
         text = draw_text(self.corpus, self.config.text_tokens, self.seed, number)
         before = score_prefix(self.model, past, text, self.config.objective)
         self._count(1, len(text))
+        if self.config.mode == "screen":
+            left = floor.floor_of(self.model, past, text, self.config.objective, before)
+            self._count(1, floor.positions_run(text))
+            if floor.cannot_pay(left, self.config.tau):
+                return Skipped(left)
         self.trace.positions_full_scan += self.model.spec.vocab_size * (len(text) + 1)
         if self.config.mode == "exhaustive":
-            layers, entered, scored = 0, self.model.spec.vocab_size, self._scan(past, text, number)
+            layers, screened, entered = 0, 0, self.model.spec.vocab_size
+            scored = self._scan(past, text, number)
             proposed = finalists = {"scan": entered}
         else:
-            candidates = self._candidates(past, text, rng)
-            layers, entered, scored = self._depth, len(candidates), self._halve(past, text, candidates)
+            screen = tokens_to_screen(self.model.spec.vocab_size, self.config.screen_tokens, self._rng(number, 4))
+            candidates = self._candidates(past, text, screen, rng)
+            layers, screened, entered = self._depth, len(screen), len(candidates)
+            scored = self._halve(past, text, candidates)
             proposed = count_sources(candidates, candidates)
             finalists = count_sources(candidates, [s.token_id for s in scored])
         best = scored[0]
         accepted = best.objective <= self.config.tau * before
         rank, size = self._audit(past, text, best, rng) if accepted else (0, 0)
         return SearchStep(
-            best, before, accepted, tuple(scored[:20]), entered, len(scored), layers, rank, size, proposed, finalists
+            best,
+            before,
+            accepted,
+            tuple(scored[:20]),
+            candidates=entered,
+            exact=len(scored),
+            screen_layers=layers,
+            audit_rank=rank,
+            audit_size=size,
+            proposed=proposed,
+            finalists=finalists,
+            screened=screened,
         )
 
-    def _candidates(self, past: KeysValues, text: IntArray, rng: np.random.Generator) -> Candidates:
-        """Return the candidates of both screens, the obvious tokens and a random sample."""
+    def _rng(self, number: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, number, purpose])
+
+    def _candidates(self, past: KeysValues, text: IntArray, tokens: IntArray, rng: np.random.Generator) -> Candidates:
+        """Return the candidates of both screens, the obvious tokens and a random sample; ``tokens`` are screened."""
         config = self.config
         sizes = self_sink_sizes(
-            self.model, past, self._depth, batch_positions=config.batch_positions, progress=self.progress
+            self.model, past, tokens, self._depth, batch_positions=config.batch_positions, progress=self.progress
         )
         self._count(len(sizes), 1)
         gradient: list[int] = []
@@ -117,7 +150,7 @@ class PrefixSearch:
             changes = gradient_changes(self.model, past, text, start, config.objective, progress=self.progress)
             self._count(1, positions_run(text))
             gradient = largest(-changes, config.gradient_candidates)
-        screen = largest(sizes, config.screen_candidates)
+        screen = [int(tokens[i]) for i in largest(sizes, config.screen_candidates)]
         return gather_candidates(self.model, screen, gradient, config.random_candidates, rng)
 
     @cached_property
@@ -130,7 +163,7 @@ class PrefixSearch:
         for length, keep in zip(RUNGS, KEEP, strict=True):
             wanted = max(FINALISTS, int(len(tokens) * keep))
             if length < len(text) and wanted < len(tokens):
-                scores = self._score(past, text[:length], tokens)
+                scores = self._score(past, text[:length], tokens, self._depth)
                 order = np.argsort(scores, kind="stable")[:wanted]
                 tokens = [tokens[i] for i in order]
         return self._ranked(tokens, self._score(past, text, tokens), [" + ".join(candidates[t]) for t in tokens])
@@ -159,7 +192,7 @@ class PrefixSearch:
         scores = self._score(past, text, [int(t) for t in sample])
         return 1 + sum(score < best.objective for score in scores), size
 
-    def _score(self, past: KeysValues, text: IntArray, tokens: Sequence[int]) -> list[float]:
+    def _score(self, past: KeysValues, text: IntArray, tokens: Sequence[int], depth: int | None = None) -> list[float]:
         self._count(len(tokens), len(text) + 1)
         return score_candidates(
             self.model,
@@ -167,6 +200,7 @@ class PrefixSearch:
             text,
             tokens,
             self.config.objective,
+            depth=depth,
             batch_positions=self.config.batch_positions,
             progress=self.progress,
         )
@@ -202,6 +236,13 @@ class PrefixSearch:
         if ids:
             return f"{best}, more than tau = {self.config.tau}: another token would not pay"
         return f"{best}, more than tau = {self.config.tau}: this model has no sink worth a prefix"
+
+    def _why_skipped(self, step: Skipped, ids: tuple[int, ...]) -> str:
+        found = (
+            f"{step.floor:.2f} of the objective remains without the attention sinks of the text, much more than "
+            f"tau = {self.config.tau}"
+        )
+        return f"{found}: another token would not pay" if ids else f"{found}: this model has no sink worth a prefix"
 
 
 def draw_text(corpus: IntArray, tokens: int, seed: int, step: int) -> IntArray:

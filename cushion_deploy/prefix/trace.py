@@ -34,6 +34,8 @@ class SearchStep:
             0 if the step was not accepted.
         proposed: number of candidates of each source; a token with several sources counts for each.
         finalists: how many of those were scored on the whole text.
+        screened: number of tokens that the self-sink screen ran; 0 for an exhaustive scan, and in traces that did not
+            record it.
     """
 
     best: ScoredToken
@@ -47,6 +49,7 @@ class SearchStep:
     audit_size: int = 0
     proposed: dict[str, int] = field(default_factory=dict)
     finalists: dict[str, int] = field(default_factory=dict)
+    screened: int = 0
 
     @property
     def ratio(self) -> float:
@@ -56,7 +59,10 @@ class SearchStep:
 
 @dataclass
 class SearchTrace:
-    """The whole search; ``stopped`` is the reason why it ended, ``seconds`` is wall time."""
+    """The whole search; ``stopped`` is the reason why it ended, ``seconds`` is wall time.
+
+    A step that was skipped, because no token could pay, is not in ``steps``; ``stopped`` then states its numbers.
+    """
 
     mode: str
     objective: str

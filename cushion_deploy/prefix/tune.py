@@ -14,17 +14,15 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load, save
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.fakequant import qmax
@@ -34,7 +32,7 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.layerwise import replaced_forward
+from cushion_deploy.modeling.layerwise import checkpointed
 from cushion_deploy.modeling.observe import replaced
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, quantized_weights
@@ -206,8 +204,7 @@ class PrefixTuning:
             stack.enter_context(replaced(self.model, transform, self.sites))
             stack.enter_context(quantized_weights(self.model, self.sites))
             if self.config.checkpointing:
-                for layer in self.model.layers:
-                    stack.enter_context(replaced_forward(layer, _checkpointed(layer.forward)))
+                stack.enter_context(checkpointed(self.model.layers))
             yield
 
     @torch.no_grad()
@@ -283,12 +280,3 @@ class PrefixTuning:
         trace.states, trace.seconds, trace.skipped = restored.states, restored.seconds, restored.skipped
         self._error_unit = float(facts["unit"])
         return {name: tensors[f"best.{name}"] for name in self.parameters}, int(facts["step"])
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run

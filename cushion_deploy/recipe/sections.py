@@ -76,6 +76,11 @@ class Search(Section):
     random_candidates: int = Field(
         default=128, ge=0, description="Candidates of a screened search that are drawn at random."
     )
+    screen_tokens: int | None = Field(
+        default=16384,
+        ge=1,
+        description="Random tokens that the self-sink screen runs of a larger vocabulary; null runs all of it.",
+    )
     screen_candidates: int = Field(
         default=64,
         ge=0,

@@ -100,6 +100,8 @@ def search(report: Report) -> Blocks:
                 f"Candidates of step {index}, with the number that was scored exactly in parentheses: {counts}. "
                 "A token proposed by several sources counts for each."
             )
+            if step.screened:
+                text += f" The self-sink screen ran {step.screened:,} of {report.model.vocab_size:,} tokens."
             blocks.append(Paragraph(text, note=True))
     if report.search.rank_in_random_sample:
         ranks = ", then ".join(f"{r.rank:,} of {r.of:,}" for r in report.search.rank_in_random_sample)
@@ -238,9 +240,7 @@ def time(report: Report, figures: Figures) -> Blocks:
     """Return the time of every stage."""
     if not report.stages:
         return []
-    rows = tuple(
-        (s.stage, duration(s.seconds), "reused" if s.reused else "computed", s.ran_on) for s in report.stages
-    )
+    rows = tuple((s.stage, duration(s.seconds), "reused" if s.reused else "computed", s.ran_on) for s in report.stages)
     text = (
         f"This build took {duration(report.build_seconds)}. Outlined stages were reused from an earlier build and "
         "are not counted."

@@ -219,6 +219,7 @@ def _search(trace: SearchTrace) -> dict[str, Any]:
                 "top": [vars(t) for t in step.top],
                 "proposed": step.proposed,
                 "finalists": step.finalists,
+                "screened": step.screened,
             }
             for step in trace.steps
         ],

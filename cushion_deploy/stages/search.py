@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
 TRACE = "trace.json"
-USUAL_STEPS = 2
-"""Steps of a search, for the estimate: the second usually finds nothing."""
+DEPTH = 0.5
+"""Share of the layers that the screen and the first rungs usually run, for the estimate."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Search(Stage[FoundPrefix]):
     """
 
     name: ClassVar[str] = "search"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     text: Node[Corpus]
@@ -74,11 +74,12 @@ class Search(Stage[FoundPrefix]):
         return FoundPrefix(read_prefix(folder / PREFIX_FILE), SearchTrace.from_json(read_json(folder / TRACE)))
 
     def seconds(self, speed: Speed) -> float:
-        """Estimate from the screen (the vocabulary through about half the layers) and the scoring on growing texts."""
+        """Estimate one step, because the second is usually skipped: the screen, and the scoring on growing texts."""
         config = self.search
+        screened = min(config.screen_tokens or speed.spec.vocab_size, speed.spec.vocab_size)
         candidates = config.random_candidates + config.screen_candidates + config.gradient_candidates
-        per_step = speed.spec.vocab_size / 2 + candidates * (64 + 20) + 28 * config.text_tokens
-        return USUAL_STEPS * per_step * speed.layers
+        filtered = DEPTH * (screened + candidates * (64 + 20))
+        return (filtered + (12 + config.audit_tokens) * config.text_tokens) * speed.layers
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ def test_search_explains_its_steps(cli: Any, planted_bundle: Any, tiny_bundle: A
     none = cli("search", *tiny_bundle.options, "--output", tmp_path / "e.safetensors")
     assert none.code == 0
     assert "empty prefix" in none.out
+    assert "1.00 of the objective remains without the attention sinks" in " ".join(none.out.split())
     assert load_file(tmp_path / "e.safetensors")["keys"].shape[2] == 0
 
 

@@ -79,6 +79,25 @@ def test_progress_counts_candidates(tiny_model: TorchRunner, plain_ids: IntArray
     assert reports == [("scoring candidates on 9 tokens", 2, 3), ("scoring candidates on 9 tokens", 3, 3)]
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_in_the_first_layers_only_their_sites_count(
+    planted_model: TorchRunner, plain_ids: IntArray, inputs_of: Callable[..., Any], objective: Any, depth: int
+) -> None:
+    text = plain_ids[:30]
+    found = score_candidates(planted_model, [], text, CANDIDATES, objective, depth=depth)
+    for token, score in zip(CANDIDATES, found, strict=True):
+        parts = [x[1:] for site, x in inputs_of(planted_model, (token, *text)).items() if int(site[7]) < depth]
+        assert len(parts) == 4 * depth
+        if objective == "max":
+            expected = max(np.abs(x).max() for x in parts)
+        else:
+            steps = [np.abs(x).max() / 127 for x in parts]
+            expected = sum(((x - np.rint(x / s) * s) ** 2).sum() for x, s in zip(parts, steps, strict=True))
+        assert score == pytest.approx(expected, rel=1e-3)
+    assert planted_model.module.model.layers[2] is planted_model.layers[2], "the model is whole again"
+
+
 @given(
     hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(-100, 100, width=16)),
     st.integers(0, 3),

@@ -56,9 +56,8 @@ def test_a_model_without_sink_gets_an_empty_prefix_and_the_words_say_so(
     prefix, trace = PrefixSearch(tiny_model, plain_ids, config(mode=mode)).run()
     assert (prefix.length, prefix.token_ids, trace.token_ids, trace.tokens) == (0, (), (), ())
     assert "no sink worth a prefix" in trace.stopped
-    (step,) = trace.steps
-    assert not step.accepted
-    assert step.best.objective > 0.5 * step.before
+    assert not any(step.accepted for step in trace.steps)
+    assert len(trace.steps) == (mode == "exhaustive"), "a screened search sees it before it screens anything"
 
 
 def test_the_prefix_is_the_models_own_for_the_tokens_found(planted_model: TorchRunner, plain_ids: IntArray) -> None:
@@ -283,3 +282,53 @@ def test_a_trace_from_before_sources_were_counted_is_read(planted_model: TorchRu
     del data["steps"][0]["proposed"], data["steps"][0]["finalists"]
     (step,) = SearchTrace.from_json(data).steps
     assert (step.proposed, step.best) == ({}, trace.steps[0].best)
+
+
+def test_the_screen_runs_as_many_tokens_as_the_settings_say(
+    planted_model: TorchRunner, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screened: list[np.ndarray] = []
+    sizes = search.self_sink_sizes
+
+    def recording(model: Any, past: Any, tokens: np.ndarray, *rest: Any, **options: Any) -> Any:
+        screened.append(tokens)
+        return sizes(model, past, tokens, *rest, **options)
+
+    monkeypatch.setattr(search, "self_sink_sizes", recording)
+    settings = config(max_length=1, screen_tokens=100, random_candidates=0, gradient_candidates=0)
+    (step,) = PrefixSearch(planted_model, plain_ids, settings, seed=1).run()[1].steps
+    PrefixSearch(planted_model, plain_ids, settings, seed=1).run()
+    PrefixSearch(planted_model, plain_ids, settings, seed=2).run()
+    assert [len(tokens) for tokens in screened] == [100, 100, 100] == [step.screened] * 3
+    assert screened[0].tolist() == screened[1].tolist() != screened[2].tolist()
+    proposed = {t.token_id for t in step.top if "self-sink" in t.source}
+    assert proposed <= set(screened[0].tolist())
+    assert step.proposed["self-sink"] == 16
+    (whole,) = PrefixSearch(planted_model, plain_ids, config(max_length=1, screen_tokens=None)).run()[1].steps
+    assert whole.screened == 320
+
+
+def test_only_the_last_rung_runs_every_layer(
+    planted_model: TorchRunner, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int | None]] = []
+    score = search.score_candidates
+
+    def recording(model: Any, past: Any, text: Any, tokens: Any, *rest: Any, **options: Any) -> list[float]:
+        calls.append((len(text), options["depth"]))
+        return score(model, past, text, tokens, *rest, **options)
+
+    monkeypatch.setattr(search, "score_candidates", recording)
+    PrefixSearch(planted_model, plain_ids, config(text_tokens=200, max_length=1)).run()
+    # Sinks form within 2 of the 3 layers. The last call is the audit.
+    assert calls == [(64, 2), (128, 2), (200, None), (200, None)]
+
+
+def test_a_trace_from_before_screened_tokens_were_counted_is_read(
+    planted_model: TorchRunner, plain_ids: IntArray
+) -> None:
+    _, trace = PrefixSearch(planted_model, plain_ids, config(max_length=1)).run()
+    data = json.loads(json.dumps(trace.to_json()))
+    del data["steps"][0]["screened"]
+    (step,) = SearchTrace.from_json(data).steps
+    assert step.screened == 0

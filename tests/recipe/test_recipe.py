@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
         "objective": "error",
         "mode": "screen",
         "random_candidates": 128,
+        "screen_tokens": 16384,
         "screen_candidates": 64,
         "gradient_candidates": 64,
         "audit_tokens": 16,

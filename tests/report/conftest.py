@@ -117,6 +117,7 @@ _DATA: dict[str, Any] = {
                 "top": _candidates(after),
                 "proposed": {"obvious": 24, "self-sink": 64, "gradient": 64, "random": 128},
                 "finalists": {"obvious": 3, "self-sink": 5, "gradient": 6, "random": 1},
+                "screened": 16384,
             }
             for t, s, before, after, ok in (
                 (198, "\n", 81234567.0, 7311111.0, True),

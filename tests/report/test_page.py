@@ -162,3 +162,20 @@ def test_each_figure_is_embedded_for_light_dark_wide_and_narrow(report: Report) 
     source = render_html(report_page(report, {"stages": drawing}))
     embedded = [base64.b64decode(found) for found in re.findall(r"svg\+xml;base64,([\w+/=]+)", source)]
     assert embedded == [b"narrow dark", b"narrow light", b"wide dark", b"wide light"]
+
+
+def test_a_part_of_the_vocabulary_that_was_screened_is_stated(data: dict[str, Any]) -> None:
+    assert "The self-sink screen ran 16,384 of 49,152 tokens." in render(data).text
+    for step in data["search"]["steps"]:
+        del step["screened"]
+    assert "self-sink screen ran" not in render(data).text, "a report that did not record it is read"
+
+
+def test_a_search_that_stopped_before_its_first_step_is_explained(data: dict[str, Any]) -> None:
+    why = "1.00 of the objective remains without the attention sinks of the text: this model has no sink"
+    data["search"].update(token_ids=[], tokens=[], steps=[], rank_in_random_sample=[], stopped=why)
+    data["search"].update(candidates_scored=0, positions_scored=1536, positions_full_scan=0, seconds=2.0)
+    text = render(data).text
+    assert "No prefix was needed" in text
+    assert f"The search stopped because {why}." in text
+    assert "0 candidates scored exactly" in text

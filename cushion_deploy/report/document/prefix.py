@@ -39,6 +39,7 @@ class SearchStep(StrictModel):
     Attributes:
         proposed: number of tokens that each source proposed; a token proposed by several sources counts for each.
         finalists: number of those that were scored exactly. Both are empty in reports that did not record them.
+        screened: number of tokens that the self-sink screen ran; 0 if none, or if it was not recorded.
     """
 
     token_id: Count
@@ -51,6 +52,7 @@ class SearchStep(StrictModel):
     top: tuple[Candidate, ...] = ()
     proposed: dict[CandidateSource, Count] = Field(default_factory=dict)
     finalists: dict[CandidateSource, Count] = Field(default_factory=dict)
+    screened: Count = 0
 
 
 class Rank(StrictModel):
