@@ -82,10 +82,13 @@ def _lines(found: Diagnosis) -> list[str]:
             f"  Sites: {shown}" + (f" and {len(found.sites) - SHOWN} more" if len(found.sites) > SHOWN else "")
         )
     lines.append(_prefix_sentence(found))
-    cost = found.cost
+    cost, default = found.cost, found.default_cost
+    behind = f"prefix {''.join(found.likely_prefix)!r}" if found.likely_prefix else "no prefix"
     lines += [
         f"static W8A8 without a prefix or other remedies: perplexity {perplexity(cost.fp)} to "
         f"{perplexity(cost.quantized)}, {percent(cost.change)} (rough: {cost.tokens:,} tokens)",
+        f"static W8A8 as this build would make it ({behind}, SmoothQuant): perplexity {perplexity(default.quantized)}, "
+        f"{percent(default.change)} (as rough)",
         "",
     ]
     needed = found.resources

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.modeling.past_key_values import reserved_cache
 from cushion_deploy.modeling.runner import TorchRunner
 
+STEPS_TIMED = 5
 SAMPLES, SAMPLE_TOKENS = 32, 256
 """Documents, and tokens in each. A decode step takes little longer for many rows than for few."""
 
@@ -18,7 +22,7 @@ def sample_text(model: TorchRunner, seed: int, progress: Progress = silent) -> t
     """Return documents drawn from the model at temperature 1, the same ones for the same seed.
 
     The first token of each is drawn uniformly from the vocabulary, so that the documents differ in topic. Random
-    numbers come from a CPU generator on every device: one number for each token.
+    numbers come from a CPU generator on every device, so that a seed means the same numbers everywhere.
     """
     generator = torch.Generator().manual_seed(seed)
     length = min(SAMPLE_TOKENS, model.spec.max_positions - len(model.bare_tokens))
@@ -27,28 +31,31 @@ def sample_text(model: TorchRunner, seed: int, progress: Progress = silent) -> t
     cache = reserved_cache(model.spec.num_layers, len(model.bare_tokens) + length)
     for step in range(1, length):
         logits = model.module(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1]
-        uniform = torch.rand(SAMPLES, generator=generator, dtype=torch.float64)
-        # On a device without float64 the token is drawn on the CPU.
-        on_device = model.wide == torch.float64
-        drawn = draw(logits, model.tensor(uniform)) if on_device else draw(model.host(logits), uniform)
-        new = model.tensor(drawn)[:, None]
+        new = model.tensor(draw(model.host(logits), generator))
         ids = torch.cat([ids, new], dim=1)
         progress("sampling text", step + 1, length)
     return tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Return one token of each row from softmax(logits), by inversion of the cumulative distribution.
+@torch.inference_mode()
+def step_seconds(model: TorchRunner, past: int) -> float:
+    """Return the seconds of one decode step of :func:`sample_text` with about ``past`` positions in the cache."""
+    spec = model.spec
+    past = max(1, min(past, spec.max_positions - STEPS_TIMED))
+    cache = reserved_cache(spec.num_layers, past + STEPS_TIMED)
+    states = model.zeros(SAMPLES, spec.num_kv_heads, past, spec.head_dim)
+    for layer in range(spec.num_layers):
+        cache.update(states, states, layer)
+    new, generator = model.zeros(SAMPLES, 1, dtype=torch.int64), torch.Generator()
+    times = []
+    for _ in range(STEPS_TIMED):
+        begin = time.perf_counter()
+        logits = model.module(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1]
+        new = model.tensor(draw(model.host(logits), generator))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
-    Args:
-        logits: ``[rows, vocab]``.
-        uniform: float64 ``[rows]``, in [0, 1).
 
-    Returns:
-        int64 ``[rows]``: the first token up to which the probability exceeds ``uniform``.
-    """
-    # In float64, because in float32 a sum close to 1 no longer grows by the tokens with less than 3e-8.
-    cumulative = torch.softmax(logits.float(), dim=-1).double().cumsum(dim=-1)
-    # A float64 number below 1 times the sum is rounded to less than the sum, so there always is such a token.
-    targets = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return one token of each row, int64 ``[rows, 1]``, from softmax(logits), ``[rows, vocab]`` on the CPU."""
+    return torch.multinomial(torch.softmax(logits.float(), dim=-1), 1, generator=generator)

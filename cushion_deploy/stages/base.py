@@ -19,17 +19,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured cost of one token position on this machine, in seconds.
+    """Measured cost of the parts of a build on this machine, in seconds per token position unless stated otherwise.
 
     Attributes:
         spec: the model that was measured.
-        layers: one position through all layers, without the output head.
-        whole: one position through all layers and the output head.
+        layers: all layers, without the head.
+        compared: all layers and the comparison of the logits with those of the original model.
+        quantized: the same through the fake-quantized model.
+        swap: quantizing all weights and restoring them (seconds).
+        observed: all layers with the input of every Site observed.
+        scored: all layers with the objective of the search.
+        screened: all layers for a token that is alone in its row.
+        depth: share of the layers that the search screens.
+        decode_step: one step of the sampler for all of its rows (seconds).
+        search_steps: number of steps that a search probably runs.
     """
 
     spec: ModelSpec
     layers: float
-    whole: float
+    compared: float
+    quantized: float
+    swap: float
+    observed: float
+    scored: float
+    screened: float
+    depth: float
+    decode_step: float
+    search_steps: int
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.teacher import Fidelity, Teacher
 
 RESULT = "evaluation.json"
-PASSES = 5
-"""Passes over the text: four columns, and one for the reference log-probabilities of the original model."""
-PASS_COST = 1.3
-"""Cost of a pass through the fake-quantized model, relative to one through the float model."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +88,8 @@ class Evaluate(Stage[dict[str, Any]]):
         return found
 
     def seconds(self, speed: Speed) -> float:
-        """Five passes over the text."""
-        return PASSES * self.max_tokens * PASS_COST * speed.whole
+        """Sum the pass of the original model, two columns in floating point and two quantized ones."""
+        return self.max_tokens * (speed.layers + 2 * speed.compared + 2 * speed.quantized) + 2 * speed.swap
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.dtypes import IntArray
@@ -31,8 +31,6 @@ class Observation(Stage[T]):
         window: tokens in each window.
     """
 
-    cost: ClassVar[float] = 1.5
-    """Cost of an observed pass relative to a plain forward pass."""
     model: Node[TorchRunner]
     prefix: Node[Prefix]
     text: Node[Corpus]
@@ -55,5 +53,6 @@ class Observation(Stage[T]):
         return calibration_windows(model, inputs.get(self.text), self.windows, self.window)
 
     def seconds(self, speed: Speed) -> float:
-        """One pass over the windows."""
-        return self.windows * self.window * speed.layers * self.cost
+        """One pass over the windows; none without the prefix if the search probably finds none."""
+        repeated = isinstance(self.prefix, NoPrefix) and not self.prefix.bare and not speed.search_steps
+        return 0.0 if repeated else self.windows * self.window * speed.observed

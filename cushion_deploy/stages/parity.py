@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
 RESULT = "parity.json"
-PASSES = 12
-"""Passes over the parity text, all rungs together."""
+GREEDY_POSITIONS = 1536
+"""Positions that greedy decoding runs: 32 tokens, each with all tokens before it."""
+GRAPH_SECONDS = 15e-8
+"""Seconds per parameter to export the float twin, and to open and run it and all cut graphs."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,10 @@ class Parity(Stage[ParityResult]):
         return 4 * spec.parameters
 
     def seconds(self, speed: Speed) -> float:
-        """Sum the passes over the parity text and one over the evaluation text."""
-        return (self.parity.tokens * PASSES + self.evaluation.max_tokens) * speed.whole
+        """Sum fake-quant and engine on the evaluation text, greedy decoding, and opening and running cut graphs."""
+        texts = self.evaluation.max_tokens * (speed.quantized + speed.compared) + 2 * speed.swap
+        greedy = GREEDY_POSITIONS * speed.compared
+        return texts + greedy + GRAPH_SECONDS * speed.spec.parameters
 
 
 def read_result(data: dict[str, Any]) -> ParityResult:

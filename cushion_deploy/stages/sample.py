@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
 DOCUMENTS = "documents.json"
-ROW_SHARE = 0.6
-"""Rows decoded together: they share the reading of the weights, which dominates a decode step."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Sample(Stage[tuple[str, ...]]):
     """
 
     name: ClassVar[str] = "sample"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 1
     model: Node[TorchRunner]
     seed: int
 
@@ -44,10 +42,10 @@ class Sample(Stage[tuple[str, ...]]):
         return tuple(read_json(folder / DOCUMENTS))
 
     def seconds(self, speed: Speed) -> float:
-        """Count one decode step of one row per token."""
-        from cushion_deploy.modeling.sample import SAMPLE_TOKENS, SAMPLES
+        """Count the decode steps."""
+        from cushion_deploy.modeling.sample import SAMPLE_TOKENS
 
-        return SAMPLES * SAMPLE_TOKENS * ROW_SHARE * speed.whole
+        return min(SAMPLE_TOKENS, speed.spec.max_positions) * speed.decode_step
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
 TRACE = "trace.json"
-DEPTH = 0.5
-"""Share of the layers that the screen and the first rungs usually run, for the estimate."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,13 @@ class Search(Stage[FoundPrefix]):
         return FoundPrefix(read_prefix(folder / PREFIX_FILE), SearchTrace.from_json(read_json(folder / TRACE)))
 
     def seconds(self, speed: Speed) -> float:
-        """Estimate one step, because the second is usually skipped: the screen, and the scoring on growing texts."""
-        config = self.search
-        screened = min(config.screen_tokens or speed.spec.vocab_size, speed.spec.vocab_size)
+        """Sum the text without candidates, the screen, the rungs of the candidates and the audit."""
+        config, vocabulary = self.search, speed.spec.vocab_size
+        screened = min(config.screen_tokens or vocabulary, vocabulary) * speed.depth * speed.screened
         candidates = config.random_candidates + config.screen_candidates + config.gradient_candidates
-        filtered = DEPTH * (screened + candidates * (64 + 20))
-        return (filtered + (12 + config.audit_tokens) * config.text_tokens) * speed.layers
+        filtered = candidates * (64 + 20) * speed.depth * speed.scored
+        exact = (12 + config.audit_tokens) * config.text_tokens * speed.scored
+        return 3 * config.text_tokens * speed.scored + speed.search_steps * (screened + filtered + exact)
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ class Sensitivity(Stage[dict[Site, float]]):
         return found
 
     def seconds(self, speed: Speed) -> float:
-        """Count one pass per Site."""
-        return SITES_A_LAYER * speed.spec.num_layers * WINDOWS * WINDOW * speed.whole
+        """Count one compared pass per Site."""
+        return SITES_A_LAYER * speed.spec.num_layers * WINDOWS * WINDOW * speed.compared + speed.swap
 
 
 @dataclass(frozen=True)

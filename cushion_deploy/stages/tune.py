@@ -109,4 +109,4 @@ class Tune(Stage[TunedPrefix]):
     def seconds(self, speed: Speed) -> float:
         """Count every window once per epoch."""
         config = self.tuning
-        return config.windows * config.window * config.epochs * STEP_COST * speed.whole
+        return config.windows * config.window * config.epochs * STEP_COST * speed.compared

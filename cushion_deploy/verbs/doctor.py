@@ -3,61 +3,40 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.corpora import python_topics
-from cushion_deploy.calib.estimators import RangeEstimator
-from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
-from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.registry import Availability, availabilities
 from cushion_deploy.errors import UsageError
-from cushion_deploy.evaluate.perplexity import TextScore, score_text
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
 from cushion_deploy.modeling.runner import TorchRunner
-from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.modeling.sinks import Sink, find_sinks
 from cushion_deploy.prefix.candidates import obvious_tokens
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.search import draw_text
-from cushion_deploy.recipe import Calibration, Recipe
-from cushion_deploy.stages.base import Speed
+from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.compile import compile_options
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.resources import GIB, Resources, estimate
 from cushion_deploy.stages.run import Run
 from cushion_deploy.stages.windows import longest_prefix
+from cushion_deploy.verbs.speed_probe import SpeedProbe
+from cushion_deploy.verbs.trial import Cost, Trial
 
 SAMPLES, SAMPLE_TOKENS = 4, 256
 HALF_RESIDUAL = 30_000
 COSTLY = 0.1
 """Relative increase of the perplexity above which a model without sinks gets a warning."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Perplexity on a sample of text, in floating point and in static W8A8 without a prefix."""
-
-    tokens: int
-    fp: float
-    quantized: float
-
-    @property
-    def change(self) -> float:
-        """Relative increase of the perplexity."""
-        return self.quantized / self.fp - 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +51,9 @@ class Diagnosis:
         prefix_pays: whether this improvement justifies a prefix by the recipe's ``tau``.
         prefix_allowed: whether the recipe enables a prefix.
         largest_residual: largest magnitude in the residual stream between layers, without a prefix.
-        cost: cost of static W8A8 without a prefix.
+        likely_prefix: the text of the prefix tokens that ``default_cost`` was measured behind.
+        cost: cost of static W8A8 without a prefix and without other remedies.
+        default_cost: cost with a common token as a prefix, if one pays, and the recipe's smoothing.
         resources: resources that a build needs on this machine.
         engines: availability of every engine.
         warnings: one sentence each.
@@ -84,22 +65,29 @@ class Diagnosis:
     relief: float
     prefix_pays: bool
     prefix_allowed: bool
+    likely_prefix: tuple[str, ...]
     largest_residual: float
     cost: Cost
+    default_cost: Cost
     resources: Resources
     engines: tuple[Availability, ...]
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
-        cost = {**asdict(self.cost), "change": self.cost.change}
         found = {
             **asdict(self),
-            "cost": {name: value if math.isfinite(value) else None for name, value in cost.items()},
+            "cost": _cost_json(self.cost),
+            "default_cost": _cost_json(self.default_cost),
             "needs": {**asdict(self.resources), "total_seconds": self.resources.total_seconds},
         }
         del found["resources"]
         return found
+
+
+def _cost_json(cost: Cost) -> dict[str, float | None]:
+    found = {**asdict(cost), "change": cost.change}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
@@ -113,17 +101,27 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
     chosen = run.get(pipeline.text) if recipe.calibration.data is not None else python_topics("calibration")
     corpus = model.encode(chosen.text)
     windows = _sample(model, corpus)
-    sinks, sites = find_sinks(model, windows)
-    relief = prefix_relief(model, corpus, windows.shape[1], recipe, run.progress)
+    # Sinks are looked for behind what always precedes a text, which may be one itself.
+    before = np.tile(np.array(model.bare_tokens, dtype=np.int64), (len(windows), 1))
+    whole = np.concatenate([before, windows], axis=1)
+    sinks, sites = find_sinks(model, whole)
+    token, relief = best_common_token(model, corpus, windows.shape[1], recipe, run.progress)
+    pays, allowed = relief <= recipe.search.tau, longest_prefix(recipe) > 0
+    trial = Trial(model, windows, recipe, run.progress)
+    floating = trial.floating()
+    # A search starts from what a family needs before every text, and without a sink it ends there.
+    likely = model.bare_tokens or ((token,) if pays and allowed else ())
     found = Diagnosis(
         _facts(model),
         sinks,
         sites,
         relief,
-        prefix_pays=relief <= recipe.search.tau,
-        prefix_allowed=longest_prefix(recipe) > 0,
-        largest_residual=_largest_residual(model, windows),
-        cost=static_cost(model, windows, recipe.calibration, run.progress),
+        prefix_pays=pays,
+        prefix_allowed=allowed,
+        likely_prefix=tuple(model.token_text(each) for each in likely),
+        largest_residual=_largest_residual(model, whole),
+        cost=trial.plain(floating),
+        default_cost=trial.remedied(floating, model.compute_prefix(likely)),
         resources=estimate_build(pipeline, run, windows),
         engines=availabilities(),
     )
@@ -149,8 +147,10 @@ def _largest_residual(model: TorchRunner, windows: IntArray) -> float:
     return max(layer["top1"] for layer in layer_magnitudes(model, Prefix.empty(model.spec), windows[:1]))
 
 
-def prefix_relief(model: TorchRunner, corpus: IntArray, tokens: int, recipe: Recipe, progress: Progress) -> float:
-    """Return the share of the quantization error that remains with the best of some common tokens as a prefix.
+def best_common_token(
+    model: TorchRunner, corpus: IntArray, tokens: int, recipe: Recipe, progress: Progress
+) -> tuple[int, float]:
+    """Return the best of some common tokens as a prefix, and the share of the quantization error that remains with it.
 
     Args:
         model: the model.
@@ -159,70 +159,33 @@ def prefix_relief(model: TorchRunner, corpus: IntArray, tokens: int, recipe: Rec
         recipe: its section ``search`` defines the measured error.
         progress: receives progress.
     """
-    config = recipe.search
+    config, candidates = recipe.search, obvious_tokens(model)
     text = draw_text(corpus, min(config.text_tokens, tokens), recipe.seed, 0)
     before = score_prefix(model, [], text, config.objective)
-    scores = score_candidates(model, [], text, obvious_tokens(model), config.objective, progress=progress)
-    return min(scores, default=before) / before if before else 1.0
+    scores = score_candidates(model, [], text, candidates, config.objective, progress=progress)
+    best = min(range(len(scores)), key=scores.__getitem__)
+    return candidates[best], scores[best] / before if before else 1.0
 
 
 def estimate_build(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources:
     """Return the resources of a build with every engine that can compile on this machine."""
     model = run.get(pipeline.model)
-    speed = Speed(
-        model.spec,
-        layers=seconds_a_position(model, windows, head=False),
-        whole=seconds_a_position(model, windows, head=True),
-    )
+    speed = SpeedProbe(model, windows, pipeline.recipe).speed()
     engines = tuple(engine.name for engine in availabilities() if engine.compiles)
     end = pipeline.build(engines, compile_options(pipeline.recipe, ()), Path("bundle"))
     return estimate([end], pipeline.recipe, speed, run.store.root)
 
 
-@torch.inference_mode()
-def seconds_a_position(model: TorchRunner, windows: IntArray, *, head: bool) -> float:
-    """Return the seconds per token position on this machine, the median of three passes over the first window."""
-    row = model.tensor(windows[:1])
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        model.run(row, [], head=head)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times) / row.shape[1]
-
-
-@torch.inference_mode()
-def static_cost(model: TorchRunner, windows: IntArray, config: Calibration, progress: Progress) -> Cost:
-    """Return the perplexity on one half of the windows, quantized with plain ranges from the other half."""
-    half = len(windows) // 2
-    empty = Prefix.empty(model.spec)
-    histograms = observe_sites(model, empty, windows[:half], np.ones_like(windows[:half]), progress=progress)
-    scales = choose_scales(
-        histograms,
-        RangeEstimator(config.estimator, config.percentile),
-        model.lineage(empty),
-        windows[:half].size,
-    )
-
-    def nll(ids: IntArray) -> FloatArray:
-        return model.token_nll(ids, empty)
-
-    plain = score_text(nll, windows[half:], progress, "perplexity in floating point")
-    with simulated(model, PRECISIONS["w8a8"], scales):
-        quantized = score_text(nll, windows[half:], progress, "perplexity in static W8A8")
-    return Cost(plain.tokens, TextScore(plain.losses).perplexity, quantized.perplexity)
-
-
 def _sample(model: TorchRunner, corpus: IntArray) -> IntArray:
     """Return windows, int64 ``[count, length]``, spread over a text."""
-    length = min(SAMPLE_TOKENS, model.spec.max_positions, len(corpus) // 2)
+    room = model.spec.max_positions - max(1, len(model.bare_tokens))
+    length = min(SAMPLE_TOKENS, room, len(corpus) // 2)
     count = min(SAMPLES, len(corpus) // length) if length >= 2 else 0
     if count < 2:
         raise UsageError(f"the text has {len(corpus)} tokens, too few to examine", hint="give more text")
     pieces = corpus[: len(corpus) // length * length].reshape(-1, length)
-    chosen = pieces[np.linspace(0, len(pieces) - 1, count).astype(int)]
-    before = np.tile(np.array(model.bare_tokens, dtype=np.int64), (count, 1))
-    return np.concatenate([before, chosen], axis=1)[:, : model.spec.max_positions]
+    chosen: IntArray = pieces[np.linspace(0, len(pieces) - 1, count).astype(int)]
+    return chosen
 
 
 def _warnings(model: TorchRunner, found: Diagnosis) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cushion_deploy.calib.corpora import Corpus, load_corpus
+from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
 from cushion_deploy.core.quantization import Quantization
@@ -162,38 +163,50 @@ def evaluate_columns(
         corpora = [scorers.corpus(data) for data in what.texts]
         if in_torch:
             scorers.pipeline  # noqa: B018 - reject another model before any column is scored
-        for column in columns:
+        for name in columns:
+            if name == "engine" and not run.processes.leads:
+                continue
             began = time.monotonic()
-            with scorers.open(column) as (scorer, encoding):
-                _score_texts(found, column, scorer, encoding, corpora, recipe.evaluation, run.progress)
-                if what.suite is not None:
+            with scorers.open(name) as column:
+                _score_texts(found, name, column, corpora, recipe.evaluation, run.progress)
+                # Several processes share the windows of texts; tasks run in the first one.
+                if what.suite is not None and run.processes.leads:
                     from cushion_deploy.evaluate.lm_harness import ScorerLM
 
-                    lm = ScorerLM(scorer, encoding, run.progress, f"tasks: {COLUMNS[column]}")
+                    lm = ScorerLM(column.scorer, column.encoding, run.progress, f"tasks: {COLUMNS[name]}")
                     for result in run_tasks(lm, what.suite, what.limit):
-                        found.tasks.setdefault(result.task, {})[column] = result
-            found.seconds[column] = time.monotonic() - began
-    return replace(found, agreements=_agreements(found, bundle))
+                        found.tasks.setdefault(result.task, {})[name] = result
+            found.seconds[name] = time.monotonic() - began
+    return replace(found, agreements=_agreements(found, bundle)) if run.processes.leads else found
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A way to run the model: its scorer, its encoding, and the losses of windows, float32 ``[count, window - 1]``."""
+
+    scorer: Scorer
+    encoding: Encoding
+    losses: Callable[[IntArray, Progress, str], FloatArray]
 
 
 def _score_texts(
     found: Evaluation,
-    column: str,
-    scorer: Scorer,
-    encoding: Encoding,
+    name: str,
+    column: _Column,
     corpora: Sequence[Corpus],
     config: EvaluationSettings,
     progress: Progress,
 ) -> None:
-    if corpora and config.window > scorer.limit:
+    limit = column.scorer.limit
+    if corpora and config.window > limit:
         raise UsageError(
-            f"a window of {config.window} tokens is longer than the model's limit of {scorer.limit}",
-            hint=f"set --window to at most {scorer.limit}",
+            f"a window of {config.window} tokens is longer than the model's limit of {limit}",
+            hint=f"set --window to at most {limit}",
         )
     for corpus in corpora:
-        windows = cut_windows(encoding.plain(corpus.text), config.window, config.max_tokens, corpus.name)
-        score = score_text(scorer.nll, windows, progress, f"perplexity: {COLUMNS[column]}")
-        found.texts.setdefault(corpus.name, {})[column] = score
+        windows = cut_windows(column.encoding.plain(corpus.text), config.window, config.max_tokens, corpus.name)
+        losses = column.losses(windows, progress, f"perplexity: {COLUMNS[name]}")
+        found.texts.setdefault(corpus.name, {})[name] = TextScore(losses)
 
 
 @dataclass
@@ -225,20 +238,21 @@ class _Scorers:
         return self.run.get(self.pipeline.corpus(data, "evaluation")) if data == "self" else read_text(data)
 
     @contextmanager
-    def open(self, column: str) -> Iterator[tuple[Scorer, Encoding]]:
-        """Yield the scorer and the encoding of a column; quantized weights are restored afterwards."""
+    def open(self, column: str) -> Iterator[_Column]:
+        """Yield what a column is scored with; quantized weights are restored afterwards."""
         if self.bundle is not None and column == "engine":
-            session = open_session(self.bundle.graph, threads=self.threads)
-            yield Scorer(session), Encoding.of_bundle(self.bundle)
+            scorer = Scorer(open_session(self.bundle.graph, threads=self.threads))
+            encoding = Encoding.of_bundle(self.bundle)
+            yield _Column(scorer, encoding, lambda *args: score_text(scorer.nll, *args).losses)
         elif column.startswith("quantized"):
-            with self._quantized(column) as (scorer, prefix):
-                yield scorer, replace(self._encoding(), keep_bos=prefix.length == 0)
+            with self._quantized(column) as found:
+                yield found
         else:
             prefix = self._built.prefix if column == "fp-prefix" else self.run.get(self.pipeline.no_prefix)
-            yield self._scorer(self.model, prefix), replace(self._encoding(), keep_bos=prefix.length == 0)
+            yield self._in_torch(self.model, prefix)
 
     @contextmanager
-    def _quantized(self, column: str) -> Iterator[tuple[Scorer, Prefix]]:
+    def _quantized(self, column: str) -> Iterator[_Column]:
         from cushion_deploy.modeling.simulate import simulated
 
         used = self._built
@@ -247,7 +261,7 @@ class _Scorers:
             used = self.run.get(self.pipeline.bare.quantization)
         model = self.model.folded(used.smoothing)
         with simulated(model, used.scheme, used.scales, kv=used.kv_scales):
-            yield self._scorer(model, used.prefix), used.prefix
+            yield self._in_torch(model, used.prefix)
 
     @property
     def _built(self) -> Quantization:
@@ -256,11 +270,12 @@ class _Scorers:
             raise UsageError("a model that has not been built has no quantized columns", hint="build it first")
         return read_quantization(self.bundle.path, self.bundle.graph, self.pipeline.scheme)
 
-    @staticmethod
-    def _scorer(model: TorchRunner, prefix: Prefix) -> Scorer:
+    def _in_torch(self, model: TorchRunner, prefix: Prefix) -> _Column:
         from cushion_deploy.modeling.session import TorchSession
 
-        return Scorer(TorchSession(model, prefix))
+        encoding = replace(self._encoding(), keep_bos=prefix.length == 0)
+        scorer = Scorer(TorchSession(model, prefix))
+        return _Column(scorer, encoding, lambda ids, progress, task: model.token_nll(ids, prefix, progress, task))
 
     def _encoding(self) -> Encoding:
         if self.bundle is not None:

@@ -15,19 +15,16 @@ ROWS, TOKENS, SEED = 3, 30, 5
 
 
 def drawn(module: Any, bos: tuple[int, ...]) -> np.ndarray:
-    """Return ids int64 ``[ROWS, TOKENS]`` drawn by inversion in numpy from transformers' module as it comes."""
+    """Return ids int64 ``[ROWS, TOKENS]`` drawn with torch.multinomial from transformers' module as it comes."""
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(module.config.vocab_size, (ROWS, 1), generator=generator)
     rows, cache, new = [ids[:, 0].numpy()], None, torch.cat([torch.tensor([bos] * ROWS, dtype=torch.int64), ids], dim=1)
     while len(rows) < TOKENS:
         with torch.inference_mode():
             output = module(input_ids=new, past_key_values=cache, use_cache=True)
-        cache, scores = output.past_key_values, output.logits[:, -1].double().numpy()
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        uniform = torch.rand(ROWS, generator=generator, dtype=torch.float64).numpy()
-        limits = np.cumsum(weights / weights.sum(axis=1, keepdims=True), axis=1)
-        rows.append(np.array([np.searchsorted(row, u, side="right") for row, u in zip(limits, uniform, strict=True)]))
-        new = torch.from_numpy(rows[-1])[:, None]
+        cache = output.past_key_values
+        new = torch.multinomial(torch.softmax(output.logits[:, -1], dim=-1), 1, generator=generator)
+        rows.append(new[:, 0].numpy())
     return np.stack(rows, axis=1)
 
 

@@ -1,0 +1,114 @@
+"""Time what the stages of a build consist of, each on a little text, for the estimate of the doctor."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.calib.estimators import RangeEstimator
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.schemes import PRECISIONS
+from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.modeling.sample import SAMPLE_TOKENS, step_seconds
+from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.modeling.teacher import Teacher
+from cushion_deploy.prefix.floor import cannot_pay, floor_of
+from cushion_deploy.prefix.objective import score_candidates, score_prefix
+from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.stages.base import Speed
+
+REPEATS = 3
+SCREENED, SCORED, SCORED_TOKENS = 1024, 16, 64
+"""Tokens to screen; candidates to score, and tokens of text behind each."""
+
+
+@dataclass(frozen=True)
+class SpeedProbe:
+    """Times one model.
+
+    Attributes:
+        model: the model.
+        windows: text int64 ``[count, length]``.
+        recipe: its sections ``search`` and ``calibration`` say what a build does.
+    """
+
+    model: TorchRunner
+    windows: IntArray
+    recipe: Recipe
+
+    def speed(self) -> Speed:
+        """Return the seconds of every part on this machine, at this moment."""
+        model, windows = self.model, self.windows[:2]
+        none = Prefix.empty(model.spec)
+        batches, past = model.batches(windows, None, 1), model.past(none)
+        layers = _median(lambda: model.sweep(batches, past)) / windows.size
+        teacher = Teacher(model, none)
+        teacher.remember(windows)
+        compared = _median(lambda: teacher.compare(model, none, windows)) / windows.size
+        everything = np.ones_like(windows)
+        observed = _median(lambda: observe_sites(model, none, windows, everything)) / windows.size
+        depth = sink_depth(model, np.random.default_rng([self.recipe.seed, 2]))
+        quantized, swap = self._simulated(teacher, windows)
+        return Speed(
+            spec=model.spec,
+            layers=layers,
+            compared=compared,
+            observed=observed,
+            quantized=quantized,
+            swap=swap,
+            scored=self._scored(),
+            screened=self._screened(depth),
+            depth=depth / model.spec.num_layers,
+            decode_step=step_seconds(model, SAMPLE_TOKENS // 2),
+            search_steps=self._search_steps(),
+        )
+
+    def _simulated(self, teacher: Teacher, windows: IntArray) -> tuple[float, float]:
+        """Return the seconds of a compared position through the fake-quantized model, and of quantizing the weights."""
+        model, none = self.model, Prefix.empty(self.model.spec)
+        histograms = observe_sites(model, none, windows[:1], np.ones_like(windows[:1]))
+        config = self.recipe.calibration
+        ranges = RangeEstimator(config.estimator, config.percentile)
+        scales = choose_scales(histograms, ranges, model.lineage(none), windows[:1].size)
+        begin = time.perf_counter()
+        with simulated(model, PRECISIONS["w8a8"], scales):
+            entered = time.perf_counter()
+            quantized = _median(lambda: teacher.compare(model, none, windows)) / windows.size
+            left = time.perf_counter()
+        return quantized, entered - begin + time.perf_counter() - left
+
+    def _scored(self) -> float:
+        text, tokens = self.windows[0, :SCORED_TOKENS], list(range(min(SCORED, self.model.spec.vocab_size)))
+        objective = self.recipe.search.objective
+        seconds = _median(lambda: score_candidates(self.model, [], text, tokens, objective))
+        return seconds / (len(tokens) * (len(text) + 1))
+
+    def _screened(self, depth: int) -> float:
+        """Return the seconds of a token through all layers, alone in its row."""
+        tokens = np.arange(min(SCREENED, self.model.spec.vocab_size))
+        seconds = _median(lambda: self_sink_sizes(self.model, [], tokens, depth))
+        return seconds / len(tokens) * self.model.spec.num_layers / depth
+
+    def _search_steps(self) -> int:
+        """Return the number of steps that a search probably runs: none if no token can pay."""
+        search, text = self.recipe.search, self.windows[0]
+        before = score_prefix(self.model, [], text, search.objective)
+        return int(not cannot_pay(floor_of(self.model, [], text, search.objective, before), search.tau))
+
+
+def _median(action: Callable[[], object]) -> float:
+    """Return the median of the seconds that an action takes, after one run that is not timed."""
+    action()
+    times = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)

@@ -1,0 +1,86 @@
+"""Quantize a model on a little text, with and without the remedies of a build: what static INT8 roughly costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.calib.estimators import RangeEstimator
+from cushion_deploy.calib.smooth import channel_maxima, choose_factors
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress
+from cushion_deploy.core.schemes import PRECISIONS
+from cushion_deploy.evaluate.perplexity import TextScore
+from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Perplexity on a sample of text, in floating point and in static W8A8."""
+
+    tokens: int
+    fp: float
+    quantized: float
+
+    @property
+    def change(self) -> float:
+        """Relative increase of the perplexity."""
+        return self.quantized / self.fp - 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Measures costs: ranges come from the first half of the windows, perplexities from the second.
+
+    Attributes:
+        model: the model.
+        windows: text int64 ``[count, length]``, without the tokens that a family needs before every text.
+        recipe: its sections ``calibration`` and ``smoothing``.
+        progress: receives progress.
+    """
+
+    model: TorchRunner
+    windows: IntArray
+    recipe: Recipe
+    progress: Progress
+
+    def floating(self) -> FloatArray:
+        """Return the losses of the original model, float32 ``[windows, length - 1]``."""
+        bare = self.model.compute_prefix(self.model.bare_tokens)
+        return self.model.token_nll(self._judged, bare, self.progress, "perplexity in floating point")
+
+    def plain(self, floating: FloatArray) -> Cost:
+        """Return the cost without a prefix and without other remedies."""
+        bare = self.model.compute_prefix(self.model.bare_tokens)
+        return self._cost(self.model, bare, floating, "perplexity in static W8A8")
+
+    def remedied(self, floating: FloatArray, prefix: Prefix) -> Cost:
+        """Return the cost with a prefix and the recipe's smoothing."""
+        config, calibrated = self.recipe.smoothing, self._calibrated
+        model = self.model
+        if config.alpha is not None:
+            maxima = channel_maxima(model, prefix, calibrated, np.ones_like(calibrated), progress=self.progress)
+            model = model.folded(choose_factors(model, maxima, config.alpha, config.limit))
+        return self._cost(model, prefix, floating, "perplexity of the default build")
+
+    def _cost(self, model: TorchRunner, prefix: Prefix, floating: FloatArray, task: str) -> Cost:
+        config, calibrated = self.recipe.calibration, self._calibrated
+        histograms = observe_sites(model, prefix, calibrated, np.ones_like(calibrated), progress=self.progress)
+        ranges = RangeEstimator(config.estimator, config.percentile)
+        scales = choose_scales(histograms, ranges, model.lineage(prefix), calibrated.size)
+        with simulated(model, PRECISIONS[self.recipe.precision], scales):
+            quantized = TextScore(model.token_nll(self._judged, prefix, self.progress, task))
+        return Cost(quantized.tokens, TextScore(floating).perplexity, quantized.perplexity)
+
+    @property
+    def _calibrated(self) -> IntArray:
+        return self.windows[: len(self.windows) // 2]
+
+    @property
+    def _judged(self) -> IntArray:
+        return self.windows[len(self.windows) // 2 :]
