@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -35,6 +37,13 @@ def peak_memory() -> int:
     """Return the larger of the peak resident sets of this process and of any child that it waited for, in bytes."""
     # psutil cannot see a child that has ended.
     return max(own_peak_memory(), _max_rss("RUSAGE_CHILDREN"))
+
+
+def return_freed_memory() -> None:
+    """Return memory that this process has freed to the system; glibc keeps what lies between other allocations."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def cpu_description() -> str:

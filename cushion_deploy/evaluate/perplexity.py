@@ -12,6 +12,8 @@ from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
 
+BLOCK = 16
+"""Positions whose probabilities are computed at once."""
 TokenNll = Callable[[IntArray], FloatArray]
 """Maps token ids int64 ``[1, n]`` to the negative log likelihoods (nats) of tokens 1..n-1, ``[1, n-1]``."""
 
@@ -76,8 +78,15 @@ def score_text(nll: TokenNll, windows: IntArray, progress: Progress = silent, ta
 
 def nll_of_logits(logits: FloatArray, ids: IntArray) -> FloatArray:
     """Return the token losses ``[batch, n-1]`` from logits ``[batch, n, vocab]`` and ids ``[batch, n]``."""
-    scores = logits[:, :-1].astype(np.float64)
-    top = scores.max(axis=-1, keepdims=True)
-    normalizer = np.log(np.exp(scores - top).sum(axis=-1)) + top[..., 0]
-    chosen = np.take_along_axis(scores, ids[:, 1:, None], axis=-1)[..., 0]
-    return np.asarray(normalizer - chosen, dtype=np.float32)
+    targets = ids[:, 1:]
+    count = int(targets.shape[-1])
+    found = np.empty(targets.shape, dtype=np.float32)
+    # In blocks, because in float64 all logits of a large vocabulary take gigabytes.
+    for start in range(0, count, BLOCK):
+        part = slice(start, min(start + BLOCK, count))
+        scores = logits[:, part].astype(np.float64)
+        top = scores.max(axis=-1, keepdims=True)
+        normalizer = np.log(np.exp(scores - top).sum(axis=-1)) + top[..., 0]
+        chosen = np.take_along_axis(scores, targets[:, part, None], axis=-1)[..., 0]
+        found[:, part] = normalizer - chosen
+    return found

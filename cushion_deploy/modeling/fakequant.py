@@ -17,12 +17,12 @@ def quantize_codes(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
     It divides by the scale, as ONNX QuantizeLinear does, instead of multiplying by the reciprocal.
     """
     limit = qmax(bits)
-    return torch.clamp(torch.round(x.float() / scale), -limit - 1, limit)
+    return (x.float() / scale).round_().clamp_(-limit - 1, limit)
 
 
 def quantize_asymmetric_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8) -> Tensor:
     """Return the codes of ``x``, 0 to 2^bits - 1, as float32; scale and zero point broadcast."""
-    return torch.clamp(torch.round(x.float() / scale) + zero_point, 0, levels(bits))
+    return (x.float() / scale).round_().add_(zero_point).clamp_(0, levels(bits))
 
 
 def weight_codes(weight: Tensor, name: str, bits: int = 8, group: int = 0) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,8 @@ def weight_codes(weight: Tensor, name: str, bits: int = 8, group: int = 0) -> tu
         UsageError: the weight contains NaN or infinity.
     """
     parts = torch.split(weight, group or weight.shape[1], dim=1)
-    amax = torch.stack([part.abs().amax(dim=1) for part in parts], dim=1)
+    # Two passes without a copy, because weights are large.
+    amax = torch.stack([torch.maximum(part.amax(dim=1), -part.amin(dim=1)) for part in parts], dim=1)
     if not bool(torch.isfinite(amax).all()):
         raise UsageError(
             f"weight {name} contains NaN or infinity", hint="the checkpoint is damaged; fetch the model again"

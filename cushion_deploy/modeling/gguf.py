@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,39 @@ def convert_gguf(source: ModelSource, folder: Path, progress: Progress = silent)
         UntrustedArtifact: the file is truncated or malformed.
         UsageError: its architecture or its rotary scaling is not supported.
     """
-    architecture = _architecture(source.path)
-    family_for_model_type(MODEL_TYPES.get(architecture, architecture))
-    with reported_bars(progress):
+    with _one_reader(source.path), reported_bars(progress):
+        architecture = _architecture(source.path)
+        family_for_model_type(MODEL_TYPES.get(architecture, architecture))
         _convert(source, folder)
+
+
+@contextmanager
+def _one_reader(path: Path) -> Iterator[None]:
+    """Parse a file once within the context: transformers opens it for the config, the weights and the tokenizer.
+
+    Reading the 262,144 tokens of a vocabulary takes seconds every time.
+    """
+    import gguf
+
+    usual, readers = gguf.GGUFReader, {}
+
+    def reader(file: Any, *options: Any) -> Any:
+        if Path(file) != path or options:
+            return usual(file, *options)
+        if path not in readers:
+            readers[path] = usual(file)
+        return readers[path]
+
+    gguf.GGUFReader = reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = usual
 
 
 def _convert(source: ModelSource, folder: Path) -> None:
     import torch
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
@@ -49,7 +76,8 @@ def _convert(source: ModelSource, folder: Path) -> None:
     # transformers refuses to save a model whose config says that it came from GGUF: drop that entry.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    fresh = type(model)(model.config)
+    with init_empty_weights(include_buffers=False):
+        fresh = type(model)(model.config)
     fresh.load_state_dict(model.state_dict(), assign=True)
     fresh.tie_weights()
     fresh.save_pretrained(folder)

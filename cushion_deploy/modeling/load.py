@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from cushion_deploy.core.host import return_freed_memory
 from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
 from cushion_deploy.core.processes import SINGLE, Processes
 from cushion_deploy.core.progress import Progress, silent
@@ -90,6 +91,8 @@ def _empty_module(folder: Path, family: Family, source: ModelSource, dtype: torc
             module.generation_config = GenerationConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError, RuntimeError) as e:
         raise UsageError(f"{source.label} cannot be loaded: {_first_line(e)}", hint="fetch the model again") from e
+    # Parameters without memory are not tied while they are created.
+    module.tie_weights()
     replace_conv1d(module)
     module.eval().requires_grad_(False)
     return module
@@ -134,6 +137,7 @@ def _fill(module: Any, placed: PlacedWeights, memory: int, progress: Progress) -
                 set_module_tensor_to_device(module, name, placed.device)
     module.tie_weights()
     module.requires_grad_(False)
+    return_freed_memory()
 
 
 def _tokenizer(folder: Path, source: ModelSource) -> Any:

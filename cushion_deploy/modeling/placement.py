@@ -17,6 +17,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import compute_module_sizes
 from torch import Tensor, nn
 
+from cushion_deploy.core.host import return_freed_memory
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
@@ -195,6 +196,11 @@ class PlacedWeights(Mapping[str, Tensor]):
         """Number of layers whose weights are not kept on the device."""
         return len(self._streamed)
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weights that are kept on the device."""
+        return sum(p.numel() * p.element_size() for p in self._module.parameters() if not p.is_meta)
+
     @contextmanager
     def held(self, layer: nn.Module) -> Iterator[None]:
         """Keep the weights of a layer on the device within the context."""
@@ -212,6 +218,7 @@ class PlacedWeights(Mapping[str, Tensor]):
         return name
 
     @torch.inference_mode(False)
+    @torch.no_grad()
     def _replace(self, names: Mapping[str, Any] | frozenset[str]) -> None:
         """Replace tensors of the module by what they are in the current state.
 
@@ -226,9 +233,13 @@ class PlacedWeights(Mapping[str, Tensor]):
                 tied: nn.Parameter = self._module.get_parameter(self._stored_name(name))
                 setattr(owner, attribute, tied)
                 continue
-            # The old tensor first, so that two of them need not fit into memory.
-            setattr(owner, attribute, nn.Parameter(torch.empty(0), requires_grad=False))
-            setattr(owner, attribute, nn.Parameter(self[name], requires_grad=False))
+            if path == self._family.head:
+                # Not in place: a tied head is the embedding, and a teacher keeps the original head.
+                setattr(owner, attribute, nn.Parameter(self[name], requires_grad=False))
+            else:
+                # In place, because memory that is freed between others is not returned to the system.
+                getattr(owner, attribute).copy_(self[name])
+        return_freed_memory()
 
 
 class StreamedLayer(AlignDevicesHook):  # type: ignore[misc]
@@ -240,6 +251,11 @@ class StreamedLayer(AlignDevicesHook):  # type: ignore[misc]
         super().__init__(execution_device=weights.device, offload=True, weights_map=by_name, place_submodules=True)
         self._is_held = False
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weights that are kept on the device."""
+        return sum(p.numel() * p.element_size() for p in self._module.parameters() if not p.is_meta)
+
     @contextmanager
     def held(self, layer: nn.Module) -> Iterator[None]:
         """Read the weights once, and keep them until the end of the context."""
@@ -250,6 +266,7 @@ class StreamedLayer(AlignDevicesHook):  # type: ignore[misc]
         finally:
             self._is_held = False
             super().post_forward(layer, None)
+            return_freed_memory()
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Read the weights unless they are held."""
@@ -257,7 +274,11 @@ class StreamedLayer(AlignDevicesHook):  # type: ignore[misc]
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Drop the weights unless they are held."""
-        return output if self._is_held else super().post_forward(module, output)
+        if self._is_held:
+            return output
+        output = super().post_forward(module, output)
+        return_freed_memory()
+        return output
 
 
 class _Renamed(Mapping[str, Tensor]):

@@ -11,6 +11,10 @@ import numpy.typing as npt
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.sites import Site
 
+Float64Array = npt.NDArray[np.float64]
+BLOCK = 16
+"""Positions whose logits are compared at once."""
+
 
 @dataclass(frozen=True)
 class LogitDistance:
@@ -39,19 +43,27 @@ class LogitDistance:
 
 def compare_logits(a: FloatArray, b: FloatArray) -> LogitDistance:
     """Return the distance of ``b`` from the reference ``a``; NaN anywhere makes every number NaN."""
-    x, y = a.reshape(-1, a.shape[-1]).astype(np.float64), b.reshape(-1, b.shape[-1]).astype(np.float64)
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    x, y = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    # In blocks, because in float64 all logits of a large vocabulary take gigabytes.
+    starts = range(0, len(x), BLOCK)
+    parts = [_compare_rows(x[i : i + BLOCK].astype(np.float64), y[i : i + BLOCK].astype(np.float64)) for i in starts]
+    if any(part is None for part in parts):
         return LogitDistance(*[float("nan")] * 5)
+    maximum, mean, cosine, kl, top1 = (np.concatenate(rows) for rows in zip(*filter(None, parts), strict=True))
+    return LogitDistance(
+        float(maximum.max()), float(mean.mean()), float(cosine.min()), float(kl.mean()), float(top1.mean())
+    )
+
+
+def _compare_rows(x: Float64Array, y: Float64Array) -> tuple[Float64Array, ...] | None:
+    """Return the five numbers of every row of ``[rows, vocab]``; None if there is NaN or infinity."""
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return None
     difference = np.abs(x - y)
     cosine = (x * y).sum(1) / np.maximum(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1), 1e-30)
     p, q = _log_softmax(x), _log_softmax(y)
-    return LogitDistance(
-        maximum=float(difference.max()),
-        mean=float(difference.mean()),
-        cosine=float(cosine.min()),
-        kl=float((np.exp(p) * (p - q)).sum(1).mean()),
-        top1=float((x.argmax(1) == y.argmax(1)).mean()),
-    )
+    kl = (np.exp(p) * (p - q)).sum(1)
+    return difference.max(1), difference.mean(1), cosine, kl, (x.argmax(1) == y.argmax(1)).astype(np.float64)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -82,7 +94,7 @@ def compare_codes(a: Codes, b: Codes) -> dict[Site, CodeDistance]:
     return found
 
 
-def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _log_softmax(x: Float64Array) -> Float64Array:
     shifted = x - x.max(axis=1, keepdims=True)
-    out: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    out: Float64Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return out

@@ -33,6 +33,8 @@ class Speed:
         depth: share of the layers that the search screens.
         decode_step: one step of the sampler for all of its rows (seconds).
         search_steps: number of steps that a search probably runs.
+        weights: bytes of the weights that stay on the device.
+        on_cpu: whether that is the CPU's memory.
     """
 
     spec: ModelSpec
@@ -46,6 +48,8 @@ class Speed:
     depth: float
     decode_step: float
     search_steps: int
+    weights: int
+    on_cpu: bool
 
 
 @dataclass(frozen=True)

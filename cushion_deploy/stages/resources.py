@@ -14,6 +14,12 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Node, Speed, Stage, nodes_behind
 
 GIB = 1 << 30
+LIBRARIES = GIB * 3 // 4
+"""Memory of a process that has loaded torch, transformers and ONNX Runtime."""
+CALIBRATED_ROWS, ACTIVATION_COPIES = 4, 6
+"""Windows in a pass of the calibration, and states of a layer that exist at once."""
+LOGIT_TOKENS, LOGIT_COPIES, CUT_GRAPHS = 128, 4, 2
+"""Tokens whose logits are computed at once, their copies, and graphs that the parity ladder has open at once."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ def estimate(ends: Iterable[Node[Any]], recipe: Recipe, speed: Speed, work_dir: 
 
     Args:
         ends: the requested nodes, such as the final node of a build.
-        recipe: its window sizes determine the memory.
+        recipe: the lengths of its texts determine the memory.
         speed: the measured speed of this machine.
         work_dir: a path on the disk that holds the artifacts.
     """
@@ -50,12 +56,31 @@ def estimate(ends: Iterable[Node[Any]], recipe: Recipe, speed: Speed, work_dir: 
             if taken := node.seconds(speed):
                 # Stages with and without the prefix are one row.
                 seconds[node.name] = seconds.get(node.name, 0.0) + taken
-    weights = 4 * spec.parameters
-    logits = 4 * spec.vocab_size * max(recipe.evaluation.window, recipe.calibration.window)
-    memory = int(2.5 * weights) + 6 * logits + GIB
     free = shutil.disk_usage(_existing(work_dir)).free
+    memory = max(compute_memory(speed, recipe), parity_memory(speed, recipe))
     # The bundle is assembled next to the work folder, so its files exist twice.
     return Resources(seconds, memory, disk + 2 * spec.parameters, free_memory(), free)
+
+
+def compute_memory(speed: Speed, recipe: Recipe) -> int:
+    """Return the approximate peak while torch calibrates and evaluates, in bytes of the CPU's memory."""
+    spec, rows = speed.spec, CALIBRATED_ROWS * recipe.calibration.window
+    logits = LOGIT_COPIES * 4 * LOGIT_TOKENS * spec.vocab_size
+    activations = ACTIVATION_COPIES * 4 * rows * (spec.intermediate_size + spec.hidden_size)
+    return LIBRARIES + (speed.weights + logits + activations if speed.on_cpu else 0)
+
+
+def parity_memory(speed: Speed, recipe: Recipe) -> int:
+    """Return the approximate peak of the parity ladder, which holds the model in float32 and two cut graphs of it."""
+    spec, tokens = speed.spec, recipe.parity.tokens
+    attention = spec.num_heads * spec.head_dim
+    inputs = 2 * spec.hidden_size + attention + spec.intermediate_size
+    projections = spec.hidden_size * (2 * attention + 2 * spec.num_kv_heads * spec.head_dim)
+    linears = projections + 3 * spec.hidden_size * spec.intermediate_size
+    # Dequantized weights, and the value before and after every cut.
+    graph = 4 * spec.num_layers * (linears + 2 * tokens * inputs)
+    logits = LOGIT_COPIES * 4 * tokens * spec.vocab_size
+    return LIBRARIES + 4 * spec.parameters + CUT_GRAPHS * graph + logits
 
 
 def _existing(path: Path) -> Path:

@@ -31,9 +31,10 @@ from cushion_deploy.stages.resources import GIB, Resources, estimate
 from cushion_deploy.stages.run import Run
 from cushion_deploy.stages.windows import longest_prefix
 from cushion_deploy.verbs.speed_probe import SpeedProbe
-from cushion_deploy.verbs.trial import Cost, Trial
+from cushion_deploy.verbs.trial import EVERY, Cost, Trial
 
-SAMPLES, SAMPLE_TOKENS = 4, 256
+SAMPLES, SAMPLE_TOKENS, EXAMINED = 16, 256, 4
+"""Windows that static INT8 is tried on, tokens in each, and windows that sinks are looked for in."""
 HALF_RESIDUAL = 30_000
 COSTLY = 0.1
 """Relative increase of the perplexity above which a model without sinks gets a warning."""
@@ -102,8 +103,9 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
     corpus = model.encode(chosen.text)
     windows = _sample(model, corpus)
     # Sinks are looked for behind what always precedes a text, which may be one itself.
-    before = np.tile(np.array(model.bare_tokens, dtype=np.int64), (len(windows), 1))
-    whole = np.concatenate([before, windows], axis=1)
+    examined = windows[:: max(1, len(windows) // EXAMINED)]
+    before = np.tile(np.array(model.bare_tokens, dtype=np.int64), (len(examined), 1))
+    whole = np.concatenate([before, examined], axis=1)
     sinks, sites = find_sinks(model, whole)
     token, relief = best_common_token(model, corpus, windows.shape[1], recipe, run.progress)
     pays, allowed = relief <= recipe.search.tau, longest_prefix(recipe) > 0
@@ -179,9 +181,9 @@ def estimate_build(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources
 def _sample(model: TorchRunner, corpus: IntArray) -> IntArray:
     """Return windows, int64 ``[count, length]``, spread over a text."""
     room = model.spec.max_positions - max(1, len(model.bare_tokens))
-    length = min(SAMPLE_TOKENS, room, len(corpus) // 2)
+    length = min(SAMPLE_TOKENS, room, len(corpus) // EVERY)
     count = min(SAMPLES, len(corpus) // length) if length >= 2 else 0
-    if count < 2:
+    if count < EVERY:
         raise UsageError(f"the text has {len(corpus)} tokens, too few to examine", hint="give more text")
     pieces = corpus[: len(corpus) // length * length].reshape(-1, length)
     chosen: IntArray = pieces[np.linspace(0, len(pieces) - 1, count).astype(int)]

@@ -24,7 +24,8 @@ from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Speed
 
-REPEATS = 3
+REPEATS, LONG = 3, 0.3
+"""Runs of a short action, and the seconds from which an action is long enough to be timed once."""
 SCREENED, SCORED, SCORED_TOKENS = 1024, 16, 64
 """Tokens to screen; candidates to score, and tokens of text behind each."""
 
@@ -45,7 +46,7 @@ class SpeedProbe:
 
     def speed(self) -> Speed:
         """Return the seconds of every part on this machine, at this moment."""
-        model, windows = self.model, self.windows[:2]
+        model, windows = self.model, self.windows[:1]
         none = Prefix.empty(model.spec)
         batches, past = model.batches(windows, None, 1), model.past(none)
         layers = _median(lambda: model.sweep(batches, past)) / windows.size
@@ -68,6 +69,8 @@ class SpeedProbe:
             depth=depth / model.spec.num_layers,
             decode_step=step_seconds(model, SAMPLE_TOKENS // 2),
             search_steps=self._search_steps(),
+            weights=model.placed.resident_bytes,
+            on_cpu=model.device.type == "cpu",
         )
 
     def _simulated(self, teacher: Teacher, windows: IntArray) -> tuple[float, float]:
@@ -104,11 +107,10 @@ class SpeedProbe:
 
 
 def _median(action: Callable[[], object]) -> float:
-    """Return the median of the seconds that an action takes, after one run that is not timed."""
-    action()
-    times = []
-    for _ in range(REPEATS):
+    """Return the seconds of an action: of its first run if that is long, else the median of the runs after it."""
+    times: list[float] = []
+    while not times or (times[0] < LONG and len(times) <= REPEATS):
         begin = time.perf_counter()
         action()
         times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    return statistics.median(times[1:] or times)

@@ -97,7 +97,8 @@ def test_the_search_finds_an_absorber(measured: Measured) -> None:
     absorbers, found = steps["write"]["found"]["absorbers"], steps["search"]["found"]
     assert len(found["prefix"]) == 1
     assert found["prefix"][0] in absorbers
-    assert found["leaves"][0] < 0.5 < found["leaves"][1]
+    # The second step is skipped, because without sinks nothing is left to remove.
+    assert [share < 0.5 for share in found["leaves"]] == [True]
 
 
 def test_an_absorber_removes_the_planted_sink(measured: Measured) -> None:
