@@ -118,9 +118,10 @@ class PlacedWeights(Mapping[str, Tensor]):
             whole = slice(0, found.shape[0])
             found = state.folded.fold(stored).apply(found, whole, lambda f: torch.as_tensor(f, device=self.device))
         if weight_format is not None:
-            # Quantization sees the weight as the module would hold it.
-            held = found.to(self.dtype).float()
-            found = fake_quantize_weight(held, weight_format.label, weight_format.bits, weight_format.group)
+            # Quantization sees the weight as the module would hold it. One name for all, so that each copy is freed.
+            found = found.to(self.dtype)
+            found = found.float()
+            found = fake_quantize_weight(found, weight_format.label, weight_format.bits, weight_format.group)
         return found.to(self.dtype)
 
     def state_with(self, smoothing: Smoothing | None) -> WeightState:

@@ -183,7 +183,7 @@ _DATA: dict[str, Any] = {
         },
     ],
     "stages": [
-        {"stage": stage, "seconds": seconds, "reused": reused}
+        {"stage": stage, "seconds": seconds, "reused": reused, "ran_on": "cpu, float32" if stage != "load" else ""}
         for stage, seconds, reused in (
             ("load", 3.1, False),
             ("search", 214.3, True),
@@ -201,6 +201,7 @@ _DATA: dict[str, Any] = {
         "cpu": "AMD EPYC 7B13, 2 cores",
         "versions": {"numpy": "2.3.1", "onnxruntime": "1.31.1", "torch": "2.13.0"},
         "peak_rss_bytes": 2_310_000_000,
+        "peak_device_bytes": None,
     },
 }
 

@@ -285,8 +285,8 @@ def test_an_edited_model_runs_everything_again(
 
 
 def test_a_stage_asked_for_twice_is_one_row_and_not_reused() -> None:
-    times = [StageTime("a", 2.0, False), StageTime("b", 1.0, True), StageTime("a", 0.5, True)]
+    times = [StageTime("a", 2.0, False, "cpu, float32"), StageTime("b", 1.0, True), StageTime("a", 0.5, True)]
     assert merge_times(times) == [
-        {"stage": "a", "seconds": 2.5, "reused": False},
-        {"stage": "b", "seconds": 1.0, "reused": True},
+        {"stage": "a", "seconds": 2.5, "reused": False, "ran_on": "cpu, float32"},
+        {"stage": "b", "seconds": 1.0, "reused": True, "ran_on": ""},
     ]
