@@ -94,7 +94,7 @@ def _lines(found: Diagnosis) -> list[str]:
     needed = found.resources
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in needed.seconds.items())
     lines += [
-        f"a build takes about {duration(needed.total_seconds)} here ({parts}; conversion and engines not counted)",
+        f"a build takes about {duration(needed.total_seconds)} here ({parts}; a GGUF file is already converted)",
         f"memory about {size(needed.memory)} ({size(needed.memory_free)} free), "
         f"disk about {size(needed.disk)} ({size(needed.disk_free)} free)",
         "",

@@ -88,8 +88,10 @@ class Evaluate(Stage[dict[str, Any]]):
         return found
 
     def seconds(self, speed: Speed) -> float:
-        """Sum the pass of the original model, two columns in floating point and two quantized ones."""
-        return self.max_tokens * (speed.layers + 2 * speed.compared + 2 * speed.quantized) + 2 * speed.swap
+        """Sum the pass of the original model, and a column in floating point and a quantized one for each prefix."""
+        prefixes = 1 + min(speed.search_steps, 1)
+        column = self.max_tokens * (speed.compared + speed.quantized) + speed.swap
+        return self.max_tokens * speed.layers + prefixes * column
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,13 @@ class _Columns:
     inputs: Inputs
 
     def four(self, quantization: Quantization, bare: Quantization) -> dict[str, Fidelity]:
-        """Return the four columns; without a prefix, the columns with and without one are the same."""
+        """Return the four columns; those with and without the prefix are the same if it precedes every text anyway."""
         found = {"fp": self.floating(bare.prefix, "FP")}
-        behind = quantization.prefix.length > 0
-        found["fp_prefix"] = self.floating(quantization.prefix, "FP + prefix") if behind else found["fp"]
+        another = quantization.prefix.digest != bare.prefix.digest
+        found["fp_prefix"] = self.floating(quantization.prefix, "FP + prefix") if another else found["fp"]
         found["quantized"] = self.quantized(bare, "W8A8")
-        found["quantized_prefix"] = self.quantized(quantization, "W8A8 + prefix") if behind else found["quantized"]
+        same = not another and quantization.digest == bare.digest
+        found["quantized_prefix"] = found["quantized"] if same else self.quantized(quantization, "W8A8 + prefix")
         return found
 
     def floating(self, prefix: Prefix, name: str) -> Fidelity:

@@ -13,7 +13,7 @@ from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.progress import elapsed
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.engines.base import Engine
-from cushion_deploy.stages.base import Node, Stage
+from cushion_deploy.stages.base import Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.store.json_files import read_json, write_json
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
 DESCRIPTION = "export.json"
+EXPORT_SECONDS = 2e-8
+"""Seconds per parameter."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Export(Stage[ExportedGraph]):
     def disk(self, spec: ModelSpec) -> int:
         """Return about two bytes per parameter: INT8 linears plus a float embedding."""
         return spec.parameters * (2 if self.form.quantized else 4)
+
+    def seconds(self, speed: Speed) -> float:
+        """Count every parameter, because each is read, quantized and written once."""
+        return EXPORT_SECONDS * speed.spec.parameters
 
 
 def engine_form(form: GraphForm, engine: Engine, dtype: Dtype, context: int) -> tuple[GraphForm, int]:

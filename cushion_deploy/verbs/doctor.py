@@ -175,7 +175,9 @@ def estimate_build(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources
     speed = SpeedProbe(model, windows, pipeline.recipe).speed()
     engines = tuple(engine.name for engine in availabilities() if engine.compiles)
     end = pipeline.build(engines, compile_options(pipeline.recipe, ()), Path("bundle"))
-    return estimate([end], pipeline.recipe, speed, run.store.root)
+    found = estimate([end], pipeline.recipe, speed, run.store.root)
+    load = sum(taken.seconds for taken in run.times if taken.stage == pipeline.model.label)
+    return replace(found, seconds={pipeline.model.label: load, **found.seconds})
 
 
 def _sample(model: TorchRunner, corpus: IntArray) -> IntArray:
