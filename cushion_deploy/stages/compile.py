@@ -85,13 +85,13 @@ class Compile(Stage[CompiledEngine]):
         """Return the size of two graphs for a plan; an engine that runs the graph itself adds only a description."""
         return 4 * spec.parameters if ENGINES[self.engine].compiles_to == "plan" else 0
 
+    def seconds(self, speed: Speed) -> float:
+        """Count every parameter: a plan is built, a graph only opened."""
+        return COMPILE_SECONDS[ENGINES[self.engine].compiles_to] * speed.spec.parameters
+
 
 def compile_options(recipe: Recipe, targets: tuple[str, ...], allow_float_linears: int = 0) -> CompileOptions:
     """Return the options of a compilation; the limits come from the recipe."""
     plans = recipe.tensorrt
     limits = plans.max_batch, plans.max_context, plans.max_prefill
     return CompileOptions(targets, *limits, allow_float_linears=allow_float_linears)
-
-    def seconds(self, speed: Speed) -> float:
-        """Count every parameter: a plan is built, a graph only opened."""
-        return COMPILE_SECONDS[ENGINES[self.engine].compiles_to] * speed.spec.parameters
