@@ -87,8 +87,8 @@ def _lines(found: Diagnosis) -> list[str]:
     lines += [
         f"static W8A8 without a prefix or other remedies: perplexity {perplexity(cost.fp)} to "
         f"{perplexity(cost.quantized)}, {percent(cost.change)} (rough: {cost.tokens:,} tokens)",
-        f"static W8A8 as this build would make it ({behind}, SmoothQuant): perplexity {perplexity(default.quantized)}, "
-        f"{percent(default.change)} (as rough)",
+        f"with {behind}{' and SmoothQuant' if found.smoothed else ''}, as a build would add them: perplexity "
+        f"{perplexity(default.quantized)}, {percent(default.change)} (as rough)",
         "",
     ]
     needed = found.resources

@@ -20,19 +20,20 @@ class Processes:
         rank: number of this process, from 0; process 0 writes files and prints.
         size: number of processes.
         local_rank: number of this process on its machine.
+        local_size: number of processes on its machine, which share its memory.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @classmethod
     def of_torchrun(cls) -> Processes:
         """Return this process among those that torchrun started, or a single one."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
-        rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return cls(rank, size, local)
+        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 
     @property
     def leads(self) -> bool:

@@ -6,6 +6,7 @@ import torch
 
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.host import free_memory
+from cushion_deploy.core.processes import SINGLE, Processes
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Compute
 
@@ -19,15 +20,15 @@ USABLE = 0.8
 """Share of the free memory that weights may fill; the rest is for activations and temporary tensors."""
 
 
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+def resolve_device(name: str, processes: Processes = SINGLE) -> torch.device:
     """Return the device that a recipe names.
 
     Args:
         name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``auto`` is the accelerator that is there.
-        local_rank: number of this process on its machine; each takes a GPU of its own.
+        processes: the processes that share the work; each takes a GPU of its own.
 
     Raises:
-        UsageError: this machine does not have the device.
+        UsageError: this machine does not have the device, or not one for every process.
     """
     kind, _, index = name.partition(":")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -37,7 +38,14 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         raise UsageError(f"device '{name}' is not available here", hint=f"choose from: {', '.join(usable())}")
     if kind != "cuda":
         return torch.device(kind)
-    number, count = int(index) if index else local_rank, torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    if processes.local_size > 1 and (index or processes.local_size > count):
+        wanted = f"all {processes.local_size} processes" if index else f"{processes.local_size} processes"
+        raise UsageError(
+            f"{wanted} cannot share device '{name}': each needs a GPU of its own, and this machine has {count}",
+            hint=f"start with --nproc-per-node {count} and --device cuda, or give --device cpu",
+        )
+    number = int(index) if index else processes.local_rank
     if number >= count:
         raise UsageError(
             f"device 'cuda:{number}' does not exist: this machine has {count} CUDA devices",
@@ -68,15 +76,18 @@ def resolve_dtype(compute: Compute, stored: Dtype) -> Dtype:
     return stored if on_gpu else "float32"
 
 
-def weight_memory(compute: Compute, device: torch.device) -> int:
-    """Return the bytes of weights that may stay on a device."""
-    return int(USABLE * free_bytes(device)) if compute.memory is None else int(compute.memory * GIB)
+def weight_memory(compute: Compute, device: torch.device, processes: Processes = SINGLE) -> int:
+    """Return the bytes of weights that may stay on a device; processes share the memory of their machine."""
+    if compute.memory is not None:
+        return int(compute.memory * GIB)
+    return int(USABLE * free_bytes(device)) // (1 if device.type == "cuda" else processes.local_size)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of memory that are free on a device."""
+    """Return the bytes of memory that are free on a device, those included that torch keeps for later tensors."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return free_memory()
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cushion_deploy.core.host import return_freed_memory
 from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
 from cushion_deploy.core.processes import SINGLE, Processes
 from cushion_deploy.core.progress import Progress, silent
@@ -62,7 +61,7 @@ def load_folder(
         UntrustedArtifact: the weights are damaged.
     """
     config = read_json(folder / "config.json", "give a Hugging Face folder")
-    family, device = check_config(config), resolve_device(compute.device, processes.local_rank)
+    family, device = check_config(config), resolve_device(compute.device, processes)
     dtype = DTYPES[resolve_dtype(compute, source.dtype)]
     checkpoint = Checkpoint(folder, family)
     module = _empty_module(folder, family, source, dtype)
@@ -70,7 +69,9 @@ def load_folder(
     _require_tensors(module, checkpoint, spec, family, source)
     checkpoint.keep(module.state_dict().keys())
     placed = PlacedWeights(module, checkpoint, family, spec, device, dtype)
-    _fill(module, placed, weight_memory(compute, device), progress)
+    for path in placed.plan(weight_memory(compute, device, processes)):
+        placed.stream(module.get_submodule(path), path)
+    placed.load(progress)
     tokenizer = _tokenizer(folder, source)
     sites = bind_sites(module, family, spec)
     return TorchRunner(spec, family, module, tokenizer, sites, checkpoint, folder, placed, processes=processes)
@@ -115,29 +116,6 @@ def _require_tensors(
                 f"{list(wanted[name].shape)}",
                 hint="fetch the model again",
             )
-
-
-def _fill(module: Any, placed: PlacedWeights, memory: int, progress: Progress) -> None:
-    """Read the weights of a module, except those of the layers that do not fit on the device."""
-    from accelerate.utils import set_module_tensor_to_device
-
-    layers = placed.plan(memory)
-    for path in layers:
-        placed.stream(module.get_submodule(path), path)
-    left_out = tuple(f"{path}." for path in layers)
-    names = [name for name in module.state_dict() if not name.startswith(left_out)]
-    with torch.inference_mode(False):
-        for done, name in enumerate(names, 1):
-            if name in placed:
-                set_module_tensor_to_device(module, name, placed.device, value=placed[name])
-            progress("loading weights", done, len(names))
-        # Buffers that no checkpoint has, such as rotary frequencies.
-        for name, buffer in list(module.named_buffers()):
-            if buffer.device != placed.device:
-                set_module_tensor_to_device(module, name, placed.device)
-    module.tie_weights()
-    module.requires_grad_(False)
-    return_freed_memory()
 
 
 def _tokenizer(folder: Path, source: ModelSource) -> Any:

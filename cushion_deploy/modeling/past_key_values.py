@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 KeysValues = list[tuple[Tensor, Tensor]]
-"""Per layer: keys and values, each float32 ``[batch, kv_heads, length, head_dim]``, keys after rotation."""
+"""Per layer: keys and values, ``[batch, kv_heads, length, head_dim]`` of the model's type, keys after rotation."""
 
 
 class ConstantPast(DynamicCache):  # type: ignore[misc]
@@ -72,10 +72,17 @@ def new_cache(past: KeysValues, batch: int, *, keep: bool) -> DynamicCache:
         batch: rows of the pass.
         keep: True for a cache that stores the states of the text, False for :class:`ConstantPast`.
     """
-    kind = DynamicCache if keep else ConstantPast
-    if length_of(past) == 0:
-        return kind()
-    return kind([(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in past])
+    rows = [tuple(states.expand(batch, -1, -1, -1) for states in layer) for layer in past if length_of(past)]
+    if keep:
+        return DynamicCache(rows) if rows else DynamicCache()
+    cache = ConstantPast()
+    for keys, values in rows:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        # Views: many caches may exist at once, and a pass copies what it reads.
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
 
 
 def length_of(past: KeysValues) -> int:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from accelerate.utils import compute_module_sizes
+from accelerate.utils import PrefixedDataset, compute_module_sizes, set_module_tensor_to_device
 from torch import Tensor, nn
 
 from cushion_deploy.core.host import return_freed_memory
 from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import Family
@@ -79,18 +80,19 @@ class PlacedWeights(Mapping[str, Tensor]):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         checkpoint: Checkpoint,
         family: Family,
         spec: ModelSpec,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Describe a module whose weights are those of the checkpoint, on the device or, to be streamed, nowhere."""
+        """Describe a module whose weights are those of the checkpoint; see :meth:`stream` and :meth:`load`."""
         self._module, self._checkpoint, self._family, self._spec = module, checkpoint, family, spec
         self.device, self.dtype = device, dtype
         self.state = WeightState()
         self._streamed: dict[nn.Module, StreamedLayer] = {}
+        self._unloaded = False
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor in the current state, on the device."""
@@ -142,6 +144,9 @@ class PlacedWeights(Mapping[str, Tensor]):
         Raises:
             UsageError: weights are quantized with another smoothing folded in.
         """
+        if self._unloaded:
+            self.state = WeightState()
+            self.load()
         if self.state.has(smoothing):
             return
         if self.state.quantized:
@@ -188,9 +193,40 @@ class PlacedWeights(Mapping[str, Tensor]):
 
     def stream(self, layer: nn.Module, path: str) -> None:
         """Read the weights of a layer whenever it runs; ``path`` is its path in the module."""
-        names = {name.removeprefix(f"{path}."): name for name in self if name.startswith(f"{path}.")}
-        self._streamed[layer] = hook = StreamedLayer(self, names)
+        self._streamed[layer] = hook = StreamedLayer(self, f"{path}.")
         add_hook_to_module(layer, hook)
+
+    @torch.inference_mode(False)
+    def load(self, progress: Progress = silent) -> None:
+        """Read the weights of all that is not streamed from the checkpoint, and move what it does not have."""
+        streamed = [hook.path for hook in self._streamed.values()]
+        names = [name for name in self._module.state_dict() if not name.startswith(tuple(streamed))]
+        for done, name in enumerate(names, 1):
+            if name in self:
+                set_module_tensor_to_device(self._module, name, self.device, value=self[name])
+            progress("loading weights", done, len(names))
+        # Buffers that no checkpoint has, such as rotary frequencies.
+        for name, buffer in list(self._module.named_buffers()):
+            if buffer.device != self.device:
+                set_module_tensor_to_device(self._module, name, self.device)
+        self._module.tie_weights()
+        self._module.requires_grad_(False)
+        self._unloaded = False
+        return_freed_memory()
+
+    def unload(self) -> None:
+        """Free the weights until the module runs again.
+
+        Raises:
+            UsageError: weights are quantized.
+        """
+        if self.state.quantized:
+            raise UsageError("quantized weights cannot be unloaded", hint="leave the simulation first")
+        for name, _ in list(self._module.named_parameters()):
+            set_module_tensor_to_device(self._module, name, "meta")
+        self._module.tie_weights()
+        self._unloaded = True
+        return_freed_memory()
 
     @property
     def streamed_layers(self) -> int:
@@ -246,16 +282,12 @@ class PlacedWeights(Mapping[str, Tensor]):
 class StreamedLayer(AlignDevicesHook):  # type: ignore[misc]
     """accelerate's hook for offloaded weights on a whole layer; the layer can be held for several calls."""
 
-    def __init__(self, weights: PlacedWeights, names: Mapping[str, str]) -> None:
-        """Read the layer's tensors, by their names in the layer, from ``weights``."""
-        by_name = _Renamed(weights, names)
+    def __init__(self, weights: PlacedWeights, path: str) -> None:
+        """Read the tensors of the layer whose names begin with ``path`` from ``weights``."""
+        by_name = PrefixedDataset(weights, path)
         super().__init__(execution_device=weights.device, offload=True, weights_map=by_name, place_submodules=True)
+        self.path = path
         self._is_held = False
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the weights that are kept on the device."""
-        return sum(p.numel() * p.element_size() for p in self._module.parameters() if not p.is_meta)
 
     @contextmanager
     def held(self, layer: nn.Module) -> Iterator[None]:
@@ -280,19 +312,3 @@ class StreamedLayer(AlignDevicesHook):  # type: ignore[misc]
         output = super().post_forward(module, output)
         return_freed_memory()
         return output
-
-
-class _Renamed(Mapping[str, Tensor]):
-    """Some tensors of a mapping under other names, read when they are asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        self._tensors, self._names = tensors, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -276,11 +276,15 @@ class TorchRunner:
         """Return the elementwise sum, maximum or minimum of a tensor over all processes; it is changed in place."""
         return reduce(tensor, reduction, self.processes)
 
+    def of_leader(self, tensor: Tensor) -> Tensor:
+        """Return the tensor that the first process has, in every process."""
+        return self.reduce(tensor if self.processes.leads else torch.zeros_like(tensor), "sum")
+
     def reduced(self, values: npt.NDArray[Any], reduction: Reduction) -> npt.NDArray[Any]:
         """Return the elementwise sum, maximum or minimum of an array over all processes."""
         if self.processes.size == 1:
             return values
-        return self.array(self.reduce(self.tensor(values.copy()), reduction))
+        return self.array(self.reduce(torch.as_tensor(values.copy()), reduction))
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Return the logits float32 ``[..., vocab]`` of last hidden states, capped as in the model."""
@@ -288,14 +292,26 @@ class TorchRunner:
         cap = self.spec.logit_cap
         return cap * torch.tanh(found / cap) if cap else found
 
-    def pieces(self, length: int) -> Iterator[slice]:
-        """Yield slices of a text of ``length`` tokens whose logits are computed at once.
+    def predictions(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the logits of all tokens but the last, in pieces: which tokens, and logits float32 ``[piece, vocab]``.
 
-        A head that is quantized gets the whole text, because a dynamic scale covers all of its tokens.
+        A head that is quantized gets the whole text at once, because a dynamic scale covers all of its tokens.
+
+        Args:
+            hidden: last hidden states ``[length, hidden]`` of one text.
         """
-        head = self.module.get_submodule(self.family.head)
-        step = length if head._forward_pre_hooks else PIECE
-        return (slice(start, min(start + step, length)) for start in range(0, length, step))
+        length = len(hidden) - 1
+        if self.module.get_submodule(self.family.head)._forward_pre_hooks:
+            yield slice(0, length), self.head_logits(hidden[None])[0, :-1]
+            return
+        for start in range(0, length, PIECE):
+            piece = slice(start, min(start + PIECE, length))
+            yield piece, self.head_logits(hidden[piece])
+
+    def wait(self) -> None:
+        """Wait until a GPU has done all work, so that it can be timed."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
     def compute_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
@@ -327,8 +343,8 @@ class TorchRunner:
         tokens = self.tensor(ids)
 
         def score(number: int, hidden: Tensor) -> None:
-            for piece in self.pieces(ids.shape[1] - 1):
-                logits, targets = self.head_logits(hidden[:, piece])[0], tokens[number, 1:][piece]
+            for piece, logits in self.predictions(hidden[0]):
+                targets = tokens[number, 1:][piece]
                 found[number, piece] = nn.functional.cross_entropy(logits, targets, reduction="none")
 
         self.sweep(self.batches(ids, None, 1), self.past(prefix), after=score, progress=progress, task=task)

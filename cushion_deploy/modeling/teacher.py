@@ -68,8 +68,7 @@ class Teacher:
 
         def score(number: int, states: Tensor) -> None:
             teacher = self.hidden[windows[number].tobytes()]
-            for piece in model.pieces(length):
-                logits = model.head_logits(states[0, piece])
+            for piece, logits in model.predictions(states[0]):
                 # In small parts, because passes over all logits of a piece would take longer than the model.
                 for start in range(piece.start, piece.stop, PIECE):
                     part = slice(start, min(start + PIECE, piece.stop))

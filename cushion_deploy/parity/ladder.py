@@ -35,6 +35,8 @@ PERPLEXITY = 0.005
 """Relative difference of perplexity between engine and fake-quant, on top of two standard errors of the difference."""
 DECODE_LOGITS = 1e-3
 GREEDY_TOKENS = 32
+PIECE = 128
+"""Tokens whose logits are in memory at once."""
 # float16 has 11 bits of precision: one rounding moves a code q by up to |q| / 2048, and the code flips with a
 # probability equal to the mean distance moved: 1 % for |q| of 20. In attention, rounding a score s changes its weight
 # by |s| / 2048 of it, so more than one code is possible. Measured at the lowest Site: 99.2 % identical in SmolLM2; in
@@ -87,7 +89,7 @@ def float_rung(reference: TorchReference, twin: ExportedGraph, inputs: Callable[
         twin: the graph without Q/DQ.
         inputs: returns the input of each Site in transformers; called only if a check fails, to find the Site.
     """
-    session = open_session(twin, chunk=reference.ids.shape[1])
+    session = open_session(twin, chunk=reference.ids.shape[1], prepack=False)
     logits = session.run(reference.ids, need_logits="all")
     distance = compare_logits(reference.float_logits, _required(logits))
     rung = "float graph against transformers"
@@ -123,6 +125,7 @@ def plan_rung(rung: str, reference: TorchReference, run: SegmentRun, plan: Segme
     room = plan.room
     ids, forced = reference.ids[:, :room], {site: c[:, :room] for site, c in reference.codes.items()}
     logits, codes, _ = run(ids, forced)
+    run.close()
     plan_logits, plan_codes, _ = plan(ids, forced)
     distances = compare_codes(codes, plan_codes)
     distance = compare_logits(logits, plan_logits)
@@ -150,9 +153,7 @@ def engine_rung(
     """
     losses = []
     for done, window in enumerate(reference.windows, 1):
-        session.reset()
-        logits = _required(session.run(window[None], need_logits="all"))
-        losses.append(nll_of_logits(logits, window[None])[0])
+        losses.append(_losses(session, window))
         progress("perplexity of the engine", done, len(reference.windows))
     difference = (np.stack(losses) - reference.quantized_nll).astype(np.float64).ravel()
     change, error = float(difference.mean()), float(difference.std() / math.sqrt(difference.size))
@@ -171,6 +172,16 @@ def engine_rung(
         where = f"first diverging Site: {site}" if site else "no segment diverges"
         check = replace(check, site=site, note=f"on rung '{segments[0].rung}', {where}; {note}")
     return [check], math.exp(float(np.stack(losses).mean(dtype=np.float64)))
+
+
+def _losses(session: DecoderSession, window: IntArray) -> FloatArray:
+    """Return the losses of tokens 1.. of a window int64 ``[n]``, fed in pieces as a long prompt would be."""
+    session.reset()
+    found = []
+    for start in range(0, len(window), PIECE):
+        logits = _required(session.run(window[None, start : start + PIECE], need_logits="all"))
+        found.append(nll_of_logits(logits, window[None, start : start + PIECE + 1])[0])
+    return np.concatenate(found)
 
 
 def decode_rung(rung: str, ids: IntArray, session: DecoderSession, tokens: int) -> list[ParityCheck]:

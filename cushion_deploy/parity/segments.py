@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,13 +46,22 @@ class SegmentRun:
     """
 
     def __init__(self, graph: ExportedGraph, scales: ActivationScales, kernels: Kernels) -> None:
-        """Cut the graph and open a session of it."""
+        """Cut the graph; a session of it is opened when it runs."""
         self.graph, self.scales = graph, scales
         kv = read_cached_scales(graph)
         # Axes of a cache are [1, kv_heads, n, head_dim], those of its codes here [1, n, kv_heads, head_dim].
         self.cached = {kv_site(i, part): s[:, None, None] for i, part, s in kv.rows()} if kv else {}
         self.sites = (*graph.sites, *self.cached)
-        self.session = edited_session(graph, lambda model: _cut(model, self.sites), kernels)
+        self._kernels = kernels
+
+    @cached_property
+    def session(self) -> Any:
+        """The session of the cut graph."""
+        return edited_session(self.graph, lambda model: _cut(model, self.sites), self._kernels)
+
+    def close(self) -> None:
+        """Free the session until the graph runs again: two cut graphs of a large model need not fit into memory."""
+        self.__dict__.pop("session", None)
 
     @property
     def room(self) -> int | None:
@@ -102,6 +112,8 @@ def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: K
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # Without the arena, which would keep what the largest run needed.
+    options.enable_cpu_mem_arena = False
     if kernels == "literal":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in (LITERAL_CONFIG if kernels == "literal" else SESSION_CONFIG).items():

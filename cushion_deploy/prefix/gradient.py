@@ -123,12 +123,13 @@ def gradient_changes(
     embed = model.module.get_input_embeddings()
     slot = start.clone().requires_grad_()
     value = smooth_objective(model, past, text[:TEXT_TOKENS], slot, objective)
-    (gradient,) = torch.autograd.grad(value, slot)
-    gradient /= value.detach()
+    # Divided before the backward pass, in which the objective of a model with sinks would overflow float16.
+    (gradient,) = torch.autograd.grad(value / value.detach(), slot)
     tokens = model.arange(0, model.spec.vocab_size)
     changes = torch.cat([(embed(ids).float() - start) @ gradient for ids in tokens.split(CHUNK)])  # type: ignore[no-untyped-call]
     progress(task, 1, 1)
-    return model.array(changes)
+    # Backward passes are not reproducible on a GPU, and all processes need the same candidates.
+    return model.array(model.of_leader(changes))
 
 
 def mean_embedding(model: TorchRunner) -> Tensor:

@@ -30,7 +30,7 @@ class RowObjective:
     text and count for neither, nor do text tokens that are not in ``kept``.
 
     Attributes:
-        totals: the objective so far, float64 ``[rows]``.
+        totals: the objective so far, float64 ``[rows]`` (float32 on a device without float64).
     """
 
     def __init__(

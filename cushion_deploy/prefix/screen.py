@@ -35,7 +35,7 @@ def sink_depth(model: TorchRunner, rng: np.random.Generator) -> int:
     """
     vocabulary, layers = model.spec.vocab_size, model.spec.num_layers
     sample = rng.choice(vocabulary, size=min(DEPTH_SAMPLE, vocabulary), replace=False)
-    return _depth_needed(_layer_maxima(model, [], sample, layers, DEPTH_SAMPLE))
+    return _depth_needed(model.host(_layer_maxima(model, [], sample, layers, DEPTH_SAMPLE)))
 
 
 @torch.inference_mode()

@@ -180,7 +180,7 @@ class PrefixSearch:
         vocabulary, begin = self.model.spec.vocab_size, time.monotonic() - seconds
         for start in range(len(scores), vocabulary, SCAN_CHUNK):
             scores += self._score(past, text, range(start, min(start + SCAN_CHUNK, vocabulary)))
-            if file:
+            if file and self.model.processes.leads:
                 replace_file(file, json.dumps({"scores": scores, "seconds": time.monotonic() - begin}).encode())
             self.progress("scanning the vocabulary", len(scores), vocabulary)
         return self._ranked(list(range(vocabulary)), scores, ["scan"] * vocabulary)

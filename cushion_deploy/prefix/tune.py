@@ -203,7 +203,8 @@ class PrefixTuning:
         with ExitStack() as stack:
             stack.enter_context(replaced(self.model, transform, self.sites))
             stack.enter_context(quantized_weights(self.model, self.sites))
-            if self.config.checkpointing:
+            # The weights of streamed layers must not wait for the backward pass either.
+            if self.config.checkpointing or self.model.placed.streamed_layers:
                 stack.enter_context(checkpointed(self.model.layers))
             yield
 

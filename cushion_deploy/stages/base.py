@@ -128,6 +128,8 @@ class Stage(Node[T]):
     version: ClassVar[int]
     shared: ClassVar[bool] = False
     """Whether several processes share its work; a stage that is not shared runs in the first of them."""
+    runs_model: ClassVar[bool] = True
+    """Whether it runs a model that is among its inputs."""
 
     @property
     def label(self) -> str:

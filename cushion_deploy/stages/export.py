@@ -40,6 +40,7 @@ class Export(Stage[ExportedGraph]):
 
     name: ClassVar[str] = "export"
     version: ClassVar[int] = 1
+    runs_model: ClassVar[bool] = False
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     form: GraphForm
@@ -65,6 +66,8 @@ class Export(Stage[ExportedGraph]):
         from cushion_deploy.export.write import export_graph
 
         model, quantization = inputs.get(self.model), inputs.get(self.quantization)
+        # Only the checkpoint is read, and the memory is needed for the graph.
+        model.placed.unload()
         with elapsed(inputs.progress, f"exporting the {self.form.dtype} graph"):
             form = self.final_form(quantization.prefix.length, model.spec.max_positions)
             graph = export_graph(model.spec, model.weights, quantization, form, out)

@@ -94,6 +94,7 @@ class DescribeModel(Stage[ModelFiles]):
 
     name: ClassVar[str] = "tokenizer"
     version: ClassVar[int] = 1
+    runs_model: ClassVar[bool] = False
     model: Node[TorchRunner]
     generation: str
 

@@ -120,6 +120,8 @@ class Parity(Stage[ParityResult]):
         evaluation = self.evaluation
         windows = evaluation_windows(model, inputs.get(self.evaluation_text), evaluation.window, evaluation.max_tokens)
         reference = torch_reference(original, quantization, ids, windows, inputs.progress)
+        # The other rungs need the memory, and the model only to name the Site of a failed check.
+        original.placed.unload()
         graph = inputs.get(self.graph)
         plans = inputs.get(self.plans).graphs
         require_space(folder, 4 * model.spec.parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -146,7 +147,9 @@ class Run:
         self._leader_says(True)
 
     def _ran_on(self, stage: Stage[T]) -> str:
-        """Return on what the models among a stage's inputs run; empty if there are none."""
+        """Return on what the models among a stage's inputs run; empty if it runs none."""
+        if not stage.runs_model:
+            return ""
         inputs = (*stage.inputs.values(), *stage.helpers.values())
         found = [node.ran_on(self._artifacts[node]) for node in inputs if node in self._artifacts]
         together = f", {self.processes.size} processes" if self.processes.size > 1 and stage.shared else ""
@@ -163,6 +166,8 @@ class Run:
         if node.exclusive:
             for other in [found for found in self._artifacts if type(found) is type(node)]:
                 del self._artifacts[other]
+            # Hooks of streamed layers are reference cycles.
+            gc.collect()
         return node.make(inputs)
 
     @contextmanager

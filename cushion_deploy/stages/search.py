@@ -73,11 +73,16 @@ class Search(Stage[FoundPrefix]):
 
     def seconds(self, speed: Speed) -> float:
         """Sum the text without candidates, the screen, the rungs of the candidates and the audit."""
+        from cushion_deploy.prefix.search import FINALISTS, KEEP, RUNGS
+
         config, vocabulary = self.search, speed.spec.vocab_size
+        if config.mode == "exhaustive":
+            # The last step finds nothing.
+            return (1 + speed.search_steps) * vocabulary * (config.text_tokens + 1) * speed.scored
         screened = min(config.screen_tokens or vocabulary, vocabulary) * speed.depth * speed.screened
         candidates = config.random_candidates + config.screen_candidates + config.gradient_candidates
-        filtered = candidates * (64 + 20) * speed.depth * speed.scored
-        exact = (12 + config.audit_tokens) * config.text_tokens * speed.scored
+        filtered = candidates * (RUNGS[0] + KEEP[0] * RUNGS[1]) * speed.depth * speed.scored
+        exact = (FINALISTS + config.audit_tokens) * config.text_tokens * speed.scored
         return 3 * config.text_tokens * speed.scored + speed.search_steps * (screened + filtered + exact)
 
 

@@ -57,7 +57,9 @@ def attention_shares(model: TorchRunner, prefix: Prefix, ids: IntArray) -> list[
     """
     with _open_attention(model.module):
         out = model.run(model.tensor(ids), model.past(prefix), head=False, output_attentions=True)
-    return [_shares(layer, weights[0, :, 1:], prefix.length) for layer, weights in enumerate(out.attentions)]
+    return [
+        _shares(layer, model.host(weights)[0, :, 1:], prefix.length) for layer, weights in enumerate(out.attentions)
+    ]
 
 
 def _shares(layer: int, weights: Tensor, prefix: int) -> dict[str, float]:

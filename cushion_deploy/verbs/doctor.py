@@ -55,6 +55,7 @@ class Diagnosis:
         likely_prefix: the text of the prefix tokens that ``default_cost`` was measured behind.
         cost: cost of static W8A8 without a prefix and without other remedies.
         default_cost: cost with a common token as a prefix, if one pays, and the recipe's smoothing.
+        smoothed: whether the recipe has a smoothing.
         resources: resources that a build needs on this machine.
         engines: availability of every engine.
         warnings: one sentence each.
@@ -70,6 +71,7 @@ class Diagnosis:
     largest_residual: float
     cost: Cost
     default_cost: Cost
+    smoothed: bool
     resources: Resources
     engines: tuple[Availability, ...]
     warnings: tuple[str, ...] = field(default=())
@@ -124,6 +126,7 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
         largest_residual=_largest_residual(model, whole),
         cost=trial.plain(floating),
         default_cost=trial.remedied(floating, model.compute_prefix(likely)),
+        smoothed=recipe.smoothing.alpha is not None,
         resources=estimate_build(pipeline, run, windows),
         engines=availabilities(),
     )

@@ -106,7 +106,7 @@ class Scored:
     """The texts and tasks that every column is scored on.
 
     Attributes:
-        texts: texts as given with ``--text``.
+        texts: texts as given with ``--data``.
         suite: zero-shot tasks; None for no tasks.
         limit: rows of each task; None for all.
         threads: threads of the engine.

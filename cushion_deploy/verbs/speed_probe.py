@@ -49,12 +49,12 @@ class SpeedProbe:
         model, windows = self.model, self.windows[:1]
         none = Prefix.empty(model.spec)
         batches, past = model.batches(windows, None, 1), model.past(none)
-        layers = _median(lambda: model.sweep(batches, past)) / windows.size
+        layers = self._median(lambda: model.sweep(batches, past)) / windows.size
         teacher = Teacher(model, none)
         teacher.remember(windows)
-        compared = _median(lambda: teacher.compare(model, none, windows)) / windows.size
+        compared = self._median(lambda: teacher.compare(model, none, windows)) / windows.size
         everything = np.ones_like(windows)
-        observed = _median(lambda: observe_sites(model, none, windows, everything)) / windows.size
+        observed = self._median(lambda: observe_sites(model, none, windows, everything)) / windows.size
         depth = sink_depth(model, np.random.default_rng([self.recipe.seed, 2]))
         quantized, swap = self._simulated(teacher, windows)
         return Speed(
@@ -83,20 +83,20 @@ class SpeedProbe:
         begin = time.perf_counter()
         with simulated(model, PRECISIONS["w8a8"], scales):
             entered = time.perf_counter()
-            quantized = _median(lambda: teacher.compare(model, none, windows)) / windows.size
+            quantized = self._median(lambda: teacher.compare(model, none, windows)) / windows.size
             left = time.perf_counter()
         return quantized, entered - begin + time.perf_counter() - left
 
     def _scored(self) -> float:
         text, tokens = self.windows[0, :SCORED_TOKENS], list(range(min(SCORED, self.model.spec.vocab_size)))
         objective = self.recipe.search.objective
-        seconds = _median(lambda: score_candidates(self.model, [], text, tokens, objective))
+        seconds = self._median(lambda: score_candidates(self.model, [], text, tokens, objective))
         return seconds / (len(tokens) * (len(text) + 1))
 
     def _screened(self, depth: int) -> float:
         """Return the seconds of a token through all layers, alone in its row."""
         tokens = np.arange(min(SCREENED, self.model.spec.vocab_size))
-        seconds = _median(lambda: self_sink_sizes(self.model, [], tokens, depth))
+        seconds = self._median(lambda: self_sink_sizes(self.model, [], tokens, depth))
         return seconds / len(tokens) * self.model.spec.num_layers / depth
 
     def _search_steps(self) -> int:
@@ -105,12 +105,12 @@ class SpeedProbe:
         before = score_prefix(self.model, [], text, search.objective)
         return int(not cannot_pay(floor_of(self.model, [], text, search.objective, before), search.tau))
 
-
-def _median(action: Callable[[], object]) -> float:
-    """Return the seconds of an action: of its first run if that is long, else the median of the runs after it."""
-    times: list[float] = []
-    while not times or (times[0] < LONG and len(times) <= REPEATS):
-        begin = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:] or times)
+    def _median(self, action: Callable[[], object]) -> float:
+        """Return the seconds of an action: of its first run if that is long, else the median of the runs after it."""
+        times: list[float] = []
+        while not times or (times[0] < LONG and len(times) <= REPEATS):
+            begin = time.perf_counter()
+            action()
+            self.model.wait()
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times[1:] or times)

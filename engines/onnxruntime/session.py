@@ -52,18 +52,20 @@ def open_session(
     fused: bool = True,
     chunk: int = CHUNK,
     provider: Provider = CPU,
+    prepack: bool = True,
 ) -> OnnxRuntimeSession:
     """Open a session of a graph, with the prefix and scales of its cache read from beside it.
 
     Args:
         graph: graph of a verified bundle, or one just written.
-        threads, fused, chunk, provider: see :class:`~cushion_deploy.engines.onnxruntime.settings.SessionSettings`.
+        threads, fused, chunk, provider, prepack: see
+            :class:`~cushion_deploy.engines.onnxruntime.settings.SessionSettings`.
 
     Raises:
         UsageError, UntrustedArtifact, MissingDependency: see :class:`OnnxRuntimeSession`, ``read_cached_prefix`` and
             ``read_cached_scales``.
     """
-    settings = SessionSettings(threads, fused, chunk, provider)
+    settings = SessionSettings(threads, fused, chunk, provider, prepack)
     prefix, kv = cached_prefix(graph), cached_scales(graph)
     return OnnxRuntimeSession(graph.path, graph.contract, settings, prefix=prefix, kv=kv)
 

@@ -56,6 +56,7 @@ class SessionSettings:
         fused: False runs the graph as written, Q and DQ as separate nodes: the slow reference.
         chunk: most prompt tokens in one call. A prompt fed in chunks skips most of what the causal mask would discard.
         provider: execution provider; nodes that a GPU provider does not support run on the CPU.
+        prepack: False keeps no second copy of the weights in the layout of the kernels: half the memory, and slower.
 
     Raises:
         UsageError: a value below 1.
@@ -65,6 +66,7 @@ class SessionSettings:
     fused: bool = True
     chunk: int = CHUNK
     provider: Provider = CPU
+    prepack: bool = True
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
@@ -92,6 +94,8 @@ def session_options(settings: SessionSettings = DEFAULTS) -> Any:
     # worker threads through every session. So every session carries the entry.
     for key, value in SESSION_CONFIG.items():
         options.add_session_config_entry(key, value)
+    if not settings.prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if not settings.fused:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,28 @@ def test_eval_in_two_processes_prints_the_losses_of_one(planted_folder: Path, tm
     assert [code for code, _, _ in results] == [0, 0], results
     one, two = (json.loads(out) for _, out, _ in results)
     assert one["texts"] == two["texts"]
+
+
+def test_eval_of_a_bundle_in_two_processes_runs_its_engine_once(planted_bundle: Any, tmp_path: Path) -> None:
+    text = text_file(tmp_path)
+    arguments = (
+        "eval",
+        planted_bundle.bundle,
+        "--data",
+        text,
+        "--window",
+        64,
+        "--max-tokens",
+        192,
+        "--json",
+        "--quiet",
+    )
+    results = [finished(start(tmp_path / str(n), n, ("-m", "cushion_deploy"), *arguments)) for n in (1, 2)]
+    assert [code for code, _, _ in results] == [0, 0], results
+    one, two = (json.loads(out) for _, out, _ in results)
+    assert one["columns"] == ["fp", "fp-prefix", "quantized", "quantized-prefix", "engine"]
+    assert one["texts"] == two["texts"]
+    assert one["agreement"] == two["agreement"]
 
 
 def test_a_scan_that_was_killed_in_two_processes_goes_on_in_one(planted_folder: Path, tmp_path: Path) -> None:
