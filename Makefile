@@ -22,7 +22,7 @@ test: $(VENV)/.test $(VENV)/optimum/.done $(MODEL)
 
 # For a machine with an NVIDIA GPU; elsewhere it prints 'not run: no GPU'.
 test-gpu: $(VENV)/.test
-	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m pytest -m gpu
 
 lint:
 	$(BIN)/ruff check .

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from accelerate.utils import PrefixedDataset, compute_module_sizes, set_module_tensor_to_device
+from accelerate.hooks import add_hook_to_module
+from accelerate.utils import compute_module_sizes, set_module_tensor_to_device
 from torch import Tensor, nn
 
 from cushion_deploy.core.host import return_freed_memory
@@ -26,6 +26,7 @@ from cushion_deploy.families import Family
 from cushion_deploy.families.folding import FoldedWeights
 from cushion_deploy.modeling.checkpoint import Checkpoint
 from cushion_deploy.modeling.fakequant import fake_quantize_weight
+from cushion_deploy.modeling.streamed_layer import StreamedLayer
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class PlacedWeights(Mapping[str, Tensor]):
 
     def stream(self, layer: nn.Module, path: str) -> None:
         """Read the weights of a layer whenever it runs; ``path`` is its path in the module."""
-        self._streamed[layer] = hook = StreamedLayer(self, f"{path}.")
+        self._streamed[layer] = hook = StreamedLayer(self, f"{path}.", self.device)
         add_hook_to_module(layer, hook)
 
     @torch.inference_mode(False)
@@ -277,38 +278,3 @@ class PlacedWeights(Mapping[str, Tensor]):
                 # In place, because memory that is freed between others is not returned to the system.
                 getattr(owner, attribute).copy_(self[name])
         return_freed_memory()
-
-
-class StreamedLayer(AlignDevicesHook):  # type: ignore[misc]
-    """accelerate's hook for offloaded weights on a whole layer; the layer can be held for several calls."""
-
-    def __init__(self, weights: PlacedWeights, path: str) -> None:
-        """Read the tensors of the layer whose names begin with ``path`` from ``weights``."""
-        by_name = PrefixedDataset(weights, path)
-        super().__init__(execution_device=weights.device, offload=True, weights_map=by_name, place_submodules=True)
-        self.path = path
-        self._is_held = False
-
-    @contextmanager
-    def held(self, layer: nn.Module) -> Iterator[None]:
-        """Read the weights once, and keep them until the end of the context."""
-        super().pre_forward(layer)
-        self._is_held = True
-        try:
-            yield
-        finally:
-            self._is_held = False
-            super().post_forward(layer, None)
-            return_freed_memory()
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Read the weights unless they are held."""
-        return (args, kwargs) if self._is_held else super().pre_forward(module, *args, **kwargs)
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Drop the weights unless they are held."""
-        if self._is_held:
-            return output
-        output = super().post_forward(module, output)
-        return_freed_memory()
-        return output

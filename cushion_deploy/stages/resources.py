@@ -14,12 +14,12 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Node, Speed, Stage, nodes_behind
 
 GIB = 1 << 30
-LIBRARIES = GIB * 3 // 4
+LIBRARIES = 620 << 20
 """Memory of a process that has loaded torch, transformers and ONNX Runtime."""
 CALIBRATED_ROWS, ACTIVATION_COPIES = 4, 6
 """Windows in a pass of the calibration, and states of a layer that exist at once."""
-LOGIT_TOKENS, LOGIT_COPIES, CUT_GRAPHS = 128, 4, 2
-"""Tokens whose logits are computed at once, their copies, and graphs that the parity ladder has open at once."""
+LOGIT_TOKENS, LOGIT_COPIES = 128, 4
+"""Tokens whose logits are computed at once, and copies of them while they are compared."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,13 @@ def compute_memory(speed: Speed, recipe: Recipe) -> int:
 
 
 def parity_memory(speed: Speed, recipe: Recipe) -> int:
-    """Return the approximate peak of the parity ladder, which holds the model in float32 and two cut graphs of it."""
+    """Return the approximate peak of the parity ladder: a cut graph, its results, and the logits of torch."""
     spec, tokens = speed.spec, recipe.parity.tokens
-    attention = spec.num_heads * spec.head_dim
-    inputs = 2 * spec.hidden_size + attention + spec.intermediate_size
-    projections = spec.hidden_size * (2 * attention + 2 * spec.num_kv_heads * spec.head_dim)
-    linears = projections + 3 * spec.hidden_size * spec.intermediate_size
-    # Dequantized weights, and the value before and after every cut.
-    graph = 4 * spec.num_layers * (linears + 2 * tokens * inputs)
-    logits = LOGIT_COPIES * 4 * tokens * spec.vocab_size
-    return LIBRARIES + 4 * spec.parameters + CUT_GRAPHS * graph + logits
+    inputs = 2 * spec.hidden_size + spec.num_heads * spec.head_dim + spec.intermediate_size
+    cuts = 2 * 4 * tokens * spec.num_layers * inputs
+    logits = (2 + LOGIT_COPIES) * 4 * tokens * spec.vocab_size
+    # INT8 weights and, beside them, the same dequantized.
+    return LIBRARIES + 5 * spec.parameters + cuts + logits
 
 
 def _existing(path: Path) -> Path:

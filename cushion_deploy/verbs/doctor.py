@@ -33,8 +33,10 @@ from cushion_deploy.stages.windows import longest_prefix
 from cushion_deploy.verbs.speed_probe import SpeedProbe
 from cushion_deploy.verbs.trial import EVERY, Cost, Trial
 
-SAMPLES, SAMPLE_TOKENS, EXAMINED = 16, 256, 4
+SAMPLES, SAMPLE_TOKENS, EXAMINED = 12, 256, 4
 """Windows that static INT8 is tried on, tokens in each, and windows that sinks are looked for in."""
+RELIEF_TOKENS = 128
+"""Tokens of text that common tokens are tried before."""
 HALF_RESIDUAL = 30_000
 COSTLY = 0.1
 """Relative increase of the perplexity above which a model without sinks gets a warning."""
@@ -165,7 +167,7 @@ def best_common_token(
         progress: receives progress.
     """
     config, candidates = recipe.search, obvious_tokens(model)
-    text = draw_text(corpus, min(config.text_tokens, tokens), recipe.seed, 0)
+    text = draw_text(corpus, min(config.text_tokens, tokens, RELIEF_TOKENS), recipe.seed, 0)
     before = score_prefix(model, [], text, config.objective)
     scores = score_candidates(model, [], text, candidates, config.objective, progress=progress)
     best = min(range(len(scores)), key=scores.__getitem__)

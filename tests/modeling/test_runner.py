@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families.folding import absorbers
+from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.past_key_values import new_cache
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.modeling.source import resolve_source
 
 TOKENS = (7, 1, 300)
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -204,3 +208,17 @@ def test_no_other_view_runs_while_weights_are_quantized(tiny_model: TorchRunner,
             tiny_model.logits(ids, none)
         assert not np.array_equal(folded.logits(ids, none), before)
     np.testing.assert_array_equal(folded.logits(ids, none), before)
+
+
+def test_unloaded_weights_come_back_with_the_next_pass(tiny_folder: Path, plain_ids: IntArray) -> None:
+    model, ids = load_folder(tiny_folder, resolve_source(str(tiny_folder))), plain_ids[None, :8]
+    none = Prefix.empty(model.spec)
+    before, folded = model.logits(ids, none), model.folded(smoothing_of(model, 2.0))
+    after = folded.logits(ids, none)
+    with simulated(folded, QuantScheme(), None), pytest.raises(UsageError, match="cannot be unloaded"):
+        model.placed.unload()
+    for view, expected in ((model, before), (folded, after)):
+        model.placed.unload()
+        assert all(p.is_meta for p in model.transformer.parameters())
+        assert model.placed.resident_bytes == 0
+        np.testing.assert_array_equal(view.logits(ids, none), expected)
