@@ -14,7 +14,8 @@ the error that an average token removes, so the gradient points to tokens that r
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -85,6 +86,18 @@ def smooth_objective(
         slot: float32 ``[hidden]``, the input embedding at the position after p.
         objective: the objective to approximate.
     """
+    with differentiable_objective(model, past, text, slot, objective) as total:
+        return total
+
+
+@contextmanager
+def differentiable_objective(
+    model: TorchRunner, past: KeysValues, text: IntArray, slot: Tensor, objective: Objective
+) -> Iterator[Tensor]:
+    """Yield what :func:`smooth_objective` returns; take its gradient within the context.
+
+    The layers of a streamed model run again for the gradient, under the same hooks: autograd would keep their weights.
+    """
     measured = SmoothObjective(objective, skip=1)
     embeddings = torch.cat([slot[None].to(model.dtype), model.module.get_input_embeddings()(model.tensor(text))])
     layers = {site: linears for site, linears in model.sites.items() if site != HEAD_SITE}
@@ -93,7 +106,7 @@ def smooth_objective(
         if model.placed.streamed_layers:
             stack.enter_context(checkpointed(model.layers))
         model.run(embeddings[None], past, head=False)
-    return measured.total
+        yield measured.total
 
 
 def gradient_changes(
@@ -122,9 +135,9 @@ def gradient_changes(
     progress(task, 0, 1)
     embed = model.module.get_input_embeddings()
     slot = start.clone().requires_grad_()
-    value = smooth_objective(model, past, text[:TEXT_TOKENS], slot, objective)
-    # Divided before the backward pass, in which the objective of a model with sinks would overflow float16.
-    (gradient,) = torch.autograd.grad(value / value.detach(), slot)
+    with differentiable_objective(model, past, text[:TEXT_TOKENS], slot, objective) as value:
+        # Divided before the backward pass, in which the objective of a model with sinks would overflow float16.
+        (gradient,) = torch.autograd.grad(value / value.detach(), slot)
     tokens = model.arange(0, model.spec.vocab_size)
     changes = torch.cat([(embed(ids).float() - start) @ gradient for ids in tokens.split(CHUNK)])  # type: ignore[no-untyped-call]
     progress(task, 1, 1)

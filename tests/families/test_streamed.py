@@ -14,12 +14,16 @@ from cushion_deploy.calib.kv_cache import observe_cache
 from cushion_deploy.calib.smooth import channel_maxima, choose_factors
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.modeling.sample import sample_text
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.modeling.source import resolve_source
-from cushion_deploy.recipe import Compute
+from cushion_deploy.prefix.search import PrefixSearch
+from cushion_deploy.prefix.tune import PrefixTuning
+from cushion_deploy.recipe import Compute, Search, Tuning
 
 LoadVariant = Callable[[str], TorchRunner]
 
@@ -91,3 +95,23 @@ def test_as_many_layers_stay_as_the_memory_allows(planted_folder: Path) -> None:
         for share in (1.0, 0.99, 0.0)
     ]
     assert streamed == [0, 2, 3]
+
+
+def test_search_and_tuning_find_the_same_in_a_streamed_model(planted_folder: Path, plain_ids: IntArray) -> None:
+    source, windows = resolve_source(str(planted_folder)), plain_ids[:128].reshape(4, 32)
+    settings = Search(text_tokens=64, random_candidates=8, screen_candidates=8, gradient_candidates=8, audit_tokens=4)
+    results = []
+    for memory in (None, 0.0):
+        model = load_folder(planted_folder, source, compute=Compute(device="cpu", memory=memory))
+        prefix, trace = PrefixSearch(model, plain_ids, settings).run()
+        histograms = observe_sites(model, prefix, windows, np.ones_like(windows))
+        scales = choose_scales(histograms, RangeEstimator("max"), model.lineage(prefix), 1)
+        start = Quantization(prefix, QuantScheme(), scales)
+        tuned, _, states = PrefixTuning(model, start, windows[:3], windows[3:], Tuning(epochs=1, batch=3)).run()
+        results.append((prefix, trace.steps, sample_text(model, 3), tuned, states.states))
+    one, other = results
+    assert one[0].token_ids == other[0].token_ids
+    assert one[1] == other[1]
+    assert one[2] == other[2]
+    np.testing.assert_array_equal(one[3].keys, other[3].keys)
+    assert one[4] == other[4]
