@@ -130,6 +130,15 @@ def tiny_model(tiny_folder: Path) -> TorchRunner:
     return load_folder(tiny_folder, resolve_source(str(tiny_folder)))
 
 
+@pytest.fixture(scope="session")
+def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a random Llama of 87 million parameters, 346 MB in float32; not to be changed."""
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 10, "head_dim": 64}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 4}
+    rest = {"initializer_range": 0.02, "max_position_embeddings": 1024}
+    return write_tiny(tmp_path_factory.mktemp("large"), **shape, **heads, **rest)
+
+
 @dataclass(frozen=True)
 class Plant:
     """A sink that was written into a model on purpose.

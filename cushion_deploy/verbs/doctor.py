@@ -175,10 +175,12 @@ def best_common_token(
 
 
 def estimate_build(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources:
-    """Return the resources of a build with every engine that can compile on this machine."""
+    """Return the resources of a build with the recipe's engines, of those that can compile on this machine."""
     model = run.get(pipeline.model)
     speed = SpeedProbe(model, windows, pipeline.recipe).speed()
-    engines = tuple(engine.name for engine in availabilities() if engine.compiles)
+    wanted = pipeline.recipe.engines
+    compiling = [engine.name for engine in availabilities() if engine.compiles]
+    engines = tuple(name for name in compiling if wanted is None or name in wanted)
     end = pipeline.build(engines, compile_options(pipeline.recipe, ()), Path("bundle"))
     found = estimate([end], pipeline.recipe, speed, run.store.root)
     load = sum(taken.seconds for taken in run.times if taken.stage == pipeline.model.label)

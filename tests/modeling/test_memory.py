@@ -6,20 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-SHAPE = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 10,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "initializer_range": 0.02,
-    "max_position_embeddings": 1024,
-}
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -59,13 +48,6 @@ ACTIVATIONS = 4 * (4 * 768 * 3072 + 6 * 4 * 64 * 3072)
 """Bytes of the largest weight four times and of the widest states six times, in float32: what exists for a moment."""
 
 
-@pytest.fixture(scope="module")
-def large(tiny_writer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a random model of 346 MB in float32."""
-    folder: Path = tiny_writer(tmp_path_factory.mktemp("large"), None, "llama", **SHAPE)
-    return folder
-
-
 def measured(tiny: Path, folder: Path, memory: float | None = None) -> dict[str, float]:
     """Return the bytes of the weights, and the growth of the peak of a process that uses the model for everything."""
     line = [sys.executable, "-c", PROGRAM, str(tiny), str(folder), json.dumps(memory)]
@@ -76,15 +58,15 @@ def measured(tiny: Path, folder: Path, memory: float | None = None) -> dict[str,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_the_peak_is_at_most_1_3_times_the_weights(tiny_folder: Path, large: Path) -> None:
-    found = measured(tiny_folder, large)
+def test_the_peak_is_at_most_1_3_times_the_weights(tiny_folder: Path, large_folder: Path) -> None:
+    found = measured(tiny_folder, large_folder)
     assert found["weights"] > 3e8
     assert found["grown"] <= 1.3 * found["weights"] + ACTIVATIONS
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_a_streamed_model_needs_the_memory_of_one_layer(tiny_folder: Path, large: Path) -> None:
-    found = measured(tiny_folder, large, 0.0)
+def test_a_streamed_model_needs_the_memory_of_one_layer(tiny_folder: Path, large_folder: Path) -> None:
+    found = measured(tiny_folder, large_folder, 0.0)
     layer = 4 * (768 * (768 * 2 + 2 * 256) + 3 * 768 * 3072)
     assert found["weights"] < 1e7, "only what is no layer stays"
     assert found["grown"] <= 2 * layer + found["weights"] + ACTIVATIONS
