@@ -51,6 +51,7 @@ class DecoderGraph:
         scales, scheme = quantization.scales, quantization.scheme
         self.scales = scales.of(scheme.of(self.sites)) if scales else {}
         self.kv_scales = quantization.kv_scales
+        self.kept = quantization.prefix.kept
         self.prefix = BakedPrefix(self.g, Prefix.empty(spec) if form.prefix == "cache" else quantization.prefix)
 
     def build(self) -> ir.Model:
@@ -68,7 +69,7 @@ class DecoderGraph:
             if rotary is not None
         }
         kept = self.prefix.extend_mask(mask)
-        masks = AttentionMasks(g, spec, self.family, grouped=not is_one_operator(spec, cache))
+        masks = AttentionMasks(g, spec, self.family, self.kept, grouped=not is_one_operator(spec, cache))
         biases = masks.add(ids, kept, cache.write_indices if isinstance(cache, StaticCache) else None)
         self.attention = Attention(g, spec, cache, self.prefix, biases, self.prefix.batch_shape(mask))
         x = self._embed(ids, positions)  # [B, S, hidden]

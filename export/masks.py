@@ -28,19 +28,22 @@ class AttentionMasks:
     Attributes:
         g: the graph.
         spec, family: the model.
+        kept: P, the length of the prefix, which lies in the first P of the L slots: in the graph or in the cache.
         grouped: whether the rows are repeated for the G query heads that share a key head.
     """
 
     g: GraphBuilder
     spec: ModelSpec
     family: Family
+    kept: int = 0
     grouped: bool = True
 
     def add(self, ids: ir.Value, mask: ir.Value, write_indices: ir.Value | None = None) -> dict[int, ir.Value]:
         """Return the additive mask for each window that a layer has; window 0 is the whole context.
 
-        A query sees no later token, no padding, and nothing beyond its window. Windows and ALiBi count tokens, those
-        of the prefix included and padding excluded, so that padding does not change the result.
+        A query sees no later token, no padding, and nothing beyond its window but the prefix: where that fell out of
+        sight, the attention sinks would come back (StreamingLLM: Xiao et al., 2024). Windows and ALiBi count tokens,
+        those of the prefix included and padding excluded, so that padding does not change the result.
 
         Args:
             ids: token ids ``[B, S]``.
@@ -80,7 +83,10 @@ class AttentionMasks:
         for window in windows:
             allowed = g.op("And", causal, kept)  # [B, 1, S, L]
             if window:
-                allowed = g.op("And", allowed, g.op("Less", distance, g.int_scalar(window)))
+                near = g.op("Less", distance, g.int_scalar(window))
+                if self.kept:
+                    near = g.op("Or", near, g.op("Less", keys, g.int_scalar(self.kept)))
+                allowed = g.op("And", allowed, near)
             bias = g.op("Where", allowed, alibi, g.scalar(MASKED[g.dtype]))
             found[window] = bias if group == 1 else g.op("Concat", *[bias] * group, axis=2)
         return found

@@ -19,6 +19,7 @@ from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.registry import Availability, availabilities
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.sinks import Sink, find_sinks
 from cushion_deploy.prefix.candidates import obvious_tokens
@@ -168,8 +169,8 @@ def best_common_token(
     """
     config, candidates = recipe.search, obvious_tokens(model)
     text = draw_text(corpus, min(config.text_tokens, tokens, RELIEF_TOKENS), recipe.seed, 0)
-    before = score_prefix(model, [], text, config.objective)
-    scores = score_candidates(model, [], text, candidates, config.objective, progress=progress)
+    before = score_prefix(model, KeysValues(), text, config.objective)
+    scores = score_candidates(model, KeysValues(), text, candidates, config.objective, progress=progress)
     best = min(range(len(scores)), key=scores.__getitem__)
     return candidates[best], scores[best] / before if before else 1.0
 

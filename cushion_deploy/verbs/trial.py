@@ -53,13 +53,11 @@ class Trial:
 
     def floating(self) -> FloatArray:
         """Return the losses of the original model, float32 ``[windows, length - 1]``."""
-        bare = self.model.compute_prefix(self.model.bare_tokens)
-        return self.model.token_nll(self._judged, bare, self.progress, "perplexity in floating point")
+        return self.model.token_nll(self._judged, self.model.no_prefix(), self.progress, "perplexity in floating point")
 
     def plain(self, floating: FloatArray) -> Cost:
         """Return the cost without a prefix and without other remedies."""
-        bare = self.model.compute_prefix(self.model.bare_tokens)
-        return self._cost(self.model, bare, floating, "perplexity in static W8A8")
+        return self._cost(self.model, self.model.no_prefix(), floating, "perplexity in static W8A8")
 
     def remedied(self, floating: FloatArray, prefix: Prefix) -> Cost:
         """Return the cost with a prefix and the recipe's smoothing."""
