@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     metavar="DATA",
     help="Text to score: a file, wikitext, c4, or org/name. Repeatable. Default without --tasks: from the recipe.",
 )
-@click.option("--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe.")
+@click.option("--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe, or 512.")
 @click.option(
     "--max-tokens", type=click.IntRange(2), help="Maximum number of tokens to score per text. Default: from the recipe."
 )
@@ -86,6 +86,7 @@ def command(
     noise of the measurement.
     """
     from cushion_deploy.evaluate.zeroshot import TaskSuite
+    from cushion_deploy.stages.windows import scored_tokens
     from cushion_deploy.verbs.eval import Scored, choose_columns, evaluate_columns
 
     bundle = _open(target, model, recipe)
@@ -109,7 +110,8 @@ def command(
     if not run.processes.leads:
         pass
     elif as_json:
-        click.echo(json.dumps({"target": target, "window": settings.evaluation.window, **found.to_json()}))
+        tokens, _ = scored_tokens(settings.evaluation.window, settings.evaluation.max_tokens)
+        click.echo(json.dumps({"target": target, "window": tokens, **found.to_json()}))
     else:
         for line in table(found):
             click.echo(line)

@@ -238,11 +238,10 @@ class TorchRunner:
         else:
             options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + begin
             options["attention_mask"] = torch.cat([mask.new_ones(batch, begin), mask], dim=1)
-        windows = self.spec.windows
         # Within the windows, and without a prefix, the model's own masks are right.
-        if past.kept and begin + length > min((window for window in windows if window), default=begin + length):
+        if past.kept and 0 < self.spec.smallest_window < begin + length:
             like, padding = self.zeros(batch, length, 0), options.get("attention_mask")
-            options["attention_mask"] = masks_keeping(past.kept, windows, module.config, like, padding, cache)
+            options["attention_mask"] = masks_keeping(past.kept, self.spec.windows, module.config, like, padding, cache)
         return module(use_cache=True, **options)
 
     @torch.inference_mode()

@@ -154,7 +154,12 @@ class Calibration(Section):
     estimator: Estimator = Field(default="percentile", description="Range estimator: max, percentile or mse.")
     percentile: float = Field(default=99.9995, gt=50, le=100, description="Percentile of the percentile estimator.")
     windows: int = Field(default=32, ge=1, description="Number of windows of text to observe.")
-    window: int = Field(default=512, ge=2, description="Tokens per window.")
+    window: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens per window; null is 512, and in a model with sliding windows 512 beyond them, in fewer "
+        "windows with as many tokens.",
+    )
 
 
 class Export(Section):
@@ -189,12 +194,20 @@ class Evaluation(Section):
     data: str | None = Field(
         default=None, description="Text file or dataset, other than the calibration data; null is the default."
     )
-    window: int = Field(default=512, ge=2, description="Tokens per window.")
-    max_tokens: int = Field(default=4096, ge=2, description="Maximum number of tokens to score.")
+    window: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens per window; null is 512, and in a model with sliding windows 512 beyond them.",
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description="Maximum number of tokens to score; null is 4096, or one window if that is longer.",
+    )
 
     @model_validator(mode="after")
     def _one_window(self) -> Evaluation:
-        if self.max_tokens < self.window:
+        if self.window and self.max_tokens and self.max_tokens < self.window:
             raise ValueError(f"max_tokens {self.max_tokens} is less than one window of {self.window} tokens")
         return self
 

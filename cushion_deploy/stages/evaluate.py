@@ -12,7 +12,7 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.stages.base import Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
-from cushion_deploy.stages.windows import evaluation_windows, require_positions
+from cushion_deploy.stages.windows import evaluation_windows, require_positions, scored_tokens
 from cushion_deploy.store.json_files import finite, read_json, write_json
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class Evaluate(Stage[dict[str, Any]]):
         bare: the quantization without a prefix.
         no_prefix: what precedes a text if there is no prefix.
         text: the evaluation text.
-        window: tokens in each window.
-        max_tokens: maximum number of tokens to score.
+        window: tokens in each window; None for the default of the model.
+        max_tokens: maximum number of tokens to score; None for the default.
     """
 
     name: ClassVar[str] = "evaluate"
@@ -47,8 +47,8 @@ class Evaluate(Stage[dict[str, Any]]):
     bare: Node[Quantization]
     no_prefix: Node[Prefix]
     text: Node[Corpus]
-    window: int
-    max_tokens: int
+    window: int | None
+    max_tokens: int | None
 
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write the columns and the magnitudes."""
@@ -57,8 +57,8 @@ class Evaluate(Stage[dict[str, Any]]):
 
         model, quantization = inputs.get(self.model), inputs.get(self.quantization)
         prefix, corpus = quantization.prefix, inputs.get(self.text)
-        require_positions("evaluation.window", self.window, prefix.length, model.spec)
         windows = evaluation_windows(model, corpus, self.window, self.max_tokens)
+        require_positions("evaluation.window", windows.shape[1], prefix.length, model.spec)
         teacher = Teacher(model)
         teacher.remember(windows, inputs.progress)
         measure = _Columns(model, teacher, windows, inputs)
@@ -66,7 +66,7 @@ class Evaluate(Stage[dict[str, Any]]):
         found: dict[str, Any] = {
             "perplexity": {
                 "corpus": corpus.name,
-                "window": self.window,
+                "window": int(windows.shape[1]),
                 "tokens": int(windows.shape[0] * (windows.shape[1] - 1)),
                 **{name: finite(TextScore(f.losses).perplexity) for name, f in columns.items()},
                 "divergence": {name: finite(f.divergence) for name, f in columns.items()},
@@ -90,8 +90,9 @@ class Evaluate(Stage[dict[str, Any]]):
     def seconds(self, speed: Speed) -> float:
         """Sum the pass of the original model, and a column in floating point and a quantized one for each prefix."""
         prefixes = 1 + min(speed.search_steps, 1)
-        column = self.max_tokens * (speed.compared + speed.quantized) + speed.swap
-        return self.max_tokens * speed.layers + prefixes * column
+        _, tokens = scored_tokens(self.window, self.max_tokens, speed.spec)
+        column = tokens * (speed.compared + speed.quantized) + speed.swap
+        return tokens * speed.layers + prefixes * column
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from cushion_deploy.recipe import Evaluation as EvaluationSettings
 from cushion_deploy.recipe import Parity as ParitySettings
 from cushion_deploy.stages.base import Derived, Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
-from cushion_deploy.stages.windows import evaluation_windows
+from cushion_deploy.stages.windows import evaluation_windows, scored_tokens
 from cushion_deploy.store import require_space
 from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.json_files import read_json, write_json
@@ -147,7 +147,8 @@ class Parity(Stage[ParityResult]):
 
     def seconds(self, speed: Speed) -> float:
         """Sum fake-quant and engine on the evaluation text, greedy decoding, and opening and running cut graphs."""
-        texts = self.evaluation.max_tokens * (speed.quantized + speed.compared) + 2 * speed.swap
+        _, tokens = scored_tokens(self.evaluation.window, self.evaluation.max_tokens, speed.spec)
+        texts = tokens * (speed.quantized + speed.compared) + 2 * speed.swap
         greedy = GREEDY_POSITIONS * speed.compared
         return texts + greedy + GRAPH_SECONDS * speed.spec.parameters
 

@@ -10,6 +10,7 @@ from cushion_deploy.core.artifacts import SMOOTHING_FILE, read_smoothing, write_
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.stages.observation import Observation
 from cushion_deploy.stages.run import Inputs
+from cushion_deploy.stages.windows import calibrated_rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Smooth(Observation[Smoothing]):
         from cushion_deploy.calib.smooth import channel_maxima, choose_factors
 
         model, (ids, mask) = inputs.get(self.model), self.observed_windows(inputs)
-        maxima = channel_maxima(model, inputs.get(self.prefix), ids, mask, progress=inputs.progress)
+        rows = calibrated_rows(ids.shape[1])
+        maxima = channel_maxima(model, inputs.get(self.prefix), ids, mask, batch=rows, progress=inputs.progress)
         write_smoothing(choose_factors(model, maxima, self.alpha, self.limit), out / SMOOTHING_FILE)
 
     def read(self, folder: Path) -> Smoothing:

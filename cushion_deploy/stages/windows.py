@@ -17,15 +17,58 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
 
-def calibration_windows(model: TorchRunner, text: Corpus, count: int, window: int) -> tuple[IntArray, IntArray]:
-    """Return the ids and mask of up to ``count`` windows, int64 ``[windows, window]``; documents are not joined."""
+TOKENS = 512
+"""Tokens in a window of text, and beyond the sliding window of a model, unless a recipe says otherwise."""
+SCORED = 4096
+"""Tokens to score unless a recipe says otherwise."""
+ROWS, POSITIONS = 4, 2048
+"""Windows, and token positions, in a pass of the calibration: one window if that is longer."""
+
+
+def default_window(spec: ModelSpec) -> int:
+    """Return the tokens in a window of text for a recipe that does not say.
+
+    Text must reach beyond the sliding windows of a model to show what happens there. An eighth of the positions is left
+    to the prefix.
+    """
+    return min(spec.smallest_window + TOKENS, spec.max_positions - spec.max_positions // 8)
+
+
+def calibration_windows(model: TorchRunner, text: Corpus, count: int, window: int | None) -> tuple[IntArray, IntArray]:
+    """Return the ids and mask of up to ``count`` windows, int64 ``[windows, window]``; documents are not joined.
+
+    With ``window`` None, the windows of a model with sliding windows are longer, and fewer, so that calibration takes
+    as many tokens. Then documents are joined, because few are as long.
+    """
     documents = [model.encode(document) for document in text.documents]
+    if window is None:
+        window = default_window(model.spec)
+        if window > TOKENS:
+            documents, count = [np.concatenate(documents)], max(1, count * TOKENS // window)
     return pack_windows(documents, window, count, text.name)
 
 
-def evaluation_windows(model: TorchRunner, text: Corpus, window: int, max_tokens: int) -> IntArray:
+def calibrated_rows(window: int) -> int:
+    """Return the windows of ``window`` tokens in a pass of the calibration, which bounds memory."""
+    return min(ROWS, max(1, POSITIONS // window))
+
+
+def scored_tokens(window: int | None, max_tokens: int | None, spec: ModelSpec | None = None) -> tuple[int, int]:
+    """Return the tokens in a window, and the maximum number of tokens, that perplexity is measured on.
+
+    Args:
+        window, max_tokens: as in a recipe.
+        spec: the model; None for one whose sliding windows are not known.
+    """
+    if window is None:
+        window = default_window(spec) if spec else TOKENS
+        window = min(window, max_tokens or window)
+    return window, max_tokens or max(SCORED, window)
+
+
+def evaluation_windows(model: TorchRunner, text: Corpus, window: int | None, max_tokens: int | None) -> IntArray:
     """Return the windows for measuring perplexity, int64 ``[count, window]``, from the start of a text."""
-    return cut_windows(model.encode(text.text), window, max_tokens, text.name)
+    return cut_windows(model.encode(text.text), *scored_tokens(window, max_tokens, model.spec), text.name)
 
 
 def spread_windows(model: TorchRunner, text: Corpus, count: int, window: int) -> IntArray:
@@ -66,8 +109,8 @@ def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
     needed = {
         "search.text_tokens": recipe.search.text_tokens if prefix else 0,
         "tuning.window": recipe.tuning.window if recipe.tuning.enabled else 0,
-        "calibration.window": recipe.calibration.window,
-        "evaluation.window": recipe.evaluation.window,
+        "calibration.window": recipe.calibration.window or 0,
+        "evaluation.window": recipe.evaluation.window or 0,
         "parity.tokens + parity.decode_tokens": recipe.parity.tokens + recipe.parity.decode_tokens,
     }
     for setting, tokens in needed.items():

@@ -15,6 +15,7 @@ from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.calibrate import Calibrate
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
+from cushion_deploy.stages.windows import scored_tokens
 from cushion_deploy.study.document import Cell
 from cushion_deploy.study.document import Score as ScoreRow
 from cushion_deploy.study.stages import Attention, CellStage, LastBlock, Magnitudes, Score, TeacherOf, Variant, Windows
@@ -101,6 +102,12 @@ class Cells:
         """Return the number of scored tokens of a text, from the cell of the float model."""
         return int(self._scored("FP", Variant(self.empty), text)["tokens"])
 
+    @property
+    def window(self) -> int:
+        """Tokens in the windows of every text."""
+        config, spec = self.pipeline.recipe.evaluation, self.run.get(self.pipeline.files).spec
+        return scored_tokens(config.window, config.max_tokens, spec)[0]
+
     def _score(self, label: str, variant: Variant, text: str | None) -> ScoreRow:
         found = self._scored(label, variant, text)
         return ScoreRow(
@@ -145,7 +152,7 @@ class Cells:
     def _name(self, text: str | None) -> str:
         return self.run.get(self.pipeline.corpus(text, "evaluation")).name
 
-    def _text(self, text: str | None) -> tuple[Windows, tuple[Any, int, int]]:
+    def _text(self, text: str | None) -> tuple[Windows, tuple[Any, int | None, int | None]]:
         """Return the windows of a text, and the fields that determine them."""
         config = self.pipeline.recipe.evaluation
         common = self.pipeline.corpus(text, "evaluation"), config.window, config.max_tokens

@@ -112,8 +112,8 @@ class Windows(Derived[IntArray]):
 
     model: Node[TorchRunner]
     text: Node[Corpus]
-    window: int
-    max_tokens: int
+    window: int | None
+    max_tokens: int | None
 
     def make(self, inputs: Inputs) -> IntArray:
         """Return ids, int64 ``[count, window]``."""
@@ -153,16 +153,16 @@ class TextCell(CellStage):
     """
 
     text: Node[Corpus]
-    window: int
-    max_tokens: int
+    window: int | None
+    max_tokens: int | None
     variant: Node[Variant]
     windows: Windows = field(compare=False)
 
     def cut(self, inputs: Inputs) -> IntArray:
         """Return the windows; raises UsageError if they do not fit behind the prefix."""
-        prefix = inputs.get(self.variant).prefix
-        require_positions("evaluation.window", self.window, prefix.length, inputs.get(self.model).spec)
-        return inputs.get(self.windows)
+        prefix, windows = inputs.get(self.variant).prefix, inputs.get(self.windows)
+        require_positions("evaluation.window", windows.shape[1], prefix.length, inputs.get(self.model).spec)
+        return windows
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from cushion_deploy.stages.compile import compile_options
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.resources import GIB, Resources, estimate
 from cushion_deploy.stages.run import Run
-from cushion_deploy.stages.windows import longest_prefix
+from cushion_deploy.stages.windows import default_window, longest_prefix
 from cushion_deploy.verbs.speed_probe import SpeedProbe
 from cushion_deploy.verbs.trial import EVERY, Cost, Trial
 
@@ -133,7 +133,7 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
         resources=estimate_build(pipeline, run, windows),
         engines=availabilities(),
     )
-    return replace(found, warnings=tuple(_warnings(model, found)))
+    return replace(found, warnings=tuple(_warnings(model, recipe, found)))
 
 
 def _facts(model: TorchRunner) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _sample(model: TorchRunner, corpus: IntArray) -> IntArray:
     return chosen
 
 
-def _warnings(model: TorchRunner, found: Diagnosis) -> list[str]:
+def _warnings(model: TorchRunner, recipe: Recipe, found: Diagnosis) -> list[str]:
     """Return one sentence for everything that will not work, or not work well."""
     spec = model.spec
     problems = {
@@ -219,7 +219,7 @@ def _warnings(model: TorchRunner, found: Diagnosis) -> list[str]:
         ),
     }
     sentences = [sentence for sentence, holds in problems.items() if holds]
-    return [*_resource_warnings(found.resources), *_position_warnings(spec, found), *sentences]
+    return [*_resource_warnings(found.resources), *_position_warnings(spec, recipe, found), *sentences]
 
 
 def _resource_warnings(needed: Resources) -> Iterator[str]:
@@ -231,12 +231,12 @@ def _resource_warnings(needed: Resources) -> Iterator[str]:
             yield f"a build needs about {amount / GIB:.1f} GiB of {what} but only {free / GIB:.1f} GiB are free"
 
 
-def _position_warnings(spec: ModelSpec, found: Diagnosis) -> Iterator[str]:
-    windows = [window for window in spec.windows if window]
-    if windows and found.prefix_allowed:
+def _position_warnings(spec: ModelSpec, recipe: Recipe, found: Diagnosis) -> Iterator[str]:
+    tokens, back = recipe.calibration.window or default_window(spec), spec.smallest_window
+    if tokens <= back:
         yield (
-            f"{len(windows)} of {spec.num_layers} layers look back {min(windows):,} tokens: later tokens do not "
-            "see the prefix there, and sinks may reappear"
+            f"{sum(map(bool, spec.windows))} of {spec.num_layers} layers look back {back:,} tokens, and calibration "
+            f"reads texts of {tokens:,}: set calibration.window higher, to observe what happens beyond"
         )
     if spec.rotary and spec.rotary.rule == "longrope":
         yield f"the context ends at {spec.max_positions:,} positions, where longrope would switch its factors"

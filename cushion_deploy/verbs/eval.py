@@ -28,6 +28,7 @@ from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
+from cushion_deploy.stages.windows import scored_tokens
 from cushion_deploy.store.json_files import finite
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 
@@ -198,13 +199,14 @@ def _score_texts(
     progress: Progress,
 ) -> None:
     limit = column.scorer.limit
-    if corpora and config.window > limit:
+    window, most = scored_tokens(config.window, config.max_tokens)
+    if corpora and window > limit:
         raise UsageError(
-            f"a window of {config.window} tokens is longer than the model's limit of {limit}",
+            f"a window of {window} tokens is longer than the model's limit of {limit}",
             hint=f"set --window to at most {limit}",
         )
     for corpus in corpora:
-        windows = cut_windows(column.encoding.plain(corpus.text), config.window, config.max_tokens, corpus.name)
+        windows = cut_windows(column.encoding.plain(corpus.text), window, most, corpus.name)
         losses = column.losses(windows, progress, f"perplexity: {COLUMNS[name]}")
         found.texts.setdefault(corpus.name, {})[name] = TextScore(losses)
 
