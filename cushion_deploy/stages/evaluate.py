@@ -40,7 +40,7 @@ class Evaluate(Stage[dict[str, Any]]):
     """
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     quantization: Node[Quantization]

@@ -90,7 +90,7 @@ class Parity(Stage[ParityResult]):
     """
 
     name: ClassVar[str] = "parity"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     graph: Node[ExportedGraph]

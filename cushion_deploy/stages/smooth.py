@@ -22,7 +22,7 @@ class Smooth(Observation[Smoothing]):
     """
 
     name: ClassVar[str] = "smooth"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     shared: ClassVar[bool] = True
     alpha: float
     limit: float | None
