@@ -129,7 +129,7 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
         largest_residual=_largest_residual(model, whole),
         cost=trial.plain(floating),
         default_cost=trial.remedied(floating, model.compute_prefix(likely)),
-        smoothed=recipe.smoothing.alpha is not None,
+        smoothed=recipe.smoothing.enabled,
         resources=estimate_build(pipeline, run, windows),
         engines=availabilities(),
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.estimators import RangeEstimator
-from cushion_deploy.calib.smooth import channel_maxima, choose_factors
+from cushion_deploy.calib.smooth import choose_smoothing
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
@@ -61,11 +61,9 @@ class Trial:
 
     def remedied(self, floating: FloatArray, prefix: Prefix) -> Cost:
         """Return the cost with a prefix and the recipe's smoothing."""
-        config, calibrated = self.recipe.smoothing, self._calibrated
-        model = self.model
-        if config.alpha is not None:
-            maxima = channel_maxima(model, prefix, calibrated, np.ones_like(calibrated), progress=self.progress)
-            model = model.folded(choose_factors(model, maxima, config.alpha, config.limit))
+        model, ids = self.model, self._calibrated
+        found = choose_smoothing(model, prefix, ids, np.ones_like(ids), self.recipe.smoothing, progress=self.progress)
+        model = model.folded(found)
         return self._cost(model, prefix, floating, "perplexity of the default build")
 
     def _cost(self, model: TorchRunner, prefix: Prefix, floating: FloatArray, task: str) -> Cost:
