@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cushion_deploy.report import statements
+from cushion_deploy.report import scores, statements
 from cushion_deploy.report.document import Engine, ParityRow, Report
 from cushion_deploy.report.document.measurements import Perplexity
 from cushion_deploy.report.render.formatting import duration
@@ -25,6 +25,8 @@ def summary(report: Report) -> RenderableType:
     parts: list[RenderableType] = [Text(outcome.sentence, style=f"bold {_COLOURS[outcome.status]}"), Text()]
     if report.perplexity is not None:
         parts += [_perplexity_table(report.perplexity), Text()]
+        if missing := scores.later_sentence(report.perplexity):
+            parts.append(_labelled("KL", Text(missing)))
     parts += [_labelled("prefix", _prefix(report))]
     parts += [_labelled("engine" if not i else "", _engine(e)) for i, e in enumerate(report.engines)]
     if report.kv_cache is not None:
@@ -65,9 +67,9 @@ def _labelled(label: str, content: Text) -> Table:
 def _perplexity_table(measured: Perplexity) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", style="dim")
-    for name in statements.COLUMNS:
+    for name in scores.COLUMNS:
         table.add_column(name, justify="right")
-    for name, cells in statements.perplexity_rows(measured):
+    for name, cells in scores.perplexity_rows(measured):
         table.add_row(name, *cells)
     return table
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.stages.base import Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
+from cushion_deploy.stages.scores import DIVERGENCES, scores_of
 from cushion_deploy.stages.windows import evaluation_windows, require_positions
-from cushion_deploy.store.json_files import finite, read_json, write_json
+from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from cushion_deploy.core.dtypes import IntArray
@@ -40,7 +40,7 @@ class Evaluate(Stage[dict[str, Any]]):
     """
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     quantization: Node[Quantization]
@@ -62,14 +62,14 @@ class Evaluate(Stage[dict[str, Any]]):
         teacher = Teacher(model)
         teacher.remember(windows, inputs.progress)
         measure = _Columns(model, teacher, windows, inputs)
-        columns = measure.four(quantization, inputs.get(self.bare))
+        columns = {name: scores_of(f) for name, f in measure.four(quantization, inputs.get(self.bare)).items()}
         found: dict[str, Any] = {
             "perplexity": {
                 "corpus": corpus.name,
                 "window": self.window,
                 "tokens": int(windows.shape[0] * (windows.shape[1] - 1)),
-                **{name: finite(TextScore(f.losses).perplexity) for name, f in columns.items()},
-                "divergence": {name: finite(f.divergence) for name, f in columns.items()},
+                **{name: scores["perplexity"] for name, scores in columns.items()},
+                **{kind: {name: s[kind] for name, s in columns.items()} for kind in ("stderr", *DIVERGENCES)},
             },
             "magnitudes": {
                 "without": layer_magnitudes(model, inputs.get(self.no_prefix), windows[:1]),
@@ -78,8 +78,7 @@ class Evaluate(Stage[dict[str, Any]]):
         }
         if quantization.kv_scales:
             plain = measure.quantized(replace(quantization, kv_scales=None), "W8A8, float cache")
-            score, divergence = TextScore(plain.losses).perplexity, plain.divergence
-            found["float_cache"] = {"perplexity": finite(score), "divergence": finite(divergence)}
+            found["float_cache"] = scores_of(plain)
         write_json(out / RESULT, found)
 
     def read(self, folder: Path) -> dict[str, Any]:

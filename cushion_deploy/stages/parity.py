@@ -23,7 +23,7 @@ from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.windows import evaluation_windows
 from cushion_deploy.store import require_space
 from cushion_deploy.store.digests import digest_json
-from cushion_deploy.store.json_files import read_json, write_json
+from cushion_deploy.store.json_files import finite, read_json, write_json
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
@@ -37,10 +37,11 @@ GRAPH_SECONDS = 15e-8
 
 @dataclass(frozen=True)
 class ParityResult:
-    """The parity report, the engine's own perplexity, and the size of the float twin in bytes."""
+    """The parity report, the engine's own perplexity with its standard error, and the float twin's size in bytes."""
 
     report: ParityReport
     engine_perplexity: float | None
+    engine_stderr: float | None
     float_bytes: int
 
 
@@ -90,7 +91,7 @@ class Parity(Stage[ParityResult]):
     """
 
     name: ClassVar[str] = "parity"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     graph: Node[ExportedGraph]
@@ -130,10 +131,10 @@ class Parity(Stage[ParityResult]):
         tokens = min(self.parity.decode_tokens, ids.shape[1] // 2)
         climb = Climb(model, quantization, reference, graph, twin, plans, tokens, inputs.progress)
         checks = tuple(check for rung in climb.rungs() for check in rung)
-        perplexity = climb.engine_perplexity
         return {
             "parity": ParityReport(checks, corpus.name, int(ids.size)).to_json(),
-            "engine_perplexity": perplexity if math.isfinite(perplexity) else None,
+            "engine_perplexity": finite(climb.engine.perplexity) if climb.engine else None,
+            "engine_stderr": finite(climb.engine.stderr) if climb.engine else None,
             "float_bytes": twin.size,
         }
 
@@ -168,7 +169,7 @@ def read_result(data: dict[str, Any]) -> ParityResult:
         for c in report["checks"]
     ]
     found = ParityReport(tuple(checks), report["corpus"], report["tokens"])
-    return ParityResult(found, data["engine_perplexity"], data["float_bytes"])
+    return ParityResult(found, data["engine_perplexity"], data["engine_stderr"], data["float_bytes"])
 
 
 def distinct_graphs(graphs: Sequence[ExportedGraph], graph: ExportedGraph) -> tuple[ExportedGraph, ...]:

@@ -103,12 +103,7 @@ class Cells:
 
     def _score(self, label: str, variant: Variant, text: str | None) -> ScoreRow:
         found = self._scored(label, variant, text)
-        return ScoreRow(
-            text=self._name(text),
-            perplexity=found["perplexity"],
-            stderr=found["stderr"],
-            divergence=found["divergence"],
-        )
+        return ScoreRow(text=self._name(text), **{name: value for name, value in found.items() if name != "tokens"})
 
     def _scored(self, label: str, variant: Variant, text: str | None) -> dict[str, Any]:
         windows, common = self._text(text)

@@ -40,13 +40,22 @@ Share = Annotated[float, Field(ge=0, le=1.001)]
 class Score(StrictModel):
     """Perplexity on one text and mean KL divergence from the original model in nats per token; null if not finite.
 
-    ``stderr`` is the standard error of the perplexity, treating tokens as independent.
+    ``kl_after_16`` leaves out the predictions that are made at the positions 0 to 15 of a window; null if the windows
+    are shorter than 18 tokens. Standard errors treat tokens as independent.
     """
 
     text: str
     perplexity: PositiveFloat | None
     stderr: NonNegativeFloat | None = None
     divergence: NonNegativeFloat | None
+    divergence_stderr: NonNegativeFloat | None = None
+    kl_after_16: NonNegativeFloat | None = None
+    kl_after_16_stderr: NonNegativeFloat | None = None
+
+    @property
+    def distance(self) -> float | None:
+        """What says how close a model is to the original: the divergence from position 16 on, where it was measured."""
+        return self.divergence if self.kl_after_16 is None else self.kl_after_16
 
 
 class Text(StrictModel):

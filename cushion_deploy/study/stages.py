@@ -16,13 +16,13 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.evaluate.encoding import Encoding
-from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.evaluate.zeroshot import TaskSuite, run_tasks
 from cushion_deploy.stages.base import Derived, Node, Stage
 from cushion_deploy.stages.run import Inputs
+from cushion_deploy.stages.scores import scores_of
 from cushion_deploy.stages.windows import evaluation_windows, require_positions
 from cushion_deploy.store.digests import digest_json
-from cushion_deploy.store.json_files import finite, read_json, write_json
+from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
@@ -174,23 +174,16 @@ class Score(TextCell):
     """
 
     name: ClassVar[str] = "study-score"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     teacher: Node[Teacher] = field(compare=False)
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:
-        """Return tokens, perplexity with its standard error, and divergence."""
+        """Return tokens, perplexity and divergences with their standard errors."""
         variant, windows = inputs.get(self.variant), self.cut(inputs)
         model, teacher = inputs.get(self.model).folded(variant.smoothing), inputs.get(self.teacher)
         with variant.simulated(model):
             found = teacher.compare(model, variant.prefix, windows, inputs.progress, self.title)
-        score = TextScore(found.losses)
-        return {
-            "tokens": score.tokens,
-            "perplexity": finite(score.perplexity),
-            "stderr": finite(score.stderr),
-            # Rounding errors can make a divergence of zero negative.
-            "divergence": finite(max(found.divergence, 0.0)),
-        }
+        return {"tokens": int(found.losses.size), **scores_of(found)}
 
 
 @dataclass(frozen=True)

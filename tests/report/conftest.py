@@ -90,8 +90,13 @@ _DATA: dict[str, Any] = {
         "fp_prefix": 28.90,
         "quantized": 63.23,
         "quantized_prefix": 31.6,
+        "stderr": {"fp": 0.5, "fp_prefix": 0.49, "quantized": 1.25, "quantized_prefix": 0.52},
         "engine": 31.62,
+        "engine_stderr": 0.53,
         "divergence": {"fp": 0.0, "fp_prefix": 0.031, "quantized": 0.92, "quantized_prefix": 0.068},
+        "divergence_stderr": {"fp": 0.0, "fp_prefix": 0.002, "quantized": 0.03, "quantized_prefix": 0.0041},
+        "kl_after_16": {"fp": 0.0, "fp_prefix": 0.0107, "quantized": 0.95, "quantized_prefix": 0.0512},
+        "kl_after_16_stderr": {"fp": 0.0, "fp_prefix": 0.001, "quantized": 0.031, "quantized_prefix": 0.003},
     },
     "search": {
         "mode": "screen",

@@ -7,13 +7,13 @@ import pytest
 from cushion_deploy.report.document import Report
 from cushion_deploy.report.page import report_page
 from cushion_deploy.report.render.html import render_html
+from cushion_deploy.report.scores import engine_perplexity_sentence, perplexity_rows
 from cushion_deploy.report.statements import (
     cache_sentence,
     engines_sentence,
     fused_attention_sentence,
     not_run_reason,
     parity_sentence,
-    perplexity_rows,
     prefix_sentence,
     tuning_sentence,
     verdict,
@@ -93,10 +93,45 @@ def test_the_four_columns_carry_both_deltas(report: Report) -> None:
     assert report.perplexity is not None
     assert perplexity_rows(report.perplexity) == [
         ("perplexity", ["29.60", "28.90", "63.23", "31.60"]),
+        ("standard error", ["± 0.50", "± 0.49", "± 1.25", "± 0.52"]),
         ("vs. FP", ["", "−2.4 %", "+114 %", "+6.8 %"]),
         ("vs. FP + prefix", ["+2.4 %", "", "+119 %", "+9.3 %"]),
         ("KL from FP, nats/token", ["0.0000", "0.0310", "0.9200", "0.0680"]),
+        ("standard error", ["± 0.0000", "± 0.0020", "± 0.0300", "± 0.0041"]),
+        ("KL from position 16 on", ["0.0000", "0.0107", "0.9500", "0.0512"]),
+        ("standard error", ["± 0.0000", "± 0.0010", "± 0.0310", "± 0.0030"]),
     ]
+    assert engine_perplexity_sentence(report.perplexity).startswith(
+        "The compiled engine measures 31.62 ± 0.53, +0.06 %"
+    )
+
+
+def test_terminal_and_page_show_the_later_divergence_and_the_noise(report: Report) -> None:
+    page = render_html(report_page(report, {}))
+    for text in ("KL from position 16 on", "0.0512", "± 0.0030", "± 0.52"):
+        assert text in page
+        assert text in "\n".join(summary_lines(report))
+    assert "treat tokens as independent" in page
+
+
+def test_windows_too_short_for_a_later_divergence_are_said(data: dict[str, Any]) -> None:
+    empty = dict.fromkeys(("fp", "fp_prefix", "quantized", "quantized_prefix"))
+    data["perplexity"] |= {"window": 17, "kl_after_16": empty, "kl_after_16_stderr": empty}
+    report = Report.model_validate(data)
+    assert report.perplexity is not None
+    assert "KL from position 16 on" not in dict(perplexity_rows(report.perplexity))
+    for text in (render_html(report_page(report, {})), " ".join(" ".join(summary_lines(report)).split())):
+        assert "windows of 17 tokens have no prediction there; set evaluation.window to at least 18" in text
+
+
+def test_a_report_of_an_earlier_version_is_read_and_shown(data: dict[str, Any]) -> None:
+    new = ("stderr", "engine_stderr", "divergence_stderr", "kl_after_16", "kl_after_16_stderr")
+    data["perplexity"] = {name: value for name, value in data["perplexity"].items() if name not in new}
+    report = Report.model_validate(data)
+    assert report.perplexity is not None
+    assert [name for name, _ in perplexity_rows(report.perplexity)][-1] == "KL from FP, nats/token"
+    assert "±" not in "".join(summary_lines(report))
+    assert "no prediction" not in render_html(report_page(report, {}))
 
 
 def test_the_first_diverging_site_is_named(data: dict[str, Any]) -> None:
@@ -141,6 +176,7 @@ def _with_cache(data: dict[str, Any], **changes: Any) -> Report:
         "bytes_a_token": 11520,
         "float32_bytes_a_token": 46080,
         "float_perplexity": 31.2,
+        "float_stderr": 0.48,
         **changes,
     }
     return Report.model_validate({**data, "kv_cache": cache})
@@ -150,8 +186,8 @@ def test_an_int8_cache_states_its_cost_and_its_size(data: dict[str, Any]) -> Non
     assert cache_sentence(Report.model_validate(data)) == ""
     # 31.6 / 31.2 = 1.01282
     assert cache_sentence(_with_cache(data)) == (
-        "INT8, one scale per head, the prefix in floating point: perplexity 31.20 with a floating-point cache, "
-        "31.60 with this one (+1.3 %); 11.5 kB per token, compared with 46.1 kB in float32."
+        "INT8, one scale per head, the prefix in floating point: perplexity 31.20 ± 0.48 with a floating-point cache, "
+        "31.60 ± 0.52 with this one (+1.3 %); 11.5 kB per token, compared with 46.1 kB in float32."
     )
     other = cache_sentence(_with_cache(data, scales="per-tensor", with_prefix=True, float_perplexity=None))
     assert other.startswith("INT8, one scale per tensor, the prefix quantized too: perplexity — with")

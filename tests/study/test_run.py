@@ -70,6 +70,9 @@ def test_float_perplexity_and_divergence_are_those_of_transformers(whole: Whole,
     found = whole.study.fp_prefix[0]
     assert found.perplexity == pytest.approx(np.exp(loss.mean()), rel=1e-4)
     assert found.divergence == pytest.approx(np.mean(apart), rel=1e-3)
+    later = np.stack(apart)[:, 16:]
+    assert found.kl_after_16 == pytest.approx(later.mean(), rel=1e-3)
+    assert found.kl_after_16_stderr == pytest.approx(later.std(ddof=1) / np.sqrt(later.size), rel=1e-3)
     assert found.stderr == pytest.approx(np.exp(loss.mean()) * loss.std(ddof=1) / np.sqrt(loss.size), rel=1e-3)
 
 

@@ -50,6 +50,13 @@ def perplexity(value: float | None) -> str:
     return NONE if value is None else f"{value:,.2f}"
 
 
+def with_error(value: float | None, stderr: float | None, digits: int = 2) -> str:
+    """Return a value with its standard error, ``17.32 ± 0.71``; None gives ``—``, an unknown error is left out."""
+    if value is None:
+        return NONE
+    return f"{value:,.{digits}f}" + ("" if stderr is None else f" ± {stderr:,.{digits}f}")
+
+
 def value_and_limit(value: float | None, limit: float) -> tuple[str, str]:
     """Return both numbers with enough digits to tell them apart when they differ."""
     for digits in (6, 9, 17):
