@@ -260,7 +260,8 @@ def scored_text(recipe: Recipe, window: int | None, max_tokens: int | None) -> d
     given: dict[str, object] = {}
     if window is not None:
         given["evaluation.window"] = window
-        given["evaluation.max_tokens"] = max(window, recipe.evaluation.max_tokens)
+        if recipe.evaluation.max_tokens is not None:
+            given["evaluation.max_tokens"] = max(window, recipe.evaluation.max_tokens)
     if max_tokens is not None:
         given["evaluation.max_tokens"] = max_tokens
     return given

@@ -189,12 +189,20 @@ class Evaluation(Section):
     data: str | None = Field(
         default=None, description="Text file or dataset, other than the calibration data; null is the default."
     )
-    window: int = Field(default=512, ge=2, description="Tokens per window.")
-    max_tokens: int = Field(default=4096, ge=2, description="Maximum number of tokens to score.")
+    window: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens per window; null is 2048 for wikitext, 512 for other text, or what the model has room for.",
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description="Number of tokens to read from the start of the text; null is all of wikitext, 4096 of other text.",
+    )
 
     @model_validator(mode="after")
     def _one_window(self) -> Evaluation:
-        if self.max_tokens < self.window:
+        if self.max_tokens is not None and self.window is not None and self.max_tokens < self.window:
             raise ValueError(f"max_tokens {self.max_tokens} is less than one window of {self.window} tokens")
         return self
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from cushion_deploy.report.document.measurements import LATER_WINDOW, Columns, Perplexity
-from cushion_deploy.report.render.formatting import NONE, percent, perplexity, with_error
+from cushion_deploy.report.render.formatting import NONE, excerpt, extent, percent, perplexity, with_error
+from cushion_deploy.report.render.printable import one_line
 
 COLUMNS = ("FP", "FP + prefix", "quantized", "quantized + prefix")
 KL, LATER, ERROR = "KL from FP, nats/token", "KL from position 16 on", "standard error"
@@ -32,6 +33,18 @@ def perplexity_rows(measured: Perplexity) -> list[tuple[str, list[str]]]:
     if measured.kl_after_16 is not None and measured.window >= LATER_WINDOW:
         rows += _divergences(LATER, measured.kl_after_16, measured.kl_after_16_stderr)
     return rows
+
+
+def text_words(measured: Perplexity) -> str:
+    """Return what was scored: ``wiki.txt: first 4,096 of 68,011 tokens, in windows of 512``."""
+    part = extent(measured.tokens, measured.window, measured.text_tokens)
+    return f"{one_line(measured.corpus)}: {part}, in windows of {measured.window:,}"
+
+
+def excerpt_words(measured: Perplexity) -> str:
+    """Return `` (first 4,096 of 68,011 tokens)``, to follow a result; empty if all of the text was scored."""
+    part = excerpt(measured.tokens, measured.window, measured.text_tokens)
+    return f" ({part})" if part else ""
 
 
 def noise_sentence(measured: Perplexity) -> str:

@@ -40,9 +40,8 @@ def perplexity(report: Report, figures: Figures) -> Blocks:
         return [Paragraph("Perplexity was not measured.")]
     rows = tuple((label, *cells) for label, cells in scores.perplexity_rows(measured))
     note = (
-        f"{scores.engine_perplexity_sentence(measured)} Measured on {measured.corpus}: "
-        f"{plural(measured.tokens, 'token')} in windows of {measured.window:,}; calibration did not use this text. "
-        "Lower is better."
+        f"{scores.engine_perplexity_sentence(measured)} Measured on {scores.text_words(measured)}; calibration did not "
+        "use this text. Lower is better."
     )
     if statements.has_prefix(report):
         note += " The prefix alone changes perplexity, so the last column should be compared with FP + prefix."

@@ -18,6 +18,7 @@ from cushion_deploy.report.render.formatting import (
     with_error,
 )
 from cushion_deploy.report.render.printable import one_line
+from cushion_deploy.report.scores import excerpt_words
 
 Status = Literal["passed", "incomplete", "failed"]
 
@@ -56,14 +57,14 @@ def _cost(report: Report) -> str:
     """Return what quantization costs in perplexity, with the prefix and without."""
     if report.perplexity is None:
         return "; its perplexity was not measured."
-    p = report.perplexity
+    p, part = report.perplexity, excerpt_words(report.perplexity)
     if not has_prefix(report):
         quantized = p.quantized if p.quantized_prefix is None else p.quantized_prefix
-        return f"{_at(quantized, p.fp, 'FP')}; {_why_no_prefix(report)}."
+        return f"{_at(quantized, p.fp, 'FP')}{part}; {_why_no_prefix(report)}."
     after = _at(p.quantized_prefix, p.fp_prefix, "FP with the same prefix")
     if p.quantized is None or p.fp is None:
-        return f"{after}; without the prefix no finite perplexity was measured."
-    return f"{after}; without the prefix it would be {percent(p.quantized / p.fp - 1)}."
+        return f"{after}{part}; without the prefix no finite perplexity was measured."
+    return f"{after}; without the prefix it would be {percent(p.quantized / p.fp - 1)}{part}."
 
 
 def _at(value: float | None, reference: float | None, name: str) -> str:

@@ -27,6 +27,8 @@ def summary(report: Report) -> RenderableType:
         parts += [_perplexity_table(report.perplexity), Text()]
         if missing := scores.later_sentence(report.perplexity):
             parts.append(_labelled("KL", Text(missing)))
+    if report.perplexity is not None:
+        parts.append(_labelled("text", Text(scores.text_words(report.perplexity))))
     parts += [_labelled("prefix", _prefix(report))]
     parts += [_labelled("engine" if not i else "", _engine(e)) for i, e in enumerate(report.engines)]
     if report.kv_cache is not None:

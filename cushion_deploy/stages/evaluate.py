@@ -12,7 +12,7 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.stages.base import Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.scores import DIVERGENCES, scores_of
-from cushion_deploy.stages.windows import evaluation_windows, require_positions
+from cushion_deploy.stages.windows import Cut, evaluation_windows
 from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class Evaluate(Stage[dict[str, Any]]):
         bare: the quantization without a prefix.
         no_prefix: what precedes a text if there is no prefix.
         text: the evaluation text.
-        window: tokens in each window.
-        max_tokens: maximum number of tokens to score.
+        cut: how the text is cut into windows.
     """
 
     name: ClassVar[str] = "evaluate"
@@ -47,8 +46,7 @@ class Evaluate(Stage[dict[str, Any]]):
     bare: Node[Quantization]
     no_prefix: Node[Prefix]
     text: Node[Corpus]
-    window: int
-    max_tokens: int
+    cut: Cut
 
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write the columns and the magnitudes."""
@@ -57,8 +55,8 @@ class Evaluate(Stage[dict[str, Any]]):
 
         model, quantization = inputs.get(self.model), inputs.get(self.quantization)
         prefix, corpus = quantization.prefix, inputs.get(self.text)
-        require_positions("evaluation.window", self.window, prefix.length, model.spec)
-        windows = evaluation_windows(model, corpus, self.window, self.max_tokens)
+        text = evaluation_windows(model, corpus, self.cut, prefix.length)
+        windows = text.ids
         teacher = Teacher(model)
         teacher.remember(windows, inputs.progress)
         measure = _Columns(model, teacher, windows, inputs)
@@ -66,8 +64,9 @@ class Evaluate(Stage[dict[str, Any]]):
         found: dict[str, Any] = {
             "perplexity": {
                 "corpus": corpus.name,
-                "window": self.window,
+                "window": windows.shape[1],
                 "tokens": int(windows.shape[0] * (windows.shape[1] - 1)),
+                "text_tokens": text.text_tokens,
                 **{name: scores["perplexity"] for name, scores in columns.items()},
                 **{kind: {name: s[kind] for name, s in columns.items()} for kind in ("stderr", *DIVERGENCES)},
             },
@@ -89,8 +88,8 @@ class Evaluate(Stage[dict[str, Any]]):
     def seconds(self, speed: Speed) -> float:
         """Sum the pass of the original model, and a column in floating point and a quantized one for each prefix."""
         prefixes = 1 + min(speed.search_steps, 1)
-        column = self.max_tokens * (speed.compared + speed.quantized) + speed.swap
-        return self.max_tokens * speed.layers + prefixes * column
+        column = self.cut.tokens * (speed.compared + speed.quantized) + speed.swap
+        return self.cut.tokens * speed.layers + prefixes * column
 
 
 @dataclass(frozen=True)

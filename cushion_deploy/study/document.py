@@ -19,6 +19,7 @@ from cushion_deploy.report.document.base import (
 )
 from cushion_deploy.report.document.build import Environment, Model, Tool
 from cushion_deploy.report.document.measurements import Magnitudes
+from cushion_deploy.report.render.formatting import excerpt
 
 STUDY_JSON = "study.json"
 PARTS = {
@@ -59,11 +60,21 @@ class Score(StrictModel):
 
 
 class Text(StrictModel):
-    """A text that perplexity is measured on: ``tokens`` are scored in non-overlapping windows of ``window`` tokens."""
+    """A text that perplexity is measured on: ``tokens`` are scored in non-overlapping windows of ``window`` tokens.
+
+    ``text_tokens`` is the length of the whole text; null if an earlier version wrote the study.
+    """
 
     name: str
     window: Count
     tokens: Count
+    text_tokens: Count | None = None
+
+    @property
+    def title(self) -> str:
+        """The name, followed by how much of the text was read if that is not all of it."""
+        part = excerpt(self.tokens, self.window, self.text_tokens)
+        return f"{self.name} ({part})" if part else self.name
 
 
 class PrefixInUse(StrictModel):

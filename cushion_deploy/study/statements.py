@@ -9,6 +9,7 @@ from itertools import pairwise
 from cushion_deploy.report.render.formatting import (
     count,
     duration,
+    extent,
     listing,
     model_name,
     number,
@@ -19,7 +20,7 @@ from cushion_deploy.report.render.formatting import (
 from cushion_deploy.report.render.printable import visible
 from cushion_deploy.report.statements import magnitude_sentence
 from cushion_deploy.study.comparisons import lower, nats, over
-from cushion_deploy.study.document import PARTS, LayerAttention, Pair, Step, Study
+from cushion_deploy.study.document import PARTS, LayerAttention, Pair, Step, Study, Text
 from cushion_deploy.study.paper import paper_tables
 from cushion_deploy.study.tables import LATER, mean_of, on, perplexity
 
@@ -30,14 +31,13 @@ def headline(study: Study) -> str:
     deployed = next((pair for pair in study.table1 or () if pair.deployable), None)
     if deployed is None or not study.texts:
         return f"{name}: {_parts_run(study)} of {len(PARTS)} tables and figures were measured."
-    text = study.texts[0].name
+    text = study.texts[0]
     without = over(on(deployed.without, text), on(study.fp, text))
     if not deployed.with_prefix:
-        return f"{name} in static W8A8 is {without} FP perplexity on {text}, without a prefix."
+        return f"{name} in static W8A8 is {without} FP perplexity on {text.title}, without a prefix."
     with_prefix = over(on(deployed.with_prefix, text), on(study.fp, text))
-    return (
-        f"{name} in static W8A8 is {with_prefix} FP perplexity on {text} with the prefix, and {without} FP without it."
-    )
+    both = f"{with_prefix} FP perplexity on {text.title} with the prefix, and {without} FP without it"
+    return f"{name} in static W8A8 is {both}."
 
 
 def introduction(study: Study) -> list[str]:
@@ -54,7 +54,8 @@ def introduction(study: Study) -> list[str]:
     else:
         lines.append("There is no prefix: the search found no sink that justifies one, or the recipe disables it.")
     if study.texts:
-        texts = listing([f"{t.tokens:,} tokens of {t.name} in windows of {t.window:,}" for t in study.texts])
+        parts = [(t, extent(t.tokens, t.window, t.text_tokens)) for t in study.texts]
+        texts = listing([f"{t.name} ({part}) in windows of {t.window:,}" for t, part in parts])
         lines.append(
             f"Perplexity is measured on {texts}. Windows do not overlap, and tokens of the prefix are not scored. "
             f"KL is the mean divergence from the original model without prefix or quantization{_later(study)}. "
@@ -99,7 +100,7 @@ def _table1(study: Study) -> list[str]:
     ]
     pairs = study.table1 or ()
     for text in study.texts:
-        lines += _worst_and_gains(study, pairs, text.name)
+        lines += _worst_and_gains(study, pairs, text)
     printed = paper_tables()["table1"]
     static, fp = printed.row("per-tensor static").with_prefix, printed.row("FP16").without
     over = [value / base - 1 for value, base in zip(static, fp, strict=True)]
@@ -110,7 +111,7 @@ def _table1(study: Study) -> list[str]:
     return lines
 
 
-def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: str) -> list[str]:
+def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: Text) -> list[str]:
     """State which scheme is worst without the prefix, and how many schemes the prefix improves."""
     known = [(s.perplexity, p) for p in pairs if (s := on(p.without, text)) and s.perplexity is not None]
     if not known:
@@ -118,7 +119,7 @@ def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: str) -> list[str
     worst = max(known, key=lambda row: row[0])[1]
     before, after = on(worst.without, text), on(worst.with_prefix, text)
     sentence = (
-        f"On {text}, {worst.label} is worst: perplexity {perplexity(before)} without the prefix, "
+        f"On {text.title}, {worst.label} is worst: perplexity {perplexity(before)} without the prefix, "
         f"{over(before, on(study.fp, text))} FP"
     )
     if after is None:
@@ -160,10 +161,10 @@ def _table3(study: Study) -> list[str]:
         "and ranges. The paper reports accuracy under per-tensor dynamic quantization; this table reports perplexity."
     ]
     for text in study.texts:
-        scores = [on(step.scores, text.name) for step in steps]
+        scores = [on(step.scores, text) for step in steps]
         values = [s.perplexity for s in scores if s is not None and s.perplexity is not None]
         if 2 < len(values) == len(steps):
-            lines.append(f"On {text.name}, {_share_of_the_search(values[0], values[1], values[-1])}.")
+            lines.append(f"On {text.title}, {_share_of_the_search(values[0], values[1], values[-1])}.")
     rows = [row.without[0] for row in paper_tables()["table3"].rows[1:]]
     lines.append(
         f"In the paper, the search brings {100 * (rows[1] - rows[0]) / (rows[-1] - rows[0]):.0f} % of the gain in "
@@ -190,14 +191,14 @@ def _remedies(study: Study) -> list[str]:
     steps = study.remedies or ()
     lines = ["A row that begins with + adds one remedy to the row above; the three range estimators are alternatives."]
     for text in study.texts:
-        known = [(s.distance, step) for step in steps if (s := on(step.scores, text.name)) and s.distance is not None]
+        known = [(s.distance, step) for step in steps if (s := on(step.scores, text)) and s.distance is not None]
         if not known:
             continue
         best = min(known, key=lambda row: row[0])[1]
-        score, same = on(best.scores, text.name), on(best.fp, text.name)
+        score, same = on(best.scores, text), on(best.fp, text)
         lines.append(
-            f"On {text.name}, '{best.label}' is closest to the original model: {nats(score)} at "
-            f"perplexity {perplexity(score)}, {over(score, on(study.fp, text.name))} FP and {over(score, same)} "
+            f"On {text.title}, '{best.label}' is closest to the original model: {nats(score)} at "
+            f"perplexity {perplexity(score)}, {over(score, on(study.fp, text))} FP and {over(score, same)} "
             f"FP with the same prefix.{_largest_step(known)}"
         )
     return lines
@@ -217,11 +218,11 @@ def _table4(study: Study) -> list[str]:
     lines = ["Fewer bits with one scale per token: simulated as in the paper, not deployable."]
     pairs = study.table4 or ()
     for text in study.texts:
-        both = [(on(p.without, text.name), on(p.with_prefix, text.name)) for p in pairs]
+        both = [(on(p.without, text), on(p.with_prefix, text)) for p in pairs]
         known = [(a, b) for a, b in both if a and b]
         if known:
             gains = sum(lower(b, a, "perplexity") for a, b in known)
-            lines.append(f"On {text.name}, the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
+            lines.append(f"On {text.title}, the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
     return lines
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from cushion_deploy.report.render.elements import Table
 from cushion_deploy.report.render.formatting import NONE, NOT_FINITE, duration, percent, plural, signed, with_error
-from cushion_deploy.study.document import BlockInput, Effort, LastBlock, Pair, Score, Step, Study, TaskPair
+from cushion_deploy.study.document import BlockInput, Effort, LastBlock, Pair, Score, Step, Study, TaskPair, Text
 from cushion_deploy.study.paper import PaperTable, paper_tables
 
 LATER = "KL from position 16"
@@ -16,10 +16,10 @@ def tables(study: Study, part: str) -> list[Table]:
     """Return the measured tables of a part; empty if the part was not run or is a figure."""
     if part in ("table1", "table4"):
         pairs: Sequence[Pair] | None = study.table1 if part == "table1" else study.table4
-        return [_pairs(study, pairs, text.name) for text in study.texts] if pairs is not None else []
+        return [_pairs(study, pairs, text) for text in study.texts] if pairs is not None else []
     if part in ("table3", "remedies"):
         steps: Sequence[Step] | None = study.table3 if part == "table3" else study.remedies
-        return [_steps(study, steps, text.name) for text in study.texts] if steps is not None else []
+        return [_steps(study, steps, text) for text in study.texts] if steps is not None else []
     if part == "table2" and study.table2 is not None:
         return [_accuracy(study.table2), _tasks(study.table2)]
     if part == "table5" and study.table5 is not None:
@@ -35,9 +35,9 @@ def paper_table(part: str) -> Table | None:
     return _printed(found, part) if found else None
 
 
-def on(scores: Iterable[Score], text: str) -> Score | None:
+def on(scores: Iterable[Score], text: Text) -> Score | None:
     """Return the score on a text; None if there is none."""
-    return next((score for score in scores if score.text == text), None)
+    return next((score for score in scores if score.text == text.name), None)
 
 
 def change(value: Score | None, base: Score | None) -> str:
@@ -73,14 +73,14 @@ def mean_of(results: Sequence[float]) -> float:
     return sum(results) / len(results)
 
 
-def _pairs(study: Study, pairs: Sequence[Pair], text: str) -> Table:
+def _pairs(study: Study, pairs: Sequence[Pair], text: Text) -> Table:
     fp, fp_prefix = on(study.fp, text), on(study.fp_prefix, text)
     rows = [_pair_row("FP", fp, fp_prefix, None, None)]
     rows += [_pair_row(p.label, on(p.without, text), on(p.with_prefix, text), fp, fp_prefix) for p in pairs]
     with_prefix = ("with prefix", "over FP + prefix", "over FP", "KL", LATER)
     head = ("scheme", "without", "over FP", "KL", LATER, *with_prefix)
     strong = frozenset(i for i, pair in enumerate(pairs, 1) if pair.deployable)
-    caption = f"Perplexity on {text}, and KL divergence from the original model in nats per token"
+    caption = f"Perplexity on {text.title}, and KL divergence from the original model in nats per token"
     return Table(*_without_missing(head, rows), caption, strong=strong)
 
 
@@ -95,7 +95,7 @@ def _pair_row(
     return (label, *before, *after)
 
 
-def _steps(study: Study, steps: Sequence[Step], text: str) -> Table:
+def _steps(study: Study, steps: Sequence[Step], text: Text) -> Table:
     fp = on(study.fp, text)
     rows = [("FP, no prefix", perplexity(fp), "", "", divergence(fp), later_divergence(fp))]
     for step in steps:
@@ -105,7 +105,7 @@ def _steps(study: Study, steps: Sequence[Step], text: str) -> Table:
     best = _best(steps, text)
     head = ("static W8A8", "perplexity", "over FP", "over FP with the same prefix", "KL", LATER)
     strong = frozenset() if best is None else frozenset({best + 1})
-    caption = f"Perplexity on {text}, and KL divergence from the original model in nats per token"
+    caption = f"Perplexity on {text.title}, and KL divergence from the original model in nats per token"
     return Table(*_without_missing(head, rows), caption, strong=strong)
 
 
@@ -117,7 +117,7 @@ def _without_missing(
     return tuple(head[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows)
 
 
-def _best(steps: Sequence[Step], text: str) -> int | None:
+def _best(steps: Sequence[Step], text: Text) -> int | None:
     found = [(score.perplexity, i) for i, step in enumerate(steps) if (score := on(step.scores, text))]
     finite = [(value, i) for value, i in found if value is not None]
     return min(finite)[1] if finite else None

@@ -65,7 +65,7 @@ DEFAULTS: dict[str, Any] = {
         "kv_cache": "float",
         "kv_scales": "per-head",
     },
-    "evaluation": {"data": None, "window": 512, "max_tokens": 4096},
+    "evaluation": {"data": None, "window": None, "max_tokens": None},
     "parity": {"data": None, "tokens": 256, "decode_tokens": 16},
     "tensorrt": {"dtype": "float16", "max_batch": 1, "max_context": 2048, "max_prefill": 512},
 }
@@ -165,7 +165,7 @@ BAD = {
     "compute: {memory: -1}": ("compute.memory is -1", "greater than or equal to 0"),
     "engines: onnxruntime": ("engines is 'onnxruntime'", "a list of strings"),
     "engines: [1]": ("engines.0 is 1", "valid string"),
-    "evaluation: {max_tokens: 100}": ("max_tokens 100 is less than one window of 512", "--print-config"),
+    "evaluation: {window: 512, max_tokens: 100}": ("max_tokens 100 is less than one window of 512", "--print-config"),
     "1: 2": ("1 is 1", "a string as key"),
     "- a": ("contains a list", "--print-config"),
     "just words": ("contains a str", "--print-config"),

@@ -114,6 +114,24 @@ def test_terminal_and_page_show_the_later_divergence_and_the_noise(report: Repor
     assert "treat tokens as independent" in page
 
 
+def test_a_part_of_a_text_is_said_beside_every_result(data: dict[str, Any]) -> None:
+    whole = Report.model_validate(data)
+    # 128 windows of 512 are 65,536 tokens, and the 364 that remain are no window.
+    assert "first" not in verdict(whole).sentence
+    text = " ".join(" ".join(summary_lines(whole)).split())
+    assert "text WikiText-2 validation (head): all 65,900 tokens, in windows of 512" in text
+    data["perplexity"]["text_tokens"] = 70_001
+    part = Report.model_validate(data)
+    assert verdict(part).sentence.endswith("it would be +114 % (first 65,536 of 70,001 tokens).")
+    text = "WikiText-2 validation (head): first 65,536 of 70,001 tokens, in windows of 512"
+    assert text in " ".join(" ".join(summary_lines(part)).split())
+    assert f"Measured on {text}; calibration did not use this text." in render_html(report_page(part, {}))
+    data["perplexity"]["quantized"] = None
+    assert "(first 65,536 of 70,001 tokens); without the prefix" in verdict(Report.model_validate(data)).sentence
+    data["search"] = None
+    assert "(first 65,536 of 70,001 tokens); it was built" in verdict(Report.model_validate(data)).sentence
+
+
 def test_windows_too_short_for_a_later_divergence_are_said(data: dict[str, Any]) -> None:
     empty = dict.fromkeys(("fp", "fp_prefix", "quantized", "quantized_prefix"))
     data["perplexity"] |= {"window": 17, "kl_after_16": empty, "kl_after_16_stderr": empty}
@@ -125,7 +143,7 @@ def test_windows_too_short_for_a_later_divergence_are_said(data: dict[str, Any])
 
 
 def test_a_report_of_an_earlier_version_is_read_and_shown(data: dict[str, Any]) -> None:
-    new = ("stderr", "engine_stderr", "divergence_stderr", "kl_after_16", "kl_after_16_stderr")
+    new = ("text_tokens", "stderr", "engine_stderr", "divergence_stderr", "kl_after_16", "kl_after_16_stderr")
     data["perplexity"] = {name: value for name, value in data["perplexity"].items() if name not in new}
     report = Report.model_validate(data)
     assert report.perplexity is not None

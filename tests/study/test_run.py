@@ -57,6 +57,10 @@ def test_every_part_is_there_and_what_is_missing_has_its_reason(whole: Whole) ->
     assert study.prefix.token_ids
     assert [text.name for text in study.texts] == ["first.txt", "second.txt"]
     assert [(text.window, text.tokens) for text in study.texts] == [(WINDOW, WINDOWS * (WINDOW - 1))] * 2
+    tokenizer = whole.cells.run.get(whole.cells.pipeline.model).tokenizer
+    texts = [Path(str(text)).read_text() for text in whole.cells.texts]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert [text.text_tokens for text in study.texts] == lengths
 
 
 def test_float_perplexity_and_divergence_are_those_of_transformers(whole: Whole, oracle: Oracle) -> None:

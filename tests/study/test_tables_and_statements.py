@@ -115,6 +115,21 @@ def test_a_prefix_that_makes_perplexity_finite_is_a_gain(by_hand: ByHand) -> Non
     assert "lowers perplexity in 1 of 2 schemes" in " ".join(sentences(study, "table1"))
 
 
+def test_a_part_of_a_text_is_said_beside_every_result(by_hand: ByHand) -> None:
+    part = {"name": "wiki", "window": 64, "tokens": 1260, "text_tokens": 5000}
+    rows = {"table1": [pair("static", 40.0, 22.0, deployable=True)], "remedies": [step("ranges: max", 25.0)]}
+    study = by_hand(texts=[part], **rows)
+    # 20 windows of 64 tokens, 63 of each scored.
+    words = "wiki (first 1,280 of 5,000 tokens)"
+    captions = [table.caption for name in rows for table in tables(study, name)]
+    for text in (headline(study), *captions, " ".join(introduction(study)), *sentences(study, "remedies")[1:]):
+        assert words in text
+    assert f"On {words}, static is worst" in " ".join(sentences(study, "table1"))
+    whole = by_hand(texts=[part | {"text_tokens": 1300}], **rows)
+    assert "first" not in headline(whole)
+    assert "wiki (all 1,300 tokens) in windows of 64" in " ".join(introduction(whole))
+
+
 def test_the_headline_is_the_deployable_row_against_fp(by_hand: ByHand) -> None:
     study = by_hand(table1=[pair("static", 99.0, 98.0), pair("ours", 40.0, 20.6, deployable=True)])
     assert headline(study).startswith("small in static W8A8 is +3.0 % over FP perplexity on wiki with the prefix")

@@ -27,6 +27,7 @@ class Perplexity(StrictModel):
     Attributes:
         window: tokens per non-overlapping window.
         tokens: total number of scored tokens.
+        text_tokens: number of tokens of the whole text; null if an earlier version wrote the report.
         fp, fp_prefix, quantized, quantized_prefix: the four columns, with simulated quantization.
         stderr: standard error of each perplexity; like every standard error here, it treats tokens as independent.
         engine: the compiled engine, with the prefix if there is one.
@@ -42,6 +43,7 @@ class Perplexity(StrictModel):
     corpus: str
     window: Count
     tokens: Count
+    text_tokens: Count | None = None
     fp: PositiveFloat | None
     fp_prefix: PositiveFloat | None
     quantized: PositiveFloat | None
