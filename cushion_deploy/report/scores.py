@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cushion_deploy.report.document.measurements import LATER_WINDOW, Columns, Perplexity
-from cushion_deploy.report.render.formatting import NONE, excerpt, extent, percent, perplexity, with_error
+from cushion_deploy.report.document.measurements import LATER_WINDOW, Chat, Columns, Perplexity
+from cushion_deploy.report.render.formatting import NONE, excerpt, extent, percent, perplexity, plural, with_error
 from cushion_deploy.report.render.printable import one_line
 
 COLUMNS = ("FP", "FP + prefix", "quantized", "quantized + prefix")
@@ -33,6 +33,29 @@ def perplexity_rows(measured: Perplexity) -> list[tuple[str, list[str]]]:
     if measured.kl_after_16 is not None and measured.window >= LATER_WINDOW:
         rows += _divergences(LATER, measured.kl_after_16, measured.kl_after_16_stderr)
     return rows
+
+
+def chat_rows(chat: Chat | None) -> list[tuple[str, list[str]]]:
+    """Return the rows of the four-column table for the begin of a chat."""
+    if chat is None or chat.divergence is None:
+        return []
+    rows = _divergences("KL, begin of a chat", chat.divergence, chat.divergence_stderr)
+    if chat.kl_after_16 is not None and chat.tokens >= LATER_WINDOW:
+        rows += _divergences("  from position 16 on", chat.kl_after_16, chat.kl_after_16_stderr)
+    return rows
+
+
+def chat_sentence(chat: Chat | None) -> str:
+    """State how the begin of a chat was measured, or why it was not; empty if it was not tried."""
+    if chat is None:
+        return ""
+    if chat.missing:
+        return f"The begin of a chat was not measured: {one_line(chat.missing)}."
+    return (
+        f"The begin of a chat is measured on {plural(chat.prompts, 'prompt')} of {plural(chat.tokens, 'token')}: the "
+        "model's chat template and the begin of a passage as the user's message. Its standard errors are those of the "
+        "mean over prompts."
+    )
 
 
 def text_words(measured: Perplexity) -> str:

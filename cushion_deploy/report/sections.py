@@ -38,14 +38,15 @@ def perplexity(report: Report, figures: Figures) -> Blocks:
     measured = report.perplexity
     if measured is None:
         return [Paragraph("Perplexity was not measured.")]
-    rows = tuple((label, *cells) for label, cells in scores.perplexity_rows(measured))
+    found = (*scores.perplexity_rows(measured), *scores.chat_rows(report.chat))
+    rows = tuple((label, *cells) for label, cells in found)
     note = (
         f"{scores.engine_perplexity_sentence(measured)} Measured on {scores.text_words(measured)}; calibration did not "
         "use this text. Lower is better."
     )
     if statements.has_prefix(report):
         note += " The prefix alone changes perplexity, so the last column should be compared with FP + prefix."
-    more = (scores.noise_sentence(measured), scores.later_sentence(measured))
+    more = (scores.noise_sentence(measured), scores.later_sentence(measured), scores.chat_sentence(report.chat))
     note = " ".join((note, *filter(None, more)))
     cache = statements.cache_sentence(report)
     return [

@@ -19,6 +19,7 @@ from cushion_deploy.modeling.source import ModelSource, resolve_source
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.calibrate import Calibrate, CalibrateCache
+from cushion_deploy.stages.chat import ReadChat
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.evaluate import Evaluate
@@ -204,7 +205,8 @@ class Pipeline:
         quantization, cut = self.quantized.quantization, Cut.of(self.recipe, self.recipe.evaluation.data)
         bare: Node[Quantization]
         bare = WithoutPrefix(quantization, self.bare.quantization) if self.search else quantization
-        return Evaluate(self.model, quantization, bare, self.no_prefix, self.evaluation_text, cut)
+        text = self.evaluation_text
+        return Evaluate(self.model, quantization, bare, self.no_prefix, text, cut, ReadChat(self.files, text))
 
     def build(self, engines: tuple[str, ...], options: CompileOptions, output: Path) -> Publish:
         """Return the final node of a build, which publishes the bundle."""

@@ -78,6 +78,7 @@ class AssembleReport(Derived[Report]):
                 "engine": parity.engine_perplexity,
                 "engine_stderr": parity.engine_stderr,
             },
+            "chat": evaluation["chat"],
             "search": _search(inputs.get(self.search).trace) if self.search else None,
             "tuning": _tuning(trace) if trace else None,
             "magnitudes": evaluation["magnitudes"],

@@ -99,6 +99,15 @@ _DATA: dict[str, Any] = {
         "kl_after_16": {"fp": 0.0, "fp_prefix": 0.0107, "quantized": 0.95, "quantized_prefix": 0.0512},
         "kl_after_16_stderr": {"fp": 0.0, "fp_prefix": 0.001, "quantized": 0.031, "quantized_prefix": 0.003},
     },
+    "chat": {
+        "prompts": 16,
+        "tokens": 63,
+        "divergence": {"fp": 0.0, "fp_prefix": 0.021, "quantized": 0.5, "quantized_prefix": 0.044},
+        "divergence_stderr": {"fp": 0.0, "fp_prefix": 0.003, "quantized": 0.02, "quantized_prefix": 0.0055},
+        "kl_after_16": {"fp": 0.0, "fp_prefix": 0.0099, "quantized": 0.4, "quantized_prefix": 0.033},
+        "kl_after_16_stderr": {"fp": 0.0, "fp_prefix": 0.0011, "quantized": 0.02, "quantized_prefix": 0.0044},
+        "missing": "",
+    },
     "search": {
         "mode": "screen",
         "objective": "error",

@@ -7,7 +7,7 @@ import pytest
 from cushion_deploy.report.document import Report
 from cushion_deploy.report.page import report_page
 from cushion_deploy.report.render.html import render_html
-from cushion_deploy.report.scores import engine_perplexity_sentence, perplexity_rows
+from cushion_deploy.report.scores import chat_rows, engine_perplexity_sentence, perplexity_rows
 from cushion_deploy.report.statements import (
     cache_sentence,
     engines_sentence,
@@ -114,6 +114,30 @@ def test_terminal_and_page_show_the_later_divergence_and_the_noise(report: Repor
     assert "treat tokens as independent" in page
 
 
+def test_the_begin_of_a_chat_has_rows_of_its_own(report: Report) -> None:
+    assert chat_rows(report.chat) == [
+        ("KL, begin of a chat", ["0.0000", "0.0210", "0.5000", "0.0440"]),
+        ("standard error", ["± 0.0000", "± 0.0030", "± 0.0200", "± 0.0055"]),
+        ("  from position 16 on", ["0.0000", "0.0099", "0.4000", "0.0330"]),
+        ("standard error", ["± 0.0000", "± 0.0011", "± 0.0200", "± 0.0044"]),
+    ]
+    page = render_html(report_page(report, {}))
+    for text in ("KL, begin of a chat", "± 0.0055", "0.0330"):
+        assert text in page
+        assert text in "\n".join(summary_lines(report))
+    assert "measured on 16 prompts of 63 tokens" in page
+
+
+def test_why_no_chat_was_measured_is_said(data: dict[str, Any]) -> None:
+    data["chat"] = {"prompts": 0, "tokens": 0, "missing": "the model has no chat template"}
+    report = Report.model_validate(data)
+    assert chat_rows(report.chat) == []
+    for text in (render_html(report_page(report, {})), " ".join(" ".join(summary_lines(report)).split())):
+        assert "The begin of a chat was not measured: the model has no chat template." in text
+    data["chat"] = None
+    assert "begin of a chat" not in render_html(report_page(Report.model_validate(data), {}))
+
+
 def test_a_part_of_a_text_is_said_beside_every_result(data: dict[str, Any]) -> None:
     whole = Report.model_validate(data)
     # 128 windows of 512 are 65,536 tokens, and the 364 that remain are no window.
@@ -143,6 +167,7 @@ def test_windows_too_short_for_a_later_divergence_are_said(data: dict[str, Any])
 
 
 def test_a_report_of_an_earlier_version_is_read_and_shown(data: dict[str, Any]) -> None:
+    data["chat"] = None
     new = ("text_tokens", "stderr", "engine_stderr", "divergence_stderr", "kl_after_16", "kl_after_16_stderr")
     data["perplexity"] = {name: value for name, value in data["perplexity"].items() if name not in new}
     report = Report.model_validate(data)

@@ -140,6 +140,11 @@ def test_a_tuned_build_with_float_sites_holds_the_ladder(one_run: MakeRun, tmp_p
     assert later.fp == pytest.approx(0, abs=1e-5)
     assert None not in (later.fp_prefix, later.quantized, later.quantized_prefix)
     assert 0 < (errors.quantized or 0) < (later.quantized or 0)
+    assert report.chat is not None
+    assert (report.chat.missing, report.chat.prompts) == ("", 1)
+    assert report.chat.divergence is not None
+    assert report.chat.divergence.fp == pytest.approx(0, abs=1e-5)
+    assert (report.chat.divergence.quantized or 0) > 0
     assert report.perplexity.engine_stderr is not None
     assert report.perplexity.stderr is not None
     assert report.perplexity.engine_stderr == pytest.approx(report.perplexity.stderr.quantized_prefix, rel=0.1)

@@ -57,6 +57,26 @@ class Perplexity(StrictModel):
     kl_after_16_stderr: Columns | None = None
 
 
+class Chat(StrictModel):
+    """Divergence from the original model at the begin of a chat.
+
+    Attributes:
+        prompts, tokens: number and length of the prompts: the model's chat template and the begin of a user's message.
+        divergence, kl_after_16: as in ``perplexity``. The original model has the beginning-of-sequence token of its
+            template before the prompt, a model with a prefix has the prefix instead.
+        divergence_stderr, kl_after_16_stderr: standard errors of the mean over prompts.
+        missing: why there is no divergence; empty if there is.
+    """
+
+    prompts: Count
+    tokens: Count
+    divergence: Columns | None = None
+    divergence_stderr: Columns | None = None
+    kl_after_16: Columns | None = None
+    kl_after_16_stderr: Columns | None = None
+    missing: str = ""
+
+
 class LayerMagnitude(StrictModel):
     """The three largest activation magnitudes and the median magnitude of one layer's output."""
 
