@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     metavar="DATA",
     help="Text to score: a file, wikitext, c4, or org/name. Repeatable. Default without --tasks: from the recipe.",
 )
-@click.option("--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe, or 512.")
 @click.option(
-    "--max-tokens", type=click.IntRange(2), help="Maximum number of tokens to score per text. Default: from the recipe."
+    "--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe; 2048 for wikitext."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(2), help="Tokens to read per text. Default: from the recipe; wikitext: all."
 )
 @click.option(
     "--tasks",
@@ -86,7 +88,6 @@ def command(
     noise of the measurement.
     """
     from cushion_deploy.evaluate.zeroshot import TaskSuite
-    from cushion_deploy.stages.windows import scored_tokens
     from cushion_deploy.verbs.eval import Scored, choose_columns, evaluate_columns
 
     bundle = _open(target, model, recipe)
@@ -110,8 +111,7 @@ def command(
     if not run.processes.leads:
         pass
     elif as_json:
-        tokens, _ = scored_tokens(settings.evaluation.window, settings.evaluation.max_tokens)
-        click.echo(json.dumps({"target": target, "window": tokens, **found.to_json()}))
+        click.echo(json.dumps({"target": target, **found.to_json()}))
     else:
         for line in table(found):
             click.echo(line)
@@ -120,15 +120,19 @@ def command(
 
 def table(found: Evaluation) -> list[str]:
     """Return the scores as lines: a row per text or task, a column per way to run the model, then the agreement."""
-    from cushion_deploy.verbs.eval import COLUMNS
+    from cushion_deploy.report.render.formatting import extent
+    from cushion_deploy.verbs.columns import COLUMNS
 
     rows = [["", *(COLUMNS[c] for c in found.columns)]]
     for name, texts in found.texts.items():
-        rows.append([f"{name} (perplexity)", *(_cell(texts[c].perplexity, texts[c].stderr) for c in found.columns)])
+        first = texts[found.columns[0]]
+        part = extent(first.tokens, first.window, found.text_tokens[name])
+        cells = [_cell(texts[c].perplexity, texts[c].stderr) for c in found.columns]
+        rows.append([f"{name}, {part} (perplexity)", *cells])
     for name, tasks in found.tasks.items():
-        first = tasks[found.columns[0]]
+        scored = tasks[found.columns[0]]
         cells = [_cell(tasks[c].value, tasks[c].stderr) for c in found.columns]
-        rows.append([f"{name} ({first.metric}, n={first.n})", *cells])
+        rows.append([f"{name} ({scored.metric}, n={scored.n})", *cells])
     if found.tasks:
         rows.append(["mean of the tasks", *(_cell(m.value, m.stderr) for m in found.means.values())])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -26,9 +26,11 @@ from cushion_deploy.errors import UsageError, require_modules
     metavar="PARTS",
     help="Comma-separated parts: table1 to table6, remedies, figure2, figure3. Default: all.",
 )
-@click.option("--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe.")
 @click.option(
-    "--max-tokens", type=click.IntRange(2), help="Maximum number of tokens to score per text. Default: from the recipe."
+    "--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe; 2048 for wikitext."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(2), help="Tokens to read per text. Default: from the recipe; wikitext: all."
 )
 @click.option(
     "--tasks",

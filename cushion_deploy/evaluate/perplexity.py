@@ -10,6 +10,7 @@ import numpy as np
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.statistics import mean, standard_error
 from cushion_deploy.errors import UsageError
 
 BLOCK = 16
@@ -29,6 +30,11 @@ class TextScore:
     losses: FloatArray
 
     @property
+    def window(self) -> int:
+        """Tokens per window; the first of each is only context."""
+        return int(self.losses.shape[1]) + 1
+
+    @property
     def tokens(self) -> int:
         """Number of scored tokens."""
         return int(self.losses.size)
@@ -36,8 +42,8 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """Exponential of the mean loss; infinity if that overflows or the mean is NaN."""
-        mean = float(self.losses.mean(dtype=np.float64))
-        return math.exp(mean) if mean < 700 else math.inf
+        found = mean(self.losses)
+        return math.exp(found) if found < 700 else math.inf
 
     @property
     def stderr(self) -> float:
@@ -45,26 +51,38 @@ class TextScore:
         return self.perplexity * standard_error(self.losses)
 
 
-def standard_error(values: FloatArray) -> float:
-    """Return the standard error of the mean, with Bessel's correction; NaN for a single or a non-finite value."""
-    if values.size < 2 or not np.isfinite(values).all():
-        return math.nan
-    return float(values.std(dtype=np.float64, ddof=1)) / math.sqrt(values.size)
+@dataclass(frozen=True)
+class TextWindows:
+    """Windows from the start of a text.
+
+    Attributes:
+        ids: int64 ``[count, window]``.
+        text_tokens: number of tokens of the whole text.
+    """
+
+    ids: IntArray
+    text_tokens: int
 
 
-def cut_windows(ids: IntArray, window: int, max_tokens: int, name: str) -> IntArray:
-    """Return non-overlapping windows int64 ``[count, window]`` from the start of a text; the remainder is dropped.
+def cut_windows(ids: IntArray, window: int, max_tokens: int | None, name: str) -> TextWindows:
+    """Return non-overlapping windows from the start of a text; a remainder shorter than a window is left out.
+
+    Args:
+        ids: the text, int64 ``[n]``.
+        window: tokens per window.
+        max_tokens: maximum number of tokens to read; None for all.
+        name: name of the text, for the error.
 
     Raises:
         UsageError: the text is shorter than one window.
     """
-    count = min(len(ids), max_tokens) // window
+    count = min(len(ids), max_tokens or len(ids)) // window
     if count == 0:
         raise UsageError(
             f"{name} holds {len(ids)} tokens, fewer than one window of {window}",
             hint="use more text or a smaller window (evaluation.window)",
         )
-    return ids[: count * window].reshape(count, window)
+    return TextWindows(ids[: count * window].reshape(count, window), len(ids))
 
 
 def score_text(nll: TokenNll, windows: IntArray, progress: Progress = silent, task: str = "perplexity") -> TextScore:
