@@ -146,14 +146,35 @@ def pack_windows(documents: list[IntArray], window: int, count: int, name: str) 
             f"{name} holds {total} tokens, fewer than one window of {window}",
             hint="give more text, or a smaller window (calibration.window)",
         )
-    pieces = [d[i : i + window] for d in documents for i in range(0, len(d), window)]
-    pieces = [p for p in pieces if len(p) >= min(window, 32)] or pieces
-    chosen = [pieces[i] for i in np.unique(np.linspace(0, len(pieces) - 1, min(count, len(pieces))).astype(int))]
+    pieces = _pieces(documents, window)
+    chosen = [pieces[i] for i in _spread(len(pieces), count)]
     ids = np.zeros((len(chosen), window), dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, piece in enumerate(chosen):
         ids[row, : len(piece)], mask[row, : len(piece)] = piece, 1
     return ids, mask
+
+
+def other_pieces(documents: list[IntArray], window: int, count: int, most: int) -> list[IntArray]:
+    """Return up to ``most`` pieces, int64 ``[n]`` each, that :func:`pack_windows` does not select, spread evenly.
+
+    If it selects all, they are some of those.
+    """
+    pieces = _pieces(documents, window)
+    selected = set(_spread(len(pieces), count))
+    others = [i for i in range(len(pieces)) if i not in selected] or sorted(selected)
+    return [pieces[others[i]] for i in _spread(len(others), most)]
+
+
+def _pieces(documents: list[IntArray], window: int) -> list[IntArray]:
+    """Return the windows of all documents, the last one of each shorter; very short ones are dropped."""
+    pieces = [d[i : i + window] for d in documents for i in range(0, len(d), window)]
+    return [p for p in pieces if len(p) >= min(window, 32)] or pieces
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """Return up to ``count`` indices of a sequence, spread evenly."""
+    return [int(i) for i in np.unique(np.linspace(0, length - 1, min(count, length)).astype(int))]
 
 
 def _from_file(path: Path) -> Corpus:

@@ -34,6 +34,13 @@ from cushion_deploy.errors import ExitCode
     show_default=True,
     help="Folder of the bundle.",
 )
+@click.option(
+    "--prefix",
+    "ship",
+    type=click.Choice(["auto", "always", "never"]),
+    help="Ship the searched prefix: if the quantized model is closer to the original with it (auto, the default), "
+    "always, or never, without a search (as --no-prefix).",
+)
 @click.option("--engine", "engines", multiple=True, help="Engine to compile; repeatable. Default: all available.")
 @target_option
 @plan_options
@@ -46,13 +53,15 @@ def command(
     allow_float_linears: int,
     print_config: bool,
     dry_run: bool,
+    ship: str | None,
     **values: Any,
 ) -> int:
     """Build a bundle: search for a prefix, calibrate, export, compile, check, report, publish.
 
     The exit code is 1 if a parity check fails; the bundle is still written, and its report names the failed checks.
     """
-    recipe = make_recipe(values)
+    values["no_prefix"] |= ship == "never"
+    recipe = make_recipe({**values, "ship": None if ship == "never" else ship})
     if print_config:
         click.echo(recipe.to_yaml(), nl=False)
         return ExitCode.OK

@@ -41,6 +41,7 @@ FLAGS: dict[str, str] = {
     "max_length": "search.max_length",
     "seed_tokens": "search.seed_tokens",
     "objective": "search.objective",
+    "ship": "search.ship",
     "device": "compute.device",
     "compute_dtype": "compute.dtype",
     "max_batch": "tensorrt.max_batch",

@@ -54,6 +54,11 @@ class Search(Section):
     """How the prefix is found."""
 
     enabled: bool = Field(default=True, description="Search for a prefix; false builds without one.")
+    ship: Literal["auto", "always"] = Field(
+        default="auto",
+        description="Ship the prefix if the quantized model is closer to the original with it than without it, each "
+        "with the same remedies (auto), or whatever comes of it (always).",
+    )
     seed_tokens: Names = Field(default=(), description="Tokens that the prefix begins with, as text.")
     max_length: int = Field(default=4, ge=0, description="Maximum number of tokens in the prefix.")
     tau: float = Field(

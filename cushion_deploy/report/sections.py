@@ -44,7 +44,7 @@ def perplexity(report: Report, figures: Figures) -> Blocks:
         f"{scores.engine_perplexity_sentence(measured)} Measured on {scores.text_words(measured)}; calibration did not "
         "use this text. Lower is better."
     )
-    if statements.has_prefix(report):
+    if statements.found_prefix(report):
         note += " The prefix alone changes perplexity, so the last column should be compared with FP + prefix."
     more = (scores.noise_sentence(measured), scores.later_sentence(measured), scores.chat_sentence(report.chat))
     note = " ".join((note, *filter(None, more)))
@@ -67,6 +67,8 @@ def prefix(report: Report) -> Blocks:
             for position, (token, token_id) in enumerate(zip(found.tokens, found.token_ids, strict=True))
         )
         blocks.append(Table(("position", "token", "id"), tuple(rows), align="lll"))
+    if report.choice is not None and report.choice.candidates:
+        blocks.append(Paragraph(statements.choice_sentence(report.choice)))
     if found is not None and (found.token_ids or found.steps):
         line_feed, space = Span("⏎", "code"), Span("␣", "code")
         begin = "Whitespace and control characters are shown as symbols: "

@@ -7,11 +7,12 @@ from typing import Literal
 
 from cushion_deploy.report.document import Engine, ParityRow, Report
 from cushion_deploy.report.document.measurements import Magnitudes
-from cushion_deploy.report.document.prefix import Tuning
+from cushion_deploy.report.document.prefix import Choice, Tuning
 from cushion_deploy.report.render.formatting import (
     listing,
     model_name,
     percent,
+    perplexity,
     plural,
     size,
     value_and_limit,
@@ -21,6 +22,8 @@ from cushion_deploy.report.render.printable import one_line
 from cushion_deploy.report.scores import excerpt_words
 
 Status = Literal["passed", "incomplete", "failed"]
+WITHOUT = "without prefix"
+"""Name of the candidate without a prefix in a choice."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def _at(value: float | None, reference: float | None, name: str) -> str:
 def _why_no_prefix(report: Report) -> str:
     if report.search is None:
         return "it was built without a prefix"
+    if found_prefix(report):
+        return "it ships without a prefix, which does not pay"
     return "no prefix was needed: the search found no attention sink that justifies one"
 
 
@@ -92,9 +97,33 @@ def magnitude_sentence(magnitudes: Magnitudes) -> str:
     return f"{text}; with the prefix it is {after.top1:,.0f}, in layer {after.layer}."
 
 
-def has_prefix(report: Report) -> bool:
-    """Return whether the built model has a prefix."""
+def found_prefix(report: Report) -> bool:
+    """Return whether the search found a prefix, with which the model was measured."""
     return report.search is not None and bool(report.search.token_ids)
+
+
+def has_prefix(report: Report) -> bool:
+    """Return whether the built model has a prefix: one was found, and it pays."""
+    return found_prefix(report) and (report.choice is None or report.choice.shipped != WITHOUT)
+
+
+def choice_sentence(choice: Choice) -> str:
+    """State with which numbers the model was chosen that ships; empty if there was nothing to choose."""
+    if not choice.candidates:
+        return ""
+    scores = [
+        f"{one_line(row.name)} {_nats(row.kl_after_16)} nats per token and perplexity {perplexity(row.perplexity)}"
+        for row in choice.candidates
+    ]
+    measure = "divergence" if choice.reason == "kl_after_16" else "perplexity, because the divergences are too close,"
+    return (
+        f"Judged by its {measure} on {choice.tokens:,} held-out predictions from position 16 on, each with smoothing "
+        f"and scales of its own, the quantized model ships {one_line(choice.shipped)}: {listing(scores)}."
+    )
+
+
+def _nats(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def prefix_sentence(report: Report) -> str:
@@ -102,6 +131,11 @@ def prefix_sentence(report: Report) -> str:
     if report.search is None:
         return "No prefix search was run: the model was built without a prefix."
     length = len(report.search.token_ids)
+    if length and not has_prefix(report):
+        return (
+            f"The search found a prefix of {plural(length, 'token')}, but the quantized model is closer to the "
+            "original without it, so the model ships without a prefix."
+        )
     if not length:
         return (
             "No prefix was needed. The search found no attention sink that justifies a prefix position, "

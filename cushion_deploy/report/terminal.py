@@ -80,7 +80,7 @@ def _four_columns(rows: Sequence[tuple[str, list[str]]]) -> Table:
 
 
 def _prefix(report: Report) -> Text:
-    if report.search is None or not report.search.token_ids:
+    if report.search is None or not statements.has_prefix(report):
         return Text(statements.prefix_sentence(report))
     pairs = zip(report.search.tokens, report.search.token_ids, strict=True)
     return Text("  ").join(Text(f"{visible(token)} ({token_id})") for token, token_id in pairs)

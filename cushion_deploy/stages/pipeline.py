@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from cushion_deploy.calib.corpora import Corpus, Part
 from cushion_deploy.core.graph_form import MIN_OPSET, CacheForm, GraphForm
@@ -20,6 +21,7 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.calibrate import Calibrate, CalibrateCache
 from cushion_deploy.stages.chat import ReadChat
+from cushion_deploy.stages.choose import Choose, Chosen
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.evaluate import Evaluate
@@ -35,6 +37,10 @@ from cushion_deploy.stages.sensitivity import ChooseScheme, Sensitivity, is_auto
 from cushion_deploy.stages.smooth import Smooth
 from cushion_deploy.stages.tune import Tune
 from cushion_deploy.stages.windows import Cut, longest_prefix
+
+T = TypeVar("T")
+WITHOUT, WITH = "without prefix", "with prefix"
+"""Names of the two models that a build compares."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Pipeline:
         search: None if the recipe disables the prefix.
         prefix: the prefix found by the search, or no prefix.
         quantized, bare: the branches with and without the prefix.
+        choice: the choice between the two; None if there is nothing to choose.
     """
 
     def __init__(self, recipe: Recipe, source: ModelSource) -> None:
@@ -75,6 +82,7 @@ class Pipeline:
         self.no_prefix = NoPrefix(self.model, self.files)
         self.quantized = self.behind(self.prefix)
         self.bare = self.behind(self.no_prefix, tuned=False)
+        self.choice = self._choice() if self.search and recipe.search.ship == "auto" else None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Pipeline:
@@ -138,6 +146,19 @@ class Pipeline:
                 scales = calibration.scales
         quantization = AssembleQuantization(prefix, scheme, scales, smoothing, self._kv_scales(prefix, smoothing))
         return Branch(smoothing, calibration, scheme, tuning, quantization)
+
+    def _choice(self) -> Choose:
+        config, branches = self.recipe.calibration, (self.bare.quantization, self.quantized.quantization)
+        return Choose(self.model, (WITHOUT, WITH), branches, self.text, config.windows, config.window)
+
+    def shipped(self, behind_prefix: Node[T], bare: Node[T]) -> Node[T]:
+        """Return what belongs to the model that ships, of what belongs to the ones with and without the prefix."""
+        return Chosen(self.choice, (WITHOUT, WITH), (bare, behind_prefix)) if self.choice else behind_prefix
+
+    @property
+    def shipped_quantization(self) -> Node[Quantization]:
+        """The quantization that ships."""
+        return self.shipped(self.quantized.quantization, self.bare.quantization)
 
     def _calibrate(self, prefix: Node[Prefix], smoothing: Smooth | None) -> Calibrate:
         config = self.recipe.calibration
@@ -210,11 +231,12 @@ class Pipeline:
 
     def build(self, engines: tuple[str, ...], options: CompileOptions, output: Path) -> Publish:
         """Return the final node of a build, which publishes the bundle."""
-        recipe, branch = self.recipe, self.quantized
-        graph = self.graph(branch.quantization)
-        plans = tuple(self.engine_graph(branch.quantization, graph, engine) for engine in engines)
+        recipe, branch, quantization = self.recipe, self.quantized, self.shipped_quantization
+        graph = self.graph(quantization)
+        plans = tuple(self.engine_graph(quantization, graph, engine) for engine in engines)
         compiled = tuple(Compile.of(plan, name, options) for plan, name in zip(plans, engines, strict=True))
-        parity = self.parity(branch.quantization, graph, plans)
-        found = branch.calibration, branch.tuning, branch.quantization, graph, compiled, self.evaluation, parity
+        parity = self.parity(quantization, graph, plans)
+        calibration = self.shipped(branch.calibration, self.bare.calibration)
+        found = calibration, branch.tuning, self.choice, quantization, graph, compiled, self.evaluation, parity
         report = AssembleReport(recipe, self.files, self.text, self.search, *found)
-        return Publish(recipe, self.files, branch.quantization, graph, compiled, report, output)
+        return Publish(recipe, self.files, quantization, graph, compiled, report, output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -21,6 +21,7 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import Report
 from cushion_deploy.stages.base import Derived, Node
 from cushion_deploy.stages.calibrate import CalibratedScales
+from cushion_deploy.stages.choose import Choice
 from cushion_deploy.stages.compile import CompiledEngine
 from cushion_deploy.stages.load import ModelFiles
 from cushion_deploy.stages.parity import ParityResult
@@ -42,8 +43,8 @@ class AssembleReport(Derived[Report]):
 
     Attributes:
         recipe: every setting.
-        files, text, search, calibration, tuning, quantization, graph, engines, evaluation, parity: what to report;
-            ``search`` and ``tuning`` are None if the recipe disables them.
+        files, text, search, calibration, tuning, choice, quantization, graph, engines, evaluation, parity: what to
+            report; ``search``, ``tuning`` and ``choice`` are None if the recipe disables them.
     """
 
     recipe: Recipe
@@ -52,6 +53,7 @@ class AssembleReport(Derived[Report]):
     search: Node[FoundPrefix] | None
     calibration: Node[CalibratedScales]
     tuning: Node[TunedPrefix] | None
+    choice: Node[Choice] | None
     quantization: Node[Quantization]
     graph: Node[ExportedGraph]
     engines: tuple[Node[CompiledEngine], ...]
@@ -82,6 +84,7 @@ class AssembleReport(Derived[Report]):
             "chat": evaluation["chat"],
             "search": _search(inputs.get(self.search).trace) if self.search else None,
             "tuning": _tuning(trace) if trace else None,
+            "choice": asdict(inputs.get(self.choice)) if self.choice else None,
             "magnitudes": evaluation["magnitudes"],
             "calibration": self._calibration(inputs, quantization, spec),
             "kv_cache": _kv_cache(spec, kv, evaluation["float_cache"]) if kv else None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cushion_deploy.calib.corpora import BENCHMARKS, Corpus, pack_windows
+from cushion_deploy.calib.corpora import BENCHMARKS, Corpus, other_pieces, pack_windows
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.errors import UsageError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 WINDOW, MAX_TOKENS = 512, 4096
 """Tokens per window, beyond the sliding windows of a model, and of the whole excerpt, where neither the recipe nor the
 text says otherwise."""
+HELD_OUT_WINDOW = 256
+"""Tokens at most in a window of held-out text."""
 ROWS, POSITIONS = 4, 2048
 """Windows, and token positions, in a pass of the calibration: one window if that is longer."""
 BENCHMARK_WINDOW = 2048
@@ -102,12 +104,37 @@ def calibration_windows(model: TorchRunner, text: Corpus, count: int, window: in
     With ``window`` None, the windows of a model with sliding windows are longer, and fewer, so that calibration takes
     as many tokens. Then documents are joined, because few are as long.
     """
+    documents, window, count = _calibration_cut(model, text, count, window)
+    return pack_windows(documents, window, count, text.name)
+
+
+def _calibration_cut(
+    model: TorchRunner, text: Corpus, count: int, window: int | None
+) -> tuple[list[IntArray], int, int]:
+    """Return the documents, the tokens in a window and the number of windows of a calibration."""
     documents = [model.encode(document) for document in text.documents]
     if window is None:
         window = default_window(model.spec)
         if window > WINDOW:
             documents, count = [np.concatenate(documents)], max(1, count * WINDOW // window)
-    return pack_windows(documents, window, count, text.name)
+    return documents, window, count
+
+
+def held_out_windows(model: TorchRunner, text: Corpus, count: int, window: int | None, most: int) -> IntArray:
+    """Return full windows, int64 ``[windows, length]``, of text that :func:`calibration_windows` does not return.
+
+    If a text is too short for both, they are some of the same text.
+
+    Args:
+        model, text, count, window: as for :func:`calibration_windows`.
+        most: maximum number of calibration windows to leave out; they are joined and cut to at most 256 tokens, because
+            many are short.
+    """
+    pieces = other_pieces(*_calibration_cut(model, text, count, window), most)
+    ids = np.concatenate(pieces)
+    length = min(HELD_OUT_WINDOW, len(ids))
+    found: IntArray = ids[: len(ids) // length * length].reshape(-1, length)
+    return found
 
 
 def calibrated_rows(window: int) -> int:

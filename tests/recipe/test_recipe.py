@@ -23,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "engines": None,
     "compute": {"device": "auto", "dtype": "auto", "memory": None},
     "search": {
+        "ship": "auto",
         "enabled": True,
         "seed_tokens": [],
         "max_length": 4,

@@ -24,6 +24,7 @@ from cushion_deploy.verbs.build import dry_run
 
 SETTINGS: dict[str, object] = {
     "engines": ["onnxruntime"],
+    "search.ship": "always",
     "search.text_tokens": 64,
     "search.random_candidates": 8,
     "search.screen_candidates": 8,

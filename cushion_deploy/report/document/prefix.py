@@ -106,3 +106,27 @@ class Tuning(StrictModel):
     kept_step: Count
     skipped: Count = 0
     states: tuple[TuningState, ...]
+
+
+class ChoiceCandidate(StrictModel):
+    """One of the models that were compared, each as it would ship, on held-out text."""
+
+    name: str
+    perplexity: float | None
+    divergence: float | None
+    kl_after_16: float | None
+    kl_after_16_stderr: float | None
+
+
+class Choice(StrictModel):
+    """Whether the model ships with the prefix: the name of the candidate that was closer to the original model.
+
+    Attributes:
+        reason: ``kl_after_16`` or ``perplexity``, whichever decided; ``only`` if there was no prefix to compare.
+        tokens: number of predictions that were compared.
+    """
+
+    shipped: str
+    reason: Literal["kl_after_16", "perplexity", "only"]
+    tokens: Count = 0
+    candidates: tuple[ChoiceCandidate, ...] = ()

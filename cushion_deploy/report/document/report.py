@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, Field
 from cushion_deploy.report.document.base import FreeForm, StrictModel, read_document
 from cushion_deploy.report.document.build import Engine, Environment, Export, Model, ParityRow, Stage, Tool
 from cushion_deploy.report.document.measurements import Calibration, Chat, KvCache, Magnitudes, Perplexity
-from cushion_deploy.report.document.prefix import Search, Tuning
+from cushion_deploy.report.document.prefix import Choice, Search, Tuning
 
 REPORT_JSON = "report.json"
 
@@ -28,6 +28,7 @@ class Report(StrictModel):
     chat: Chat | None = None
     search: Search | None = None
     tuning: Tuning | None = None
+    choice: Choice | None = None
     magnitudes: Magnitudes | None = None
     calibration: Calibration | None = None
     kv_cache: KvCache | None = None

@@ -1,0 +1,153 @@
+"""What ships is what is closer to the original on held-out text, each candidate with remedies of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from one_run import OneRun
+
+from cushion_deploy.calib.corpora import Corpus
+from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.modeling.teacher import Fidelity, Teacher
+from cushion_deploy.recipe import Recipe
+from cushion_deploy.stages.choose import HELD_OUT, choose
+from cushion_deploy.stages.windows import calibration_windows, held_out_windows
+
+SETTINGS: dict[str, object] = {
+    "engines": ["onnxruntime"],
+    "search.text_tokens": 64,
+    "search.random_candidates": 4,
+    "search.screen_candidates": 4,
+    "search.gradient_candidates": 0,
+    "search.audit_tokens": 0,
+    "calibration.windows": 4,
+    "calibration.window": 64,
+    "evaluation.window": 64,
+    "evaluation.max_tokens": 64,
+    "parity.tokens": 32,
+    "parity.decode_tokens": 2,
+}
+MakeRun = Callable[..., OneRun]
+
+
+@pytest.fixture
+def one_run(planted_folder: Path, tmp_path: Path) -> MakeRun:
+    """Return a function that makes a run of the model with a planted sink."""
+    (tmp_path / "calib.txt").write_text("The quick brown fox jumps over the lazy dog; the dog sleeps. " * 40)
+    (tmp_path / "eval.txt").write_text("When nothing else is worth attending to, a head attends to the first. " * 6)
+    data = {"calibration.data": str(tmp_path / "calib.txt"), "evaluation.data": str(tmp_path / "eval.txt")}
+
+    def make(**more: object) -> OneRun:
+        changes = {name.replace("__", "."): value for name, value in more.items()}
+        recipe = Recipe().merged({"model": str(planted_folder), **data, **SETTINGS, **changes})
+        return OneRun.of(recipe, tmp_path / "work")
+
+    return make
+
+
+def scores(later: float, first: float = 0.0, loss: float = 3.0, noise: float = 0.0) -> Fidelity:
+    """Return scores of 4 windows of 40 predictions with a divergence before and from position 16 on."""
+    divergences = np.full((4, 40), later, np.float32)
+    divergences[:, :16] = first
+    divergences[:, 16:] += noise * np.tile([-1, 1], 48).reshape(4, 24)
+    return Fidelity(np.full((4, 40), loss, np.float32), divergences)
+
+
+@pytest.mark.parametrize(
+    ("bare", "prefix", "shipped", "reason"),
+    [
+        (scores(0.02), scores(0.01), "with prefix", "kl_after_16"),
+        (scores(0.01), scores(0.02), "without prefix", "kl_after_16"),
+        # The first 16 positions, where the original has its sink, decide nothing.
+        (scores(0.02, first=0.0), scores(0.01, first=5.0), "with prefix", "kl_after_16"),
+        # Closer than the standard error of the difference: 1 / sqrt(96).
+        (scores(0.02), scores(0.01, noise=1.0, loss=2.9), "with prefix", "perplexity"),
+        (scores(0.02), scores(0.01, noise=1.0, loss=3.1), "without prefix", "perplexity"),
+        (scores(0.02), scores(0.02), "without prefix", "perplexity"),
+        (scores(0.02), scores(np.nan, loss=np.nan), "without prefix", "perplexity"),
+        (scores(np.nan, loss=np.nan), scores(0.02), "with prefix", "perplexity"),
+    ],
+)
+def test_the_divergence_from_position_16_on_decides_and_then_the_perplexity(
+    bare: Fidelity, prefix: Fidelity, shipped: str, reason: str
+) -> None:
+    found = choose({"without prefix": bare, "with prefix": prefix})
+    assert (found.shipped, found.reason, found.tokens) == (shipped, reason, 4 * 24)
+    assert [each.name for each in found.candidates] == ["without prefix", "with prefix"]
+
+
+def test_windows_of_17_tokens_and_fewer_are_judged_by_perplexity() -> None:
+    short = [Fidelity(np.full((2, 10), loss, np.float32), np.zeros((2, 10), np.float32)) for loss in (3.0, 2.0)]
+    found = choose({"without prefix": short[0], "with prefix": short[1]})
+    assert (found.shipped, found.reason, found.candidates[0].kl_after_16) == ("with prefix", "perplexity", None)
+
+
+def numbered(spec: Any) -> Any:
+    """Return a model whose tokens are the numbers in a text."""
+    return SimpleNamespace(spec=spec, encode=lambda text: np.array(text.split(), dtype=np.int64))
+
+
+@pytest.mark.parametrize(("documents", "shared"), [(60, False), (5, True)])
+def test_nothing_is_observed_on_held_out_text_unless_there_is_no_other(
+    tiny_model: Any, documents: int, shared: bool
+) -> None:
+    text = Corpus("numbers", tuple(" ".join(map(str, range(i * 1000, i * 1000 + 200))) for i in range(documents)))
+    model = numbered(tiny_model.spec)
+    ids, mask = calibration_windows(model, text, 20, 400)
+    held_out = held_out_windows(model, text, 20, 400, HELD_OUT)
+    assert held_out.shape == (min(8, documents) * 200 // 256, 256)
+    assert bool(set(ids[mask > 0].tolist()) & set(held_out.ravel().tolist())) is shared
+
+
+def test_a_build_ships_what_a_measurement_of_both_prefers(one_run: MakeRun, tmp_path: Path) -> None:
+    one = one_run(search__ship="auto", search__seed_tokens=("a",), search__max_length=1)
+    pipeline, run = one.pipeline, one.run
+    report = one.build(tmp_path / "out")
+    model = run.get(pipeline.model)
+    windows = held_out_windows(
+        model, run.get(pipeline.text), pipeline.recipe.calibration.windows, pipeline.recipe.calibration.window, HELD_OUT
+    )
+    teacher, kl = Teacher(model), {}
+    teacher.remember(windows)
+    for name, branch in (("without prefix", pipeline.bare), ("with prefix", pipeline.quantized)):
+        q = run.get(branch.quantization)
+        with simulated(model.folded(q.smoothing), q.scheme, q.scales):
+            kl[name] = teacher.compare(model.folded(q.smoothing), q.prefix, windows).divergences[:, 16:].mean()
+    assert report.choice is not None
+    assert report.choice.reason == "kl_after_16"
+    assert report.choice.shipped == min(kl, key=lambda name: kl[name])
+    for each in report.choice.candidates:
+        np.testing.assert_allclose(each.kl_after_16, kl[each.name], rtol=1e-5)
+    length = 1 if report.choice.shipped == "with prefix" else 0
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["contract"]["prefix_length"] == length
+    assert run.get(pipeline.shipped_quantization).prefix.length == length
+
+
+@pytest.mark.parametrize("shipped", ["with prefix", "without prefix"])
+def test_every_part_that_ships_belongs_to_the_chosen_one(
+    one_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shipped: str
+) -> None:
+    def decided(found: dict[str, Fidelity]) -> Any:
+        made = choose(found)
+        return type(made)(shipped, "kl_after_16", made.tokens, made.candidates)
+
+    monkeypatch.setattr("cushion_deploy.stages.choose.choose", decided)
+    one = one_run(search__ship="auto", search__seed_tokens=("a",), search__max_length=1)
+    report = one.build(tmp_path / "out")
+    branch = one.pipeline.quantized if shipped == "with prefix" else one.pipeline.bare
+    expected = one.run.get(branch.quantization)
+    assert one.run.get(one.pipeline.shipped_quantization).digest == expected.digest
+    scales = json.loads((tmp_path / "out" / "scales.json").read_text())
+    assert scales["scales"] == dict(expected.static_scales.scales)
+    assert report.calibration is not None
+    amax = one.run.get(branch.calibration).amax
+    assert {row.site: row.amax for row in report.calibration.sites} == amax
+    page = (tmp_path / "out" / "report" / "report.html").read_text()
+    assert f"the quantized model ships {shipped}" in page
+    assert all(row.passed for row in report.parity)
