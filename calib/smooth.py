@@ -1,14 +1,18 @@
-"""SmoothQuant factors: how much of each input channel's magnitude moves into the weights.
+"""Smoothing of Site inputs: how much of each channel's magnitude moves into the weights, and what is rotated.
 
 s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for every input channel j (Xiao et al., 2023, Eq. 4). Behind a prefix, weak
 sinks remain (articles and spaces, 20 times the other tokens) in one or two channels of a down projection. Alpha would
 have to be near 1 to reduce them, but then every channel fills its range, and text other than the calibration text is
 clipped. So only the few largest channels are divided down to a limit, and the others keep their headroom.
+
+What remains at a down projection are isolated spikes, of single tokens in single channels, which no factor of a channel
+can flatten. A rotation spreads each over a block of channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,11 +21,13 @@ from torch import Tensor
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
-from cushion_deploy.core.sites import Site
+from cushion_deploy.core.rotation import rotation_block
+from cushion_deploy.core.sites import Site, layer_site
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.families.folding import absorbers
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.recipe import SmoothQuant
 
 SMALLEST = 1e-5
 """Lower bound of a weight's magnitude, so that a channel whose weights are all zero has a finite factor."""
@@ -63,16 +69,38 @@ def channel_maxima(
     return {site: model.reduced(value, "max") for site, value in own.items()}
 
 
+def choose_rotations(model: TorchRunner, limits: Mapping[str, int]) -> dict[Site, int]:
+    """Return the block size of the rotation of each Site that is rotated.
+
+    Args:
+        model: the model.
+        limits: kind of Site to its largest block; 0 for none. The block is the largest power of two that is not larger
+            and divides the width.
+    """
+    found: dict[Site, int] = {}
+    for layer in range(model.spec.num_layers):
+        for kind, limit in limits.items():
+            site = layer_site(layer, kind)
+            if block := rotation_block(model.sites[site][0].in_features, limit):
+                found[site] = block
+    return found
+
+
 def choose_factors(
-    model: TorchRunner, maxima: Mapping[Site, FloatArray], alpha: float, limit: float | None = None
+    model: TorchRunner,
+    maxima: Mapping[Site, FloatArray],
+    alpha: float,
+    limit: float | None = None,
+    rotations: Mapping[Site, int] = MappingProxyType({}),
 ) -> Smoothing:
-    """Return the factors of every Site of the model that has an absorber.
+    """Return the factors of every Site of the model that has an absorber, and the given rotations.
 
     Args:
         model: the model that the factors are for.
         maxima: result of :func:`channel_maxima`.
         alpha: 0 moves nothing into the weights, 1 makes all channels equally large.
         limit: the largest smoothed channel, in multiples of the quantile :data:`USUAL`; None for no limit.
+        rotations: result of :func:`choose_rotations`.
     """
     factors: dict[Site, FloatArray] = {}
     for site in absorbers(model.family, model.spec):
@@ -87,4 +115,31 @@ def choose_factors(
             known = smoothed[maxima[site] > 0] if seen.size else smoothed
             factor *= np.maximum(1.0, smoothed / (limit * np.quantile(known, USUAL)))
         factors[site] = factor.astype(np.float32)
-    return Smoothing(factors, alpha, model.digest)
+    return Smoothing(factors, alpha, model.digest, rotations)
+
+
+def choose_smoothing(
+    model: TorchRunner,
+    prefix: Prefix,
+    ids: IntArray,
+    mask: IntArray,
+    config: SmoothQuant,
+    *,
+    batch: int = 4,
+    progress: Progress = silent,
+) -> Smoothing:
+    """Return the smoothing that a recipe asks for, measured behind a prefix.
+
+    Args:
+        model: the model.
+        prefix: precedes every window and is not observed.
+        ids, mask: int64 ``[windows, window]``; mask 0 on padding.
+        config: the recipe's section ``smoothing``.
+        batch: windows per forward pass.
+        progress: where to report the number of windows done.
+    """
+    rotations = choose_rotations(model, {"mlp.down": config.rotate_down, "attn.out": config.rotate_out})
+    if config.alpha is None:
+        return Smoothing({}, None, model.digest, rotations)
+    maxima = channel_maxima(model, prefix, ids, mask, batch=batch, progress=progress)
+    return choose_factors(model, maxima, config.alpha, config.limit, rotations)

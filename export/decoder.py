@@ -26,6 +26,7 @@ from cushion_deploy.export.kv_cache import GrowingCache, Int8Cache, KvCache, Sta
 from cushion_deploy.export.linear import PackedLinear, add_linear
 from cushion_deploy.export.masks import AttentionMasks
 from cushion_deploy.export.rotary import RotaryEmbedding
+from cushion_deploy.export.rotation import add_rotation
 from cushion_deploy.families import get_family
 
 
@@ -51,6 +52,8 @@ class DecoderGraph:
         scales, scheme = quantization.scales, quantization.scheme
         self.scales = scales.of(scheme.of(self.sites)) if scales else {}
         self.kv_scales = quantization.kv_scales
+        self.kept = quantization.prefix.kept
+        self.rotations = quantization.smoothing.rotations if quantization.smoothing else {}
         self.prefix = BakedPrefix(self.g, Prefix.empty(spec) if form.prefix == "cache" else quantization.prefix)
 
     def build(self) -> ir.Model:
@@ -62,13 +65,13 @@ class DecoderGraph:
         cache = self._cache()
         g.scope("inputs")
         positions = self.prefix.shift(positions)
-        self.rotations = {
+        self.rotary = {
             name: RotaryEmbedding(g, rotary, spec.head_dim, positions, name)
             for name, rotary in (("rotary", spec.rotary), ("local_rotary", spec.local_rotary))
             if rotary is not None
         }
         kept = self.prefix.extend_mask(mask)
-        masks = AttentionMasks(g, spec, self.family, grouped=not is_one_operator(spec, cache))
+        masks = AttentionMasks(g, spec, self.family, self.kept, grouped=not is_one_operator(spec, cache))
         biases = masks.add(ids, kept, cache.write_indices if isinstance(cache, StaticCache) else None)
         self.attention = Attention(g, spec, cache, self.prefix, biases, self.prefix.batch_shape(mask))
         x = self._embed(ids, positions)  # [B, S, hidden]
@@ -111,7 +114,7 @@ class DecoderGraph:
         query_key, value = self._query_key_value(i, self._linear(layer_site(i, "attn.qkv"), normed))
         if family.positions == "rotary":
             local = spec.local_rotary is not None and spec.window(i) > 0
-            query_key = self.rotations["local_rotary" if local else "rotary"].rotate(query_key)
+            query_key = self.rotary["local_rotary" if local else "rotary"].rotate(query_key)
         query, key = g.ops("Split", 2, query_key, g.ints(spec.num_heads, spec.num_kv_heads), axis=1)
         context = self.attention.add(i, query, key, value)  # [B, S, H * D]
         out = self._linear(layer_site(i, "attn.out"), context)
@@ -187,8 +190,10 @@ class DecoderGraph:
         return g.op("Mul", g.from_float32(normed), self._tensor(f"{path}.weight"))
 
     def _linear(self, site: Site, x: ir.Value) -> ir.Value:
-        """Append the linears of a Site, quantized if it has a scale."""
+        """Append the linears of a Site, behind its rotation if it has one, and quantized if it has a scale."""
         packed = PackedLinear(site, self.sites[site], self.weights)
+        if block := self.rotations.get(site):
+            x = add_rotation(self.g, x, block, packed.in_features)
         return add_linear(self.g, x, packed, self.scales.get(site), DTYPES[self.form.scale_dtype])
 
     def _project(self, path: str | None, x: ir.Value) -> ir.Value:

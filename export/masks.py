@@ -28,19 +28,22 @@ class AttentionMasks:
     Attributes:
         g: the graph.
         spec, family: the model.
+        kept: P, the length of the prefix, which lies in the first P of the L slots: in the graph or in the cache.
         grouped: whether the rows are repeated for the G query heads that share a key head.
     """
 
     g: GraphBuilder
     spec: ModelSpec
     family: Family
+    kept: int = 0
     grouped: bool = True
 
     def add(self, ids: ir.Value, mask: ir.Value, write_indices: ir.Value | None = None) -> dict[int, ir.Value]:
         """Return the additive mask for each window that a layer has; window 0 is the whole context.
 
-        A query sees no later token, no padding, and nothing beyond its window. Windows and ALiBi count tokens, those
-        of the prefix included and padding excluded, so that padding does not change the result.
+        A query sees no later token, no padding, and nothing beyond its window but the prefix: where that fell out of
+        sight, the attention sinks would come back (StreamingLLM: Xiao et al., 2024). Windows and ALiBi count tokens,
+        those of the prefix included and padding excluded, so that padding does not change the result.
 
         Args:
             ids: token ids ``[B, S]``.
@@ -57,7 +60,8 @@ class AttentionMasks:
         keys = g.op("Range", g.int_scalar(0), total, g.int_scalar(1))  # [L]
         if write_indices is None:
             first = g.op("Sub", total, g.op("Squeeze", sequence))
-            queries = g.op("Unsqueeze", g.op("Range", first, total, g.int_scalar(1)), g.ints(1))  # [S, 1]
+            slots = g.op("Range", first, total, g.int_scalar(1))  # [S]
+            queries = g.op("Unsqueeze", slots, g.ints(1))  # [S, 1]
         else:
             steps = g.op("Range", g.int_scalar(0), g.op("Squeeze", sequence), g.int_scalar(1))
             slots = g.op("Add", g.op("Unsqueeze", write_indices, g.ints(1)), steps)  # [B, S]
@@ -69,7 +73,8 @@ class AttentionMasks:
         if counted or any(windows):
             numbers = g.op("CumSum", mask, g.int_scalar(1))  # [B, L]
             if write_indices is None:
-                query_numbers = self._columns_from(numbers, first)
+                # Not a Slice: behind one, TensorRT-RTX 1.7.1 fuses 1 attention of SmolLM2 with windows instead of 30.
+                query_numbers = g.op("Gather", numbers, slots, axis=1)
             else:
                 query_numbers = g.op("GatherElements", numbers, slots, axis=1)
             distance = self._distance(numbers, query_numbers)
@@ -80,16 +85,13 @@ class AttentionMasks:
         for window in windows:
             allowed = g.op("And", causal, kept)  # [B, 1, S, L]
             if window:
-                allowed = g.op("And", allowed, g.op("Less", distance, g.int_scalar(window)))
+                near = g.op("Less", distance, g.int_scalar(window))
+                if self.kept:
+                    near = g.op("Or", near, g.op("Less", keys, g.int_scalar(self.kept)))
+                allowed = g.op("And", allowed, near)
             bias = g.op("Where", allowed, alibi, g.scalar(MASKED[g.dtype]))
             found[window] = bias if group == 1 else g.op("Concat", *[bias] * group, axis=2)
         return found
-
-    def _columns_from(self, numbers: ir.Value, first: ir.Value) -> ir.Value:
-        """Return the columns ``[B, S]`` of ``[B, L]`` from ``first`` on."""
-        g = self.g
-        start, end = g.op("Unsqueeze", first, g.ints(0)), g.ints(np.iinfo(np.int64).max)
-        return g.op("Slice", numbers, start, end, g.ints(1))
 
     def _distance(self, numbers: ir.Value, query_numbers: ir.Value) -> ir.Value:
         """Return by how many tokens each key precedes each query, int64 ``[B, 1, S, L]``.

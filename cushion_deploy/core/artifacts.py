@@ -84,9 +84,10 @@ def read_cached_prefix(graph: ExportedGraph) -> Prefix | None:
 
 
 def write_smoothing(smoothing: Smoothing, path: Path) -> None:
-    """Write the factors, one float32 tensor per Site, with alpha and the model's digest as metadata."""
+    """Write the factors, one float32 tensor per Site; alpha, rotations and the model's digest are metadata."""
     tensors = {str(site): np.ascontiguousarray(factor) for site, factor in smoothing.factors.items()}
-    facts = {"format": _SMOOTHING_FORMAT, "alpha": smoothing.alpha, "model_digest": smoothing.model_digest}
+    facts: dict[str, Any] = {"format": _SMOOTHING_FORMAT, "alpha": smoothing.alpha}
+    facts |= {"model_digest": smoothing.model_digest, "rotations": dict(smoothing.rotations)}
     replace_file(path, save(tensors, metadata={_METADATA: json.dumps(facts)}))
 
 
@@ -106,7 +107,9 @@ def read_smoothing(path: Path) -> Smoothing:
             if metadata.get("format") != _SMOOTHING_FORMAT:
                 raise UntrustedArtifact(f"{path} is not a smoothing file", hint=hint)
             factors = {Site(name): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-            return Smoothing(factors, float(metadata["alpha"]), str(metadata["model_digest"]))
+            alpha = None if metadata["alpha"] is None else float(metadata["alpha"])
+            rotations = {Site(site): int(block) for site, block in metadata.get("rotations", {}).items()}
+            return Smoothing(factors, alpha, str(metadata["model_digest"]), rotations)
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UntrustedArtifact(f"{path} is damaged: {e}", hint=hint) from e
 

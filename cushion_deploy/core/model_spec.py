@@ -81,6 +81,11 @@ class ModelSpec:
         """Return the window of a layer in positions; 0 for no limit."""
         return self.windows[layer] if self.windows else 0
 
+    @property
+    def smallest_window(self) -> int:
+        """The smallest window of a layer that has one; 0 if none has."""
+        return min((window for window in self.windows if window), default=0)
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
         return asdict(self)

@@ -24,12 +24,15 @@ class Prefix:
         keys: float32 ``[layers, kv_heads, P, head_dim]``, after rotation.
         values: float32 ``[layers, kv_heads, P, head_dim]``.
         model_digest: weights digest of the model that the prefix belongs to.
+        slides: whether sliding windows move past it, as they do past the first tokens of any text. That is so only for
+            the ``<bos>`` of a model that runs without a prefix, as it was trained; a prefix stays in sight.
     """
 
     token_ids: tuple[int, ...]
     keys: FloatArray
     values: FloatArray
     model_digest: str
+    slides: bool = False
 
     def __post_init__(self) -> None:
         if self.keys.shape != self.values.shape or self.keys.ndim != 4:
@@ -54,15 +57,21 @@ class Prefix:
         return int(self.keys.shape[2])
 
     @property
+    def kept(self) -> int:
+        """The number of positions that every token sees, whatever the window of a layer."""
+        return 0 if self.slides else self.length
+
+    @property
     def lineage(self) -> Lineage:
         """The digest of the model."""
         return Lineage(model=self.model_digest)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over token ids, keys and values."""
+        """SHA-256 over token ids, keys, values and, where it is true, ``slides``."""
         ids = np.asarray(self.token_ids, dtype=np.int64)
-        return digest_arrays([("ids", ids), ("keys", self.keys), ("values", self.values)])
+        slides = [("slides", np.ones(1, dtype=np.bool_))] if self.slides else []
+        return digest_arrays([("ids", ids), ("keys", self.keys), ("values", self.values), *slides])
 
     @classmethod
     def empty(cls, spec: ModelSpec) -> Prefix:

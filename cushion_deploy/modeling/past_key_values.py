@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,8 +11,33 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-KeysValues = list[tuple[Tensor, Tensor]]
-"""Per layer: keys and values, ``[batch, kv_heads, length, head_dim]`` of the model's type, keys after rotation."""
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values before a text; by default none.
+
+    Attributes:
+        layers: per layer: keys and values, ``[batch, kv_heads, length, head_dim]`` of the model's type, keys after
+            rotation.
+        kept: number of positions, from the first on, that no sliding window closes: those of a prefix. Text that
+            follows it in a cache is not among them.
+    """
+
+    layers: Sequence[tuple[Tensor, Tensor]] = ()
+    kept: int = 0
+
+    @property
+    def length(self) -> int:
+        """The number of positions."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def of_first(self, layers: int) -> KeysValues:
+        """Return those of the first layers."""
+        return replace(self, layers=self.layers[:layers])
+
+    def before_candidate(self) -> KeysValues:
+        """Return the same before a text whose first token is to become part of the prefix, and so is kept as well."""
+        return replace(self, kept=self.length + 1)
 
 
 class ConstantPast(DynamicCache):  # type: ignore[misc]
@@ -68,11 +95,11 @@ def new_cache(past: KeysValues, batch: int, *, keep: bool) -> DynamicCache:
     """Return a cache for one pass that begins with ``past`` in every row; ``past`` itself is never changed.
 
     Args:
-        past: keys and values before the text, batch size 1 or ``batch``.
+        past: what comes before the text, batch size 1 or ``batch``.
         batch: rows of the pass.
         keep: True for a cache that stores the states of the text, False for :class:`ConstantPast`.
     """
-    rows = [tuple(states.expand(batch, -1, -1, -1) for states in layer) for layer in past if length_of(past)]
+    rows = [tuple(states.expand(batch, -1, -1, -1) for states in layer) for layer in past.layers if past.length]
     if keep:
         return DynamicCache(rows) if rows else DynamicCache()
     cache = ConstantPast()
@@ -85,11 +112,6 @@ def new_cache(past: KeysValues, batch: int, *, keep: bool) -> DynamicCache:
     return cache
 
 
-def length_of(past: KeysValues) -> int:
-    """Return the number of positions that ``past`` takes."""
-    return past[0][0].shape[2] if past else 0
-
-
-def keys_values(cache: DynamicCache) -> KeysValues:
-    """Return what a cache stores."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+def keys_values(cache: DynamicCache, kept: int = 0) -> KeysValues:
+    """Return what a cache stores, the first ``kept`` positions of it a prefix."""
+    return KeysValues([(layer.keys, layer.values) for layer in cache.layers], kept)

@@ -7,7 +7,7 @@ between passes: each is read from the checkpoint when it is its turn, folded and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,10 +16,12 @@ import torch
 from accelerate.hooks import add_hook_to_module
 from accelerate.utils import compute_module_sizes, set_module_tensor_to_device
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from cushion_deploy.core.host import return_freed_memory
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.rotation import hadamard, kronecker_factors, rotate
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import Family
@@ -27,6 +29,9 @@ from cushion_deploy.families.folding import FoldedWeights
 from cushion_deploy.modeling.checkpoint import Checkpoint
 from cushion_deploy.modeling.fakequant import fake_quantize_weight
 from cushion_deploy.modeling.streamed_layer import StreamedLayer
+
+ROWS = 1024
+"""Rows of a weight that are folded at once."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class PlacedWeights(Mapping[str, Tensor]):
         self.state = WeightState()
         self._streamed: dict[nn.Module, StreamedLayer] = {}
         self._unloaded = False
+        self._rotations: list[RemovableHandle] = []
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor in the current state, on the device."""
@@ -116,16 +122,28 @@ class PlacedWeights(Mapping[str, Tensor]):
         stored = self._stored_name(name)
         weight_format = state.quantized.get(name)
         changed = weight_format is not None or stored in state.touched
-        found = self._checkpoint.tensor(stored, self.device, torch.float32 if changed else self.dtype)
         if state.folded is not None and stored in state.touched:
-            whole = slice(0, found.shape[0])
-            found = state.folded.fold(stored).apply(found, whole, lambda f: torch.as_tensor(f, device=self.device))
+            found = self._folded(stored, state.folded)
+        else:
+            found = self._checkpoint.tensor(stored, self.device, torch.float32 if changed else self.dtype)
         if weight_format is not None:
             # Quantization sees the weight as the module would hold it. One name for all, so that each copy is freed.
             found = found.to(self.dtype)
             found = found.float()
             found = fake_quantize_weight(found, weight_format.label, weight_format.bits, weight_format.group)
         return found.to(self.dtype)
+
+    def _folded(self, stored: str, folded: FoldedWeights) -> Tensor:
+        """Return a folded tensor of the checkpoint, float32 on the device."""
+        # mps has no float64, in which rotations are computed.
+        place = torch.device("cpu") if self.device.type == "mps" else self.device
+        tensor = self._checkpoint.tensor(stored, place, torch.float32)
+        found, fold = torch.empty_like(tensor), folded.fold(stored)
+        # In pieces, because a rotation is computed in float64.
+        for start in range(0, len(tensor), ROWS):
+            rows = slice(start, min(start + ROWS, len(tensor)))
+            found[rows] = fold.apply(tensor[rows], rows, lambda array: torch.as_tensor(array, device=place))
+        return found.to(self.device)
 
     def state_with(self, smoothing: Smoothing | None) -> WeightState:
         """Return the state with a smoothing folded in and nothing quantized.
@@ -146,7 +164,7 @@ class PlacedWeights(Mapping[str, Tensor]):
             UsageError: weights are quantized with another smoothing folded in.
         """
         if self._unloaded:
-            self.state = WeightState()
+            self._enter(WeightState())
             self.load()
         if self.state.has(smoothing):
             return
@@ -154,7 +172,8 @@ class PlacedWeights(Mapping[str, Tensor]):
             raise UsageError(
                 "the weights are quantized with another smoothing folded in", hint="leave the simulation first"
             )
-        before, self.state = self.state.touched, self.state_with(smoothing)
+        before = self.state.touched
+        self._enter(self.state_with(smoothing))
         self._replace(before | self.state.touched)
 
     @contextmanager
@@ -248,6 +267,27 @@ class PlacedWeights(Mapping[str, Tensor]):
             return
         with hook.held(layer):
             yield
+
+    def _enter(self, state: WeightState) -> None:
+        """Change the state, and rotate the inputs of linears as its smoothing says."""
+        self.state = state
+        for handle in self._rotations:
+            handle.remove()
+        rotations = state.smoothing.rotations if state.smoothing else {}
+        linears = self._family.linears(self._spec, head=False)
+        self._rotations = [
+            # First of all hooks, so that the others see the rotated input, as the graph's Q does.
+            self._module.get_submodule(path).register_forward_pre_hook(self._rotation(block), prepend=True)
+            for site, block in rotations.items()
+            for path in linears[site]
+        ]
+
+    @torch.inference_mode(False)
+    def _rotation(self, block: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        """Return a hook that rotates the first argument of a module."""
+        orders = set(kronecker_factors(block))
+        matrices = {n: torch.as_tensor(hadamard(n)).to(self.device, self.dtype) for n in orders}
+        return lambda _, args: (rotate(args[0], block, matrices.__getitem__), *args[1:])
 
     def _stored_name(self, name: str) -> str:
         """Return the name in the checkpoint: that of the embedding for a tied head."""

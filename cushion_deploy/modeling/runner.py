@@ -25,9 +25,10 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.families import Family
 from cushion_deploy.modeling.checkpoint import Checkpoint
 from cushion_deploy.modeling.current_pass import CurrentPass
-from cushion_deploy.modeling.past_key_values import KeysValues, keys_values, length_of, new_cache
+from cushion_deploy.modeling.past_key_values import KeysValues, keys_values, new_cache
 from cushion_deploy.modeling.placement import PlacedWeights, WeightFormat
 from cushion_deploy.modeling.processes import Reduction, reduce
+from cushion_deploy.modeling.sliding_windows import masks_keeping
 from cushion_deploy.modeling.sweep import Batch, Sweep
 
 PIECE = 128
@@ -200,7 +201,7 @@ class TorchRunner:
     def past(self, prefix: Prefix) -> KeysValues:
         """Return the keys and values of a prefix as tensors with batch size 1."""
         parts = zip(self.tensor(prefix.keys).to(self.dtype), self.tensor(prefix.values).to(self.dtype), strict=True)
-        return [(keys[None], values[None]) for keys, values in parts]
+        return KeysValues([(keys[None], values[None]) for keys, values in parts], prefix.kept)
 
     def run(
         self,
@@ -212,11 +213,11 @@ class TorchRunner:
         keep_cache: bool = False,
         **options: Any,
     ) -> Any:
-        """Run text at the positions that follow ``past``.
+        """Run text at the positions that follow ``past``; what ``past`` keeps is seen beyond every sliding window.
 
         Args:
             ids: token ids int64 ``[batch, length]``, or input embeddings ``[batch, length, hidden]``.
-            past: keys and values before the text, batch size 1 or that of ``ids``; never changed.
+            past: what comes before the text, batch size 1 or that of ``ids``; never changed.
             mask: int64 ``[batch, length]``, 0 on padding (left or right); None if nothing is padded.
             head: whether to compute logits (``.logits``) or only hidden states (``.last_hidden_state``).
             keep_cache: whether ``.past_key_values`` of the output also stores the states of the text. A pass whose
@@ -229,14 +230,18 @@ class TorchRunner:
         self.current.begin(len(ids), mask)
         module = self.module if head else self.module.base_model
         batch, length = ids.shape[:2]
-        begin = length_of(past)
+        begin = past.length
         options["inputs_embeds" if ids.is_floating_point() else "input_ids"] = ids
-        options["past_key_values"] = new_cache(past, batch, keep=keep_cache)
+        cache = options["past_key_values"] = new_cache(past, batch, keep=keep_cache)
         if mask is None:
             options["position_ids"] = self.arange(begin, begin + length)[None]
         else:
             options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + begin
             options["attention_mask"] = torch.cat([mask.new_ones(batch, begin), mask], dim=1)
+        # Within the windows, and without a prefix, the model's own masks are right.
+        if past.kept and 0 < self.spec.smallest_window < begin + length:
+            like, padding = self.zeros(batch, length, 0), options.get("attention_mask")
+            options["attention_mask"] = masks_keeping(past.kept, self.spec.windows, module.config, like, padding, cache)
         return module(use_cache=True, **options)
 
     @torch.inference_mode()
@@ -318,9 +323,17 @@ class TorchRunner:
         """Return the Prefix whose keys and values the model computes for ``token_ids`` at positions 0..P-1."""
         if not token_ids:
             return Prefix.empty(self.spec)
-        cache = self.run(self.tensor([token_ids]), [], head=False, keep_cache=True).past_key_values
-        keys, values = (torch.cat(part).float() for part in zip(*keys_values(cache), strict=True))
+        cache = self.run(self.tensor([token_ids]), KeysValues(), head=False, keep_cache=True).past_key_values
+        keys, values = (torch.cat(part).float() for part in zip(*keys_values(cache).layers, strict=True))
         return Prefix(token_ids, self.array(keys), self.array(values), self.digest)
+
+    def no_prefix(self) -> Prefix:
+        """Return what precedes a text without a prefix: nothing, or a ``<bos>`` that windows move past.
+
+        The model is then the original one. A ``<bos>`` that a search begins with is a prefix, and stays in sight.
+        """
+        found = self.compute_prefix(self.bare_tokens)
+        return replace(found, slides=True) if found.length else found
 
     @torch.inference_mode()
     def logits(self, ids: IntArray, prefix: Prefix) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.session import NeedLogits, context_limit, require_kept
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.past_key_values import KeysValues, keys_values
+from cushion_deploy.modeling.past_key_values import keys_values
 from cushion_deploy.modeling.runner import TorchRunner
 
 
@@ -49,7 +50,7 @@ class TorchSession:
 
     def reset(self) -> None:
         """Empty the cache."""
-        self._past: KeysValues = self._prefix
+        self._past = self._prefix
         self._length = 0
 
     def close(self) -> None:
@@ -61,7 +62,8 @@ class TorchSession:
         require_kept(length, self._length)
         if length < self._length:
             kept = self.contract.prefix_length + length
-            self._past = [(k[:, :, :kept], v[:, :, :kept]) for k, v in self._past]
+            layers = [(keys[:, :, :kept], values[:, :, :kept]) for keys, values in self._past.layers]
+            self._past = replace(self._past, layers=layers)
             self._length = length
 
     @torch.inference_mode()
@@ -92,6 +94,6 @@ class TorchSession:
         tokens, head = self._model.tensor(np.ascontiguousarray(ids)), need_logits != "none"
         options: dict[str, Any] = {"logits_to_keep": new if need_logits == "all" else 1} if head else {}
         out = self._model.run(tokens, self._past, head=head, keep_cache=True, **options)
-        self._past = keys_values(out.past_key_values)
+        self._past = keys_values(out.past_key_values, self._prefix.kept)
         self._length += new
         return self._model.array(out.logits.float()) if head else None

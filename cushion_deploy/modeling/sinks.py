@@ -41,7 +41,7 @@ class Sink:
 @torch.inference_mode()
 def find_sinks(model: TorchRunner, windows: IntArray) -> tuple[tuple[Sink, ...], tuple[tuple[Site, float], ...]]:
     """Return the sinks of windows int64 ``[count, length]``, and the Sites that they enter with their ratios."""
-    sites, sizes, ratios = token_sizes(model, [], windows)
+    sites, sizes, ratios = token_sizes(model, KeysValues(), windows)
     strongest, where = ratios.max(dim=0)  # [windows, length]
     sinks = []
     for position in torch.nonzero((strongest >= SINK_RATIO).any(dim=0)).flatten().tolist():

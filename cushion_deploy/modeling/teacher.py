@@ -35,7 +35,7 @@ class Teacher:
     hidden: dict[bytes, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.past = self.model.past(self.prefix or self.model.compute_prefix(self.model.bare_tokens))
+        self.past = self.model.past(self.prefix or self.model.no_prefix())
         self.head = self.model.module.get_submodule(self.model.family.head).weight
 
     def remember(self, windows: IntArray, progress: Progress = silent) -> None:

@@ -105,7 +105,7 @@ def differentiable_objective(
         stack.enter_context(observed(model, measured, layers))
         if model.placed.streamed_layers:
             stack.enter_context(checkpointed(model.layers))
-        model.run(embeddings[None], past, head=False)
+        model.run(embeddings[None], past.before_candidate(), head=False)
         yield measured.total
 
 

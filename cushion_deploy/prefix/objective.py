@@ -83,7 +83,9 @@ def score_candidates(
     chosen = [model.tensor(list(candidates[start : start + rows])) for start in range(0, len(candidates), rows)]
     batches = [Batch(torch.cat([ids[:, None], body.expand(len(ids), -1)], dim=1)) for ids in chosen]
     measured = [RowObjective(objective, _totals(model, batch), skip=1) for batch in batches]
-    return _scores(model, past, batches, measured, depth, progress, f"scoring candidates on {len(text)} tokens")
+    return _scores(
+        model, past.before_candidate(), batches, measured, depth, progress, f"scoring candidates on {len(text)} tokens"
+    )
 
 
 @torch.inference_mode()
@@ -119,7 +121,7 @@ def _scores(
         measured[current](site, x)
 
     with first_layers(model, depth) as sites, observed(model, add, sites):
-        model.sweep(batches, past[:depth], before=before, progress=progress, task=task)
+        model.sweep(batches, past.of_first(depth), before=before, progress=progress, task=task)
     # The totals of batches that other processes ran are zero here.
     totals = model.reduce(torch.cat([each.totals for each in measured]), "sum") if measured else model.zeros(0)
     return [float(value) for value in totals]

@@ -35,7 +35,7 @@ def sink_depth(model: TorchRunner, rng: np.random.Generator) -> int:
     """
     vocabulary, layers = model.spec.vocab_size, model.spec.num_layers
     sample = rng.choice(vocabulary, size=min(DEPTH_SAMPLE, vocabulary), replace=False)
-    return _depth_needed(model.host(_layer_maxima(model, [], sample, layers, DEPTH_SAMPLE)))
+    return _depth_needed(model.host(_layer_maxima(model, KeysValues(), sample, layers, DEPTH_SAMPLE)))
 
 
 @torch.inference_mode()
@@ -100,5 +100,5 @@ def _layer_maxima(
         row.copy_(torch.maximum(row, torch.maximum(-low, high)))
 
     with first_layers(model, depth) as sites, observed(model, keep, sites):
-        model.sweep(batches, past[:depth], before=before, progress=progress, task="screening the vocabulary")
+        model.sweep(batches, past.of_first(depth), before=before, progress=progress, task="screening the vocabulary")
     return model.reduce(found, "max")

@@ -34,6 +34,7 @@ from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.layerwise import checkpointed
 from cushion_deploy.modeling.observe import replaced
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, quantized_weights
 from cushion_deploy.modeling.teacher import Teacher, divergence
@@ -178,9 +179,8 @@ class PrefixTuning:
         self._errors.clear()
         states = zip(self.parameters["keys"], self.parameters["values"], strict=True)
         tokens, kind = self.model.tensor(ids), self.model.dtype
-        logits = self.model.run(
-            tokens, [(keys[None].to(kind), values[None].to(kind)) for keys, values in states]
-        ).logits
+        layers = [(keys[None].to(kind), values[None].to(kind)) for keys, values in states]
+        logits = self.model.run(tokens, KeysValues(layers, self.prefix.kept)).logits
         # A layer that is run again for its gradient adds its error again, but only after this sum.
         error = torch.stack(self._errors).sum() / ids.size
         scores = torch.log_softmax(logits[:, :-1].float(), -1)

@@ -53,7 +53,7 @@ class Recipe(Section):
     search: Search = Field(default_factory=Search, description="How the prefix is found.")
     smoothing: SmoothQuant = Field(
         default_factory=SmoothQuant,
-        description="How much of the range of activation channels moves into the weights (SmoothQuant).",
+        description="How inputs of linears are made easier to quantize: SmoothQuant and rotations.",
     )
     calibration: Calibration = Field(
         default_factory=Calibration, description="How static activation scales are measured."

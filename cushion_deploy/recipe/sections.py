@@ -100,7 +100,7 @@ class Search(Section):
 
 
 class SmoothQuant(Section):
-    """How much of the range of activation channels moves into the weights (SmoothQuant)."""
+    """How inputs of linears are made easier to quantize: SmoothQuant and rotations."""
 
     alpha: float | None = Field(
         default=0.5, ge=0, le=1, description="Migration strength of SmoothQuant; null disables it."
@@ -110,6 +110,20 @@ class SmoothQuant(Section):
         gt=0,
         description="Scale down channels that still exceed this multiple of the 90th percentile; null disables it.",
     )
+    rotate_down: int = Field(
+        default=512,
+        ge=0,
+        description="Rotate the input of each down projection in blocks (a Hadamard transform, undone in the weights): "
+        "the largest power of two up to this that divides the width; 0 disables it.",
+    )
+    rotate_out: int = Field(
+        default=64, ge=0, description="The same for the input of each output projection of the attention."
+    )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is smoothed or rotated."""
+        return self.alpha is not None or bool(self.rotate_down or self.rotate_out)
 
 
 class Tuning(Section):
@@ -154,7 +168,12 @@ class Calibration(Section):
     estimator: Estimator = Field(default="percentile", description="Range estimator: max, percentile or mse.")
     percentile: float = Field(default=99.9995, gt=50, le=100, description="Percentile of the percentile estimator.")
     windows: int = Field(default=32, ge=1, description="Number of windows of text to observe.")
-    window: int = Field(default=512, ge=2, description="Tokens per window.")
+    window: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens per window; null is 512, and in a model with sliding windows 512 beyond them, in fewer "
+        "windows with as many tokens.",
+    )
 
 
 class Export(Section):
@@ -192,7 +211,8 @@ class Evaluation(Section):
     window: int | None = Field(
         default=None,
         ge=2,
-        description="Tokens per window; null is 2048 for wikitext, 512 for other text, or what the model has room for.",
+        description="Tokens per window; null is 2048 for wikitext, 512 for other text and at least 512 beyond sliding "
+        "windows, or what the model has room for.",
     )
     max_tokens: int | None = Field(
         default=None,

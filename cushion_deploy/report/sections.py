@@ -210,6 +210,11 @@ def scales(report: Report, figures: Figures) -> Blocks:
     text = f", estimated on {plural(found.tokens, 'token')} of {found.corpus}."
     if found.smoothing_alpha is not None:
         text += f" SmoothQuant with alpha {found.smoothing_alpha} is folded into the weights."
+    if found.window and found.sliding_window and found.window <= found.sliding_window:
+        text += (
+            f" The windows of {found.window:,} tokens do not reach beyond the model's sliding window of "
+            f"{found.sliding_window:,}: what happens there was not observed."
+        )
     begin = f"{plural(len(found.sites), 'static scale')}, range estimator "
     rows = tuple(((Span(e.site, "code"),), number(e.scale), number(e.amax)) for e in found.sites)
     alt = "Activation scale of every Site by layer, one line per kind of Site; the table below lists the values."

@@ -13,6 +13,7 @@ from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.stages.base import Node, Part
 from cushion_deploy.stages.observation import Observation
 from cushion_deploy.stages.run import Inputs
+from cushion_deploy.stages.windows import calibrated_rows
 from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Calibrate(Observation[CalibratedScales]):
     """
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     shared: ClassVar[bool] = True
     smoothing: Node[Smoothing] | None
     estimator: Estimator
@@ -60,7 +61,8 @@ class Calibrate(Observation[CalibratedScales]):
 
         model, prefix = folded(self.model, self.smoothing, inputs), inputs.get(self.prefix)
         ids, mask = self.observed_windows(inputs)
-        histograms = observe_sites(model, prefix, ids, mask, progress=inputs.progress)
+        rows = calibrated_rows(ids.shape[1])
+        histograms = observe_sites(model, prefix, ids, mask, batch_size=rows, progress=inputs.progress)
         scales = choose_scales(
             histograms,
             RangeEstimator(self.estimator, self.percentile),
@@ -89,7 +91,7 @@ class CalibrateCache(Observation[KvScales]):
     """
 
     name: ClassVar[str] = "calibrate-kv"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     shared: ClassVar[bool] = True
     smoothing: Node[Smoothing] | None
     estimator: Estimator
@@ -104,8 +106,9 @@ class CalibrateCache(Observation[KvScales]):
 
         model, prefix = folded(self.model, self.smoothing, inputs), inputs.get(self.prefix)
         ids, mask = self.observed_windows(inputs)
+        rows = calibrated_rows(ids.shape[1])
         scales = choose_kv_scales(
-            observe_cache(model, prefix, ids, mask, self.granularity, progress=inputs.progress),
+            observe_cache(model, prefix, ids, mask, self.granularity, batch_size=rows, progress=inputs.progress),
             RangeEstimator(self.estimator, self.percentile),
             self.granularity,
             prefix,

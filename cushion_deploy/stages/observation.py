@@ -11,7 +11,7 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.stages.base import Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.search import NoPrefix
-from cushion_deploy.stages.windows import calibration_windows, require_positions
+from cushion_deploy.stages.windows import WINDOW, calibration_windows, require_positions
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
@@ -28,14 +28,14 @@ class Observation(Stage[T]):
         prefix: the prefix that precedes every window.
         text: the calibration text.
         windows: maximum number of windows.
-        window: tokens in each window.
+        window: tokens in each window; None for the default of the model.
     """
 
     model: Node[TorchRunner]
     prefix: Node[Prefix]
     text: Node[Corpus]
     windows: int
-    window: int
+    window: int | None
 
     @property
     def label(self) -> str:
@@ -49,10 +49,11 @@ class Observation(Stage[T]):
     def observed_windows(self, inputs: Inputs) -> tuple[IntArray, IntArray]:
         """Return the ids and the mask of the windows, int64 ``[windows, window]``."""
         model = inputs.get(self.model)
-        require_positions("calibration.window", self.window, inputs.get(self.prefix).length, model.spec)
-        return calibration_windows(model, inputs.get(self.text), self.windows, self.window)
+        ids, mask = calibration_windows(model, inputs.get(self.text), self.windows, self.window)
+        require_positions("calibration.window", ids.shape[1], inputs.get(self.prefix).length, model.spec)
+        return ids, mask
 
     def seconds(self, speed: Speed) -> float:
         """One pass over the windows; none without the prefix if the search probably finds none."""
         repeated = isinstance(self.prefix, NoPrefix) and not self.prefix.bare and not speed.search_steps
-        return 0.0 if repeated else self.windows * self.window * speed.observed
+        return 0.0 if repeated else self.windows * (self.window or WINDOW) * speed.observed

@@ -114,9 +114,9 @@ class Pipeline:
     def smoothing(self, prefix: Node[Prefix]) -> Smooth | None:
         """Return the smoothing stage behind a prefix; None if the recipe disables smoothing."""
         config, windows = self.recipe.smoothing, self.recipe.calibration
-        if config.alpha is None:
+        if not config.enabled:
             return None
-        return Smooth(self.model, prefix, self.text, windows.windows, windows.window, config.alpha, config.limit)
+        return Smooth(self.model, prefix, self.text, windows.windows, windows.window, config)
 
     def behind(self, prefix: Node[Prefix], *, tuned: bool = True) -> Branch:
         """Return the branch that is measured behind a prefix.

@@ -27,6 +27,7 @@ from cushion_deploy.stages.parity import ParityResult
 from cushion_deploy.stages.run import Inputs, StageTime
 from cushion_deploy.stages.search import FoundPrefix
 from cushion_deploy.stages.tune import TunedPrefix
+from cushion_deploy.stages.windows import default_window
 from cushion_deploy.store.manifest import tool_version
 
 PACKAGES = (
@@ -82,7 +83,7 @@ class AssembleReport(Derived[Report]):
             "search": _search(inputs.get(self.search).trace) if self.search else None,
             "tuning": _tuning(trace) if trace else None,
             "magnitudes": evaluation["magnitudes"],
-            "calibration": self._calibration(inputs, quantization),
+            "calibration": self._calibration(inputs, quantization, spec),
             "kv_cache": _kv_cache(spec, kv, evaluation["float_cache"]) if kv else None,
             "export": self._export(inputs.get(self.graph), quantization, spec, parity),
             "parity": [c.to_json() for c in parity.report.checks],
@@ -99,12 +100,14 @@ class AssembleReport(Derived[Report]):
         }
         return Report.model_validate(data)
 
-    def _calibration(self, inputs: Inputs, quantization: Quantization) -> dict[str, Any]:
+    def _calibration(self, inputs: Inputs, quantization: Quantization, spec: ModelSpec) -> dict[str, Any]:
         scales, amax = quantization.static_scales, inputs.get(self.calibration).amax
         return {
             "estimator": scales.estimator,
             "corpus": inputs.get(self.text).name,
             "tokens": scales.tokens,
+            "window": self.recipe.calibration.window or default_window(spec),
+            "sliding_window": spec.smallest_window or None,
             "sites": tuple({"site": site, "scale": scale, "amax": amax[site]} for site, scale in scales.scales.items()),
         }
 

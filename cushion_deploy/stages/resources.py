@@ -12,12 +12,13 @@ from typing import Any
 from cushion_deploy.core.host import free_memory
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Node, Speed, Stage, nodes_behind
+from cushion_deploy.stages.windows import calibrated_rows, default_window
 
 GIB = 1 << 30
 LIBRARIES = 620 << 20
 """Memory of a process that has loaded torch, transformers and ONNX Runtime."""
-CALIBRATED_ROWS, ACTIVATION_COPIES = 4, 6
-"""Windows in a pass of the calibration, and states of a layer that exist at once."""
+ACTIVATION_COPIES = 6
+"""States of a layer that exist at once while it is calibrated."""
 LOGIT_TOKENS, LOGIT_COPIES = 128, 4
 """Tokens whose logits are computed at once, and copies of them while they are compared."""
 
@@ -64,7 +65,8 @@ def estimate(ends: Iterable[Node[Any]], recipe: Recipe, speed: Speed, work_dir: 
 
 def compute_memory(speed: Speed, recipe: Recipe) -> int:
     """Return the approximate peak while torch calibrates and evaluates, in bytes of the CPU's memory."""
-    spec, rows = speed.spec, CALIBRATED_ROWS * recipe.calibration.window
+    spec, window = speed.spec, recipe.calibration.window or default_window(speed.spec)
+    rows = calibrated_rows(window) * window
     logits = LOGIT_COPIES * 4 * LOGIT_TOKENS * spec.vocab_size
     activations = ACTIVATION_COPIES * 4 * rows * (spec.intermediate_size + spec.hidden_size)
     return LIBRARIES + (speed.weights + logits + activations if speed.on_cpu else 0)

@@ -44,7 +44,7 @@ class Search(Stage[FoundPrefix]):
     """
 
     name: ClassVar[str] = "search"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     text: Node[Corpus]
@@ -90,6 +90,8 @@ class Search(Stage[FoundPrefix]):
 class NoPrefix(Derived[Prefix]):
     """What precedes a text if there is no prefix: nothing, or the ``<bos>`` that some families always need.
 
+    Sliding windows move past that ``<bos>``, so that what is measured behind it is measured on the original model.
+
     Attributes:
         model: the model.
         files: identifies the family.
@@ -105,5 +107,4 @@ class NoPrefix(Derived[Prefix]):
         spec = inputs.get(self.files).spec
         if self.bare or not get_family(spec.family).needs_bos:
             return Prefix.empty(spec)
-        model = inputs.get(self.model)
-        return model.compute_prefix(model.bare_tokens)
+        return inputs.get(self.model).no_prefix()

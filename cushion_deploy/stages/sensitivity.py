@@ -39,7 +39,7 @@ class Sensitivity(Stage[dict[Site, float]]):
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     quantization: AssembleQuantization

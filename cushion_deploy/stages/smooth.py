@@ -1,4 +1,4 @@
-"""Smooth: SmoothQuant factors, measured on the calibration text behind a prefix."""
+"""Smooth: SmoothQuant factors, measured on the calibration text behind a prefix, and rotations."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ from typing import ClassVar
 
 from cushion_deploy.core.artifacts import SMOOTHING_FILE, read_smoothing, write_smoothing
 from cushion_deploy.core.smoothing import Smoothing
+from cushion_deploy.recipe import SmoothQuant
 from cushion_deploy.stages.observation import Observation
 from cushion_deploy.stages.run import Inputs
+from cushion_deploy.stages.windows import calibrated_rows
 
 
 @dataclass(frozen=True)
 class Smooth(Observation[Smoothing]):
-    """Choose the smoothing factors.
+    """Choose the smoothing factors and the rotations.
 
     Attributes:
-        alpha, limit: settings of the recipe's section ``smoothing``.
+        config: the recipe's section ``smoothing``.
     """
 
     name: ClassVar[str] = "smooth"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 3
     shared: ClassVar[bool] = True
-    alpha: float
-    limit: float | None
+    config: SmoothQuant
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        """Write the factors."""
-        from cushion_deploy.calib.smooth import channel_maxima, choose_factors
+        """Write the factors and the rotations."""
+        from cushion_deploy.calib.smooth import choose_smoothing
 
         model, (ids, mask) = inputs.get(self.model), self.observed_windows(inputs)
-        maxima = channel_maxima(model, inputs.get(self.prefix), ids, mask, progress=inputs.progress)
-        write_smoothing(choose_factors(model, maxima, self.alpha, self.limit), out / SMOOTHING_FILE)
+        rows = calibrated_rows(ids.shape[1])
+        before = inputs.get(self.prefix)
+        found = choose_smoothing(model, before, ids, mask, self.config, batch=rows, progress=inputs.progress)
+        write_smoothing(found, out / SMOOTHING_FILE)
 
     def read(self, folder: Path) -> Smoothing:
-        """Return the factors."""
+        """Return the factors and the rotations."""
         return read_smoothing(folder / SMOOTHING_FILE)

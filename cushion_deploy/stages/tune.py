@@ -52,7 +52,7 @@ class Tune(Stage[TunedPrefix]):
     """
 
     name: ClassVar[str] = "tune"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     text: Node[Corpus]

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
 WINDOW, MAX_TOKENS = 512, 4096
-"""Tokens per window and of the whole excerpt, where neither the recipe nor the text says otherwise."""
+"""Tokens per window, beyond the sliding windows of a model, and of the whole excerpt, where neither the recipe nor the
+text says otherwise."""
+ROWS, POSITIONS = 4, 2048
+"""Windows, and token positions, in a pass of the calibration: one window if that is longer."""
 BENCHMARK_WINDOW = 2048
 """Tokens per window of published perplexities on WikiText-2."""
 
@@ -31,12 +34,14 @@ class Cut:
         window: tokens per window.
         max_tokens: number of tokens to read from the start of the text; None for all.
         reserved: positions that the window leaves free for a prefix if the model has too few for both; None if the
-            window is fixed.
+            window is fixed. One that is not fixed reaches beyond the sliding windows of a model.
+        bounded: whether the recipe sets ``max_tokens``, which no window exceeds then.
     """
 
     window: int
     max_tokens: int | None
     reserved: int | None = None
+    bounded: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, data: str | None, prefix: int | None = None) -> Cut:
@@ -53,28 +58,61 @@ class Cut:
             window, reserved = BENCHMARK_WINDOW if benchmark else WINDOW, longest_prefix(recipe)
             reserved = reserved if prefix is None else prefix
             window = min(window, most or window)
-        if most is None and not benchmark:
-            most = max(MAX_TOKENS, window)
-        return cls(window, most, reserved)
+        if most is not None:
+            return cls(window, most, reserved, bounded=reserved is not None)
+        return cls(window, None if benchmark else max(MAX_TOKENS, window), reserved)
 
     @property
     def tokens(self) -> int:
         """The approximate number of tokens to read, for estimates; all of a text are those of a benchmark."""
         return self.max_tokens or max(BENCHMARKS.values())
 
-    def window_in(self, positions: int) -> int:
-        """Return the tokens per window for a model with a number of positions."""
-        return self.window if self.reserved is None else min(self.window, positions - self.reserved)
+    def window_in(self, positions: int, sliding: int = 0) -> int:
+        """Return the tokens per window for a model.
 
-    def windows(self, ids: IntArray, positions: int, name: str) -> TextWindows:
+        Args:
+            positions: the model's.
+            sliding: its smallest sliding window; 0 for none, or if it is not known.
+        """
+        if self.reserved is None:
+            return self.window
+        wanted = max(self.window, sliding + WINDOW) if sliding else self.window
+        if self.bounded and self.max_tokens is not None:
+            wanted = min(wanted, self.max_tokens)
+        return min(wanted, positions - self.reserved)
+
+    def windows(self, ids: IntArray, positions: int, name: str, sliding: int = 0) -> TextWindows:
         """Cut token ids int64 ``[n]``; raises UsageError, with the name of the text, if they are too few."""
-        return cut_windows(ids, self.window_in(positions), self.max_tokens, name)
+        window = self.window_in(positions, sliding)
+        return cut_windows(ids, window, self.max_tokens and max(self.max_tokens, window), name)
 
 
-def calibration_windows(model: TorchRunner, text: Corpus, count: int, window: int) -> tuple[IntArray, IntArray]:
-    """Return the ids and mask of up to ``count`` windows, int64 ``[windows, window]``; documents are not joined."""
+def default_window(spec: ModelSpec) -> int:
+    """Return the tokens in a window of text for a recipe that does not say.
+
+    Text must reach beyond the sliding windows of a model to show what happens there. An eighth of the positions is left
+    to the prefix.
+    """
+    return min(spec.smallest_window + WINDOW, spec.max_positions - spec.max_positions // 8)
+
+
+def calibration_windows(model: TorchRunner, text: Corpus, count: int, window: int | None) -> tuple[IntArray, IntArray]:
+    """Return the ids and mask of up to ``count`` windows, int64 ``[windows, window]``; documents are not joined.
+
+    With ``window`` None, the windows of a model with sliding windows are longer, and fewer, so that calibration takes
+    as many tokens. Then documents are joined, because few are as long.
+    """
     documents = [model.encode(document) for document in text.documents]
+    if window is None:
+        window = default_window(model.spec)
+        if window > WINDOW:
+            documents, count = [np.concatenate(documents)], max(1, count * WINDOW // window)
     return pack_windows(documents, window, count, text.name)
+
+
+def calibrated_rows(window: int) -> int:
+    """Return the windows of ``window`` tokens in a pass of the calibration, which bounds memory."""
+    return min(ROWS, max(1, POSITIONS // window))
 
 
 def evaluation_windows(model: TorchRunner, text: Corpus, cut: Cut, prefix: int = 0) -> TextWindows:
@@ -83,8 +121,9 @@ def evaluation_windows(model: TorchRunner, text: Corpus, cut: Cut, prefix: int =
     Raises:
         UsageError: the text is too short, or a window does not fit behind a prefix of ``prefix`` positions.
     """
-    require_positions("evaluation.window", cut.window_in(model.spec.max_positions), prefix, model.spec)
-    return cut.windows(model.encode(text.text), model.spec.max_positions, text.name)
+    positions, sliding = model.spec.max_positions, model.spec.smallest_window
+    require_positions("evaluation.window", cut.window_in(positions, sliding), prefix, model.spec)
+    return cut.windows(model.encode(text.text), positions, text.name, sliding)
 
 
 def spread_windows(model: TorchRunner, text: Corpus, count: int, window: int) -> IntArray:
@@ -125,8 +164,8 @@ def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
     needed = {
         "search.text_tokens": recipe.search.text_tokens if prefix else 0,
         "tuning.window": recipe.tuning.window if recipe.tuning.enabled else 0,
-        "calibration.window": recipe.calibration.window,
-        "evaluation.window": Cut.of(recipe, recipe.evaluation.data).window_in(spec.max_positions),
+        "calibration.window": recipe.calibration.window or 0,
+        "evaluation.window": Cut.of(recipe, recipe.evaluation.data).window_in(spec.max_positions, spec.smallest_window),
         "parity.tokens + parity.decode_tokens": recipe.parity.tokens + recipe.parity.decode_tokens,
     }
     for setting, tokens in needed.items():

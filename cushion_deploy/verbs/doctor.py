@@ -19,6 +19,7 @@ from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.registry import Availability, availabilities
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.sinks import Sink, find_sinks
 from cushion_deploy.prefix.candidates import obvious_tokens
@@ -29,7 +30,7 @@ from cushion_deploy.stages.compile import compile_options
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.resources import GIB, Resources, estimate
 from cushion_deploy.stages.run import Run
-from cushion_deploy.stages.windows import longest_prefix
+from cushion_deploy.stages.windows import default_window, longest_prefix
 from cushion_deploy.verbs.speed_probe import SpeedProbe
 from cushion_deploy.verbs.trial import EVERY, Cost, Trial
 
@@ -128,11 +129,11 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
         largest_residual=_largest_residual(model, whole),
         cost=trial.plain(floating),
         default_cost=trial.remedied(floating, model.compute_prefix(likely)),
-        smoothed=recipe.smoothing.alpha is not None,
+        smoothed=recipe.smoothing.enabled,
         resources=estimate_build(pipeline, run, windows),
         engines=availabilities(),
     )
-    return replace(found, warnings=tuple(_warnings(model, found)))
+    return replace(found, warnings=tuple(_warnings(model, recipe, found)))
 
 
 def _facts(model: TorchRunner) -> dict[str, Any]:
@@ -168,8 +169,8 @@ def best_common_token(
     """
     config, candidates = recipe.search, obvious_tokens(model)
     text = draw_text(corpus, min(config.text_tokens, tokens, RELIEF_TOKENS), recipe.seed, 0)
-    before = score_prefix(model, [], text, config.objective)
-    scores = score_candidates(model, [], text, candidates, config.objective, progress=progress)
+    before = score_prefix(model, KeysValues(), text, config.objective)
+    scores = score_candidates(model, KeysValues(), text, candidates, config.objective, progress=progress)
     best = min(range(len(scores)), key=scores.__getitem__)
     return candidates[best], scores[best] / before if before else 1.0
 
@@ -199,7 +200,7 @@ def _sample(model: TorchRunner, corpus: IntArray) -> IntArray:
     return chosen
 
 
-def _warnings(model: TorchRunner, found: Diagnosis) -> list[str]:
+def _warnings(model: TorchRunner, recipe: Recipe, found: Diagnosis) -> list[str]:
     """Return one sentence for everything that will not work, or not work well."""
     spec = model.spec
     problems = {
@@ -218,7 +219,7 @@ def _warnings(model: TorchRunner, found: Diagnosis) -> list[str]:
         ),
     }
     sentences = [sentence for sentence, holds in problems.items() if holds]
-    return [*_resource_warnings(found.resources), *_position_warnings(spec, found), *sentences]
+    return [*_resource_warnings(found.resources), *_position_warnings(spec, recipe, found), *sentences]
 
 
 def _resource_warnings(needed: Resources) -> Iterator[str]:
@@ -230,12 +231,12 @@ def _resource_warnings(needed: Resources) -> Iterator[str]:
             yield f"a build needs about {amount / GIB:.1f} GiB of {what} but only {free / GIB:.1f} GiB are free"
 
 
-def _position_warnings(spec: ModelSpec, found: Diagnosis) -> Iterator[str]:
-    windows = [window for window in spec.windows if window]
-    if windows and found.prefix_allowed:
+def _position_warnings(spec: ModelSpec, recipe: Recipe, found: Diagnosis) -> Iterator[str]:
+    tokens, back = recipe.calibration.window or default_window(spec), spec.smallest_window
+    if tokens <= back:
         yield (
-            f"{len(windows)} of {spec.num_layers} layers look back {min(windows):,} tokens: later tokens do not "
-            "see the prefix there, and sinks may reappear"
+            f"{sum(map(bool, spec.windows))} of {spec.num_layers} layers look back {back:,} tokens, and calibration "
+            f"reads texts of {tokens:,}: set calibration.window higher, to observe what happens beyond"
         )
     if spec.rotary and spec.rotary.rule == "longrope":
         yield f"the context ends at {spec.max_positions:,} positions, where longrope would switch its factors"

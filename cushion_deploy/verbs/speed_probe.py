@@ -14,6 +14,7 @@ from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.schemes import PRECISIONS
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.sample import SAMPLE_TOKENS, step_seconds
 from cushion_deploy.modeling.simulate import simulated
@@ -90,20 +91,20 @@ class SpeedProbe:
     def _scored(self) -> float:
         text, tokens = self.windows[0, :SCORED_TOKENS], list(range(min(SCORED, self.model.spec.vocab_size)))
         objective = self.recipe.search.objective
-        seconds = self._median(lambda: score_candidates(self.model, [], text, tokens, objective))
+        seconds = self._median(lambda: score_candidates(self.model, KeysValues(), text, tokens, objective))
         return seconds / (len(tokens) * (len(text) + 1))
 
     def _screened(self, depth: int) -> float:
         """Return the seconds of a token through all layers, alone in its row."""
         tokens = np.arange(min(SCREENED, self.model.spec.vocab_size))
-        seconds = self._median(lambda: self_sink_sizes(self.model, [], tokens, depth))
+        seconds = self._median(lambda: self_sink_sizes(self.model, KeysValues(), tokens, depth))
         return seconds / len(tokens) * self.model.spec.num_layers / depth
 
     def _search_steps(self) -> int:
         """Return the number of steps that a search probably runs: none if no token can pay."""
         search, text = self.recipe.search, self.windows[0]
-        before = score_prefix(self.model, [], text, search.objective)
-        return int(not cannot_pay(floor_of(self.model, [], text, search.objective, before), search.tau))
+        before = score_prefix(self.model, KeysValues(), text, search.objective)
+        return int(not cannot_pay(floor_of(self.model, KeysValues(), text, search.objective, before), search.tau))
 
     def _median(self, action: Callable[[], object]) -> float:
         """Return the seconds of an action: of its first run if that is long, else the median of the runs after it."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.estimators import RangeEstimator
-from cushion_deploy.calib.smooth import channel_maxima, choose_factors
+from cushion_deploy.calib.smooth import choose_smoothing
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
@@ -53,21 +53,17 @@ class Trial:
 
     def floating(self) -> FloatArray:
         """Return the losses of the original model, float32 ``[windows, length - 1]``."""
-        bare = self.model.compute_prefix(self.model.bare_tokens)
-        return self.model.token_nll(self._judged, bare, self.progress, "perplexity in floating point")
+        return self.model.token_nll(self._judged, self.model.no_prefix(), self.progress, "perplexity in floating point")
 
     def plain(self, floating: FloatArray) -> Cost:
         """Return the cost without a prefix and without other remedies."""
-        bare = self.model.compute_prefix(self.model.bare_tokens)
-        return self._cost(self.model, bare, floating, "perplexity in static W8A8")
+        return self._cost(self.model, self.model.no_prefix(), floating, "perplexity in static W8A8")
 
     def remedied(self, floating: FloatArray, prefix: Prefix) -> Cost:
         """Return the cost with a prefix and the recipe's smoothing."""
-        config, calibrated = self.recipe.smoothing, self._calibrated
-        model = self.model
-        if config.alpha is not None:
-            maxima = channel_maxima(model, prefix, calibrated, np.ones_like(calibrated), progress=self.progress)
-            model = model.folded(choose_factors(model, maxima, config.alpha, config.limit))
+        model, ids = self.model, self._calibrated
+        found = choose_smoothing(model, prefix, ids, np.ones_like(ids), self.recipe.smoothing, progress=self.progress)
+        model = model.folded(found)
         return self._cost(model, prefix, floating, "perplexity of the default build")
 
     def _cost(self, model: TorchRunner, prefix: Prefix, floating: FloatArray, task: str) -> Cost:

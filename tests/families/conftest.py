@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -79,6 +80,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What a test calls it: model type and configuration."""
 
+SLIDING = {"sliding_window": WINDOW}
+PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", SLIDING),
+    "qwen2": ("qwen2", {**SLIDING, "use_sliding_window": True, "max_window_layers": 0}),
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {**SLIDING, "query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3_text", {**SLIDING, "query_pre_attn_scalar": 16}),
+    "phi3": ("phi3", SLIDING),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.1}),
+    "bloom": ("bloom", {"n_layer": 3, "n_head": 4}),
+    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96, "n_positions": 256}),
+}
+"""Models that the sink can be planted into; the layer that it arises in has a window where the family has one."""
+
 LoadVariant = Callable[[str], TorchRunner]
 
 
@@ -131,6 +147,59 @@ def oracle(variant_folder: Callable[[str], Path]) -> Callable[[str], Any]:
         return made[name]
 
     return load
+
+
+def keeping(config: Any, length: int, kept: int) -> Any:
+    """Return what transformers takes as masks of ``length`` tokens of which every token sees the first ``kept``.
+
+    They are additive, ``[1, 1, length, length]``, written out in numpy; None where no layer has a window.
+    """
+    queries, keys = np.ogrid[:length, :length]
+    causal, window = keys <= queries, getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", ["sliding_attention"]))
+    if window is None or "sliding_attention" not in kinds:
+        return None
+    near = causal & ((queries - keys < window) | (keys < kept))
+    closed = np.finfo(np.float32).min
+    whole, sliding = (
+        torch.from_numpy(np.where(seen, 0, closed).astype(np.float32))[None, None] for seen in (causal, near)
+    )
+    return {"full_attention": whole, "sliding_attention": sliding} if hasattr(config, "layer_types") else sliding
+
+
+@pytest.fixture(scope="session")
+def expected_of(oracle: Callable[[str], Any]) -> Callable[..., np.ndarray]:
+    """Return a function to the logits of transformers for one row behind a prefix that stays in sight, without a cache.
+
+    With ``sliding``, windows move past the prefix as they do in transformers.
+    """
+
+    def expected(name: str, row: list[int], tokens: tuple[int, ...], *, sliding: bool = False) -> np.ndarray:
+        module, ids = oracle(name), torch.tensor([[*tokens, *row]])
+        mask = None if sliding or not tokens else keeping(module.config, ids.shape[1], len(tokens))
+        with torch.inference_mode():
+            out = module(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return np.asarray(out[0, len(tokens) :].numpy())
+
+    return expected
+
+
+@pytest.fixture(params=PLANTED, scope="session")
+def planted(request: pytest.FixtureRequest, tmp_path_factory: Any, tiny_writer: Any, sink_planter: Any) -> TorchRunner:
+    """Return a model of each family with the planted sink."""
+    model_type, options = PLANTED[request.param]
+    folder = tiny_writer(tmp_path_factory.mktemp("planted"), sink_planter, model_type, **options)
+    return load_folder(folder, resolve_source(str(folder)))
+
+
+@pytest.fixture(scope="session")
+def one_sided(plain_ids: Any, plant: Any) -> np.ndarray:
+    """Return 48 tokens: 24 of all classes, then, longer than a window, 24 of one class.
+
+    Where nothing absorbs the attention, the first token fires, and so do those with their own class alone in sight.
+    """
+    one_class = plain_ids[[plant.token_class(int(token)) == 2 for token in plain_ids]]
+    return np.concatenate([plain_ids[:24], one_class[:24]])
 
 
 @pytest.fixture(params=VARIANTS, scope="session")

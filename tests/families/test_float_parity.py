@@ -1,4 +1,4 @@
-"""The float graph of every family is the model: equal to transformers wherever a token can stand."""
+"""The float graph of every family is the model, with its prefix in sight: equal to transformers at every token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-import torch
 
 from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.quantization import Quantization
@@ -26,18 +25,18 @@ Graph = Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]
 
 @pytest.fixture(scope="module")
 def graph_of(load_variant: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Graph]:
-    """Return a function from a variant and prefix tokens to its float graph in plain ONNX Runtime."""
+    """Return a function from a variant, prefix tokens and their place to its float graph in plain ONNX Runtime."""
     made: dict[Any, Graph] = {}
 
-    def graph(name: str, tokens: tuple[int, ...] = PREFIX) -> Graph:
-        if (name, tokens) not in made:
+    def graph(name: str, tokens: tuple[int, ...] = PREFIX, place: Any = "baked") -> Graph:
+        if (name, tokens, place) not in made:
             model = load_variant(name)
             folder = tmp_path_factory.mktemp("graph")
             quantization = Quantization(model.compute_prefix(tokens), QuantScheme())
-            form = GraphForm(quantized=False)
+            form = GraphForm(quantized=False, prefix=place)
             exported = export_graph(model.spec, model.weights, quantization, form, folder)
-            made[name, tokens] = open_graph(exported.path)
-        return made[name, tokens]
+            made[name, tokens, place] = open_graph(exported.path)
+        return made[name, tokens, place]
 
     return graph
 
@@ -69,25 +68,13 @@ def open_graph(path: Path) -> Graph:
     return run
 
 
-@pytest.fixture(scope="module")
-def expected_of(oracle: Any) -> Callable[..., np.ndarray]:
-    """Return a function to the logits of transformers for one row behind the prefix's own tokens, without a cache."""
-
-    def expected(name: str, row: list[int], tokens: tuple[int, ...] = PREFIX) -> np.ndarray:
-        with torch.inference_mode():
-            out = oracle(name)(input_ids=torch.tensor([[*tokens, *row]]), use_cache=False).logits
-        return np.asarray(out[0, len(tokens) :].numpy())
-
-    return expected
-
-
 def largest(a: np.ndarray, b: np.ndarray) -> float:
     assert a.shape == b.shape
     return float(np.abs(a.astype(np.float64) - b).max())
 
 
 def test_at_once_and_past_the_window(variant: str, graph_of: Any, expected_of: Any) -> None:
-    expected = expected_of(variant, IDS[0].tolist())
+    expected = expected_of(variant, IDS[0].tolist(), PREFIX)
     assert np.ptp(expected, axis=-1).min() > 0.5, "the model must have something to say"
     assert largest(graph_of(variant)(IDS)[0][0], expected) <= CLOSE
 
@@ -101,14 +88,14 @@ def test_decoding_through_the_cache(variant: str, graph_of: Any, expected_of: An
     for begin, end in ((0, 9), (9, 10), (10, 11), (11, 30), *((i, i + 1) for i in range(30, LENGTH))):
         out, past = graph(IDS[:, begin:end], past)
         parts.append(out[0])
-    assert largest(np.concatenate(parts), expected_of(variant, IDS[0].tolist())) <= CLOSE
+    assert largest(np.concatenate(parts), expected_of(variant, IDS[0].tolist(), PREFIX)) <= CLOSE
 
 
 def test_padding_on_the_left_changes_nothing(variant: str, graph_of: Any, expected_of: Any) -> None:
     graph, padding = graph_of(variant), 6
     batch = np.stack([IDS[0], np.r_[[0] * padding, IDS[0, padding:]]])
     mask = (np.arange(LENGTH) >= np.array([[0], [padding]])).astype(np.int64)
-    expected = [expected_of(variant, IDS[0].tolist()), expected_of(variant, IDS[0, padding:].tolist())]
+    expected = [expected_of(variant, IDS[0].tolist(), PREFIX), expected_of(variant, IDS[0, padding:].tolist(), PREFIX)]
     at_once, _ = graph(batch, mask=mask)
     _, past = graph(batch[:, :20], mask=mask[:, :20])
     later, _ = graph(batch[:, 20:], past, mask)
@@ -133,7 +120,7 @@ def test_a_prefix_in_the_cache_is_a_prefix_in_the_graph(variant: str, graph_of: 
         slots[f"past_key_values.{i}.key"] = prefix.keys[i][None].repeat(2, 0)
         slots[f"past_key_values.{i}.value"] = prefix.values[i][None].repeat(2, 0)
     baked, present = graph_of(variant)(batch)
-    cached, behind = graph_of(variant, ())(batch, slots)
+    cached, behind = graph_of(variant, PREFIX, "cache")(batch, slots)
     assert largest(baked, cached) <= 1e-5 * np.abs(baked).max()
     for name, value in present.items():
         assert largest(value, behind[name][:, :, len(PREFIX) :]) <= 1e-5 * np.abs(value).max()

@@ -94,6 +94,14 @@ def test_every_linear_runs_in_int8(variant: str, reports: Any) -> None:
         assert engine.engine.startswith(("onnxruntime", "tensorrt-rtx"))
 
 
+@pytest.mark.skipif(not RTX, reason="tensorrt-rtx is an optional extra: pip install 'cushion-deploy[rtx]'")
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "phi3"])
+def test_attention_behind_sliding_windows_is_fused(name: str, reports: Any) -> None:
+    report, _ = reports(name)
+    (plan,) = (engine for engine in report.engines if engine.engine.startswith("tensorrt-rtx"))
+    assert plan.fused_attention == report.model.layers
+
+
 def test_tuning_ran_from_what_was_found(variant: str, reports: Any) -> None:
     report, _ = reports(variant)
     assert report.tuning.states[0].step == 0

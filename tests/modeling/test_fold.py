@@ -16,6 +16,7 @@ from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families.folding import FoldedWeights, absorbers
 from cushion_deploy.modeling.observe import observed
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 
 IDS = np.arange(3, 43, dtype=np.int64)[None]
@@ -98,7 +99,7 @@ def test_a_prefix_of_the_model_is_a_prefix_of_the_folded_model(
 def test_a_model_folded_in_inference_mode_takes_gradients(tiny_model: TorchRunner, smoothing: Smoothing) -> None:
     folded = tiny_model.folded(smoothing)
     with torch.inference_mode():
-        folded.run(torch.from_numpy(IDS), [])
+        folded.run(torch.from_numpy(IDS), KeysValues())
     assert not any(tensor.is_inference() for tensor in folded.module.state_dict().values())
     weight = next(p for n, p in folded.module.named_parameters() if n.endswith("down_proj.weight"))
     factor = torch.ones(1, requires_grad=True)

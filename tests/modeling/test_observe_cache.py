@@ -14,6 +14,7 @@ from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.observe_cache import watched_cache
+from cushion_deploy.modeling.past_key_values import KeysValues, keys_values
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_cache
 from cushion_deploy.modeling.source import resolve_source
@@ -56,7 +57,7 @@ def test_attention_reads_the_values_of_codes_of_old_and_new_tokens(gpt2: TorchRu
     kv = made_up(gpt2)
     try:
         with quantized_cache(gpt2, kv):
-            gpt2.run(torch.from_numpy(plain_ids[None, :12]), [])
+            gpt2.run(torch.from_numpy(plain_ids[None, :12]), KeysValues())
     finally:
         for handle in handles:
             handle.remove()
@@ -108,7 +109,7 @@ def test_decoding_through_the_cache_gives_the_logits_of_one_pass(
         past, steps = tiny_model.past(prefix), []
         for i in range(10):
             out = tiny_model.run(ids[:, i : i + 1], past, keep_cache=True)
-            past = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+            past = keys_values(out.past_key_values)
             steps.append(out.logits)
     assert float((whole - plain).abs().max()) > 1e-2, "the cache must matter"
     # A code that lies at a tie may fall to either side: another batch shape sums in another order.
@@ -119,7 +120,7 @@ def test_decoding_through_the_cache_gives_the_logits_of_one_pass(
 def test_without_a_cache_of_the_caller_there_is_one_all_the_same(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     ids, kv = torch.from_numpy(plain_ids[None, :10]), made_up(tiny_model)
     with quantized_cache(tiny_model, kv):
-        given = tiny_model.run(ids, []).logits
+        given = tiny_model.run(ids, KeysValues()).logits
         own = tiny_model.module(input_ids=ids, use_cache=False).logits
     assert torch.equal(given, own)
 
@@ -127,13 +128,13 @@ def test_without_a_cache_of_the_caller_there_is_one_all_the_same(tiny_model: Tor
 @torch.inference_mode()
 def test_watching_changes_nothing_and_ends(tiny_model: TorchRunner, plain_ids: IntArray) -> None:
     ids, seen = torch.from_numpy(plain_ids[None, :10]), []
-    plain = tiny_model.run(ids, [], keep_cache=True)
+    plain = tiny_model.run(ids, KeysValues(), keep_cache=True)
     with watched_cache(tiny_model, lambda layer, part, states: seen.append((layer, part, states)) or states):
-        watched = tiny_model.run(ids, [])
+        watched = tiny_model.run(ids, KeysValues())
     assert torch.equal(plain.logits, watched.logits)
     for layer, part, states in seen:
         held = plain.past_key_values.layers[layer]
         assert torch.equal(states, held.keys if part == "key" else held.values)
     assert len(seen) == 6
-    tiny_model.run(ids, [])
+    tiny_model.run(ids, KeysValues())
     assert len(seen) == 6

@@ -15,7 +15,7 @@ from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families.folding import absorbers
 from cushion_deploy.modeling.load import load_folder
-from cushion_deploy.modeling.past_key_values import new_cache
+from cushion_deploy.modeling.past_key_values import keys_values, new_cache
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.modeling.source import resolve_source
@@ -101,11 +101,11 @@ def test_a_padded_batch_equals_its_rows_alone(
 
 def test_a_run_leaves_the_prefix_as_it_was(tiny_model: TorchRunner, text: IntArray) -> None:
     past = tiny_model.past(tiny_model.compute_prefix(TOKENS))
-    copies = [(k.clone(), v.clone()) for k, v in past]
+    copies = [(k.clone(), v.clone()) for k, v in past.layers]
     with torch.inference_mode():
         output = tiny_model.run(torch.from_numpy(text), past, keep_cache=True)
     assert output.past_key_values.get_seq_length() == 3 + 20
-    for (k, v), (k0, v0) in zip(past, copies, strict=True):
+    for (k, v), (k0, v0) in zip(past.layers, copies, strict=True):
         assert torch.equal(k, k0)
         assert torch.equal(v, v0)
 
@@ -114,7 +114,7 @@ def test_the_cache_goes_on_where_the_text_ended(tiny_model: TorchRunner, text: I
     prefix = tiny_model.compute_prefix(TOKENS)
     with torch.inference_mode():
         out = tiny_model.run(torch.from_numpy(text[:1, :19]), tiny_model.past(prefix), keep_cache=True)
-        past = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        past = keys_values(out.past_key_values)
         last = tiny_model.run(torch.from_numpy(text[:1, 19:]), past).logits[0, 0].numpy()
     np.testing.assert_allclose(last, plain_logits(tiny_model, [*TOKENS, *text[0].tolist()])[-1], **CLOSE)
 

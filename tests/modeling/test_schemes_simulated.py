@@ -25,6 +25,7 @@ from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families.folding import absorbers
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import (
     dynamic_grid,
@@ -251,9 +252,9 @@ def test_padding_is_forgotten_with_its_forward_pass(tiny_model: TorchRunner, pla
         mask = torch.ones_like(rows)
         mask[:, :3] = 0
         with torch.inference_mode():
-            tiny_model.run(rows, [])
-            tiny_model.run(rows, [], mask)
-            tiny_model.run(rows, [])
+            tiny_model.run(rows, KeysValues())
+            tiny_model.run(rows, KeysValues(), mask)
+            tiny_model.run(rows, KeysValues())
     assert torch.equal(codes[0], codes[2])
     assert not torch.equal(codes[0], codes[1])
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix import search
 from cushion_deploy.prefix.floor import cannot_pay, floor_of
@@ -48,8 +49,8 @@ def test_the_floor_is_that_of_numpy(
     text = plain_ids[start : start + 48]
     expected, sinks = numpy_floor(inputs_of(planted_model, text), objective)
     assert sinks > 0
-    before = score_prefix(planted_model, [], text, objective)
-    assert floor_of(planted_model, [], text, objective, before) == pytest.approx(expected, rel=1e-3)
+    before = score_prefix(planted_model, KeysValues(), text, objective)
+    assert floor_of(planted_model, KeysValues(), text, objective, before) == pytest.approx(expected, rel=1e-3)
     assert expected < 0.1
 
 
@@ -68,7 +69,7 @@ def test_a_text_of_nothing_but_sinks_leaves_nothing(
     planted_model: TorchRunner, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cushion_deploy.prefix.floor.WEAK_SINK", 0.0)
-    assert floor_of(planted_model, [], plain_ids[:48], "error", 1.0) == 0.0
+    assert floor_of(planted_model, KeysValues(), plain_ids[:48], "error", 1.0) == 0.0
 
 
 @pytest.mark.parametrize(("floor", "tau", "expected"), [(0.62, 0.5, False), (0.63, 0.5, True), (1.0, 0.8, False)])

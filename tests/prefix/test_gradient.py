@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.sites import Site
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix import gradient
 from cushion_deploy.prefix.gradient import (
@@ -110,7 +111,7 @@ def test_planted_absorbers_come_first(
     # Five tokens of one class fire behind any slot but an absorber: behind fewer, most tokens would do as well.
     same = np.array([plant.token_class(int(t)) == token_class for t in plain_ids])
     text = np.concatenate([plain_ids[same][:5], plain_ids[:40]])
-    changes = gradient_changes(planted_model, [], text, mean_embedding(planted_model), objective)
+    changes = gradient_changes(planted_model, KeysValues(), text, mean_embedding(planted_model), objective)
     assert set(np.argsort(changes)[:3].tolist()) == set(plant.absorbers)
 
 
@@ -125,7 +126,7 @@ def test_a_long_text_is_cut_and_both_passes_are_counted(
         return forward(self, inputs_embeds=inputs_embeds, **rest)
 
     monkeypatch.setattr(type(tiny_model.module.model), "forward", count)
-    gradient_changes(tiny_model, [], plain_ids[:200], embeddings(tiny_model)[3], "error")
+    gradient_changes(tiny_model, KeysValues(), plain_ids[:200], embeddings(tiny_model)[3], "error")
     assert lengths == [129]
     assert positions_run(plain_ids[:200]) == 2 * 129
     assert positions_run(plain_ids[:48]) == 2 * 49
@@ -135,9 +136,9 @@ def test_the_chunks_of_the_vocabulary_change_nothing(
     tiny_model: TorchRunner, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = embeddings(tiny_model)[3]
-    whole = gradient_changes(tiny_model, [], plain_ids[:20], start, "error")
+    whole = gradient_changes(tiny_model, KeysValues(), plain_ids[:20], start, "error")
     monkeypatch.setattr(gradient, "CHUNK", 100)
-    found = gradient_changes(tiny_model, [], plain_ids[:20], start, "error")
+    found = gradient_changes(tiny_model, KeysValues(), plain_ids[:20], start, "error")
     np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-6)
 
 
@@ -151,7 +152,7 @@ def test_the_model_stays_frozen_and_whole(tiny_model: TorchRunner, plain_ids: In
     reports: list[tuple[int, int]] = []
     gradient_changes(
         tiny_model,
-        [],
+        KeysValues(),
         plain_ids[:20],
         embeddings(tiny_model)[3],
         "max",

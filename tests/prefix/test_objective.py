@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.sites import Site
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix.objective import OBJECTIVES, RowObjective, score_candidates, score_prefix
 
@@ -61,7 +62,7 @@ def test_the_positions_of_a_forward_pass_stay_below_the_bound(
         return forward(self, input_ids=input_ids, **rest)
 
     monkeypatch.setattr(type(tiny_model.module.model), "forward", count)
-    score_candidates(tiny_model, [], plain_ids[:19], list(range(10)), "error", batch_positions=64)
+    score_candidates(tiny_model, KeysValues(), plain_ids[:19], list(range(10)), "error", batch_positions=64)
     assert sizes == [60, 60, 60, 20]
 
 
@@ -69,7 +70,7 @@ def test_progress_counts_candidates(tiny_model: TorchRunner, plain_ids: IntArray
     reports: list[tuple[str, int, int]] = []
     score_candidates(
         tiny_model,
-        [],
+        KeysValues(),
         plain_ids[:9],
         [3, 4, 5],
         "max",
@@ -85,7 +86,7 @@ def test_in_the_first_layers_only_their_sites_count(
     planted_model: TorchRunner, plain_ids: IntArray, inputs_of: Callable[..., Any], objective: Any, depth: int
 ) -> None:
     text = plain_ids[:30]
-    found = score_candidates(planted_model, [], text, CANDIDATES, objective, depth=depth)
+    found = score_candidates(planted_model, KeysValues(), text, CANDIDATES, objective, depth=depth)
     for token, score in zip(CANDIDATES, found, strict=True):
         parts = [x[1:] for site, x in inputs_of(planted_model, (token, *text)).items() if int(site[7]) < depth]
         assert len(parts) == 4 * depth
@@ -133,7 +134,9 @@ def test_a_newline_takes_the_sink_of_smollm2(smollm2: TorchRunner) -> None:
     # METHOD.md section 1: largest linear input 3366 without a prefix, 1281 behind <bos>, 109 behind a newline.
     text = smollm2.encode("The tower is 324 metres tall, about the same height as an 81-storey building. " * 3)
     newline, bos = int(smollm2.encode("\n")[0]), int(smollm2.tokenizer.bos_token_id)
-    none = score_prefix(smollm2, [], text, "max")
-    behind = dict(zip((newline, bos), score_candidates(smollm2, [], text, [newline, bos], "max"), strict=True))
+    none = score_prefix(smollm2, KeysValues(), text, "max")
+    behind = dict(
+        zip((newline, bos), score_candidates(smollm2, KeysValues(), text, [newline, bos], "max"), strict=True)
+    )
     assert none > 1000
     assert behind[newline] < 300

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix import screen
 from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth, tokens_to_screen
@@ -42,7 +43,7 @@ def test_sizes_are_the_brute_force_ones(
 def test_as_many_layers_run_as_the_maxima_need(planted_model: TorchRunner, inputs_of: InputsOf) -> None:
     # Without a prefix every token fires in layer 1 of 3, so nothing is left to find in layer 2.
     assert sink_depth(planted_model, np.random.default_rng(0)) == 2
-    sizes = self_sink_sizes(planted_model, [], ALL, 2)
+    sizes = self_sink_sizes(planted_model, KeysValues(), ALL, 2)
     full = [own_maxima(planted_model, inputs_of, (), token).max() for token in range(0, 320, 9)]
     np.testing.assert_allclose(sizes[::9], full, rtol=1e-3)
 
@@ -60,7 +61,7 @@ def test_the_depth_is_where_the_sample_has_its_final_ranking(maxima: list[list[f
 
 
 def test_absorbers_come_first(planted_model: TorchRunner, plant: Any) -> None:
-    sizes = self_sink_sizes(planted_model, [], ALL, 3)
+    sizes = self_sink_sizes(planted_model, KeysValues(), ALL, 3)
     assert set(np.argsort(-sizes)[:3]) == set(plant.absorbers)
     assert sizes.min() > plant.massive, "at the first position every token becomes a sink"
 
@@ -73,7 +74,7 @@ def test_the_model_is_whole_again_even_after_an_error(tiny_model: TorchRunner) -
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        self_sink_sizes(tiny_model, [], ALL, 2, progress=fail)
+        self_sink_sizes(tiny_model, KeysValues(), ALL, 2, progress=fail)
     assert tiny_model.module.config.num_hidden_layers == 3
     assert torch.equal(tiny_model.module(input_ids=ids).logits, before)
 
@@ -82,7 +83,7 @@ def test_progress_ends_with_the_whole_vocabulary(tiny_model: TorchRunner) -> Non
     reports: list[tuple[int, int]] = []
     self_sink_sizes(
         tiny_model,
-        [],
+        KeysValues(),
         ALL,
         2,
         batch_positions=128,
@@ -93,8 +94,8 @@ def test_progress_ends_with_the_whole_vocabulary(tiny_model: TorchRunner) -> Non
 
 def test_a_part_of_the_vocabulary_gets_the_sizes_that_it_has_in_the_whole(planted_model: TorchRunner) -> None:
     tokens = np.array([3, 65, 171, 319])
-    whole = self_sink_sizes(planted_model, [], ALL, 2)
-    np.testing.assert_allclose(self_sink_sizes(planted_model, [], tokens, 2), whole[tokens], rtol=1e-5)
+    whole = self_sink_sizes(planted_model, KeysValues(), ALL, 2)
+    np.testing.assert_allclose(self_sink_sizes(planted_model, KeysValues(), tokens, 2), whole[tokens], rtol=1e-5)
 
 
 def test_the_part_is_a_uniform_sample_of_different_tokens() -> None:

@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
         "audit_tokens": 16,
         "batch_positions": 2048,
     },
-    "smoothing": {"alpha": 0.5, "limit": 1.5},
+    "smoothing": {"alpha": 0.5, "limit": 1.5, "rotate_down": 512, "rotate_out": 64},
     "tuning": {
         "enabled": False,
         "loss": "distill",
@@ -56,7 +56,7 @@ DEFAULTS: dict[str, Any] = {
         "judge_every": 20,
         "checkpointing": True,
     },
-    "calibration": {"data": None, "estimator": "percentile", "percentile": 99.9995, "windows": 32, "window": 512},
+    "calibration": {"data": None, "estimator": "percentile", "percentile": 99.9995, "windows": 32, "window": None},
     "export": {
         "quantize_head": False,
         "keep_float": [],

@@ -161,6 +161,8 @@ _DATA: dict[str, Any] = {
         "tokens": 32768,
         "sites": _sites(),
         "smoothing_alpha": 0.5,
+        "window": 512,
+        "sliding_window": None,
     },
     "kv_cache": None,
     "export": {

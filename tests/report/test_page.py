@@ -179,3 +179,11 @@ def test_a_search_that_stopped_before_its_first_step_is_explained(data: dict[str
     assert "No prefix was needed" in text
     assert f"The search stopped because {why}." in text
     assert "0 candidates scored exactly" in text
+
+
+@pytest.mark.parametrize(("sliding", "said"), [(None, False), (511, False), (512, True), (4096, True)])
+def test_a_calibration_within_the_sliding_windows_is_stated(
+    data: dict[str, Any], sliding: int | None, said: bool
+) -> None:
+    data["calibration"]["sliding_window"] = sliding
+    assert ("do not reach beyond the model's sliding window" in render(data).text) == said

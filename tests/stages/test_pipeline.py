@@ -87,7 +87,8 @@ def test_a_change_runs_again_what_it_decides_and_nothing_else(one_run: MakeRun) 
     assert run(calibration__estimator="max") == {**everything, "calibrate": False, "export": False}
     assert run(calibration__windows=3) == {**everything, "smooth": False, "calibrate": False, "export": False}
     assert run(smoothing__alpha=0.7) == {**everything, "smooth": False, "calibrate": False, "export": False}
-    assert run(smoothing__alpha=None) == {"search": True, "calibrate": False, "export": False}
+    nothing = {"smoothing__alpha": None, "smoothing__rotate_down": 0, "smoothing__rotate_out": 0}
+    assert run(**nothing) == {"search": True, "calibrate": False, "export": False}
     assert run(search__tau=0.6)["search"] is False
     assert run(export__quantize_head=True, calibration__estimator="max")["calibrate"] is True
     assert run(evaluation__max_tokens=128, parity__tokens=16) == everything

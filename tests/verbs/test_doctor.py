@@ -165,9 +165,9 @@ def test_a_sink_that_no_common_token_replaces_is_not_called_none(
     assert "no sink is to blame" not in words
 
 
-def test_windows_that_lose_the_prefix_are_told(tiny_writer: Any, look: Look, tmp_path: Path) -> None:
+def test_a_calibration_within_the_sliding_windows_is_told(tiny_writer: Any, look: Look, tmp_path: Path) -> None:
     folder = tiny_writer(tmp_path / "mistral", None, "mistral", sliding_window=12)
-    said = look(folder).warnings
-    assert any("3 of 3 layers look back 12 tokens" in text for text in said)
-    quiet = look(folder, search__enabled=False).warnings
-    assert not any("look back" in text for text in quiet)
+    said = look(folder, calibration__window=12).warnings
+    assert any("3 of 3 layers look back 12 tokens, and calibration reads texts of 12" in text for text in said)
+    for settings in ({"calibration__window": 13}, {}):
+        assert not any("look back" in text for text in look(folder, **settings).warnings)

@@ -103,13 +103,21 @@ class SiteScale(StrictModel):
 
 
 class Calibration(StrictModel):
-    """The activation scales and how they were estimated; ``smoothing_alpha`` is null without SmoothQuant."""
+    """The activation scales and how they were estimated.
+
+    Attributes:
+        smoothing_alpha: null without SmoothQuant.
+        window: tokens in each window of text; null in reports of earlier versions.
+        sliding_window: the smallest window of the model's layers; null if they have none.
+    """
 
     estimator: str
     corpus: str
     tokens: Count
     sites: tuple[SiteScale, ...]
     smoothing_alpha: float | None = None
+    window: Count | None = None
+    sliding_window: Count | None = None
 
 
 class KvCache(StrictModel):
