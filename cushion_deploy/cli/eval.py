@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     help="Folder with the data files that task files refer to.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Rows per task. Default: all.")
+@click.option("--batch-size", type=click.IntRange(1), help="Contexts of tasks that run together. Default: 8.")
+@click.option("--chat-template", is_flag=True, help="Ask tasks in the model's chat template, as a user's message.")
 @click.option(
     "--columns",
     metavar="NAMES",
@@ -71,6 +73,8 @@ def command(
     tasks: tuple[str, ...],
     task_data: Path | None,
     limit: int | None,
+    batch_size: int | None,
+    chat_template: bool,
     columns: str | None,
     model: str | None,
     recipe: Path | None,
@@ -87,6 +91,7 @@ def command(
     and on its engine; a model is run in FP. The exit code is 1 if the engine differs from fake-quant by more than the
     noise of the measurement.
     """
+    from cushion_deploy.evaluate.batches import BATCH
     from cushion_deploy.evaluate.zeroshot import TaskSuite
     from cushion_deploy.verbs.eval import Scored, choose_columns, evaluate_columns
 
@@ -101,13 +106,16 @@ def command(
     settings = settings.merged(scored_text(settings, window, max_tokens))
     chosen = choose_columns(names([columns] if columns else []), bundle)
     wanted = names(tasks)
-    if (limit is not None or task_data is not None) and not wanted:
-        raise UsageError("--limit and --task-data need --tasks, which was not given", hint="add --tasks")
+    of_tasks = {"--limit": limit, "--task-data": task_data, "--batch-size": batch_size}
+    given = [name for name, value in of_tasks.items() if value is not None] + ["--chat-template"] * chat_template
+    if given and not wanted:
+        raise UsageError(f"{given[0]} needs --tasks, which was not given", hint="add --tasks")
     suite = TaskSuite(wanted, task_data) if wanted else None
     texts: Sequence[str | None] = data or ([] if wanted else [settings.evaluation.data])
     with progress(quiet) as report_progress:
         run = make_shared_run(work_dir, report_progress, settings)
-        found = evaluate_columns(settings, run, bundle, chosen, Scored(texts, suite, limit, threads))
+        scored = Scored(texts, suite, limit, threads, batch_size or BATCH, chat_template)
+        found = evaluate_columns(settings, run, bundle, chosen, scored)
     if not run.processes.leads:
         pass
     elif as_json:
@@ -132,7 +140,8 @@ def table(found: Evaluation) -> list[str]:
     for name, tasks in found.tasks.items():
         scored = tasks[found.columns[0]]
         cells = [_cell(tasks[c].value, tasks[c].stderr) for c in found.columns]
-        rows.append([f"{name} ({scored.metric}, n={scored.n})", *cells])
+        chat = ", chat template" if found.chat_template else ""
+        rows.append([f"{name} ({scored.metric}, n={scored.n}{chat})", *cells])
     if found.tasks:
         rows.append(["mean of the tasks", *(_cell(m.value, m.stderr) for m in found.means.values())])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -251,6 +251,7 @@ class Task(CellStage):
         generation: digest of the model's generation settings: an end-of-sequence token ends generated answers, and is
             the context of a text without one.
         suite: the loaded task.
+        batch: contexts that run together.
     """
 
     name: ClassVar[str] = "study-task"
@@ -262,11 +263,12 @@ class Task(CellStage):
     files: tuple[str, ...]
     generation: str
     suite: TaskSuite = field(compare=False)
+    batch: int = field(compare=False)
 
     def compute(self, inputs: Inputs) -> list[dict[str, Any]]:
         """Return one row per subtask."""
         from cushion_deploy.evaluate.lm_harness import ScorerLM
-        from cushion_deploy.evaluate.scorer import Scorer
+        from cushion_deploy.evaluate.scorer import TORCH_WASTE, Scorer
         from cushion_deploy.modeling.session import TorchSession
 
         variant = inputs.get(self.variant)
@@ -277,6 +279,8 @@ class Task(CellStage):
             tokenizer.backend_tokenizer, tokenizer.bos_token_id, model.spec, keep_bos=keep_bos
         )
         with variant.simulated(model):
-            scorer = Scorer(TorchSession(model, variant.prefix))
-            results = run_tasks(ScorerLM(scorer, encoding, inputs.progress, self.title), self.suite, self.limit)
+            scorer = Scorer(TorchSession(model, variant.prefix), waste=TORCH_WASTE)
+            # A dynamic scale per tensor covers all tokens that a row runs at once, padding too.
+            batch = 1 if variant.scheme and variant.scheme.activations == "dynamic" else self.batch
+            results = run_tasks(ScorerLM(scorer, encoding, inputs.progress, self.title, batch), self.suite, self.limit)
         return [{"task": r.task, "metric": r.metric, "n": r.n, "value": r.value, "stderr": r.stderr} for r in results]

@@ -17,9 +17,10 @@ from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.perplexity import score_text
-from cushion_deploy.evaluate.scorer import Scorer
+from cushion_deploy.evaluate.scorer import TORCH_WASTE, Scorer
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import Bundle
+from cushion_deploy.runtime.chat import ChatTemplate
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
@@ -112,14 +113,17 @@ class Columns:
         from cushion_deploy.modeling.session import TorchSession
 
         encoding = replace(self._encoding(), keep_bos=prefix.length == 0)
-        scorer = Scorer(TorchSession(model, prefix))
+        scorer = Scorer(TorchSession(model, prefix), waste=TORCH_WASTE)
         return Column(scorer, encoding, lambda ids, progress, task: model.token_nll(ids, prefix, progress, task))
 
     def _encoding(self) -> Encoding:
         if self.bundle is not None:
             return Encoding.of_bundle(self.bundle)
         tokenizer = self.model.tokenizer
-        return Encoding.of_tokenizer(tokenizer.backend_tokenizer, tokenizer.bos_token_id, self.model.spec)
+        source = tokenizer.chat_template
+        template = ChatTemplate(source, tokenizer.special_tokens_map) if isinstance(source, str) else None
+        common = tokenizer.backend_tokenizer, tokenizer.bos_token_id, self.model.spec
+        return Encoding.of_tokenizer(*common, chat_template=template)
 
 
 def read_text(data: str | None) -> Corpus:

@@ -13,6 +13,7 @@ from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.progress import Progress
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.evaluate.agreement import Agreement, tasks_agree, texts_agree
+from cushion_deploy.evaluate.batches import BATCH
 from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.evaluate.zeroshot import Metric, TaskScore, TaskSuite, mean_accuracy, run_tasks
 from cushion_deploy.recipe import Recipe
@@ -37,6 +38,7 @@ class Evaluation:
         tasks: for each task, the score by column.
         agreements: the bundle's engine compared with its fake-quantized model; empty unless both ran.
         seconds: wall time by column, loading included.
+        chat_template: whether the tasks were asked in the model's chat template.
     """
 
     columns: tuple[str, ...]
@@ -45,6 +47,7 @@ class Evaluation:
     tasks: dict[str, dict[str, TaskScore]] = field(default_factory=dict)
     agreements: tuple[Agreement, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    chat_template: bool = False
 
     @property
     def passed(self) -> bool:
@@ -80,6 +83,7 @@ class Evaluation:
             "columns": list(self.columns),
             "texts": texts,
             "tasks": tasks,
+            "chat_template": self.chat_template,
             "mean": {c: _metric(m) for c, m in self.means.items()},
             "agreement": [a.to_json() for a in self.agreements],
             "passed": self.passed,
@@ -96,12 +100,16 @@ class Scored:
         suite: zero-shot tasks; None for no tasks.
         limit: rows of each task; None for all.
         threads: threads of the engine.
+        batch: contexts of tasks that run together.
+        chat: whether tasks are asked in the model's chat template.
     """
 
     texts: Sequence[str | None] = ()
     suite: TaskSuite | None = None
     limit: int | None = None
     threads: int | None = None
+    batch: int = BATCH
+    chat: bool = False
 
 
 def choose_columns(wanted: Sequence[str], bundle: Bundle | None) -> tuple[str, ...]:
@@ -142,7 +150,7 @@ def evaluate_columns(
     Raises:
         UsageError: a text is too short or too long for the model, or the given model is not the bundle's.
     """
-    found = Evaluation(tuple(columns))
+    found = Evaluation(tuple(columns), chat_template=what.chat)
     in_torch = any(c != "engine" for c in columns)
     with run.lock() if in_torch or "self" in what.texts else nullcontext():
         opened = Columns(recipe, run, bundle, what.threads)
@@ -161,8 +169,9 @@ def evaluate_columns(
                 if what.suite is not None and run.processes.leads:
                     from cushion_deploy.evaluate.lm_harness import ScorerLM
 
-                    lm = ScorerLM(column.scorer, column.encoding, run.progress, f"tasks: {COLUMNS[name]}")
-                    for result in run_tasks(lm, what.suite, what.limit):
+                    title = f"tasks: {COLUMNS[name]}"
+                    lm = ScorerLM(column.scorer, column.encoding, run.progress, title, what.batch)
+                    for result in run_tasks(lm, what.suite, what.limit, chat=what.chat):
                         found.tasks.setdefault(result.task, {})[name] = result
             found.seconds[name] = time.monotonic() - began
     return replace(found, agreements=_agreements(found, bundle)) if run.processes.leads else found

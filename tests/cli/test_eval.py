@@ -145,7 +145,9 @@ def test_the_engine_alone_needs_no_model(cli: Any, tiny_bundle: Any, python: Any
     ("options", "message"),
     [
         (["--columns", "fq"], "unknown column 'fq'"),
-        (["--limit", "3"], "need --tasks"),
+        (["--limit", "3"], "--limit needs --tasks"),
+        (["--batch-size", "3"], "--batch-size needs --tasks"),
+        (["--chat-template"], "--chat-template needs --tasks"),
         (["--window", "100000", "--columns", "engine"], "longer than the"),
         (["--recipe", "r.yaml"], "--recipe cannot be used with a bundle"),
         (["--data", "nowhere.txt", "--columns", "engine"], "unknown data set"),
@@ -217,6 +219,15 @@ def test_tasks_have_a_row_each_a_mean_and_an_agreement(
     assert "tiny_pick (acc, n=10)" in shown.out
     assert "mean of the tasks" in shown.out
     assert "±" in shown.out
+    alone = cli("eval", planted_bundle.bundle, *options, "--batch-size", 1, "--json")
+    assert alone.json["tasks"] == done.json["tasks"]
+    assert done.json["chat_template"] is False
+    chat = cli("eval", planted_bundle.bundle, *options, "--chat-template", "--json")
+    assert chat.code in (0, 1), chat.err
+    assert chat.json["chat_template"] is True
+    assert chat.json["tasks"] != done.json["tasks"]
+    shown = cli("eval", planted_bundle.bundle, *options, "--chat-template", "--columns", "engine")
+    assert "tiny_pick (acc, n=10, chat template)" in shown.out
 
 
 def test_lm_evals_own_command_line_runs_a_bundle(planted_bundle: Any, tmp_path: Path, python: Any) -> None:

@@ -23,8 +23,8 @@ DEFAULTS: dict[str, Any] = {
     "engines": None,
     "compute": {"device": "auto", "dtype": "auto", "memory": None},
     "search": {
-        "ship": "auto",
         "enabled": True,
+        "ship": "auto",
         "seed_tokens": [],
         "max_length": 4,
         "tau": 0.5,

@@ -25,6 +25,7 @@ SETTINGS: dict[str, object] = {
     "engines": ["onnxruntime"],
     "search.seed_tokens": ["a"],
     "search.max_length": 1,
+    "search.ship": "always",
     "search.text_tokens": 64,
     "calibration.windows": 4,
     "calibration.window": 64,
