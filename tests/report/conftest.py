@@ -154,6 +154,27 @@ _DATA: dict[str, Any] = {
             {"step": 80, "held_out": 0.0752, "prediction": 0.0787, "error": 1.073},
         ],
     },
+    "choice": {
+        "shipped": "with prefix",
+        "reason": "kl_after_16",
+        "tokens": 1912,
+        "candidates": [
+            {
+                "name": "without prefix",
+                "perplexity": 17.79,
+                "divergence": 0.0198,
+                "kl_after_16": 0.0195,
+                "kl_after_16_stderr": 0.0006,
+            },
+            {
+                "name": "with prefix",
+                "perplexity": 17.06,
+                "divergence": 0.035,
+                "kl_after_16": 0.0161,
+                "kl_after_16_stderr": 0.0007,
+            },
+        ],
+    },
     "magnitudes": {"without": _magnitudes(24782.0), "with": _magnitudes(110.0)},
     "calibration": {
         "estimator": "mse",

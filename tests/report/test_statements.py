@@ -5,13 +5,17 @@ from typing import Any
 import pytest
 
 from cushion_deploy.report.document import Report
+from cushion_deploy.report.document.prefix import Choice
 from cushion_deploy.report.page import report_page
 from cushion_deploy.report.render.html import render_html
 from cushion_deploy.report.scores import chat_rows, engine_perplexity_sentence, perplexity_rows
 from cushion_deploy.report.statements import (
     cache_sentence,
+    choice_sentence,
     engines_sentence,
+    found_prefix,
     fused_attention_sentence,
+    has_prefix,
     not_run_reason,
     parity_sentence,
     prefix_sentence,
@@ -64,6 +68,23 @@ def test_a_compiled_engine_alone_does_not_make_the_model_run(data: dict[str, Any
     assert "runs in static" not in verdict(report).sentence
     assert engines_sentence(report) == "tensorrt-rtx was compiled but not run here."
     assert not_run_reason(report.engines[0]) == "not run: no NVIDIA GPU on this machine"
+
+
+def test_the_choice_is_said_with_both_numbers_and_what_decided(data: dict[str, Any]) -> None:
+    report = Report.model_validate(data)
+    assert has_prefix(report)
+    said = choice_sentence(report.choice)
+    for words in ("ships with prefix", "1,912 held-out predictions", "its divergence on", "0.0195", "0.0161", "17.06"):
+        assert words in said
+    data["choice"] |= {"shipped": "without prefix", "reason": "perplexity"}
+    report = Report.model_validate(data)
+    assert found_prefix(report)
+    assert not has_prefix(report)
+    assert "its perplexity, because the divergences are too close" in choice_sentence(report.choice)
+    assert "ships without a prefix" in prefix_sentence(report)
+    assert "it ships without a prefix, which does not pay" in verdict(report).sentence
+    nothing = Choice(shipped="with prefix", reason="only")
+    assert choice_sentence(nothing) == ""
 
 
 def test_an_empty_prefix_is_a_result_and_is_said_in_words(data: dict[str, Any]) -> None:
