@@ -70,7 +70,9 @@ def command(
         pipeline = Pipeline.of(recipe)
         prefix = pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix
         with run.lock():
-            found: Node[Quantization] = pipeline.behind(prefix).quantization
+            # Without files, what a build would ship.
+            found: Node[Quantization]
+            found = pipeline.behind(prefix).quantization if prefix_file else pipeline.shipped_quantization
             if scales_file:
                 smoothing = read_smoothing(smoothing_file) if smoothing_file else None
                 kv = read_kv_scales(kv_file) if kv_file else None
@@ -79,7 +81,7 @@ def command(
             form = replace(pipeline.form, dtype=dtype)
             if float_twin:
                 found, form = Given(run.get(found).float_twin), form.float_twin
-            graph, length = run.get(pipeline.graph(found, form)), run.get(prefix).length
+            graph, length = run.get(pipeline.graph(found, form)), run.get(found).prefix.length
     with new_folder(output) as staged:
         for file in (*graph.files, graph.path.with_name("export.json")):
             place(file, staged / file.name, link=False)

@@ -132,7 +132,8 @@ def held_out_windows(model: TorchRunner, text: Corpus, count: int, window: int |
     """
     pieces = other_pieces(*_calibration_cut(model, text, count, window), most)
     ids = np.concatenate(pieces)
-    length = min(HELD_OUT_WINDOW, len(ids))
+    positions = model.spec.max_positions
+    length = min(HELD_OUT_WINDOW, len(ids), positions - positions // 8)
     found: IntArray = ids[: len(ids) // length * length].reshape(-1, length)
     return found
 

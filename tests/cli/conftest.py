@@ -20,7 +20,7 @@ from cushion_deploy.cli.main import run
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = """
-search: {text_tokens: 64, random_candidates: 8, screen_candidates: 8, audit_tokens: 4}
+search: {ship: always, text_tokens: 64, random_candidates: 8, screen_candidates: 8, audit_tokens: 4}
 calibration: {windows: 4, window: 64}
 evaluation: {window: 64, max_tokens: 128}
 parity: {tokens: 64, decode_tokens: 4}

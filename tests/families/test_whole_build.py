@@ -31,6 +31,7 @@ RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 SETTINGS: dict[str, object] = {
     "engines": ["onnxruntime", *(["tensorrt-rtx"] if RTX else [])],
     "search.seed_tokens": ["<s>"],
+    "search.ship": "always",
     "search.max_length": 2,
     "search.text_tokens": 48,
     "search.random_candidates": 4,
