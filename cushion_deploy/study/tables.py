@@ -67,7 +67,9 @@ def mean_of(results: Sequence[float]) -> float:
 def _pairs(study: Study, pairs: Sequence[Pair], text: str) -> Table:
     fp, fp_prefix = on(study.fp, text), on(study.fp_prefix, text)
     rows = [_pair_row("FP", fp, fp_prefix, None, None)]
-    rows += [_pair_row(p.label, on(p.without, text), on(p.with_prefix, text), fp, fp_prefix) for p in pairs]
+    for pair in pairs:
+        same = on(pair.fp_prefix, text) or fp_prefix
+        rows.append(_pair_row(pair.label, on(pair.without, text), on(pair.with_prefix, text), fp, same))
     head = ("scheme", "without", "over FP", "KL", "with prefix", "over FP + prefix", "over FP", "KL")
     strong = frozenset(i for i, pair in enumerate(pairs, 1) if pair.deployable)
     caption = f"Perplexity on {text}, and KL divergence from the original model in nats per token"

@@ -169,8 +169,10 @@ def best_common_token(
     """
     config, candidates = recipe.search, obvious_tokens(model)
     text = draw_text(corpus, min(config.text_tokens, tokens, RELIEF_TOKENS), recipe.seed, 0)
-    before = score_prefix(model, KeysValues(), text, config.objective)
-    scores = score_candidates(model, KeysValues(), text, candidates, config.objective, progress=progress)
+    before = score_prefix(model, KeysValues(), text, config.objective, bits=config.bits)
+    scores = score_candidates(
+        model, KeysValues(), text, candidates, config.objective, bits=config.bits, progress=progress
+    )
     best = min(range(len(scores)), key=scores.__getitem__)
     return candidates[best], scores[best] / before if before else 1.0
 

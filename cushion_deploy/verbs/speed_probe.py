@@ -103,8 +103,9 @@ class SpeedProbe:
     def _search_steps(self) -> int:
         """Return the number of steps that a search probably runs: none if no token can pay."""
         search, text = self.recipe.search, self.windows[0]
-        before = score_prefix(self.model, KeysValues(), text, search.objective)
-        return int(not cannot_pay(floor_of(self.model, KeysValues(), text, search.objective, before), search.tau))
+        before = score_prefix(self.model, KeysValues(), text, search.objective, bits=search.bits)
+        left = floor_of(self.model, KeysValues(), text, search.objective, before, bits=search.bits)
+        return int(not cannot_pay(left, search.tau))
 
     def _median(self, action: Callable[[], object]) -> float:
         """Return the seconds of an action: of its first run if that is long, else the median of the runs after it."""
