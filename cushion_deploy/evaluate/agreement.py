@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cushion_deploy.evaluate.perplexity import TextScore, standard_error
+from cushion_deploy.core.statistics import standard_error
+from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.evaluate.zeroshot import TaskScore
 
 TEXT_LIMIT = 0.005

@@ -10,6 +10,7 @@ import numpy as np
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.statistics import mean, standard_error
 from cushion_deploy.errors import UsageError
 
 BLOCK = 16
@@ -36,20 +37,13 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """Exponential of the mean loss; infinity if that overflows or the mean is NaN."""
-        mean = float(self.losses.mean(dtype=np.float64))
-        return math.exp(mean) if mean < 700 else math.inf
+        found = mean(self.losses)
+        return math.exp(found) if found < 700 else math.inf
 
     @property
     def stderr(self) -> float:
         """Standard error of perplexity (delta method, treating tokens as independent); NaN for a single token."""
         return self.perplexity * standard_error(self.losses)
-
-
-def standard_error(values: FloatArray) -> float:
-    """Return the standard error of the mean, with Bessel's correction; NaN for a single or a non-finite value."""
-    if values.size < 2 or not np.isfinite(values).all():
-        return math.nan
-    return float(values.std(dtype=np.float64, ddof=1)) / math.sqrt(values.size)
 
 
 def cut_windows(ids: IntArray, window: int, max_tokens: int, name: str) -> IntArray:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from cushion_deploy.core.statistics import standard_error
 from cushion_deploy.errors import CushionError, MissingDependency, UsageError, unknown_choice
-from cushion_deploy.evaluate.perplexity import standard_error
 
 USUAL_NAMES = {
     "lambada": "lambada_openai",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.statistics import mean, standard_error
 from cushion_deploy.modeling.runner import TorchRunner
 
 PIECE = 32
 """Tokens whose probabilities are computed at once: few enough to stay in the processor's cache."""
+BEGIN = 16
+"""Positions at the begin of a text that are also reported without: the original model has its attention sink there."""
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Teacher:
 
         batches = model.batches(windows, None, 1)
         model.sweep(batches, model.past(prefix), after=score, progress=progress, task=task)
-        losses, divergences = model.array(model.reduce(found, "sum")).reshape(2, -1)
+        losses, divergences = model.array(model.reduce(found, "sum"))
         return Fidelity(losses, divergences)
 
     def _of_hidden(self, hidden: Tensor) -> Tensor:
@@ -89,15 +91,29 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Token losses of a model, and its KL divergences from the original model: float32 ``[tokens]`` each, in nats."""
+    """Token losses of a model, and its KL divergences from the original model: float32, in nats.
+
+    Both are ``[windows, length - 1]``. Column p belongs to the prediction that is made at position p of the window, of
+    the token at p + 1; tokens of a prefix have no position.
+    """
 
     losses: FloatArray
     divergences: FloatArray
 
     @property
+    def later(self) -> Fidelity:
+        """The predictions that are made from position 16 on; none if the windows are shorter than 18 tokens."""
+        return Fidelity(self.losses[:, BEGIN:], self.divergences[:, BEGIN:])
+
+    @property
     def divergence(self) -> float:
-        """Return the mean divergence."""
-        return float(self.divergences.mean(dtype=np.float64))
+        """The mean divergence; NaN of no prediction."""
+        return mean(self.divergences)
+
+    @property
+    def divergence_stderr(self) -> float:
+        """The standard error of the mean divergence, treating tokens as independent."""
+        return standard_error(self.divergences)
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:

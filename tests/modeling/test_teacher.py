@@ -33,13 +33,32 @@ def test_a_model_is_compared_by_loss_and_divergence(planted_model: TorchRunner, 
     teacher = Teacher(planted_model)
     teacher.remember(windows)
     found = teacher.compare(planted_model, prefix, windows)
-    nll = np.concatenate([planted_model.token_nll(row[None], prefix)[0] for row in windows])
+    nll = np.stack([planted_model.token_nll(row[None], prefix)[0] for row in windows])
     np.testing.assert_allclose(found.losses, nll, rtol=1e-4, atol=1e-5)
     p = log_softmax(planted_model.logits(windows, Prefix.empty(planted_model.spec)))[:, :-1]
     q = log_softmax(planted_model.logits(windows, prefix))[:, :-1]
-    assert found.divergence == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-3)
+    apart = (np.exp(p) * (p - q)).sum(-1)
+    assert found.divergences.shape == (2, 31)
+    assert found.divergence == pytest.approx(apart.mean(), rel=1e-3)
+    assert found.divergence_stderr == pytest.approx(apart.std(ddof=1) / np.sqrt(62), rel=1e-3)
+    # Without the predictions that the tokens 0 to 15 of each window make.
+    assert found.later.divergence == pytest.approx(apart[:, 16:].mean(), rel=1e-3)
+    assert found.later.divergence_stderr == pytest.approx(apart[:, 16:].std(ddof=1) / np.sqrt(30), rel=1e-3)
+    assert found.later.divergence != pytest.approx(found.divergence, rel=0.02)
     itself = teacher.compare(planted_model, Prefix.empty(planted_model.spec), windows)
     assert itself.divergence == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("length", "later"), [(16, 0), (17, 0), (18, 1)])
+def test_a_short_window_may_have_no_later_prediction(
+    tiny_model: TorchRunner, plain_ids: IntArray, length: int, later: int
+) -> None:
+    windows = plain_ids[:length][None]
+    teacher = Teacher(tiny_model)
+    teacher.remember(windows)
+    found = teacher.compare(tiny_model, tiny_model.compute_prefix((97,)), windows).later
+    assert found.divergences.shape == (1, later)
+    assert np.isfinite(found.divergence) == bool(later)
 
 
 def test_divergence_is_kullback_leibler_and_impossible_tokens_count_nothing() -> None:
