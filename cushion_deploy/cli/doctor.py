@@ -115,15 +115,14 @@ def _damage_lines(found: Damage) -> list[str]:
             f"  {name + note:38}{perplexity(cost.quantized):>10} {percent(cost.change):>8} {cost.divergence:>7.3f} "
             f"{cost.later:>17.3f}"
         )
-    where = next(iter(kinds.kinds))
     by_kind = ", ".join(f"{kind} {value:.3f}" for kind, value in kinds.kinds.items())
-    lines.append(f"without remedies, with one kind of Sites quantized at a time, KL: {by_kind}")
+    lines.append(f"KL with only one kind of Sites quantized: {by_kind}")
     if kinds.worst:
         worst = ", ".join(f"{site} ({100 * lost:.0f} %)" for site, lost in kinds.worst)
-        lines.append(
-            f"  worst of {where}, with what rounding takes of a token's input: {worst}; with only these quantized, KL: "
-            f"{kinds.together:.3f}"
-        )
+        lines += [
+            f"  rounding takes most of a token's input at {worst}",
+            f"  KL with only {'this Site' if len(kinds.worst) == 1 else 'these Sites'} quantized: {kinds.together:.3f}",
+        ]
     return [*lines, _verdict(found)]
 
 
