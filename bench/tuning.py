@@ -41,7 +41,7 @@ def main() -> None:
     texts = {}
     for data in options.eval_data:
         corpus = run.get(nodes.corpus(data, "evaluation"))
-        texts[corpus.name] = cut_windows(model.encode(corpus.text), options.window, options.max_tokens, corpus.name)
+        texts[corpus.name] = cut_windows(model.encode(corpus.text), options.window, options.max_tokens, corpus.name).ids
         teacher.remember(texts[corpus.name], run.progress)
     rows: dict[str, Any] = {"untuned": judge(model, start, teacher, texts, run.progress)}
     searched = Given(run.get(nodes.prefix))

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ HUB_CORPORA = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
 }
+BENCHMARKS = {"wikitext": 341_469}
+"""Hub corpora whose evaluation part is the whole test split, as published results have it, and its tokens (LLaMA-2)."""
 OWN_TEXT = "text sampled from the model"
 SAMPLED = {None: f"CPython language topics and {OWN_TEXT}", "self": OWN_TEXT}
 """Values of ``--calib-data`` whose text is sampled from the model, wholly or in part, and the name of that text."""
@@ -64,7 +67,9 @@ def load_corpus(data: str | None, part: Part, sample: Callable[[], tuple[str, ..
         data: see ``VALID``; None for the offline default, whose two parts have no document in common. Half of its
             calibration part is sampled from the model if ``sample`` is given, because ranges of prose about a
             programming language do not fit other text.
-        part: the part of a corpus with several: train or validation split of a hub data set.
+        part: the part of a corpus with several. A hub data set is calibrated on its train split and evaluated on its
+            validation split, the first 2,000 rows each, blank ones left out. A benchmark is evaluated on its test
+            split, all rows: joined with a blank line, they are the text that published perplexities are measured on.
         sample: draws documents from the model; None if there is no model.
 
     Raises:
@@ -83,7 +88,7 @@ def load_corpus(data: str | None, part: Part, sample: Callable[[], tuple[str, ..
     elif Path(data).is_file():
         corpus = _from_file(Path(data))
     elif data in HUB_CORPORA:
-        corpus = _from_hub(*HUB_CORPORA[data], part)
+        corpus = _from_hub(*HUB_CORPORA[data], part, whole=data in BENCHMARKS and part == "evaluation")
     elif _HUB_ID.fullmatch(data) and not data.endswith(_SUFFIXES):
         name, _, config = data.partition(":")
         corpus = _from_hub(name, config or None, part)
@@ -196,16 +201,16 @@ def _parquet_texts(path: Path) -> list[str]:
     return [str(value) for value in table.column("text").to_pylist() if value]
 
 
-def _from_hub(name: str, config: str | None, part: Part) -> Corpus:
+def _from_hub(name: str, config: str | None, part: Part, *, whole: bool = False) -> Corpus:
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
     except ImportError as e:
         raise MissingDependency("hub data sets need datasets", hint="pip install 'cushion-deploy[build]'") from e
-    split = "train" if part == "calibration" else "validation"
+    split = "test" if whole else "train" if part == "calibration" else "validation"
     try:
         rows: Any = load_dataset(name, config, split=split, streaming=True, trust_remote_code=False)
-        texts = [str(row["text"]) for _, row in zip(range(MAX_HUB_DOCUMENTS), rows, strict=False)]
+        texts = [str(row["text"]) for row in islice(rows, None if whole else MAX_HUB_DOCUMENTS)]
     except KeyError as e:
         raise UsageError(f"data set '{name}' has no field 'text'", hint="give one with a field 'text'") from e
     except (DatasetNotFoundError, ValueError) as e:
@@ -214,4 +219,4 @@ def _from_hub(name: str, config: str | None, part: Part) -> Corpus:
         raise MissingDependency(
             f"data set '{name}' cannot be fetched from the hub", hint="check the network, or give a local file"
         ) from e
-    return Corpus(f"{name} {config or ''} ({split})".replace("  ", " "), tuple(t for t in texts if t.strip()))
+    return Corpus(f"{name} {config or ''} ({split})".replace("  ", " "), tuple(t for t in texts if whole or t.strip()))

@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     metavar="DATA",
     help="Text to score: a file, wikitext, c4, or org/name. Repeatable. Default without --tasks: from the recipe.",
 )
-@click.option("--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe, or 512.")
 @click.option(
-    "--max-tokens", type=click.IntRange(2), help="Maximum number of tokens to score per text. Default: from the recipe."
+    "--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe; 2048 for wikitext."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(2), help="Tokens to read per text. Default: from the recipe; wikitext: all."
 )
 @click.option(
     "--tasks",
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     help="Folder with the data files that task files refer to.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Rows per task. Default: all.")
+@click.option("--batch-size", type=click.IntRange(1), help="Contexts of tasks that run together. Default: 8.")
+@click.option("--chat-template", is_flag=True, help="Ask tasks in the model's chat template, as a user's message.")
 @click.option(
     "--columns",
     metavar="NAMES",
@@ -69,6 +73,8 @@ def command(
     tasks: tuple[str, ...],
     task_data: Path | None,
     limit: int | None,
+    batch_size: int | None,
+    chat_template: bool,
     columns: str | None,
     model: str | None,
     recipe: Path | None,
@@ -85,8 +91,8 @@ def command(
     and on its engine; a model is run in FP. The exit code is 1 if the engine differs from fake-quant by more than the
     noise of the measurement.
     """
+    from cushion_deploy.evaluate.batches import BATCH
     from cushion_deploy.evaluate.zeroshot import TaskSuite
-    from cushion_deploy.stages.windows import scored_tokens
     from cushion_deploy.verbs.eval import Scored, choose_columns, evaluate_columns
 
     bundle = _open(target, model, recipe)
@@ -100,18 +106,20 @@ def command(
     settings = settings.merged(scored_text(settings, window, max_tokens))
     chosen = choose_columns(names([columns] if columns else []), bundle)
     wanted = names(tasks)
-    if (limit is not None or task_data is not None) and not wanted:
-        raise UsageError("--limit and --task-data need --tasks, which was not given", hint="add --tasks")
+    of_tasks = {"--limit": limit, "--task-data": task_data, "--batch-size": batch_size}
+    given = [name for name, value in of_tasks.items() if value is not None] + ["--chat-template"] * chat_template
+    if given and not wanted:
+        raise UsageError(f"{given[0]} needs --tasks, which was not given", hint="add --tasks")
     suite = TaskSuite(wanted, task_data) if wanted else None
     texts: Sequence[str | None] = data or ([] if wanted else [settings.evaluation.data])
     with progress(quiet) as report_progress:
         run = make_shared_run(work_dir, report_progress, settings)
-        found = evaluate_columns(settings, run, bundle, chosen, Scored(texts, suite, limit, threads))
+        scored = Scored(texts, suite, limit, threads, batch_size or BATCH, chat_template)
+        found = evaluate_columns(settings, run, bundle, chosen, scored)
     if not run.processes.leads:
         pass
     elif as_json:
-        tokens, _ = scored_tokens(settings.evaluation.window, settings.evaluation.max_tokens)
-        click.echo(json.dumps({"target": target, "window": tokens, **found.to_json()}))
+        click.echo(json.dumps({"target": target, **found.to_json()}))
     else:
         for line in table(found):
             click.echo(line)
@@ -120,15 +128,20 @@ def command(
 
 def table(found: Evaluation) -> list[str]:
     """Return the scores as lines: a row per text or task, a column per way to run the model, then the agreement."""
-    from cushion_deploy.verbs.eval import COLUMNS
+    from cushion_deploy.report.render.formatting import extent
+    from cushion_deploy.verbs.columns import COLUMNS
 
     rows = [["", *(COLUMNS[c] for c in found.columns)]]
     for name, texts in found.texts.items():
-        rows.append([f"{name} (perplexity)", *(_cell(texts[c].perplexity, texts[c].stderr) for c in found.columns)])
+        first = texts[found.columns[0]]
+        part = extent(first.tokens, first.window, found.text_tokens[name])
+        cells = [_cell(texts[c].perplexity, texts[c].stderr) for c in found.columns]
+        rows.append([f"{name}, {part} (perplexity)", *cells])
     for name, tasks in found.tasks.items():
-        first = tasks[found.columns[0]]
+        scored = tasks[found.columns[0]]
         cells = [_cell(tasks[c].value, tasks[c].stderr) for c in found.columns]
-        rows.append([f"{name} ({first.metric}, n={first.n})", *cells])
+        chat = ", chat template" if found.chat_template else ""
+        rows.append([f"{name} ({scored.metric}, n={scored.n}{chat})", *cells])
     if found.tasks:
         rows.append(["mean of the tasks", *(_cell(m.value, m.stderr) for m in found.means.values())])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

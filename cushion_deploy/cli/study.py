@@ -26,9 +26,11 @@ from cushion_deploy.errors import UsageError, require_modules
     metavar="PARTS",
     help="Comma-separated parts: table1 to table6, remedies, figure2, figure3. Default: all.",
 )
-@click.option("--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe.")
 @click.option(
-    "--max-tokens", type=click.IntRange(2), help="Maximum number of tokens to score per text. Default: from the recipe."
+    "--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe; 2048 for wikitext."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(2), help="Tokens to read per text. Default: from the recipe; wikitext: all."
 )
 @click.option(
     "--tasks",
@@ -42,6 +44,7 @@ from cushion_deploy.errors import UsageError, require_modules
     help="Folder with the data files that task files refer to.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Rows per task. Default: all.")
+@click.option("--batch-size", type=click.IntRange(1), help="Contexts of tasks that run together. Default: 8.")
 def command(
     output: Path,
     only: tuple[str, ...],
@@ -50,6 +53,7 @@ def command(
     tasks: tuple[str, ...],
     task_data: Path | None,
     limit: int | None,
+    batch_size: int | None,
     **values: Any,
 ) -> None:
     """Measure the tables and figures of the CushionCache paper for MODEL and compare them with the published numbers.
@@ -71,11 +75,14 @@ def command(
     unknown = [name for name in chosen if name not in PARTS]
     if unknown:
         raise UsageError(f"unknown part '{unknown[0]}'", hint=f"choose from: {', '.join(PARTS)}")
-    if (limit is not None or task_data is not None) and not tasks:
-        raise UsageError("--limit and --task-data need --tasks, which was not given", hint="add --tasks")
+    of_tasks = {"--limit": limit, "--task-data": task_data, "--batch-size": batch_size}
+    given = [name for name, value in of_tasks.items() if value is not None]
+    if given and not tasks:
+        raise UsageError(f"{given[0]} needs --tasks, which was not given", hint="add --tasks")
     if len(set(texts)) < len(texts):
         raise UsageError("the same text was given twice", hint="pass each text to --eval-data only once")
     require_modules("torch", "transformers", "jinja2", "matplotlib")
+    from cushion_deploy.evaluate.batches import BATCH
     from cushion_deploy.stages.pipeline import Pipeline
     from cushion_deploy.study.cells import Cells
     from cushion_deploy.study.run import choose_parts, run_study
@@ -83,7 +90,7 @@ def command(
     from cushion_deploy.study.zeroshot import find_tasks
 
     parts = choose_parts(chosen)
-    found = find_tasks(names(tasks), task_data, limit) if "table2" in parts else ""
+    found = find_tasks(names(tasks), task_data, limit, batch_size or BATCH) if "table2" in parts else ""
     with progress(values["quiet"]) as report_progress:
         run, pipeline = make_run(values["work_dir"], report_progress), Pipeline.of(recipe)
         with run.lock():

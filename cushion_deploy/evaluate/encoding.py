@@ -39,13 +39,19 @@ class Encoding:
 
     @classmethod
     def of_tokenizer(
-        cls, tokenizer: Tokenizer, bos_token_id: int | None, spec: ModelSpec, *, keep_bos: bool = True
+        cls,
+        tokenizer: Tokenizer,
+        bos_token_id: int | None,
+        spec: ModelSpec,
+        *,
+        keep_bos: bool = True,
+        chat_template: ChatTemplate | None = None,
     ) -> Encoding:
         """Return the encoding of a model's own tokenizer, which may pad or truncate; ``tokenizer`` is not changed."""
         copy = Tokenizer.from_str(tokenizer.to_str())
         copy.no_padding()
         copy.no_truncation()
-        return cls(copy, bos_token_id, spec.eos_token_ids, keep_bos)
+        return cls(copy, bos_token_id, spec.eos_token_ids, keep_bos, chat_template)
 
     @property
     def first_token_id(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.errors import UsageError
+from cushion_deploy.evaluate.batches import BATCH, score_requests
 from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.scorer import Scorer
 from cushion_deploy.evaluate.zeroshot import missing_lm_eval
@@ -33,21 +34,27 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 class ScorerLM(TemplateLM):  # type: ignore[misc]
-    """An lm-eval model on top of a :class:`Scorer`; requests run one by one, and shared contexts run once.
+    """An lm-eval model on top of a :class:`Scorer`; requests run in batches, and shared contexts run once.
 
     Args:
         scorer: computes log likelihoods.
         encoding: converts text to ids.
         progress: receives the number of finished requests.
         name: name of the task in progress reports.
+        batch: contexts that run together.
     """
 
     def __init__(
-        self, scorer: Scorer, encoding: Encoding, progress: Progress = silent, name: str = "zero-shot tasks"
+        self,
+        scorer: Scorer,
+        encoding: Encoding,
+        progress: Progress = silent,
+        name: str = "zero-shot tasks",
+        batch: int = BATCH,
     ) -> None:
         """Take over the scorer's session."""
         super().__init__()
-        self.scorer, self.encoding = scorer, encoding
+        self.scorer, self.encoding, self.batch = scorer, encoding, batch
         self.progress, self.name = progress, name
 
     @property
@@ -72,8 +79,8 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def batch_size(self) -> int:
-        """Number of requests that run at once."""
-        return 1
+        """Number of contexts that run at once."""
+        return self.batch
 
     @property
     def tokenizer_name(self) -> str:
@@ -88,7 +95,7 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as a prompt; raises UsageError if the model has no chat template."""
         if self.encoding.chat_template is None:
-            raise UsageError("the model has no chat template", hint="leave --apply_chat_template out")
+            raise UsageError("the model has no chat template", hint="leave the chat template out")
         return self.encoding.chat_template.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -105,14 +112,10 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        # Sorted by tokens, requests with a common beginning are adjacent, and the beginning runs once.
-        order = sorted(range(len(requests)), key=lambda i: (requests[i][1], requests[i][2]))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for done, i in enumerate(order, 1):
-            text, context, continuation = requests[i]
-            found[i] = self.scorer.loglikelihood(context or [self.prefix_token_id], continuation)
-            self.cache_hook.add_partial("loglikelihood", text, found[i])
-            self.progress(self.name, done, len(requests))
+        pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
+        found = score_requests(self.scorer, pairs, self.batch, self.progress, self.name)
+        for (text, _, _), score in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", text, score)
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
@@ -179,7 +182,8 @@ class CushionLM(ScorerLM):
         bundle: folder of the bundle; every file is verified first.
         engine: engine to run on.
         threads: threads of the engine; None for one per core.
-        batch_size, max_batch_size, device: accepted because lm-eval passes them to every model, and ignored.
+        batch_size: contexts that run together; a plan of TensorRT takes as many rows as it was compiled for.
+        max_batch_size, device: accepted because lm-eval passes them to every model, and ignored.
 
     Raises:
         UsageError: the folder does not exist.
@@ -199,7 +203,8 @@ class CushionLM(ScorerLM):
         if bundle is None:
             raise UsageError("no bundle was given", hint="add --model_args bundle=OUT")
         generator = load(Path(bundle), engine, threads)
-        super().__init__(Scorer(generator.session), Encoding.of_bundle(generator.bundle))
+        batch = int(str(batch_size)) if str(batch_size).isdecimal() else BATCH
+        super().__init__(Scorer(generator.session), Encoding.of_bundle(generator.bundle), batch=batch)
 
 
 def main() -> None:

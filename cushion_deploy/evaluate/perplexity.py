@@ -30,6 +30,11 @@ class TextScore:
     losses: FloatArray
 
     @property
+    def window(self) -> int:
+        """Tokens per window; the first of each is only context."""
+        return int(self.losses.shape[1]) + 1
+
+    @property
     def tokens(self) -> int:
         """Number of scored tokens."""
         return int(self.losses.size)
@@ -46,19 +51,38 @@ class TextScore:
         return self.perplexity * standard_error(self.losses)
 
 
-def cut_windows(ids: IntArray, window: int, max_tokens: int, name: str) -> IntArray:
-    """Return non-overlapping windows int64 ``[count, window]`` from the start of a text; the remainder is dropped.
+@dataclass(frozen=True)
+class TextWindows:
+    """Windows from the start of a text.
+
+    Attributes:
+        ids: int64 ``[count, window]``.
+        text_tokens: number of tokens of the whole text.
+    """
+
+    ids: IntArray
+    text_tokens: int
+
+
+def cut_windows(ids: IntArray, window: int, max_tokens: int | None, name: str) -> TextWindows:
+    """Return non-overlapping windows from the start of a text; a remainder shorter than a window is left out.
+
+    Args:
+        ids: the text, int64 ``[n]``.
+        window: tokens per window.
+        max_tokens: maximum number of tokens to read; None for all.
+        name: name of the text, for the error.
 
     Raises:
         UsageError: the text is shorter than one window.
     """
-    count = min(len(ids), max_tokens) // window
+    count = min(len(ids), max_tokens or len(ids)) // window
     if count == 0:
         raise UsageError(
             f"{name} holds {len(ids)} tokens, fewer than one window of {window}",
             hint="use more text or a smaller window (evaluation.window)",
         )
-    return ids[: count * window].reshape(count, window)
+    return TextWindows(ids[: count * window].reshape(count, window), len(ids))
 
 
 def score_text(nll: TokenNll, windows: IntArray, progress: Progress = silent, task: str = "perplexity") -> TextScore:

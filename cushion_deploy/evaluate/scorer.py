@@ -11,8 +11,14 @@ from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.session import DecoderSession, context_limit
 from cushion_deploy.errors import CheckFailed, UsageError
 
+ENGINE_WASTE, TORCH_WASTE = 1.2, 2.0
+"""Measured with SmolLM2 on a CPU: a token costs ONNX Runtime about 15 % less in a batch of 8, torch about half."""
+BoolArray = npt.NDArray[np.bool_]
+Scored = tuple[float, bool]
+"""The log probability (nats) of a continuation, and whether greedy decoding would produce it."""
 
-def token_losses(logits: FloatArray, targets: IntArray) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+
+def token_losses(logits: FloatArray, targets: IntArray) -> tuple[FloatArray, BoolArray]:
     """Return the loss of each target, and whether greedy decoding would choose it.
 
     Args:
@@ -37,11 +43,13 @@ class Scorer:
     Args:
         session: a decoder; used by nothing else until :meth:`reset`.
         piece: number of tokens whose logits are in memory at once.
+        waste: tokens that a batch of several contexts may run, relative to one request at a time: how much less a token
+            costs in a batch.
     """
 
-    def __init__(self, session: DecoderSession, piece: int = 128) -> None:
+    def __init__(self, session: DecoderSession, piece: int = 128, waste: float = ENGINE_WASTE) -> None:
         """Start with an empty cache."""
-        self.session = session
+        self.session, self.waste = session, waste
         self.piece = piece
         self.reset()
 
@@ -65,7 +73,7 @@ class Scorer:
         losses, _ = self._score(ids[0].tolist(), 0)
         return losses[None]
 
-    def loglikelihood(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
+    def loglikelihood(self, context: Sequence[int], continuation: Sequence[int]) -> Scored:
         """Return the log probability (nats) of a continuation, and whether greedy decoding would produce it.
 
         A context that is too long is truncated at its beginning, as in lm-eval.
@@ -78,6 +86,11 @@ class Scorer:
             UsageError: an empty context or continuation, or a continuation that does not fit into the model.
             CheckFailed: the model returned NaN.
         """
+        tokens = self.fit(context, continuation)
+        return self.score(tokens, len(tokens) - len(continuation))
+
+    def fit(self, context: Sequence[int], continuation: Sequence[int]) -> list[int]:
+        """Return context and continuation, without the beginning that does not fit; see :meth:`loglikelihood`."""
         if not context or not continuation:
             raise UsageError(
                 f"{len(context)} tokens of context and {len(continuation)} of continuation cannot be scored",
@@ -88,8 +101,14 @@ class Scorer:
                 f"a continuation of {len(continuation)} tokens does not fit into the model's {self.limit} positions",
                 hint="score a shorter text, or use loglikelihood_rolling, which splits it",
             )
-        tokens = [*context, *continuation][-(self.limit + 1) :]
-        losses, greedy = self._score(tokens, len(tokens) - len(continuation) - 1)
+        return [*context, *continuation][-(self.limit + 1) :]
+
+    def score(self, tokens: list[int], context: int) -> Scored:
+        """Return the score of the tokens behind a context of ``context`` tokens; all of them fit into the model."""
+        return self.total(*self._score(tokens, context - 1))
+
+    def total(self, losses: FloatArray, greedy: BoolArray) -> Scored:
+        """Return the log probability of a continuation from the losses and greedy flags of its tokens."""
         total = float(losses.sum(dtype=np.float64))
         if np.isnan(total):
             self.reset()
@@ -98,10 +117,10 @@ class Scorer:
             )
         return -total, bool(greedy.all())
 
-    def _score(self, tokens: list[int], first: int) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+    def _score(self, tokens: list[int], first: int) -> tuple[FloatArray, BoolArray]:
         """Feed all tokens but the last; return losses and greedy flags of those after position ``first``."""
         fed = tokens[:-1]
-        shared = _common(self._held, fed, first)
+        shared = common(self._held, fed, first)
         self.session.truncate(shared)
         ids = np.asarray(tokens, dtype=np.int64)
         losses, greedy = [np.zeros(0, np.float32)], [np.zeros(0, np.bool_)]
@@ -122,7 +141,7 @@ class Scorer:
         return np.concatenate(losses), np.concatenate(greedy)
 
 
-def _common(held: Sequence[int], wanted: Sequence[int], most: int) -> int:
+def common(held: Sequence[int], wanted: Sequence[int], most: int) -> int:
     """Return the length of the common beginning of two sequences, at most ``most``."""
     count = 0
     for a, b in zip(held[:most], wanted[:most], strict=False):

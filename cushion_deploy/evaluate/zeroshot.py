@@ -141,19 +141,25 @@ class TaskSuite:
         return loaded
 
 
-def run_tasks(lm: Any, suite: TaskSuite, limit: int | None = None) -> list[TaskScore]:
+def run_tasks(lm: Any, suite: TaskSuite, limit: int | None = None, *, chat: bool = False) -> list[TaskScore]:
     """Return the scores of a model, one per task, in the order of the suite.
 
     Args:
         lm: an lm-eval model, such as :class:`~cushion_deploy.evaluate.lm_harness.ScorerLM`.
         suite: the tasks.
         limit: rows per task; None for all.
+        chat: whether every context is a user's message in the model's chat template.
+
+    Raises:
+        UsageError: ``chat``, and the model has no chat template.
     """
     from lm_eval.evaluator import evaluate
 
     loaded = suite.load()
     # Without bootstrapping, which takes minutes: standard errors follow from the rows in closed form.
-    results = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    results = evaluate(
+        lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=chat
+    )
     return [_score(name, results["results"][name], results["samples"][name]) for name in loaded["tasks"]]
 
 

@@ -10,6 +10,7 @@ from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.engines.onnxruntime.session import open_session
+from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.parity.checks import ParityCheck
 from cushion_deploy.parity.ladder import (
     TorchReference,
@@ -40,7 +41,7 @@ class Climb:
         plans: other graphs that engines were compiled from.
         tokens: number of tokens to decode one by one.
         progress: receives progress.
-        engine_perplexity: perplexity of the engine, set when :meth:`rungs` ends.
+        engine: the losses of the engine on the windows of the reference, set when :meth:`rungs` ends.
     """
 
     model: TorchRunner
@@ -51,7 +52,7 @@ class Climb:
     plans: tuple[ExportedGraph, ...]
     tokens: int
     progress: Progress = silent
-    engine_perplexity: float = float("nan")
+    engine: TextScore | None = None
 
     def rungs(self) -> Iterator[list[ParityCheck]]:
         """Yield the checks of every rung, in order."""
@@ -103,7 +104,7 @@ class Climb:
         del fused
         session = open_session(self.graph)
         rung = "onnxruntime engine against fake-quant"
-        checks, self.engine_perplexity = engine_rung(rung, self.reference, session, self.progress, segments)
+        checks, self.engine = engine_rung(rung, self.reference, session, self.progress, segments)
         yield checks
 
 

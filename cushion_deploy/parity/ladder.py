@@ -21,7 +21,7 @@ from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.engines.onnxruntime.session import open_session
-from cushion_deploy.evaluate.perplexity import nll_of_logits
+from cushion_deploy.evaluate.perplexity import TextScore, nll_of_logits
 from cushion_deploy.parity.blame import SiteInputs, first_differing_input, twin_inputs
 from cushion_deploy.parity.checks import ParityCheck
 from cushion_deploy.parity.compare import CodeDistance, common_prefix, compare_codes, compare_logits
@@ -141,8 +141,8 @@ def engine_rung(
     session: DecoderSession,
     progress: Progress = silent,
     segments: Sequence[ParityCheck] = (),
-) -> tuple[list[ParityCheck], float]:
-    """Compare free runs of an engine and of fake-quant by perplexity; also return the engine's perplexity.
+) -> tuple[list[ParityCheck], TextScore]:
+    """Compare free runs of an engine and of fake-quant by perplexity; also return the losses of the engine.
 
     Args:
         rung: name of the rung.
@@ -155,7 +155,8 @@ def engine_rung(
     for done, window in enumerate(reference.windows, 1):
         losses.append(_losses(session, window))
         progress("perplexity of the engine", done, len(reference.windows))
-    difference = (np.stack(losses) - reference.quantized_nll).astype(np.float64).ravel()
+    score = TextScore(np.stack(losses))
+    difference = (score.losses - reference.quantized_nll).astype(np.float64).ravel()
     change, error = float(difference.mean()), float(difference.std() / math.sqrt(difference.size))
     greedy = greedy_tokens(session, reference.prompt, len(reference.greedy))
     same = common_prefix(greedy, reference.greedy)
@@ -171,7 +172,7 @@ def engine_rung(
         site = next((c.site for c in segments if c.site), None)
         where = f"first diverging Site: {site}" if site else "no segment diverges"
         check = replace(check, site=site, note=f"on rung '{segments[0].rung}', {where}; {note}")
-    return [check], math.exp(float(np.stack(losses).mean(dtype=np.float64)))
+    return [check], score
 
 
 def _losses(session: DecoderSession, window: IntArray) -> FloatArray:

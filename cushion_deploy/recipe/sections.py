@@ -214,17 +214,18 @@ class Evaluation(Section):
     window: int | None = Field(
         default=None,
         ge=2,
-        description="Tokens per window; null is 512, and in a model with sliding windows 512 beyond them.",
+        description="Tokens per window; null is 2048 for wikitext, 512 for other text and at least 512 beyond sliding "
+        "windows, or what the model has room for.",
     )
     max_tokens: int | None = Field(
         default=None,
         ge=2,
-        description="Maximum number of tokens to score; null is 4096, or one window if that is longer.",
+        description="Number of tokens to read from the start of the text; null is all of wikitext, 4096 of other text.",
     )
 
     @model_validator(mode="after")
     def _one_window(self) -> Evaluation:
-        if self.window and self.max_tokens and self.max_tokens < self.window:
+        if self.max_tokens is not None and self.window is not None and self.max_tokens < self.window:
             raise ValueError(f"max_tokens {self.max_tokens} is less than one window of {self.window} tokens")
         return self
 

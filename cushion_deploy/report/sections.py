@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import groupby
 
-from cushion_deploy.report import statements
+from cushion_deploy.report import scores, statements
 from cushion_deploy.report.document import Engine, ParityRow, Report
 from cushion_deploy.report.document.prefix import Search, SearchStep
 from cushion_deploy.report.provenance import json_block, names_and_values
@@ -38,17 +38,19 @@ def perplexity(report: Report, figures: Figures) -> Blocks:
     measured = report.perplexity
     if measured is None:
         return [Paragraph("Perplexity was not measured.")]
-    rows = tuple((label, *cells) for label, cells in statements.perplexity_rows(measured))
+    found = (*scores.perplexity_rows(measured), *scores.chat_rows(report.chat))
+    rows = tuple((label, *cells) for label, cells in found)
     note = (
-        f"{statements.engine_perplexity_sentence(measured)} Measured on {measured.corpus}: "
-        f"{plural(measured.tokens, 'token')} in windows of {measured.window:,}; calibration did not use this text. "
-        "Lower is better."
+        f"{scores.engine_perplexity_sentence(measured)} Measured on {scores.text_words(measured)}; calibration did not "
+        "use this text. Lower is better."
     )
     if statements.has_prefix(report):
         note += " The prefix alone changes perplexity, so the last column should be compared with FP + prefix."
+    more = (scores.noise_sentence(measured), scores.later_sentence(measured), scores.chat_sentence(report.chat))
+    note = " ".join((note, *filter(None, more)))
     cache = statements.cache_sentence(report)
     return [
-        Table(("", *statements.COLUMNS), rows, strong_column=len(statements.COLUMNS)),
+        Table(("", *scores.COLUMNS), rows, strong_column=len(scores.COLUMNS)),
         *figure_if_drawn(figures, "perplexity", "Bar chart of the measured perplexities, listed in the table above."),
         Paragraph(note, note=True),
         *([Paragraph(f"The key/value cache is {cache}")] if cache else []),

@@ -1,4 +1,4 @@
-"""The results of a report as sentences: the verdict, then perplexity, prefix, parity and engines."""
+"""The results of a report as sentences: the verdict, then magnitudes, prefix, cache, parity and engines."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cushion_deploy.report.document import Engine, ParityRow, Report
-from cushion_deploy.report.document.measurements import Magnitudes, Perplexity
+from cushion_deploy.report.document.measurements import Magnitudes
 from cushion_deploy.report.document.prefix import Tuning
 from cushion_deploy.report.render.formatting import (
     listing,
     model_name,
     percent,
-    perplexity,
     plural,
     size,
     value_and_limit,
+    with_error,
 )
 from cushion_deploy.report.render.printable import one_line
+from cushion_deploy.report.scores import excerpt_words
 
 Status = Literal["passed", "incomplete", "failed"]
-COLUMNS = ("FP", "FP + prefix", "quantized", "quantized + prefix")
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ def _cost(report: Report) -> str:
     """Return what quantization costs in perplexity, with the prefix and without."""
     if report.perplexity is None:
         return "; its perplexity was not measured."
-    p = report.perplexity
+    p, part = report.perplexity, excerpt_words(report.perplexity)
     if not has_prefix(report):
         quantized = p.quantized if p.quantized_prefix is None else p.quantized_prefix
-        return f"{_at(quantized, p.fp, 'FP')}; {_why_no_prefix(report)}."
+        return f"{_at(quantized, p.fp, 'FP')}{part}; {_why_no_prefix(report)}."
     after = _at(p.quantized_prefix, p.fp_prefix, "FP with the same prefix")
     if p.quantized is None or p.fp is None:
-        return f"{after}; without the prefix no finite perplexity was measured."
-    return f"{after}; without the prefix it would be {percent(p.quantized / p.fp - 1)}."
+        return f"{after}{part}; without the prefix no finite perplexity was measured."
+    return f"{after}; without the prefix it would be {percent(p.quantized / p.fp - 1)}{part}."
 
 
 def _at(value: float | None, reference: float | None, name: str) -> str:
@@ -78,40 +78,6 @@ def _why_no_prefix(report: Report) -> str:
     if report.search is None:
         return "it was built without a prefix"
     return "no prefix was needed: the search found no attention sink that justifies one"
-
-
-def perplexity_rows(measured: Perplexity) -> list[tuple[str, list[str]]]:
-    """Return the rows of the four-column table: values, changes relative to FP and FP + prefix, KL divergence."""
-    columns = (measured.fp, measured.fp_prefix, measured.quantized, measured.quantized_prefix)
-
-    def changes(reference: int) -> list[str]:
-        base = columns[reference]
-        return [
-            "" if value is None or base is None or index == reference else percent(value / base - 1)
-            for index, value in enumerate(columns)
-        ]
-
-    rows = [
-        ("perplexity", [perplexity(value) for value in columns]),
-        ("vs. FP", changes(0)),
-        ("vs. FP + prefix", changes(1)),
-    ]
-    if measured.divergence is not None:
-        d = measured.divergence
-        divergences = (d.fp, d.fp_prefix, d.quantized, d.quantized_prefix)
-        rows.append(("KL from FP, nats/token", ["" if value is None else f"{value:.4f}" for value in divergences]))
-    return rows
-
-
-def engine_perplexity_sentence(measured: Perplexity) -> str:
-    """State the perplexity of the compiled engine, next to that of simulated quantization."""
-    if measured.engine is None:
-        return "Quantization is simulated in these columns; no compiled engine was measured."
-    text = f"The compiled engine measures {perplexity(measured.engine)}"
-    if measured.quantized_prefix is not None:
-        change = percent(measured.engine / measured.quantized_prefix - 1)
-        text += f", {change} relative to the simulated quantization in the last column"
-    return text + "."
 
 
 def magnitude_sentence(magnitudes: Magnitudes) -> str:
@@ -172,7 +138,8 @@ def cache_sentence(report: Report) -> str:
     if cache is None:
         return ""
     found = report.perplexity.quantized_prefix if report.perplexity else None
-    after, before = perplexity(found), perplexity(cache.float_perplexity)
+    error = report.perplexity.stderr.quantized_prefix if report.perplexity and report.perplexity.stderr else None
+    after, before = with_error(found, error), with_error(cache.float_perplexity, cache.float_stderr)
     cost = f"perplexity {before} with a floating-point cache, {after} with this one"
     if found is not None and cache.float_perplexity is not None:
         cost += f" ({percent(found / cache.float_perplexity - 1)})"

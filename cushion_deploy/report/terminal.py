@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cushion_deploy.report import statements
+from cushion_deploy.report import scores, statements
 from cushion_deploy.report.document import Engine, ParityRow, Report
-from cushion_deploy.report.document.measurements import Perplexity
 from cushion_deploy.report.render.formatting import duration
 from cushion_deploy.report.render.printable import one_line, visible
 
@@ -24,7 +24,14 @@ def summary(report: Report) -> RenderableType:
     outcome = statements.verdict(report)
     parts: list[RenderableType] = [Text(outcome.sentence, style=f"bold {_COLOURS[outcome.status]}"), Text()]
     if report.perplexity is not None:
-        parts += [_perplexity_table(report.perplexity), Text()]
+        rows = [*scores.perplexity_rows(report.perplexity), *scores.chat_rows(report.chat)]
+        parts += [_four_columns(rows), Text()]
+        if missing := scores.later_sentence(report.perplexity):
+            parts.append(_labelled("KL", Text(missing)))
+    if report.perplexity is not None:
+        parts.append(_labelled("text", Text(scores.text_words(report.perplexity))))
+    if report.chat is not None and report.chat.missing:
+        parts.append(_labelled("chat", Text(scores.chat_sentence(report.chat))))
     parts += [_labelled("prefix", _prefix(report))]
     parts += [_labelled("engine" if not i else "", _engine(e)) for i, e in enumerate(report.engines)]
     if report.kv_cache is not None:
@@ -62,12 +69,12 @@ def _labelled(label: str, content: Text) -> Table:
     return grid
 
 
-def _perplexity_table(measured: Perplexity) -> Table:
+def _four_columns(rows: Sequence[tuple[str, list[str]]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", style="dim")
-    for name in statements.COLUMNS:
+    for name in scores.COLUMNS:
         table.add_column(name, justify="right")
-    for name, cells in statements.perplexity_rows(measured):
+    for name, cells in rows:
         table.add_row(name, *cells)
     return table
 

@@ -88,20 +88,47 @@ def open_bundle(path: Path | str) -> Bundle:
     manifest = verify_bundle(path)
     config = _read(path / "config.json")
     generation = _read(path / "generation_config.json", optional=True)
-    tokenizer_config = _read(path / "tokenizer_config.json", optional=True)
-    tokenizer = _tokenizer(path / "tokenizer.json")
-    special = _special_tokens(tokenizer_config)
+    text = read_text_files(path)
     return Bundle(
         path=path,
         manifest=manifest,
         config=config,
         generation_config=generation,
         graph=read_graph(path),
+        tokenizer=text.tokenizer,
+        chat_template=text.chat_template,
+        bos_token_id=text.bos_token_id,
+        eos_token_ids=text.eos_token_ids,
+        keep_bos=_keep_bos(path / TEXT_NAME),
+    )
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What turns text and conversations into token ids; see :class:`Bundle`."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+def read_text_files(path: Path) -> TextFiles:
+    """Read the tokenizer, chat template and special tokens from the folder of a bundle or a model.
+
+    Raises:
+        UntrustedArtifact: a file is missing or not valid.
+    """
+    config = _read(path / "config.json")
+    generation = _read(path / "generation_config.json", optional=True)
+    tokenizer_config = _read(path / "tokenizer_config.json", optional=True)
+    tokenizer = _tokenizer(path / "tokenizer.json")
+    special = _special_tokens(tokenizer_config)
+    return TextFiles(
         tokenizer=tokenizer,
         chat_template=_chat_template(path, tokenizer_config, special),
         bos_token_id=_bos(tokenizer, special, config),
         eos_token_ids=_eos(tokenizer, special, generation, config),
-        keep_bos=_keep_bos(path / TEXT_NAME),
     )
 
 

@@ -1,4 +1,4 @@
-"""Evaluate: perplexity and divergence in four columns, and activation magnitudes with and without the prefix."""
+"""Evaluate: perplexity and divergence in four columns, the latter also for chats; magnitudes of activations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.evaluate.perplexity import TextScore
+from cushion_deploy.evaluate.chat import MESSAGE_TOKENS, PROMPTS, ChatPrompts
 from cushion_deploy.stages.base import Node, Speed, Stage
+from cushion_deploy.stages.chat import ChatWindows, chat_scores
 from cushion_deploy.stages.run import Inputs
-from cushion_deploy.stages.windows import evaluation_windows, require_positions, scored_tokens
-from cushion_deploy.store.json_files import finite, read_json, write_json
+from cushion_deploy.stages.scores import DIVERGENCES, scores_of
+from cushion_deploy.stages.windows import Cut, evaluation_windows
+from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from cushion_deploy.core.dtypes import IntArray
@@ -35,8 +37,8 @@ class Evaluate(Stage[dict[str, Any]]):
         bare: the quantization without a prefix.
         no_prefix: what precedes a text if there is no prefix.
         text: the evaluation text.
-        window: tokens in each window; None for the default of the model.
-        max_tokens: maximum number of tokens to score; None for the default.
+        cut: how the text is cut into windows.
+        chat: prompts at the begin of a chat.
     """
 
     name: ClassVar[str] = "evaluate"
@@ -47,8 +49,8 @@ class Evaluate(Stage[dict[str, Any]]):
     bare: Node[Quantization]
     no_prefix: Node[Prefix]
     text: Node[Corpus]
-    window: int | None
-    max_tokens: int | None
+    cut: Cut
+    chat: Node[ChatPrompts]
 
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write the columns and the magnitudes."""
@@ -57,19 +59,30 @@ class Evaluate(Stage[dict[str, Any]]):
 
         model, quantization = inputs.get(self.model), inputs.get(self.quantization)
         prefix, corpus = quantization.prefix, inputs.get(self.text)
-        windows = evaluation_windows(model, corpus, self.window, self.max_tokens)
-        require_positions("evaluation.window", windows.shape[1], prefix.length, model.spec)
+        text = evaluation_windows(model, corpus, self.cut, prefix.length)
+        windows = text.ids
         teacher = Teacher(model)
         teacher.remember(windows, inputs.progress)
-        measure = _Columns(model, teacher, windows, inputs)
-        columns = measure.four(quantization, inputs.get(self.bare))
+        prompts = inputs.get(self.chat)
+        chat = None if prompts.missing else ChatWindows.of(teacher, prompts, inputs.progress)
+        measure = _Columns(model, teacher, windows, chat, inputs)
+        four = measure.four(quantization, inputs.get(self.bare))
+        columns = {name: scores_of(found.text) for name, found in four.items()}
+        chats = {name: found.chat for name, found in four.items() if found.chat}
         found: dict[str, Any] = {
             "perplexity": {
                 "corpus": corpus.name,
-                "window": int(windows.shape[1]),
+                "window": windows.shape[1],
                 "tokens": int(windows.shape[0] * (windows.shape[1] - 1)),
-                **{name: finite(TextScore(f.losses).perplexity) for name, f in columns.items()},
-                "divergence": {name: finite(f.divergence) for name, f in columns.items()},
+                "text_tokens": text.text_tokens,
+                **{name: scores["perplexity"] for name, scores in columns.items()},
+                **{kind: {name: s[kind] for name, s in columns.items()} for kind in ("stderr", *DIVERGENCES)},
+            },
+            "chat": {
+                "prompts": len(prompts.ids),
+                "tokens": prompts.ids.shape[1],
+                "missing": prompts.missing,
+                **(chat_scores(chats) if chats else {}),
             },
             "magnitudes": {
                 "without": layer_magnitudes(model, inputs.get(self.no_prefix), windows[:1]),
@@ -78,21 +91,27 @@ class Evaluate(Stage[dict[str, Any]]):
         }
         if quantization.kv_scales:
             plain = measure.quantized(replace(quantization, kv_scales=None), "W8A8, float cache")
-            score, divergence = TextScore(plain.losses).perplexity, plain.divergence
-            found["float_cache"] = {"perplexity": finite(score), "divergence": finite(divergence)}
+            found["float_cache"] = scores_of(plain.text)
         write_json(out / RESULT, found)
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """Return ``perplexity``, ``magnitudes`` and, for an INT8 cache, ``float_cache``, as in report.json."""
+        """Return ``perplexity``, ``chat``, ``magnitudes`` and, for an INT8 cache, ``float_cache``; see report.json."""
         found: dict[str, Any] = read_json(folder / RESULT)
         return found
 
     def seconds(self, speed: Speed) -> float:
         """Sum the pass of the original model, and a column in floating point and a quantized one for each prefix."""
         prefixes = 1 + min(speed.search_steps, 1)
-        _, tokens = scored_tokens(self.window, self.max_tokens, speed.spec)
-        column = tokens * (speed.compared + speed.quantized) + speed.swap
-        return tokens * speed.layers + prefixes * column
+        tokens = self.cut.tokens + 2 * PROMPTS * MESSAGE_TOKENS
+        return tokens * speed.layers + prefixes * (tokens * (speed.compared + speed.quantized) + speed.swap)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Scores on the text and on the prompts of a chat; None if there are no prompts."""
+
+    text: Fidelity
+    chat: Fidelity | None
 
 
 @dataclass(frozen=True)
@@ -102,9 +121,10 @@ class _Columns:
     model: TorchRunner
     teacher: Teacher
     windows: IntArray
+    chat: ChatWindows | None
     inputs: Inputs
 
-    def four(self, quantization: Quantization, bare: Quantization) -> dict[str, Fidelity]:
+    def four(self, quantization: Quantization, bare: Quantization) -> dict[str, _Found]:
         """Return the four columns; those with and without the prefix are the same if it precedes every text anyway."""
         found = {"fp": self.floating(bare.prefix, "FP")}
         another = quantization.prefix.digest != bare.prefix.digest
@@ -114,11 +134,11 @@ class _Columns:
         found["quantized_prefix"] = found["quantized"] if same else self.quantized(quantization, "W8A8 + prefix")
         return found
 
-    def floating(self, prefix: Prefix, name: str) -> Fidelity:
+    def floating(self, prefix: Prefix, name: str) -> _Found:
         """Score the float model behind a prefix."""
         return self._compare(self.model, prefix, name)
 
-    def quantized(self, quantization: Quantization, name: str) -> Fidelity:
+    def quantized(self, quantization: Quantization, name: str) -> _Found:
         """Score the quantized model behind its prefix."""
         from cushion_deploy.modeling.simulate import simulated
 
@@ -126,5 +146,8 @@ class _Columns:
         with simulated(model, quantization.scheme, quantization.scales, kv=quantization.kv_scales):
             return self._compare(model, quantization.prefix, name)
 
-    def _compare(self, model: TorchRunner, prefix: Prefix, name: str) -> Fidelity:
-        return self.teacher.compare(model, prefix, self.windows, self.inputs.progress, f"perplexity: {name}")
+    def _compare(self, model: TorchRunner, prefix: Prefix, name: str) -> _Found:
+        progress = self.inputs.progress
+        text = self.teacher.compare(model, prefix, self.windows, progress, f"perplexity: {name}")
+        chat = self.chat.compare(model, prefix, progress, f"begin of a chat: {name}") if self.chat else None
+        return _Found(text, chat)

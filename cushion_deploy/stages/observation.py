@@ -11,7 +11,7 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.stages.base import Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.search import NoPrefix
-from cushion_deploy.stages.windows import TOKENS, calibration_windows, require_positions
+from cushion_deploy.stages.windows import WINDOW, calibration_windows, require_positions
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
@@ -56,4 +56,4 @@ class Observation(Stage[T]):
     def seconds(self, speed: Speed) -> float:
         """One pass over the windows; none without the prefix if the search probably finds none."""
         repeated = isinstance(self.prefix, NoPrefix) and not self.prefix.bare and not speed.search_steps
-        return 0.0 if repeated else self.windows * (self.window or TOKENS) * speed.observed
+        return 0.0 if repeated else self.windows * (self.window or WINDOW) * speed.observed

@@ -16,14 +16,13 @@ from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.sites import Site
 from cushion_deploy.parity.checks import ParityCheck, ParityReport
-from cushion_deploy.recipe import Evaluation as EvaluationSettings
 from cushion_deploy.recipe import Parity as ParitySettings
 from cushion_deploy.stages.base import Derived, Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
-from cushion_deploy.stages.windows import evaluation_windows, scored_tokens
+from cushion_deploy.stages.windows import Cut, evaluation_windows
 from cushion_deploy.store import require_space
 from cushion_deploy.store.digests import digest_json
-from cushion_deploy.store.json_files import read_json, write_json
+from cushion_deploy.store.json_files import finite, read_json, write_json
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
@@ -37,10 +36,11 @@ GRAPH_SECONDS = 15e-8
 
 @dataclass(frozen=True)
 class ParityResult:
-    """The parity report, the engine's own perplexity, and the size of the float twin in bytes."""
+    """The parity report, the engine's own perplexity with its standard error, and the float twin's size in bytes."""
 
     report: ParityReport
     engine_perplexity: float | None
+    engine_stderr: float | None
     float_bytes: int
 
 
@@ -85,7 +85,8 @@ class Parity(Stage[ParityResult]):
         plans: graphs that engines were compiled from; each one that differs from ``graph`` gets its own rung.
         text: the text on which logits and codes are compared.
         evaluation_text: the text on which perplexity is compared.
-        parity, evaluation: the recipe's sections of the same names.
+        parity: the recipe's section of the same name.
+        cut: how the text for perplexity is cut into windows.
         runtime: version of ONNX Runtime.
     """
 
@@ -99,7 +100,7 @@ class Parity(Stage[ParityResult]):
     text: Node[Corpus]
     evaluation_text: Node[Corpus]
     parity: ParitySettings
-    evaluation: EvaluationSettings
+    cut: Cut
     runtime: str
 
     def run(self, inputs: Inputs, out: Path) -> None:
@@ -117,8 +118,7 @@ class Parity(Stage[ParityResult]):
         original, quantization = inputs.get(self.model), inputs.get(self.quantization)
         model, corpus = original.folded(quantization.smoothing), inputs.get(self.text)
         ids = model.encode(corpus.text)[None, : self.parity.tokens]
-        evaluation = self.evaluation
-        windows = evaluation_windows(model, inputs.get(self.evaluation_text), evaluation.window, evaluation.max_tokens)
+        windows = evaluation_windows(model, inputs.get(self.evaluation_text), self.cut, quantization.prefix.length).ids
         reference = torch_reference(original, quantization, ids, windows, inputs.progress)
         # The other rungs need the memory, and the model only to name the Site of a failed check.
         original.placed.unload()
@@ -130,10 +130,10 @@ class Parity(Stage[ParityResult]):
         tokens = min(self.parity.decode_tokens, ids.shape[1] // 2)
         climb = Climb(model, quantization, reference, graph, twin, plans, tokens, inputs.progress)
         checks = tuple(check for rung in climb.rungs() for check in rung)
-        perplexity = climb.engine_perplexity
         return {
             "parity": ParityReport(checks, corpus.name, int(ids.size)).to_json(),
-            "engine_perplexity": perplexity if math.isfinite(perplexity) else None,
+            "engine_perplexity": finite(climb.engine.perplexity) if climb.engine else None,
+            "engine_stderr": finite(climb.engine.stderr) if climb.engine else None,
             "float_bytes": twin.size,
         }
 
@@ -147,8 +147,7 @@ class Parity(Stage[ParityResult]):
 
     def seconds(self, speed: Speed) -> float:
         """Sum fake-quant and engine on the evaluation text, greedy decoding, and opening and running cut graphs."""
-        _, tokens = scored_tokens(self.evaluation.window, self.evaluation.max_tokens, speed.spec)
-        texts = tokens * (speed.quantized + speed.compared) + 2 * speed.swap
+        texts = self.cut.tokens * (speed.quantized + speed.compared) + 2 * speed.swap
         greedy = GREEDY_POSITIONS * speed.compared
         return texts + greedy + GRAPH_SECONDS * speed.spec.parameters
 
@@ -169,7 +168,7 @@ def read_result(data: dict[str, Any]) -> ParityResult:
         for c in report["checks"]
     ]
     found = ParityReport(tuple(checks), report["corpus"], report["tokens"])
-    return ParityResult(found, data["engine_perplexity"], data["float_bytes"])
+    return ParityResult(found, data["engine_perplexity"], data["engine_stderr"], data["float_bytes"])
 
 
 def distinct_graphs(graphs: Sequence[ExportedGraph], graph: ExportedGraph) -> tuple[ExportedGraph, ...]:

@@ -19,6 +19,7 @@ from cushion_deploy.modeling.source import ModelSource, resolve_source
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.calibrate import Calibrate, CalibrateCache
+from cushion_deploy.stages.chat import ReadChat
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.evaluate import Evaluate
@@ -33,7 +34,7 @@ from cushion_deploy.stages.search import NoPrefix, Search
 from cushion_deploy.stages.sensitivity import ChooseScheme, Sensitivity, is_automatic
 from cushion_deploy.stages.smooth import Smooth
 from cushion_deploy.stages.tune import Tune
-from cushion_deploy.stages.windows import longest_prefix
+from cushion_deploy.stages.windows import Cut, longest_prefix
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Pipeline:
         recipe = self.recipe
         text = self.corpus(recipe.parity.data or recipe.evaluation.data, "evaluation")
         # The content of the texts is an input; their location is not.
-        settings = recipe.parity.model_copy(update={"data": None}), recipe.evaluation.model_copy(update={"data": None})
+        settings = recipe.parity.model_copy(update={"data": None}), Cut.of(recipe, recipe.evaluation.data)
         versions = installed_versions(("onnxruntime", "onnxruntime-gpu"))
         runtime = ", ".join(f"{name} {version}" for name, version in versions.items())
         graphs = graph, self.form, GraphsOfPlans(graph, plans)
@@ -201,12 +202,11 @@ class Pipeline:
     @property
     def evaluation(self) -> Evaluate:
         """Return the evaluation stage with its four columns."""
-        config, quantization = self.recipe.evaluation, self.quantized.quantization
+        quantization, cut = self.quantized.quantization, Cut.of(self.recipe, self.recipe.evaluation.data)
         bare: Node[Quantization]
         bare = WithoutPrefix(quantization, self.bare.quantization) if self.search else quantization
-        return Evaluate(
-            self.model, quantization, bare, self.no_prefix, self.evaluation_text, config.window, config.max_tokens
-        )
+        text = self.evaluation_text
+        return Evaluate(self.model, quantization, bare, self.no_prefix, text, cut, ReadChat(self.files, text))
 
     def build(self, engines: tuple[str, ...], options: CompileOptions, output: Path) -> Publish:
         """Return the final node of a build, which publishes the bundle."""

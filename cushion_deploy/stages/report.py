@@ -74,7 +74,12 @@ class AssembleReport(Derived[Report]):
             "model": model_row(spec),
             "recipe": self.recipe.model_dump(mode="json"),
             "precision": self.recipe.precision,
-            "perplexity": {**evaluation["perplexity"], "engine": parity.engine_perplexity},
+            "perplexity": {
+                **evaluation["perplexity"],
+                "engine": parity.engine_perplexity,
+                "engine_stderr": parity.engine_stderr,
+            },
+            "chat": evaluation["chat"],
             "search": _search(inputs.get(self.search).trace) if self.search else None,
             "tuning": _tuning(trace) if trace else None,
             "magnitudes": evaluation["magnitudes"],
@@ -190,8 +195,7 @@ def _kv_cache(spec: ModelSpec, kv: KvScales, float_cache: dict[str, Any]) -> dic
         "with_prefix": kv.with_prefix,
         "bytes_a_token": values,
         "float32_bytes_a_token": 4 * values,
-        "float_perplexity": float_cache["perplexity"],
-        "float_divergence": float_cache["divergence"],
+        **{f"float_{name}": value for name, value in float_cache.items()},
     }
 
 

@@ -2,27 +2,89 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cushion_deploy.calib.corpora import Corpus, pack_windows
+from cushion_deploy.calib.corpora import BENCHMARKS, Corpus, pack_windows
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.errors import UsageError
-from cushion_deploy.evaluate.perplexity import cut_windows
+from cushion_deploy.evaluate.perplexity import TextWindows, cut_windows
 from cushion_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
-
-TOKENS = 512
-"""Tokens in a window of text, and beyond the sliding window of a model, unless a recipe says otherwise."""
-SCORED = 4096
-"""Tokens to score unless a recipe says otherwise."""
+WINDOW, MAX_TOKENS = 512, 4096
+"""Tokens per window, beyond the sliding windows of a model, and of the whole excerpt, where neither the recipe nor the
+text says otherwise."""
 ROWS, POSITIONS = 4, 2048
 """Windows, and token positions, in a pass of the calibration: one window if that is longer."""
+BENCHMARK_WINDOW = 2048
+"""Tokens per window of published perplexities on WikiText-2."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a text is cut into windows that are scored.
+
+    Attributes:
+        window: tokens per window.
+        max_tokens: number of tokens to read from the start of the text; None for all.
+        reserved: positions that the window leaves free for a prefix if the model has too few for both; None if the
+            window is fixed. One that is not fixed reaches beyond the sliding windows of a model.
+        bounded: whether the recipe sets ``max_tokens``, which no window exceeds then.
+    """
+
+    window: int
+    max_tokens: int | None
+    reserved: int | None = None
+    bounded: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe, data: str | None, prefix: int | None = None) -> Cut:
+        """Return how a recipe cuts a text; a benchmark is cut as in published results unless the recipe says otherwise.
+
+        Args:
+            recipe: its section ``evaluation``.
+            data: the text, as in ``evaluation.data``.
+            prefix: positions to reserve; None for the longest prefix of the recipe.
+        """
+        window, most, benchmark = recipe.evaluation.window, recipe.evaluation.max_tokens, data in BENCHMARKS
+        reserved = None
+        if window is None:
+            window, reserved = BENCHMARK_WINDOW if benchmark else WINDOW, longest_prefix(recipe)
+            reserved = reserved if prefix is None else prefix
+            window = min(window, most or window)
+        if most is not None:
+            return cls(window, most, reserved, bounded=reserved is not None)
+        return cls(window, None if benchmark else max(MAX_TOKENS, window), reserved)
+
+    @property
+    def tokens(self) -> int:
+        """The approximate number of tokens to read, for estimates; all of a text are those of a benchmark."""
+        return self.max_tokens or max(BENCHMARKS.values())
+
+    def window_in(self, positions: int, sliding: int = 0) -> int:
+        """Return the tokens per window for a model.
+
+        Args:
+            positions: the model's.
+            sliding: its smallest sliding window; 0 for none, or if it is not known.
+        """
+        if self.reserved is None:
+            return self.window
+        wanted = max(self.window, sliding + WINDOW) if sliding else self.window
+        if self.bounded and self.max_tokens is not None:
+            wanted = min(wanted, self.max_tokens)
+        return min(wanted, positions - self.reserved)
+
+    def windows(self, ids: IntArray, positions: int, name: str, sliding: int = 0) -> TextWindows:
+        """Cut token ids int64 ``[n]``; raises UsageError, with the name of the text, if they are too few."""
+        window = self.window_in(positions, sliding)
+        return cut_windows(ids, window, self.max_tokens and max(self.max_tokens, window), name)
 
 
 def default_window(spec: ModelSpec) -> int:
@@ -31,7 +93,7 @@ def default_window(spec: ModelSpec) -> int:
     Text must reach beyond the sliding windows of a model to show what happens there. An eighth of the positions is left
     to the prefix.
     """
-    return min(spec.smallest_window + TOKENS, spec.max_positions - spec.max_positions // 8)
+    return min(spec.smallest_window + WINDOW, spec.max_positions - spec.max_positions // 8)
 
 
 def calibration_windows(model: TorchRunner, text: Corpus, count: int, window: int | None) -> tuple[IntArray, IntArray]:
@@ -43,8 +105,8 @@ def calibration_windows(model: TorchRunner, text: Corpus, count: int, window: in
     documents = [model.encode(document) for document in text.documents]
     if window is None:
         window = default_window(model.spec)
-        if window > TOKENS:
-            documents, count = [np.concatenate(documents)], max(1, count * TOKENS // window)
+        if window > WINDOW:
+            documents, count = [np.concatenate(documents)], max(1, count * WINDOW // window)
     return pack_windows(documents, window, count, text.name)
 
 
@@ -53,28 +115,21 @@ def calibrated_rows(window: int) -> int:
     return min(ROWS, max(1, POSITIONS // window))
 
 
-def scored_tokens(window: int | None, max_tokens: int | None, spec: ModelSpec | None = None) -> tuple[int, int]:
-    """Return the tokens in a window, and the maximum number of tokens, that perplexity is measured on.
+def evaluation_windows(model: TorchRunner, text: Corpus, cut: Cut, prefix: int = 0) -> TextWindows:
+    """Return the windows for measuring perplexity, from the start of a text.
 
-    Args:
-        window, max_tokens: as in a recipe.
-        spec: the model; None for one whose sliding windows are not known.
+    Raises:
+        UsageError: the text is too short, or a window does not fit behind a prefix of ``prefix`` positions.
     """
-    if window is None:
-        window = default_window(spec) if spec else TOKENS
-        window = min(window, max_tokens or window)
-    return window, max_tokens or max(SCORED, window)
-
-
-def evaluation_windows(model: TorchRunner, text: Corpus, window: int | None, max_tokens: int | None) -> IntArray:
-    """Return the windows for measuring perplexity, int64 ``[count, window]``, from the start of a text."""
-    return cut_windows(model.encode(text.text), *scored_tokens(window, max_tokens, model.spec), text.name)
+    positions, sliding = model.spec.max_positions, model.spec.smallest_window
+    require_positions("evaluation.window", cut.window_in(positions, sliding), prefix, model.spec)
+    return cut.windows(model.encode(text.text), positions, text.name, sliding)
 
 
 def spread_windows(model: TorchRunner, text: Corpus, count: int, window: int) -> IntArray:
     """Return up to ``count`` full windows, int64 ``[count, window]``, spread evenly over a text."""
     ids = model.encode(text.text)
-    windows = cut_windows(ids, window, len(ids), text.name)
+    windows = cut_windows(ids, window, None, text.name).ids
     chosen: IntArray = windows[np.unique(np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int))]
     return chosen
 
@@ -110,7 +165,7 @@ def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
         "search.text_tokens": recipe.search.text_tokens if prefix else 0,
         "tuning.window": recipe.tuning.window if recipe.tuning.enabled else 0,
         "calibration.window": recipe.calibration.window or 0,
-        "evaluation.window": recipe.evaluation.window or 0,
+        "evaluation.window": Cut.of(recipe, recipe.evaluation.data).window_in(spec.max_positions, spec.smallest_window),
         "parity.tokens + parity.decode_tokens": recipe.parity.tokens + recipe.parity.decode_tokens,
     }
     for setting, tokens in needed.items():

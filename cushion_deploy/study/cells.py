@@ -15,10 +15,13 @@ from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.calibrate import Calibrate
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
-from cushion_deploy.stages.windows import scored_tokens
+from cushion_deploy.stages.windows import Cut
 from cushion_deploy.study.document import Cell
 from cushion_deploy.study.document import Score as ScoreRow
 from cushion_deploy.study.stages import Attention, CellStage, LastBlock, Magnitudes, Score, TeacherOf, Variant, Windows
+
+EXTENT = ("window", "tokens", "text_tokens")
+"""What a score says about its text."""
 
 
 @dataclass(frozen=True)
@@ -105,24 +108,14 @@ class Cells:
         """Return perplexity and divergence on every text, one cell per text."""
         return tuple(self._score(label, variant, text) for text in self.texts)
 
-    def tokens(self, text: str | None) -> int:
-        """Return the number of scored tokens of a text, from the cell of the float model."""
-        return int(self._scored("FP", Variant(self.empty), text)["tokens"])
-
-    @property
-    def window(self) -> int:
-        """Tokens in the windows of every text."""
-        config, spec = self.pipeline.recipe.evaluation, self.run.get(self.pipeline.files).spec
-        return scored_tokens(config.window, config.max_tokens, spec)[0]
+    def described(self, text: str | None) -> dict[str, Any]:
+        """Return how much of a text is scored, and in which windows, from the cell of the float model."""
+        found = self._scored("FP", Variant(self.empty), text)
+        return {"name": self._name(text), **{name: found[name] for name in EXTENT}}
 
     def _score(self, label: str, variant: Variant, text: str | None) -> ScoreRow:
         found = self._scored(label, variant, text)
-        return ScoreRow(
-            text=self._name(text),
-            perplexity=found["perplexity"],
-            stderr=found["stderr"],
-            divergence=found["divergence"],
-        )
+        return ScoreRow(text=self._name(text), **{name: value for name, value in found.items() if name not in EXTENT})
 
     def _scored(self, label: str, variant: Variant, text: str | None) -> dict[str, Any]:
         windows, common = self._text(text)
@@ -159,10 +152,9 @@ class Cells:
     def _name(self, text: str | None) -> str:
         return self.run.get(self.pipeline.corpus(text, "evaluation")).name
 
-    def _text(self, text: str | None) -> tuple[Windows, tuple[Any, int | None, int | None]]:
+    def _text(self, text: str | None) -> tuple[Windows, tuple[Any, Cut]]:
         """Return the windows of a text, and the fields that determine them."""
-        config = self.pipeline.recipe.evaluation
-        common = self.pipeline.corpus(text, "evaluation"), config.window, config.max_tokens
+        common = self.pipeline.corpus(text, "evaluation"), Cut.of(self.pipeline.recipe, text)
         return Windows(self.pipeline.model, *common), common
 
     def _behind(self, what: str, prefix: Prefix) -> tuple[Any, ...]:

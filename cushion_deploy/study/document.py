@@ -19,6 +19,7 @@ from cushion_deploy.report.document.base import (
 )
 from cushion_deploy.report.document.build import Environment, Model, Tool
 from cushion_deploy.report.document.measurements import Magnitudes
+from cushion_deploy.report.render.formatting import excerpt
 
 STUDY_JSON = "study.json"
 PARTS = {
@@ -40,21 +41,40 @@ Share = Annotated[float, Field(ge=0, le=1.001)]
 class Score(StrictModel):
     """Perplexity on one text and mean KL divergence from the original model in nats per token; null if not finite.
 
-    ``stderr`` is the standard error of the perplexity, treating tokens as independent.
+    ``kl_after_16`` leaves out the predictions that are made at the positions 0 to 15 of a window; null if the windows
+    are shorter than 18 tokens. Standard errors treat tokens as independent.
     """
 
     text: str
     perplexity: PositiveFloat | None
     stderr: NonNegativeFloat | None = None
     divergence: NonNegativeFloat | None
+    divergence_stderr: NonNegativeFloat | None = None
+    kl_after_16: NonNegativeFloat | None = None
+    kl_after_16_stderr: NonNegativeFloat | None = None
+
+    @property
+    def distance(self) -> float | None:
+        """What says how close a model is to the original: the divergence from position 16 on, where it was measured."""
+        return self.divergence if self.kl_after_16 is None else self.kl_after_16
 
 
 class Text(StrictModel):
-    """A text that perplexity is measured on: ``tokens`` are scored in non-overlapping windows of ``window`` tokens."""
+    """A text that perplexity is measured on: ``tokens`` are scored in non-overlapping windows of ``window`` tokens.
+
+    ``text_tokens`` is the length of the whole text; null if an earlier version wrote the study.
+    """
 
     name: str
     window: Count
     tokens: Count
+    text_tokens: Count | None = None
+
+    @property
+    def title(self) -> str:
+        """The name, followed by how much of the text was read if that is not all of it."""
+        part = excerpt(self.tokens, self.window, self.text_tokens)
+        return f"{self.name} ({part})" if part else self.name
 
 
 class PrefixInUse(StrictModel):

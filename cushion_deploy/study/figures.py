@@ -70,7 +70,7 @@ def draw_figures(study: Study) -> dict[str, Drawing]:
     painters: dict[str, Painter] = {}
     figure2, figure3 = study.figure2, study.figure3
     if study.texts:
-        text = study.texts[0].name
+        text = study.texts[0]
         fp, fp_prefix = on(study.fp, text), on(study.fp_prefix, text)
         for name, pairs in (("table1", study.table1), ("table4", study.table4)):
             if pairs:

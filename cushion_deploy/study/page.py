@@ -74,10 +74,8 @@ def _facts(study: Study) -> list[Fact]:
     deployed = next((pair for pair in study.table1 or () if pair.deployable), None)
     for text in study.texts:
         if deployed is not None:
-            score = on(deployed.with_prefix or deployed.without, text.name)
-            facts.append(
-                Fact(f"Static W8A8, {text.name}", change(score, on(study.fp, text.name)), "perplexity over FP")
-            )
+            score = on(deployed.with_prefix or deployed.without, text)
+            facts.append(Fact(f"Static W8A8, {text.title}", change(score, on(study.fp, text)), "perplexity over FP"))
     if study.table5 is not None and study.table5.with_prefix is not None:
         before, after = study.table5.without.top1, study.table5.with_prefix.top1
         facts.append(

@@ -72,10 +72,7 @@ def run_study(cells: Cells, parts: Collection[str], tasks: Tasks | str) -> Study
         found["fp"] = cells.scores("FP", Variant(cells.empty))
         if cells.prefix.length:
             found["fp_prefix"] = cells.scores("FP, with the prefix", Variant(cells.prefix))
-        found["texts"] = [
-            {"name": score.text, "window": cells.window, "tokens": cells.tokens(text)}
-            for score, text in zip(found["fp"], cells.texts, strict=True)
-        ]
+        found["texts"] = [cells.described(text) for text in cells.texts]
     for name in parts:
         if name == "table2" and isinstance(tasks, str):
             left_out[name] = tasks

@@ -16,13 +16,14 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.evaluate.encoding import Encoding
-from cushion_deploy.evaluate.perplexity import TextScore
+from cushion_deploy.evaluate.perplexity import TextWindows
 from cushion_deploy.evaluate.zeroshot import TaskSuite, run_tasks
 from cushion_deploy.stages.base import Derived, Node, Stage
 from cushion_deploy.stages.run import Inputs
-from cushion_deploy.stages.windows import evaluation_windows, require_positions
+from cushion_deploy.stages.scores import scores_of
+from cushion_deploy.stages.windows import Cut, evaluation_windows, require_positions
 from cushion_deploy.store.digests import digest_json
-from cushion_deploy.store.json_files import finite, read_json, write_json
+from cushion_deploy.store.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
@@ -101,23 +102,22 @@ class CellStage(Stage[CellValue]):
 
 
 @dataclass(frozen=True)
-class Windows(Derived[IntArray]):
+class Windows(Derived[TextWindows]):
     """The windows of a text that a study scores.
 
     Attributes:
         model: the model whose tokenizer is used.
         text: the text.
-        window, max_tokens: settings of the recipe's section ``evaluation``.
+        cut: how the text is cut.
     """
 
     model: Node[TorchRunner]
     text: Node[Corpus]
-    window: int | None
-    max_tokens: int | None
+    cut: Cut
 
-    def make(self, inputs: Inputs) -> IntArray:
-        """Return ids, int64 ``[count, window]``."""
-        return evaluation_windows(inputs.get(self.model), inputs.get(self.text), self.window, self.max_tokens)
+    def make(self, inputs: Inputs) -> TextWindows:
+        """Cut the text."""
+        return evaluation_windows(inputs.get(self.model), inputs.get(self.text), self.cut)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class TeacherOf(Derived["Teacher"]):
         from cushion_deploy.modeling.teacher import Teacher
 
         teacher = Teacher(inputs.get(self.model))
-        teacher.remember(inputs.get(self.windows), inputs.progress)
+        teacher.remember(inputs.get(self.windows).ids, inputs.progress)
         return teacher
 
 
@@ -147,22 +147,22 @@ class TextCell(CellStage):
 
     Attributes:
         text: the text.
-        window, max_tokens: settings that determine the windows.
+        cut: how the text is cut into windows.
         variant: one way to run the model.
         windows: the windows of the text.
     """
 
     text: Node[Corpus]
-    window: int | None
-    max_tokens: int | None
+    cut: Cut
     variant: Node[Variant]
     windows: Windows = field(compare=False)
 
-    def cut(self, inputs: Inputs) -> IntArray:
-        """Return the windows; raises UsageError if they do not fit behind the prefix."""
-        prefix, windows = inputs.get(self.variant).prefix, inputs.get(self.windows)
-        require_positions("evaluation.window", windows.shape[1], prefix.length, inputs.get(self.model).spec)
-        return windows
+    def ids(self, inputs: Inputs) -> IntArray:
+        """Return the windows int64 ``[count, window]``; raises UsageError if they do not fit behind the prefix."""
+        found = inputs.get(self.windows).ids
+        prefix = inputs.get(self.variant).prefix
+        require_positions("evaluation.window", found.shape[1], prefix.length, inputs.get(self.model).spec)
+        return found
 
 
 @dataclass(frozen=True)
@@ -178,18 +178,17 @@ class Score(TextCell):
     teacher: Node[Teacher] = field(compare=False)
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:
-        """Return tokens, perplexity with its standard error, and divergence."""
-        variant, windows = inputs.get(self.variant), self.cut(inputs)
+        """Return what was scored of how many tokens, and perplexity and divergences with their standard errors."""
+        variant, windows = inputs.get(self.variant), self.ids(inputs)
         model, teacher = inputs.get(self.model).folded(variant.smoothing), inputs.get(self.teacher)
         with variant.simulated(model):
             found = teacher.compare(model, variant.prefix, windows, inputs.progress, self.title)
-        score = TextScore(found.losses)
+        text_tokens = inputs.get(self.windows).text_tokens
         return {
-            "tokens": score.tokens,
-            "perplexity": finite(score.perplexity),
-            "stderr": finite(score.stderr),
-            # Rounding errors can make a divergence of zero negative.
-            "divergence": finite(max(found.divergence, 0.0)),
+            "window": windows.shape[1],
+            "tokens": int(found.losses.size),
+            "text_tokens": text_tokens,
+            **scores_of(found),
         }
 
 
@@ -204,7 +203,7 @@ class Magnitudes(TextCell):
         """Return one row per layer."""
         from cushion_deploy.modeling.magnitudes import layer_magnitudes
 
-        return layer_magnitudes(inputs.get(self.model), inputs.get(self.variant).prefix, self.cut(inputs)[:1])
+        return layer_magnitudes(inputs.get(self.model), inputs.get(self.variant).prefix, self.ids(inputs)[:1])
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ class LastBlock(TextCell):
         """Return the magnitudes of the input."""
         from cushion_deploy.study.measure import block_input
 
-        windows = self.cut(inputs)[:BLOCK_WINDOWS]
+        windows = self.ids(inputs)[:BLOCK_WINDOWS]
         found = block_input(inputs.get(self.model), inputs.get(self.variant).prefix, windows, inputs.progress)
         return {"windows": len(windows), "length": windows.shape[1], "input": found}
 
@@ -234,7 +233,7 @@ class Attention(TextCell):
         """Return the shares for every layer."""
         from cushion_deploy.study.measure import attention_shares
 
-        ids = self.cut(inputs)[:1, :ATTENTION_TOKENS]
+        ids = self.ids(inputs)[:1, :ATTENTION_TOKENS]
         shares = attention_shares(inputs.get(self.model), inputs.get(self.variant).prefix, ids)
         return {"tokens": ids.shape[1], "layers": shares}
 
@@ -252,6 +251,7 @@ class Task(CellStage):
         generation: digest of the model's generation settings: an end-of-sequence token ends generated answers, and is
             the context of a text without one.
         suite: the loaded task.
+        batch: contexts that run together.
     """
 
     name: ClassVar[str] = "study-task"
@@ -263,11 +263,12 @@ class Task(CellStage):
     files: tuple[str, ...]
     generation: str
     suite: TaskSuite = field(compare=False)
+    batch: int = field(compare=False)
 
     def compute(self, inputs: Inputs) -> list[dict[str, Any]]:
         """Return one row per subtask."""
         from cushion_deploy.evaluate.lm_harness import ScorerLM
-        from cushion_deploy.evaluate.scorer import Scorer
+        from cushion_deploy.evaluate.scorer import TORCH_WASTE, Scorer
         from cushion_deploy.modeling.session import TorchSession
 
         variant = inputs.get(self.variant)
@@ -278,6 +279,8 @@ class Task(CellStage):
             tokenizer.backend_tokenizer, tokenizer.bos_token_id, model.spec, keep_bos=keep_bos
         )
         with variant.simulated(model):
-            scorer = Scorer(TorchSession(model, variant.prefix))
-            results = run_tasks(ScorerLM(scorer, encoding, inputs.progress, self.title), self.suite, self.limit)
+            scorer = Scorer(TorchSession(model, variant.prefix), waste=TORCH_WASTE)
+            # A dynamic scale per tensor covers all tokens that a row runs at once, padding too.
+            batch = 1 if variant.scheme and variant.scheme.activations == "dynamic" else self.batch
+            results = run_tasks(ScorerLM(scorer, encoding, inputs.progress, self.title, batch), self.suite, self.limit)
         return [{"task": r.task, "metric": r.metric, "n": r.n, "value": r.value, "stderr": r.stderr} for r in results]

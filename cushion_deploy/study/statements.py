@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
 
 from cushion_deploy.report.render.formatting import (
-    NONE,
     count,
     duration,
+    extent,
     listing,
     model_name,
     number,
@@ -20,9 +19,10 @@ from cushion_deploy.report.render.formatting import (
 )
 from cushion_deploy.report.render.printable import visible
 from cushion_deploy.report.statements import magnitude_sentence
-from cushion_deploy.study.document import PARTS, LayerAttention, Pair, Score, Step, Study
+from cushion_deploy.study.comparisons import lower, nats, over
+from cushion_deploy.study.document import PARTS, LayerAttention, Pair, Step, Study, Text
 from cushion_deploy.study.paper import paper_tables
-from cushion_deploy.study.tables import change, divergence, mean_of, on, perplexity
+from cushion_deploy.study.tables import LATER, mean_of, on, perplexity
 
 
 def headline(study: Study) -> str:
@@ -31,14 +31,13 @@ def headline(study: Study) -> str:
     deployed = next((pair for pair in study.table1 or () if pair.deployable), None)
     if deployed is None or not study.texts:
         return f"{name}: {_parts_run(study)} of {len(PARTS)} tables and figures were measured."
-    text = study.texts[0].name
-    without = _over(on(deployed.without, text), on(study.fp, text))
+    text = study.texts[0]
+    without = over(on(deployed.without, text), on(study.fp, text))
     if not deployed.with_prefix:
-        return f"{name} in static W8A8 is {without} FP perplexity on {text}, without a prefix."
-    with_prefix = _over(on(deployed.with_prefix, text), on(study.fp, text))
-    return (
-        f"{name} in static W8A8 is {with_prefix} FP perplexity on {text} with the prefix, and {without} FP without it."
-    )
+        return f"{name} in static W8A8 is {without} FP perplexity on {text.title}, without a prefix."
+    with_prefix = over(on(deployed.with_prefix, text), on(study.fp, text))
+    both = f"{with_prefix} FP perplexity on {text.title} with the prefix, and {without} FP without it"
+    return f"{name} in static W8A8 is {both}."
 
 
 def introduction(study: Study) -> list[str]:
@@ -55,13 +54,25 @@ def introduction(study: Study) -> list[str]:
     else:
         lines.append("There is no prefix: the search found no sink that justifies one, or the recipe disables it.")
     if study.texts:
-        texts = listing([f"{t.tokens:,} tokens of {t.name} in windows of {t.window:,}" for t in study.texts])
+        parts = [(t, extent(t.tokens, t.window, t.text_tokens)) for t in study.texts]
+        texts = listing([f"{t.name} ({part}) in windows of {t.window:,}" for t, part in parts])
         lines.append(
             f"Perplexity is measured on {texts}. Windows do not overlap, and tokens of the prefix are not scored. "
-            "KL is the mean divergence from the original model without prefix or quantization. "
+            f"KL is the mean divergence from the original model without prefix or quantization{_later(study)}. "
+            "Standard errors (±) treat tokens as independent; all rows are measured on the same tokens, so the "
+            "difference between two of them is more certain than either. "
             "A prefix alone changes perplexity, so results are also compared with FP with the same prefix."
         )
     return lines
+
+
+def _later(study: Study) -> str:
+    if all(score.kl_after_16 is None for score in study.fp):
+        return ""
+    return (
+        f"; '{LATER}' leaves out the predictions that are made at the positions 0 to 15 of every window, where the "
+        "original model has its attention sink"
+    )
 
 
 def sentences(study: Study, part: str) -> list[str]:
@@ -89,7 +100,7 @@ def _table1(study: Study) -> list[str]:
     ]
     pairs = study.table1 or ()
     for text in study.texts:
-        lines += _worst_and_gains(study, pairs, text.name)
+        lines += _worst_and_gains(study, pairs, text)
     printed = paper_tables()["table1"]
     static, fp = printed.row("per-tensor static").with_prefix, printed.row("FP16").without
     over = [value / base - 1 for value, base in zip(static, fp, strict=True)]
@@ -100,7 +111,7 @@ def _table1(study: Study) -> list[str]:
     return lines
 
 
-def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: str) -> list[str]:
+def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: Text) -> list[str]:
     """State which scheme is worst without the prefix, and how many schemes the prefix improves."""
     known = [(s.perplexity, p) for p in pairs if (s := on(p.without, text)) and s.perplexity is not None]
     if not known:
@@ -108,15 +119,15 @@ def _worst_and_gains(study: Study, pairs: Sequence[Pair], text: str) -> list[str
     worst = max(known, key=lambda row: row[0])[1]
     before, after = on(worst.without, text), on(worst.with_prefix, text)
     sentence = (
-        f"On {text}, {worst.label} is worst: perplexity {perplexity(before)} without the prefix, "
-        f"{_over(before, on(study.fp, text))} FP"
+        f"On {text.title}, {worst.label} is worst: perplexity {perplexity(before)} without the prefix, "
+        f"{over(before, on(study.fp, text))} FP"
     )
     if after is None:
         return [sentence + "."]
-    sentence += f"; {perplexity(after)} with it, {_over(after, on(study.fp_prefix, text))} FP with the same prefix."
+    sentence += f"; {perplexity(after)} with it, {over(after, on(study.fp_prefix, text))} FP with the same prefix."
     both = [(on(p.without, text), on(p.with_prefix, text)) for p in pairs]
-    gains = sum(_lower(b, a, "perplexity") for a, b in both)
-    closer = sum(_lower(b, a, "divergence") for a, b in both)
+    gains = sum(lower(b, a, "perplexity") for a, b in both)
+    closer = sum(lower(b, a, "distance") for a, b in both)
     return [
         f"{sentence} The prefix lowers perplexity in {gains} of {plural(len(pairs), 'scheme')} and reduces the "
         f"divergence from the original model in {closer} of them."
@@ -150,10 +161,10 @@ def _table3(study: Study) -> list[str]:
         "and ranges. The paper reports accuracy under per-tensor dynamic quantization; this table reports perplexity."
     ]
     for text in study.texts:
-        scores = [on(step.scores, text.name) for step in steps]
+        scores = [on(step.scores, text) for step in steps]
         values = [s.perplexity for s in scores if s is not None and s.perplexity is not None]
         if 2 < len(values) == len(steps):
-            lines.append(f"On {text.name}, {_share_of_the_search(values[0], values[1], values[-1])}.")
+            lines.append(f"On {text.title}, {_share_of_the_search(values[0], values[1], values[-1])}.")
     rows = [row.without[0] for row in paper_tables()["table3"].rows[1:]]
     lines.append(
         f"In the paper, the search brings {100 * (rows[1] - rows[0]) / (rows[-1] - rows[0]):.0f} % of the gain in "
@@ -180,16 +191,14 @@ def _remedies(study: Study) -> list[str]:
     steps = study.remedies or ()
     lines = ["A row that begins with + adds one remedy to the row above; the three range estimators are alternatives."]
     for text in study.texts:
-        known = [
-            (s.divergence, step) for step in steps if (s := on(step.scores, text.name)) and s.divergence is not None
-        ]
+        known = [(s.distance, step) for step in steps if (s := on(step.scores, text)) and s.distance is not None]
         if not known:
             continue
         best = min(known, key=lambda row: row[0])[1]
-        score, same = on(best.scores, text.name), on(best.fp, text.name)
+        score, same = on(best.scores, text), on(best.fp, text)
         lines.append(
-            f"On {text.name}, '{best.label}' is closest to the original model: {divergence(score)} nats per token at "
-            f"perplexity {perplexity(score)}, {_over(score, on(study.fp, text.name))} FP and {_over(score, same)} "
+            f"On {text.title}, '{best.label}' is closest to the original model: {nats(score)} at "
+            f"perplexity {perplexity(score)}, {over(score, on(study.fp, text))} FP and {over(score, same)} "
             f"FP with the same prefix.{_largest_step(known)}"
         )
     return lines
@@ -210,11 +219,11 @@ def _table4(study: Study) -> list[str]:
     pairs = study.table4 or ()
     lines += [_own_prefix(pair) for pair in pairs if pair.prefix]
     for text in study.texts:
-        both = [(on(p.without, text.name), on(p.with_prefix, text.name)) for p in pairs]
+        both = [(on(p.without, text), on(p.with_prefix, text)) for p in pairs]
         known = [(a, b) for a, b in both if a and b]
         if known:
-            gains = sum(_lower(b, a, "perplexity") for a, b in known)
-            lines.append(f"On {text.name}, the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
+            gains = sum(lower(b, a, "perplexity") for a, b in known)
+            lines.append(f"On {text.title}, the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
     return lines
 
 
@@ -299,22 +308,6 @@ def _code(token: str) -> str:
 
 def _times(value: float, base: float) -> str:
     return f"{number(value / base, 3)} times" if base else "with zero as"
-
-
-def _over(value: Score | None, base: Score | None) -> str:
-    """Return ``+4.2 % over`` or ``−1.0 % relative to``, to be followed by the name of the base."""
-    text = change(value, base)
-    if text == NONE:
-        return "not comparable with"
-    return f"{text} {'relative to' if text.startswith('−') else 'over'}"
-
-
-def _lower(a: Score | None, b: Score | None, measure: Literal["perplexity", "divergence"]) -> bool:
-    """Return whether ``a`` is better than ``b``; a value that is not finite never is."""
-    if a is None or b is None:
-        return False
-    value, other = getattr(a, measure), getattr(b, measure)
-    return value is not None and (other is None or value < other)
 
 
 def _parts_run(study: Study) -> int:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from cushion_deploy.report.render.elements import Table
-from cushion_deploy.report.render.formatting import NONE, NOT_FINITE, duration, percent, plural, signed
-from cushion_deploy.study.document import BlockInput, Effort, LastBlock, Pair, Score, Step, Study, TaskPair
+from cushion_deploy.report.render.formatting import NONE, NOT_FINITE, duration, percent, plural, signed, with_error
+from cushion_deploy.study.document import BlockInput, Effort, LastBlock, Pair, Score, Step, Study, TaskPair, Text
 from cushion_deploy.study.paper import PaperTable, paper_tables
+
+LATER = "KL from position 16"
 
 
 def tables(study: Study, part: str) -> list[Table]:
     """Return the measured tables of a part; empty if the part was not run or is a figure."""
     if part in ("table1", "table4"):
         pairs: Sequence[Pair] | None = study.table1 if part == "table1" else study.table4
-        return [_pairs(study, pairs, text.name) for text in study.texts] if pairs is not None else []
+        return [_pairs(study, pairs, text) for text in study.texts] if pairs is not None else []
     if part in ("table3", "remedies"):
         steps: Sequence[Step] | None = study.table3 if part == "table3" else study.remedies
-        return [_steps(study, steps, text.name) for text in study.texts] if steps is not None else []
+        return [_steps(study, steps, text) for text in study.texts] if steps is not None else []
     if part == "table2" and study.table2 is not None:
         return [_accuracy(study.table2), _tasks(study.table2)]
     if part == "table5" and study.table5 is not None:
@@ -33,9 +35,9 @@ def paper_table(part: str) -> Table | None:
     return _printed(found, part) if found else None
 
 
-def on(scores: Iterable[Score], text: str) -> Score | None:
+def on(scores: Iterable[Score], text: Text) -> Score | None:
     """Return the score on a text; None if there is none."""
-    return next((score for score in scores if score.text == text), None)
+    return next((score for score in scores if score.text == text.name), None)
 
 
 def change(value: Score | None, base: Score | None) -> str:
@@ -46,17 +48,24 @@ def change(value: Score | None, base: Score | None) -> str:
 
 
 def perplexity(score: Score | None) -> str:
-    """Return the perplexity of a score with two decimals."""
+    """Return the perplexity of a score with its standard error, with two decimals."""
     if score is None:
         return NONE
-    return NOT_FINITE if score.perplexity is None else f"{score.perplexity:,.2f}"
+    return NOT_FINITE if score.perplexity is None else with_error(score.perplexity, score.stderr)
 
 
 def divergence(score: Score | None) -> str:
-    """Return the divergence of a score with four decimals."""
+    """Return the divergence of a score with its standard error, with four decimals."""
     if score is None:
         return NONE
-    return NOT_FINITE if score.divergence is None else f"{score.divergence:,.4f}"
+    return NOT_FINITE if score.divergence is None else with_error(score.divergence, score.divergence_stderr, 4)
+
+
+def later_divergence(score: Score | None) -> str:
+    """Return the divergence from position 16 on; ``—`` if it was not measured."""
+    if score is None or score.divergence is None:
+        return divergence(score)
+    return with_error(score.kl_after_16, score.kl_after_16_stderr, 4)
 
 
 def mean_of(results: Sequence[float]) -> float:
@@ -64,16 +73,17 @@ def mean_of(results: Sequence[float]) -> float:
     return sum(results) / len(results)
 
 
-def _pairs(study: Study, pairs: Sequence[Pair], text: str) -> Table:
+def _pairs(study: Study, pairs: Sequence[Pair], text: Text) -> Table:
     fp, fp_prefix = on(study.fp, text), on(study.fp_prefix, text)
     rows = [_pair_row("FP", fp, fp_prefix, None, None)]
     for pair in pairs:
         same = on(pair.fp_prefix, text) or fp_prefix
         rows.append(_pair_row(pair.label, on(pair.without, text), on(pair.with_prefix, text), fp, same))
-    head = ("scheme", "without", "over FP", "KL", "with prefix", "over FP + prefix", "over FP", "KL")
+    with_prefix = ("with prefix", "over FP + prefix", "over FP", "KL", LATER)
+    head = ("scheme", "without", "over FP", "KL", LATER, *with_prefix)
     strong = frozenset(i for i, pair in enumerate(pairs, 1) if pair.deployable)
-    caption = f"Perplexity on {text}, and KL divergence from the original model in nats per token"
-    return Table(head, tuple(rows), caption, strong=strong)
+    caption = f"Perplexity on {text.title}, and KL divergence from the original model in nats per token"
+    return Table(*_without_missing(head, rows), caption, strong=strong)
 
 
 def _pair_row(
@@ -81,25 +91,35 @@ def _pair_row(
 ) -> tuple[str, ...]:
     # Without fp this is the row of the float model itself.
     over_fp, over_fp_prefix = ("", "") if fp is None else (change(without, fp), change(with_prefix, fp_prefix))
-    before = (perplexity(without), over_fp, divergence(without))
-    after = (perplexity(with_prefix), over_fp_prefix, change(with_prefix, fp or without), divergence(with_prefix))
+    before = (perplexity(without), over_fp, divergence(without), later_divergence(without))
+    changes = (over_fp_prefix, change(with_prefix, fp or without))
+    after = (perplexity(with_prefix), *changes, divergence(with_prefix), later_divergence(with_prefix))
     return (label, *before, *after)
 
 
-def _steps(study: Study, steps: Sequence[Step], text: str) -> Table:
+def _steps(study: Study, steps: Sequence[Step], text: Text) -> Table:
     fp = on(study.fp, text)
-    rows = [("FP, no prefix", perplexity(fp), "", "", divergence(fp))]
+    rows = [("FP, no prefix", perplexity(fp), "", "", divergence(fp), later_divergence(fp))]
     for step in steps:
         score, same = on(step.scores, text), on(step.fp, text)
-        rows.append((step.label, perplexity(score), change(score, fp), change(score, same), divergence(score)))
+        changes = (change(score, fp), change(score, same))
+        rows.append((step.label, perplexity(score), *changes, divergence(score), later_divergence(score)))
     best = _best(steps, text)
-    head = ("static W8A8", "perplexity", "over FP", "over FP with the same prefix", "KL")
+    head = ("static W8A8", "perplexity", "over FP", "over FP with the same prefix", "KL", LATER)
     strong = frozenset() if best is None else frozenset({best + 1})
-    caption = f"Perplexity on {text}, and KL divergence from the original model in nats per token"
-    return Table(head, tuple(rows), caption, strong=strong)
+    caption = f"Perplexity on {text.title}, and KL divergence from the original model in nats per token"
+    return Table(*_without_missing(head, rows), caption, strong=strong)
 
 
-def _best(steps: Sequence[Step], text: str) -> int | None:
+def _without_missing(
+    head: tuple[str, ...], rows: Sequence[tuple[str, ...]]
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Leave out divergences from position 16 on that no row has."""
+    kept = [i for i, name in enumerate(head) if name != LATER or any(row[i] != NONE for row in rows)]
+    return tuple(head[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows)
+
+
+def _best(steps: Sequence[Step], text: Text) -> int | None:
     found = [(score.perplexity, i) for i, step in enumerate(steps) if (score := on(step.scores, text))]
     finite = [(value, i) for value, i in found if value is not None]
     return min(finite)[1] if finite else None

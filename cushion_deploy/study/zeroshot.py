@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from cushion_deploy.errors import MissingDependency
+from cushion_deploy.evaluate.batches import BATCH
 from cushion_deploy.evaluate.zeroshot import ALL, USUAL_NAMES, TaskSuite
 from cushion_deploy.stages.base import Given
 from cushion_deploy.store import hash_file
@@ -24,6 +25,7 @@ class Tasks:
         names: names as given with ``eval --tasks``.
         data: folder with the data that task files name; None for the folder of the task file.
         limit: number of rows of each task; None for all.
+        batch: contexts that run together.
 
     Raises:
         MissingDependency: lm-eval is not installed.
@@ -33,6 +35,7 @@ class Tasks:
     names: Sequence[str]
     data: Path | None = None
     limit: int | None = None
+    batch: int = BATCH
     suites: dict[str, TaskSuite] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,12 +49,12 @@ class Tasks:
             files, generation = tuple(_digests(unit, self.data)), cells.pipeline.source.generation_digest
             decided_by = name, self.limit, metadata.version("lm_eval"), files, generation
             title = f"{label}, {Path(unit).stem}"
-            value = cells.value(Task(title, cells.pipeline.model, Given(variant), *decided_by, suite))
+            value = cells.value(Task(title, cells.pipeline.model, Given(variant), *decided_by, suite, self.batch))
             found += [TaskResult.model_validate(row) for row in value]
         return tuple(found)
 
 
-def find_tasks(names: Sequence[str], data: Path | None, limit: int | None) -> Tasks | str:
+def find_tasks(names: Sequence[str], data: Path | None, limit: int | None, batch: int = BATCH) -> Tasks | str:
     """Return the tasks, or the reason why there are none: none was given, or lm-eval is missing.
 
     Raises:
@@ -60,7 +63,7 @@ def find_tasks(names: Sequence[str], data: Path | None, limit: int | None) -> Ta
     if not names:
         return "no task was given: add --tasks with lm-eval names or a folder of task files"
     try:
-        return Tasks(names, data, limit)
+        return Tasks(names, data, limit, batch)
     except MissingDependency as error:
         return f"{error.message}: {error.hint}"
 

@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cushion_deploy.calib.corpora import Corpus, load_corpus
-from cushion_deploy.core.dtypes import FloatArray, IntArray
-from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.progress import Progress
-from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.evaluate.agreement import Agreement, tasks_agree, texts_agree
-from cushion_deploy.evaluate.encoding import Encoding
-from cushion_deploy.evaluate.perplexity import TextScore, cut_windows, score_text
-from cushion_deploy.evaluate.scorer import Scorer
+from cushion_deploy.evaluate.batches import BATCH
+from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.evaluate.zeroshot import Metric, TaskScore, TaskSuite, mean_accuracy, run_tasks
-from cushion_deploy.recipe import Evaluation as EvaluationSettings
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
-from cushion_deploy.stages.windows import scored_tokens
+from cushion_deploy.stages.windows import Cut
 from cushion_deploy.store.json_files import finite
-from cushion_deploy.verbs.parity import pipeline_of_bundle
+from cushion_deploy.verbs.columns import COLUMNS, Column, Columns
 
 if TYPE_CHECKING:
-    from cushion_deploy.modeling.runner import TorchRunner
-
-COLUMNS = {
-    "fp": "FP",
-    "fp-prefix": "FP + prefix",
-    "quantized": "W8A8",
-    "quantized-prefix": "W8A8 + prefix",
-    "engine": "engine",
-}
-"""Ways to run a model and their headings, in the order of the table; all but the last run in torch."""
+    pass
 
 
 @dataclass
@@ -52,16 +34,20 @@ class Evaluation:
     Attributes:
         columns: keys of ``COLUMNS``.
         texts: for each text, the losses by column.
+        text_tokens: for each text, the number of tokens of all of it.
         tasks: for each task, the score by column.
         agreements: the bundle's engine compared with its fake-quantized model; empty unless both ran.
         seconds: wall time by column, loading included.
+        chat_template: whether the tasks were asked in the model's chat template.
     """
 
     columns: tuple[str, ...]
     texts: dict[str, dict[str, TextScore]] = field(default_factory=dict)
+    text_tokens: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, dict[str, TaskScore]] = field(default_factory=dict)
     agreements: tuple[Agreement, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    chat_template: bool = False
 
     @property
     def passed(self) -> bool:
@@ -79,7 +65,9 @@ class Evaluation:
         texts = [
             {
                 "text": name,
+                "window": next(iter(row.values())).window,
                 "tokens": next(iter(row.values())).tokens,
+                "text_tokens": self.text_tokens[name],
                 "columns": {
                     c: {"perplexity": finite(s.perplexity), "stderr": finite(s.stderr)} for c, s in row.items()
                 },
@@ -95,6 +83,7 @@ class Evaluation:
             "columns": list(self.columns),
             "texts": texts,
             "tasks": tasks,
+            "chat_template": self.chat_template,
             "mean": {c: _metric(m) for c, m in self.means.items()},
             "agreement": [a.to_json() for a in self.agreements],
             "passed": self.passed,
@@ -111,12 +100,16 @@ class Scored:
         suite: zero-shot tasks; None for no tasks.
         limit: rows of each task; None for all.
         threads: threads of the engine.
+        batch: contexts of tasks that run together.
+        chat: whether tasks are asked in the model's chat template.
     """
 
     texts: Sequence[str | None] = ()
     suite: TaskSuite | None = None
     limit: int | None = None
     threads: int | None = None
+    batch: int = BATCH
+    chat: bool = False
 
 
 def choose_columns(wanted: Sequence[str], bundle: Bundle | None) -> tuple[str, ...]:
@@ -157,138 +150,52 @@ def evaluate_columns(
     Raises:
         UsageError: a text is too short or too long for the model, or the given model is not the bundle's.
     """
-    found = Evaluation(tuple(columns))
+    found = Evaluation(tuple(columns), chat_template=what.chat)
     in_torch = any(c != "engine" for c in columns)
     with run.lock() if in_torch or "self" in what.texts else nullcontext():
-        scorers = _Scorers(recipe, run, bundle, what.threads)
-        corpora = [scorers.corpus(data) for data in what.texts]
+        opened = Columns(recipe, run, bundle, what.threads)
+        # A model that is not built has no prefix; one that is built is cut as in the build.
+        reserved = None if bundle else 0
+        texts = [(opened.corpus(data), Cut.of(recipe, data, reserved)) for data in what.texts]
         if in_torch:
-            scorers.pipeline  # noqa: B018 - reject another model before any column is scored
+            opened.pipeline  # noqa: B018 - reject another model before any column is scored
         for name in columns:
             if name == "engine" and not run.processes.leads:
                 continue
             began = time.monotonic()
-            with scorers.open(name) as column:
-                _score_texts(found, name, column, corpora, recipe.evaluation, run.progress)
+            with opened.open(name) as column:
+                _score_texts(found, name, column, texts, run.progress)
                 # Several processes share the windows of texts; tasks run in the first one.
                 if what.suite is not None and run.processes.leads:
                     from cushion_deploy.evaluate.lm_harness import ScorerLM
 
-                    lm = ScorerLM(column.scorer, column.encoding, run.progress, f"tasks: {COLUMNS[name]}")
-                    for result in run_tasks(lm, what.suite, what.limit):
+                    title = f"tasks: {COLUMNS[name]}"
+                    lm = ScorerLM(column.scorer, column.encoding, run.progress, title, what.batch)
+                    for result in run_tasks(lm, what.suite, what.limit, chat=what.chat):
                         found.tasks.setdefault(result.task, {})[name] = result
             found.seconds[name] = time.monotonic() - began
     return replace(found, agreements=_agreements(found, bundle)) if run.processes.leads else found
 
 
-@dataclass(frozen=True)
-class _Column:
-    """A way to run the model: its scorer, its encoding, and the losses of windows, float32 ``[count, window - 1]``."""
-
-    scorer: Scorer
-    encoding: Encoding
-    losses: Callable[[IntArray, Progress, str], FloatArray]
-
-
 def _score_texts(
     found: Evaluation,
     name: str,
-    column: _Column,
-    corpora: Sequence[Corpus],
-    config: EvaluationSettings,
+    column: Column,
+    texts: Sequence[tuple[Corpus, Cut]],
     progress: Progress,
 ) -> None:
-    limit = column.scorer.limit
-    window, most = scored_tokens(config.window, config.max_tokens)
-    if corpora and window > limit:
-        raise UsageError(
-            f"a window of {window} tokens is longer than the model's limit of {limit}",
-            hint=f"set --window to at most {limit}",
-        )
-    for corpus in corpora:
-        windows = cut_windows(column.encoding.plain(corpus.text), window, most, corpus.name)
-        losses = column.losses(windows, progress, f"perplexity: {COLUMNS[name]}")
+    limit, positions = column.scorer.limit, column.scorer.session.contract.max_positions
+    for corpus, cut in texts:
+        window = cut.window_in(positions)
+        if window > limit:
+            raise UsageError(
+                f"a window of {window} tokens is longer than the model's limit of {limit}",
+                hint=f"set --window to at most {limit}",
+            )
+        windows = cut.windows(column.encoding.plain(corpus.text), positions, corpus.name)
+        losses = column.losses(windows.ids, progress, f"perplexity: {COLUMNS[name]}")
         found.texts.setdefault(corpus.name, {})[name] = TextScore(losses)
-
-
-@dataclass
-class _Scorers:
-    """Opens the columns of one evaluation, each for the time that it is scored.
-
-    Attributes:
-        recipe, run, bundle: see :func:`evaluate_columns`.
-        threads: threads of the engine.
-    """
-
-    recipe: Recipe
-    run: Run
-    bundle: Bundle | None
-    threads: int | None
-
-    @cached_property
-    def pipeline(self) -> Pipeline:
-        """The pipeline of the original model; raises UsageError if the given model is not the bundle's."""
-        return pipeline_of_bundle(self.recipe, self.bundle.path) if self.bundle else Pipeline.of(self.recipe)
-
-    @cached_property
-    def model(self) -> TorchRunner:
-        """The original model."""
-        return self.run.get(self.pipeline.model)
-
-    def corpus(self, data: str | None) -> Corpus:
-        """Return a text; the model is loaded only if the text is sampled from it."""
-        return self.run.get(self.pipeline.corpus(data, "evaluation")) if data == "self" else read_text(data)
-
-    @contextmanager
-    def open(self, column: str) -> Iterator[_Column]:
-        """Yield what a column is scored with; quantized weights are restored afterwards."""
-        if self.bundle is not None and column == "engine":
-            scorer = Scorer(open_session(self.bundle.graph, threads=self.threads))
-            encoding = Encoding.of_bundle(self.bundle)
-            yield _Column(scorer, encoding, lambda *args: score_text(scorer.nll, *args).losses)
-        elif column.startswith("quantized"):
-            with self._quantized(column) as found:
-                yield found
-        else:
-            prefix = self._built.prefix if column == "fp-prefix" else self.run.get(self.pipeline.no_prefix)
-            yield self._in_torch(self.model, prefix)
-
-    @contextmanager
-    def _quantized(self, column: str) -> Iterator[_Column]:
-        from cushion_deploy.modeling.simulate import simulated
-
-        used = self._built
-        if column == "quantized" and used.prefix.length:
-            # The same recipe without a prefix has its own smoothing and calibration.
-            used = self.run.get(self.pipeline.bare.quantization)
-        model = self.model.folded(used.smoothing)
-        with simulated(model, used.scheme, used.scales, kv=used.kv_scales):
-            yield self._in_torch(model, used.prefix)
-
-    @property
-    def _built(self) -> Quantization:
-        """The quantization of the bundle."""
-        if self.bundle is None:
-            raise UsageError("a model that has not been built has no quantized columns", hint="build it first")
-        return read_quantization(self.bundle.path, self.bundle.graph, self.pipeline.scheme)
-
-    def _in_torch(self, model: TorchRunner, prefix: Prefix) -> _Column:
-        from cushion_deploy.modeling.session import TorchSession
-
-        encoding = replace(self._encoding(), keep_bos=prefix.length == 0)
-        scorer = Scorer(TorchSession(model, prefix))
-        return _Column(scorer, encoding, lambda ids, progress, task: model.token_nll(ids, prefix, progress, task))
-
-    def _encoding(self) -> Encoding:
-        if self.bundle is not None:
-            return Encoding.of_bundle(self.bundle)
-        tokenizer = self.model.tokenizer
-        return Encoding.of_tokenizer(tokenizer.backend_tokenizer, tokenizer.bos_token_id, self.model.spec)
-
-
-def read_text(data: str | None) -> Corpus:
-    """Return an evaluation text that needs no model."""
-    return load_corpus(data, "evaluation")
+        found.text_tokens[corpus.name] = windows.text_tokens
 
 
 def _agreements(found: Evaluation, bundle: Bundle | None) -> tuple[Agreement, ...]:

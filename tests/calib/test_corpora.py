@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cushion_deploy.calib.corpora import Corpus, load_corpus, pack_windows
+from cushion_deploy.calib.corpora import MAX_HUB_DOCUMENTS, Corpus, load_corpus, pack_windows
 from cushion_deploy.errors import ExitCode, UntrustedArtifact, UsageError
 
 
@@ -132,6 +132,7 @@ def test_a_digest_tells_where_documents_end() -> None:
     assert Corpus("a", ("x", "y")).digest == Corpus("b", ("x", "y")).digest
 
 
+SPLITS = ("train", "validation", "test")
 SCRIPT = """
 import sys
 from cushion_deploy.calib.corpora import load_corpus
@@ -141,15 +142,21 @@ try:
 except CushionError as e:
     print(type(e).__name__, e.message, "|", e.hint)
     sys.exit(int(e.exit_code))
+print(corpus.name)
 print(corpus.documents)
 """
 
 
 def load_offline(folder: Path, name: str, part: str) -> subprocess.CompletedProcess[str]:
-    """Load a data set in a process of its own, without network: its libraries read the environment at import."""
+    """Load a data set and print its name and its documents."""
+    return run_offline(folder, SCRIPT, name, part)
+
+
+def run_offline(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, without network: the libraries of data sets read the environment at import."""
     env = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, name, part],
+        [sys.executable, "-c", code, *arguments],
         env=env,
         cwd=folder,
         capture_output=True,
@@ -166,12 +173,54 @@ def write_dataset(folder: Path, column: str) -> None:
         (folder / "org" / "name" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
 
 
+def write_wikitext(folder: Path, count: int) -> dict[str, list[str]]:
+    """Write splits with the headings and blank rows of WikiText-2 where its name on the hub leads to; return them."""
+    home = folder / "Salesforce" / "wikitext"
+    home.mkdir(parents=True)
+    kinds = ("", " = Heading {} = \n", " A {split} paragraph , number {} . \n")
+    rows = {split: [kinds[i % 3].format(i, split=split) for i in range(count)] for split in SPLITS}
+    for split, texts in rows.items():
+        (home / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    files = "".join(f"\n  - {{split: {split}, path: {split}.jsonl}}" for split in SPLITS)
+    config = f"configs:\n- config_name: wikitext-2-raw-v1\n  data_files:{files}\n"
+    (home / "README.md").write_text(f"---\n{config}---\n")
+    return rows
+
+
 @pytest.mark.parametrize(("part", "split"), [("calibration", "train"), ("evaluation", "validation")])
 def test_a_data_set_gives_the_split_of_its_part(tmp_path: Path, part: str, split: str) -> None:
     write_dataset(tmp_path, "text")
     done = load_offline(tmp_path, "org/name", part)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() == str(tuple(f"{split} {i}" for i in range(3)))
+    assert done.stdout.splitlines()[1] == str(tuple(f"{split} {i}" for i in range(3)))
+
+
+@pytest.mark.parametrize(
+    ("part", "split", "count"), [("calibration", "train", MAX_HUB_DOCUMENTS), ("evaluation", "test", 2400)]
+)
+def test_wikitext_is_evaluated_on_every_row_of_its_test_split(
+    tmp_path: Path, part: str, split: str, count: int
+) -> None:
+    rows = write_wikitext(tmp_path, 2400)
+    done = load_offline(tmp_path, "wikitext", part)
+    assert done.returncode == 0, done.stdout + done.stderr
+    name, documents = done.stdout.splitlines()
+    assert name == f"Salesforce/wikitext wikitext-2-raw-v1 ({split})"
+    expected = rows[split][:count] if split == "test" else [row for row in rows[split][:count] if row.strip()]
+    assert documents == str(tuple(expected))
+
+
+def test_the_text_of_wikitext_is_what_published_perplexities_are_measured_on(tmp_path: Path) -> None:
+    rows = write_wikitext(tmp_path, 12)
+    # As in the documentation of transformers: "\n\n".join(test["text"])
+    code = (
+        "from datasets import load_dataset\nfrom cushion_deploy.calib.corpora import load_corpus\n"
+        "test = load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1', split='test')\n"
+        "assert load_corpus('wikitext', 'evaluation').text == '\\n\\n'.join(test['text'])\nprint(len(test))"
+    )
+    done = run_offline(tmp_path, code)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == [str(len(rows["test"]))]
 
 
 def test_a_data_set_without_text_is_bad_usage(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from cushion_deploy.calib.smooth import channel_maxima, choose_factors
+from cushion_deploy.calib.smooth import channel_maxima, choose_factors, choose_smoothing
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UntrustedArtifact
+from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.recipe import SmoothQuant
 
 
 def text(rows: int, seed: int = 0) -> np.ndarray:
@@ -115,3 +117,28 @@ def test_with_alpha_one_all_channels_are_equally_large(tiny_model: TorchRunner) 
 def test_factors_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(UntrustedArtifact, match=r"layers\.0\.mlp\.down"):
         Smoothing({Site("layers.0.mlp.down"): np.array([1, np.nan], np.float32)}, 0.5, "m")
+
+
+def test_a_rotation_flattens_the_spike_of_one_channel(tiny_model: TorchRunner) -> None:
+    ids, none = text(2), Prefix.empty(tiny_model.spec)
+    found = choose_smoothing(
+        tiny_model, none, ids, np.ones_like(ids), SmoothQuant(alpha=None, rotate_down=16, rotate_out=0)
+    )
+    assert not found.factors
+    assert set(found.rotations.values()) == {16}
+    site = Site("layers.0.mlp.down")
+    folded, inputs = tiny_model.folded(found), []
+    spike = torch.zeros(1, 1, tiny_model.sites[site][0].in_features)
+    spike[..., 5] = 64.0
+    with observed(folded, lambda _, x: inputs.append(x), {site: tiny_model.sites[site]}):
+        folded.module  # noqa: B018 (folds)
+        tiny_model.sites[site][0](spike)
+    assert inputs[0].abs().amax() == 16.0  # 64 / sqrt(16)
+    assert int((inputs[0] != 0).sum()) == 16
+
+
+def test_a_recipe_without_factors_and_rotations_smooths_nothing(tiny_model: TorchRunner) -> None:
+    ids, none = text(1), Prefix.empty(tiny_model.spec)
+    config = SmoothQuant(alpha=None, rotate_down=0, rotate_out=0)
+    assert not config.enabled
+    assert choose_smoothing(tiny_model, none, ids, np.ones_like(ids), config).digest == ""

@@ -49,7 +49,7 @@ def test_the_engine_is_compared_with_fake_quant(evaluated: Any) -> None:
 def test_an_engine_that_differs_ends_in_exit_code_1(
     cli: Any, planted_bundle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cushion_deploy.verbs import eval as evaluating
+    from cushion_deploy.verbs import columns as evaluating
 
     right = evaluating.score_text
 
@@ -87,8 +87,38 @@ def test_a_model_is_scored_in_floating_point(cli: Any, tiny_folder: Path, tiny_m
     with torch.inference_mode():
         expected = tiny_model.module(input_ids=ids, labels=ids).loss.exp().item()
     (row,) = done.json["texts"]
-    assert (row["text"], row["tokens"]) == ("text.txt", 98)
+    assert (row["text"], row["window"], row["tokens"]) == ("text.txt", 50, 98)
+    assert row["text_tokens"] == len(tiny_model.tokenizer(text, add_special_tokens=False)["input_ids"])
     assert row["columns"]["fp"]["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_wikitext_is_all_of_its_test_split_in_the_longest_windows(
+    cli: Any, tiny_folder: Path, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    rows = ["", " = The fox = \n", "", " The quick brown fox jumps over the lazy dog . \n"] * 20
+    home = tmp_path / "Salesforce" / "wikitext"
+    home.mkdir(parents=True)
+    (home / "test.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    config = "configs:\n- {config_name: wikitext-2-raw-v1, data_files: [{split: test, path: test.jsonl}]}\n"
+    (home / "README.md").write_text(f"---\n{config}---\n")
+    monkeypatch.chdir(tmp_path)
+    ids = tiny_model.tokenizer("\n\n".join(rows), add_special_tokens=False)["input_ids"]
+    # The model has 256 positions, fewer than the 2048 of published results.
+    count = len(ids) // 256
+    windows = torch.tensor(ids[: count * 256]).reshape(count, 256)
+    with torch.inference_mode():
+        expected = tiny_model.module(input_ids=windows, labels=windows).loss.exp().item()
+    options = ("eval", tiny_folder, "--data", "wikitext", "--work-dir", tmp_path / "work", "--quiet")
+    done = cli(*options, "--json")
+    assert done.code == 0, done.err
+    (row,) = done.json["texts"]
+    assert (row["window"], row["tokens"], row["text_tokens"]) == (256, count * 255, len(ids))
+    assert row["columns"]["fp"]["perplexity"] == pytest.approx(expected, rel=1e-4)
+    shown = cli(*options)
+    assert f"(test), all {len(ids):,} tokens (perplexity)" in shown.out
+    shown = cli(*options, "--max-tokens", 512, "--window", 128)
+    assert f"(test), first 512 of {len(ids):,} tokens (perplexity)" in shown.out
 
 
 def test_several_texts_are_several_rows(cli: Any, tiny_bundle: Any, tmp_path: Path) -> None:
@@ -115,7 +145,9 @@ def test_the_engine_alone_needs_no_model(cli: Any, tiny_bundle: Any, python: Any
     ("options", "message"),
     [
         (["--columns", "fq"], "unknown column 'fq'"),
-        (["--limit", "3"], "need --tasks"),
+        (["--limit", "3"], "--limit needs --tasks"),
+        (["--batch-size", "3"], "--batch-size needs --tasks"),
+        (["--chat-template"], "--chat-template needs --tasks"),
         (["--window", "100000", "--columns", "engine"], "longer than the"),
         (["--recipe", "r.yaml"], "--recipe cannot be used with a bundle"),
         (["--data", "nowhere.txt", "--columns", "engine"], "unknown data set"),
@@ -187,6 +219,15 @@ def test_tasks_have_a_row_each_a_mean_and_an_agreement(
     assert "tiny_pick (acc, n=10)" in shown.out
     assert "mean of the tasks" in shown.out
     assert "±" in shown.out
+    alone = cli("eval", planted_bundle.bundle, *options, "--batch-size", 1, "--json")
+    assert alone.json["tasks"] == done.json["tasks"]
+    assert done.json["chat_template"] is False
+    chat = cli("eval", planted_bundle.bundle, *options, "--chat-template", "--json")
+    assert chat.code in (0, 1), chat.err
+    assert chat.json["chat_template"] is True
+    assert chat.json["tasks"] != done.json["tasks"]
+    shown = cli("eval", planted_bundle.bundle, *options, "--chat-template", "--columns", "engine")
+    assert "tiny_pick (acc, n=10, chat template)" in shown.out
 
 
 def test_lm_evals_own_command_line_runs_a_bundle(planted_bundle: Any, tmp_path: Path, python: Any) -> None:

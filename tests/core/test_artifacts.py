@@ -125,13 +125,14 @@ def test_a_scales_file_with_an_unknown_key_is_refused(scales: ActivationScales, 
 
 def test_a_smoothing_comes_back_and_any_reader_finds_its_factors(tmp_path: Path) -> None:
     factors = {Site("layers.1.mlp.down"): np.array([2, 0.5], np.float32), Site("layers.0.attn.qkv"): np.ones(3, "f4")}
-    smoothing = Smoothing(factors, 0.5, "m")
+    smoothing = Smoothing(factors, 0.5, "m", {Site("layers.1.mlp.down"): 2, Site("layers.0.mlp.down"): 2})
     for name in "ab":
         write_smoothing(smoothing, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert load_file(tmp_path / "a")["layers.1.mlp.down"].tolist() == [2, 0.5]
     again = read_smoothing(tmp_path / "a")
     assert (again.digest, again.alpha, again.model_digest) == (smoothing.digest, 0.5, "m")
+    assert again.rotations == smoothing.rotations
     whole = (tmp_path / "a").read_bytes()
     for length in (0, 8, len(whole) - 1):
         (tmp_path / "a").write_bytes(whole[:length])
@@ -148,6 +149,14 @@ def test_a_smoothing_has_another_digest_where_a_factor_site_or_model_is_another(
         Smoothing({site: np.array([1, 1, 2], np.float32)}, 0.5, "m"),
         Smoothing({Site("layers.1.attn.qkv"): np.ones(3, np.float32)}, 0.5, "m"),
         Smoothing({site: np.ones(3, np.float32)}, 0.5, "n"),
+        *(Smoothing({site: np.ones(3, np.float32)}, 0.5, "m", {site: block}) for block in (2, 4)),
+        Smoothing({}, None, "m", {site: 2}),
     ]
-    assert len({base.digest, *(other.digest for other in others)}) == 4
+    assert len({base.digest, *(other.digest for other in others)}) == 7
     assert Smoothing({}, 0.5, "m").digest == ""
+
+
+@pytest.mark.parametrize("block", [0, 1, 3, 48, -2])
+def test_a_rotation_that_is_no_power_of_two_is_refused(block: int) -> None:
+    with pytest.raises(UntrustedArtifact, match="power of two"):
+        Smoothing({}, None, "m", {Site("layers.0.mlp.down"): block})

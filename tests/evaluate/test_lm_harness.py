@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.scorer import Scorer
 from cushion_deploy.evaluate.zeroshot import TaskSuite, run_tasks
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.session import TorchSession
+from cushion_deploy.runtime.chat import ChatTemplate
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -38,15 +41,16 @@ def theirs(tiny_model: TorchRunner) -> Any:
     return HFLM(pretrained=tiny_model.module, tokenizer=tiny_model.tokenizer, batch_size=1, device="cpu")
 
 
-def run(lm: Any, suite: TaskSuite, limit: int | None = None) -> Any:
+def run(lm: Any, suite: TaskSuite, limit: int | None = None, chat: bool = False) -> Any:
     from lm_eval.evaluator import evaluate
 
-    return evaluate(lm=lm, task_dict=suite.load(), limit=limit, bootstrap_iters=100, log_samples=True)
+    options = {"bootstrap_iters": 100, "log_samples": True, "apply_chat_template": chat}
+    return evaluate(lm=lm, task_dict=suite.load(), limit=limit, **options)
 
 
-def compare(ours: Any, theirs: Any, suite: TaskSuite, limit: int | None = None) -> None:
+def compare(ours: Any, theirs: Any, suite: TaskSuite, limit: int | None = None, chat: bool = False) -> None:
     """Check log likelihoods, greediness and every metric of every row."""
-    found, wanted = run(ours, suite, limit), run(theirs, suite, limit)
+    found, wanted = run(ours, suite, limit, chat), run(theirs, suite, limit, chat)
     assert list(found["samples"]) == list(wanted["samples"])
     for name, rows in wanted["samples"].items():
         rows_found = found["samples"][name]
@@ -63,6 +67,22 @@ def compare(ours: Any, theirs: Any, suite: TaskSuite, limit: int | None = None) 
 
 def test_rows_score_as_under_lm_evals_own_model(ours: Any, theirs: Any, tiny_tasks: tuple[Path, Path]) -> None:
     compare(ours, theirs, TaskSuite([str(tiny_tasks[0])], tiny_tasks[1]))
+
+
+def test_chats_score_as_under_lm_evals_own_model(ours: Any, theirs: Any, tiny_tasks: tuple[Path, Path]) -> None:
+    tokenizer = theirs.tokenizer
+    ours.encoding = replace(
+        ours.encoding, chat_template=ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens_map)
+    )
+    suite = TaskSuite([str(tiny_tasks[0])], tiny_tasks[1])
+    compare(ours, theirs, suite, chat=True)
+    plain, chat = (run_tasks(ours, suite, chat=asked)[1].metrics["perplexity"].value for asked in (False, True))
+    assert plain != pytest.approx(chat, rel=1e-3)
+
+
+def test_a_model_without_a_template_cannot_chat(ours: Any, tiny_tasks: tuple[Path, Path]) -> None:
+    with pytest.raises(UsageError, match="no chat template"):
+        run_tasks(ours, TaskSuite([str(tiny_tasks[0])], tiny_tasks[1]), chat=True)
 
 
 def test_the_seven_tasks_score_as_under_lm_evals_own_model(

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.core.progress import silent
+from cushion_deploy.evaluate.chat import ChatPrompts
 from cushion_deploy.modeling import sample
 from cushion_deploy.modeling.teacher import Teacher
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.stages.chat import ChatWindows
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
 from cushion_deploy.store import StageStore
@@ -36,6 +39,14 @@ def test_the_original_model_is_asked_behind_its_bos(
     teacher = Teacher(model)
     teacher.remember(IDS)
     torch.testing.assert_close(teacher.log_probabilities(IDS), expected(oracle(variant), before), atol=1e-4, rtol=1e-4)
+
+
+def test_at_the_begin_of_a_chat_it_is_there_once(load_variant: Any, oracle: Any) -> None:
+    model = load_variant("gemma2")
+    chat = ChatWindows.of(Teacher(model), ChatPrompts(IDS, (BOS,)), silent)
+    p, q = expected(oracle("gemma2"), (BOS,)), expected(oracle("gemma2"), (BOS, 7))
+    found = chat.compare(model, model.compute_prefix((BOS, 7)), silent, "")
+    np.testing.assert_allclose(found.divergences, (p.exp() * (p - q)).sum(-1).numpy(), rtol=5e-3, atol=1e-5)
 
 
 def test_text_is_drawn_behind_it(load_variant: Any, monkeypatch: pytest.MonkeyPatch) -> None:

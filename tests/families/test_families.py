@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from cushion_deploy.calib.smooth import choose_rotations
 from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.core.sites import HEAD_SITE
+from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import FAMILIES, family_for_model_type, get_family
 from cushion_deploy.families.folding import absorbers
+from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
 
 LoadVariant = Callable[[str], TorchRunner]
@@ -78,6 +80,39 @@ def test_folding_a_smoothing_changes_no_output(variant: str, load_variant: LoadV
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     for site in wanted:
         assert not torch.equal(next(folded.weights_of(site)), next(model.weights_of(site)))
+
+
+def test_rotations_change_no_output_and_turn_the_inputs_of_their_sites(variant: str, load_variant: LoadVariant) -> None:
+    model, none = load_variant(variant), Prefix.empty(load_variant(variant).spec)
+    rotations = choose_rotations(model, {"mlp.down": 16, "attn.out": 8})
+    assert len(rotations) == 2 * model.spec.num_layers
+    folded = model.folded(Smoothing({}, None, model.spec.weights_digest, rotations))
+    ids = np.random.default_rng(0).integers(3, 300, (1, 24))
+    before, after = site_inputs(model, ids), site_inputs(folded, ids)
+    for site, x in before.items():
+        block = rotations.get(site, 1)
+        matrix = kronecker_power(block)
+        expected = (x.reshape(-1, x.shape[-1] // block, block) @ matrix).reshape(x.shape)
+        np.testing.assert_allclose(after[site], expected, atol=1e-4 * np.abs(expected).max(), err_msg=site)
+    expected = model.logits(ids, none)
+    np.testing.assert_allclose(folded.logits(ids, none), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_array_equal(model.logits(ids, none), expected)
+
+
+def site_inputs(model: TorchRunner, ids: np.ndarray) -> dict[Site, np.ndarray]:
+    """Return what enters every Site, ``[length, features]``."""
+    found: dict[Site, np.ndarray] = {}
+    with observed(model, lambda site, x: found.__setitem__(site, x[0].numpy())):
+        model.logits(ids, Prefix.empty(model.spec))
+    return found
+
+
+def kronecker_power(order: int) -> np.ndarray:
+    """Return the Hadamard matrix of Sylvester's construction, divided by its norm."""
+    found = np.ones((1, 1))
+    while len(found) < order:
+        found = np.kron(np.array([[1, 1], [1, -1]]), found)
+    return found / np.sqrt(order)
 
 
 def test_a_family_is_found_by_name_and_by_every_model_type() -> None:

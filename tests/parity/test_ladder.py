@@ -165,7 +165,7 @@ def test_the_decode_rung_sees_a_broken_cache(kind: type[OnnxRuntimeSession], dep
 def test_the_engine_rung_holds_and_tells_the_perplexity(deployed) -> None:
     session = open_session(deployed.graph)
     seen: list[tuple[int, int]] = []
-    checks, perplexity = engine_rung(
+    checks, score = engine_rung(
         "engine", deployed.reference, session, lambda task, done, total: seen.append((done, total))
     )
     assert passed(checks) == [True]
@@ -177,7 +177,8 @@ def test_the_engine_rung_holds_and_tells_the_perplexity(deployed) -> None:
         losses.append(
             torch.nn.functional.cross_entropy(torch.tensor(logits[0, :-1]), torch.tensor(window[1:]), reduction="mean")
         )
-    assert perplexity == pytest.approx(math.exp(float(torch.stack(losses).mean())), rel=1e-4)
+    assert score.perplexity == pytest.approx(math.exp(float(torch.stack(losses).mean())), rel=1e-4)
+    assert score.losses.shape == (4, len(deployed.reference.windows[0]) - 1)
     assert "on 252 tokens" in checks[0].note
     assert "of 32 tokens" in checks[0].note
 

@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
         "audit_tokens": 16,
         "batch_positions": 2048,
     },
-    "smoothing": {"alpha": 0.5, "limit": 1.5},
+    "smoothing": {"alpha": 0.5, "limit": 1.5, "rotate_down": 512, "rotate_out": 64},
     "tuning": {
         "enabled": False,
         "loss": "distill",
@@ -166,7 +166,7 @@ BAD = {
     "compute: {memory: -1}": ("compute.memory is -1", "greater than or equal to 0"),
     "engines: onnxruntime": ("engines is 'onnxruntime'", "a list of strings"),
     "engines: [1]": ("engines.0 is 1", "valid string"),
-    "evaluation: {max_tokens: 100, window: 512}": ("max_tokens 100 is less than one window of 512", "--print-config"),
+    "evaluation: {window: 512, max_tokens: 100}": ("max_tokens 100 is less than one window of 512", "--print-config"),
     "1: 2": ("1 is 1", "a string as key"),
     "- a": ("contains a list", "--print-config"),
     "just words": ("contains a str", "--print-config"),

@@ -7,13 +7,13 @@ import pytest
 from cushion_deploy.report.document import Report
 from cushion_deploy.report.page import report_page
 from cushion_deploy.report.render.html import render_html
+from cushion_deploy.report.scores import chat_rows, engine_perplexity_sentence, perplexity_rows
 from cushion_deploy.report.statements import (
     cache_sentence,
     engines_sentence,
     fused_attention_sentence,
     not_run_reason,
     parity_sentence,
-    perplexity_rows,
     prefix_sentence,
     tuning_sentence,
     verdict,
@@ -93,10 +93,88 @@ def test_the_four_columns_carry_both_deltas(report: Report) -> None:
     assert report.perplexity is not None
     assert perplexity_rows(report.perplexity) == [
         ("perplexity", ["29.60", "28.90", "63.23", "31.60"]),
+        ("standard error", ["± 0.50", "± 0.49", "± 1.25", "± 0.52"]),
         ("vs. FP", ["", "−2.4 %", "+114 %", "+6.8 %"]),
         ("vs. FP + prefix", ["+2.4 %", "", "+119 %", "+9.3 %"]),
         ("KL from FP, nats/token", ["0.0000", "0.0310", "0.9200", "0.0680"]),
+        ("standard error", ["± 0.0000", "± 0.0020", "± 0.0300", "± 0.0041"]),
+        ("KL from position 16 on", ["0.0000", "0.0107", "0.9500", "0.0512"]),
+        ("standard error", ["± 0.0000", "± 0.0010", "± 0.0310", "± 0.0030"]),
     ]
+    assert engine_perplexity_sentence(report.perplexity).startswith(
+        "The compiled engine measures 31.62 ± 0.53, +0.06 %"
+    )
+
+
+def test_terminal_and_page_show_the_later_divergence_and_the_noise(report: Report) -> None:
+    page = render_html(report_page(report, {}))
+    for text in ("KL from position 16 on", "0.0512", "± 0.0030", "± 0.52"):
+        assert text in page
+        assert text in "\n".join(summary_lines(report))
+    assert "treat tokens as independent" in page
+
+
+def test_the_begin_of_a_chat_has_rows_of_its_own(report: Report) -> None:
+    assert chat_rows(report.chat) == [
+        ("KL, begin of a chat", ["0.0000", "0.0210", "0.5000", "0.0440"]),
+        ("standard error", ["± 0.0000", "± 0.0030", "± 0.0200", "± 0.0055"]),
+        ("  from position 16 on", ["0.0000", "0.0099", "0.4000", "0.0330"]),
+        ("standard error", ["± 0.0000", "± 0.0011", "± 0.0200", "± 0.0044"]),
+    ]
+    page = render_html(report_page(report, {}))
+    for text in ("KL, begin of a chat", "± 0.0055", "0.0330"):
+        assert text in page
+        assert text in "\n".join(summary_lines(report))
+    assert "measured on 16 prompts of 63 tokens" in page
+
+
+def test_why_no_chat_was_measured_is_said(data: dict[str, Any]) -> None:
+    data["chat"] = {"prompts": 0, "tokens": 0, "missing": "the model has no chat template"}
+    report = Report.model_validate(data)
+    assert chat_rows(report.chat) == []
+    for text in (render_html(report_page(report, {})), " ".join(" ".join(summary_lines(report)).split())):
+        assert "The begin of a chat was not measured: the model has no chat template." in text
+    data["chat"] = None
+    assert "begin of a chat" not in render_html(report_page(Report.model_validate(data), {}))
+
+
+def test_a_part_of_a_text_is_said_beside_every_result(data: dict[str, Any]) -> None:
+    whole = Report.model_validate(data)
+    # 128 windows of 512 are 65,536 tokens, and the 364 that remain are no window.
+    assert "first" not in verdict(whole).sentence
+    text = " ".join(" ".join(summary_lines(whole)).split())
+    assert "text WikiText-2 validation (head): all 65,900 tokens, in windows of 512" in text
+    data["perplexity"]["text_tokens"] = 70_001
+    part = Report.model_validate(data)
+    assert verdict(part).sentence.endswith("it would be +114 % (first 65,536 of 70,001 tokens).")
+    text = "WikiText-2 validation (head): first 65,536 of 70,001 tokens, in windows of 512"
+    assert text in " ".join(" ".join(summary_lines(part)).split())
+    assert f"Measured on {text}; calibration did not use this text." in render_html(report_page(part, {}))
+    data["perplexity"]["quantized"] = None
+    assert "(first 65,536 of 70,001 tokens); without the prefix" in verdict(Report.model_validate(data)).sentence
+    data["search"] = None
+    assert "(first 65,536 of 70,001 tokens); it was built" in verdict(Report.model_validate(data)).sentence
+
+
+def test_windows_too_short_for_a_later_divergence_are_said(data: dict[str, Any]) -> None:
+    empty = dict.fromkeys(("fp", "fp_prefix", "quantized", "quantized_prefix"))
+    data["perplexity"] |= {"window": 17, "kl_after_16": empty, "kl_after_16_stderr": empty}
+    report = Report.model_validate(data)
+    assert report.perplexity is not None
+    assert "KL from position 16 on" not in dict(perplexity_rows(report.perplexity))
+    for text in (render_html(report_page(report, {})), " ".join(" ".join(summary_lines(report)).split())):
+        assert "windows of 17 tokens have no prediction there; set evaluation.window to at least 18" in text
+
+
+def test_a_report_of_an_earlier_version_is_read_and_shown(data: dict[str, Any]) -> None:
+    data["chat"] = None
+    new = ("text_tokens", "stderr", "engine_stderr", "divergence_stderr", "kl_after_16", "kl_after_16_stderr")
+    data["perplexity"] = {name: value for name, value in data["perplexity"].items() if name not in new}
+    report = Report.model_validate(data)
+    assert report.perplexity is not None
+    assert [name for name, _ in perplexity_rows(report.perplexity)][-1] == "KL from FP, nats/token"
+    assert "±" not in "".join(summary_lines(report))
+    assert "no prediction" not in render_html(report_page(report, {}))
 
 
 def test_the_first_diverging_site_is_named(data: dict[str, Any]) -> None:
@@ -141,6 +219,7 @@ def _with_cache(data: dict[str, Any], **changes: Any) -> Report:
         "bytes_a_token": 11520,
         "float32_bytes_a_token": 46080,
         "float_perplexity": 31.2,
+        "float_stderr": 0.48,
         **changes,
     }
     return Report.model_validate({**data, "kv_cache": cache})
@@ -150,8 +229,8 @@ def test_an_int8_cache_states_its_cost_and_its_size(data: dict[str, Any]) -> Non
     assert cache_sentence(Report.model_validate(data)) == ""
     # 31.6 / 31.2 = 1.01282
     assert cache_sentence(_with_cache(data)) == (
-        "INT8, one scale per head, the prefix in floating point: perplexity 31.20 with a floating-point cache, "
-        "31.60 with this one (+1.3 %); 11.5 kB per token, compared with 46.1 kB in float32."
+        "INT8, one scale per head, the prefix in floating point: perplexity 31.20 ± 0.48 with a floating-point cache, "
+        "31.60 ± 0.52 with this one (+1.3 %); 11.5 kB per token, compared with 46.1 kB in float32."
     )
     other = cache_sentence(_with_cache(data, scales="per-tensor", with_prefix=True, float_perplexity=None))
     assert other.startswith("INT8, one scale per tensor, the prefix quantized too: perplexity — with")

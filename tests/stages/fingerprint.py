@@ -34,7 +34,7 @@ IGNORED = (
     "cushion_deploy.store",
 )
 """What decides no artifact: how work is kept, reported and read back."""
-SHARED = ("cushion_deploy.stages.observation", "cushion_deploy.stages.windows")
+SHARED = tuple(f"cushion_deploy.stages.{name}" for name in ("chat", "observation", "scores", "windows"))
 """Modules beside the stages that compute. Another stage is an input: its digest identifies what it computes."""
 
 

@@ -134,6 +134,20 @@ def test_a_tuned_build_with_float_sites_holds_the_ladder(one_run: MakeRun, tmp_p
     assert report.perplexity is not None
     assert report.perplexity.divergence is not None
     assert report.perplexity.divergence.fp == pytest.approx(0, abs=1e-5)
+    later, errors = report.perplexity.kl_after_16, report.perplexity.kl_after_16_stderr
+    assert later is not None
+    assert errors is not None
+    assert later.fp == pytest.approx(0, abs=1e-5)
+    assert None not in (later.fp_prefix, later.quantized, later.quantized_prefix)
+    assert 0 < (errors.quantized or 0) < (later.quantized or 0)
+    assert report.chat is not None
+    assert (report.chat.missing, report.chat.prompts) == ("", 1)
+    assert report.chat.divergence is not None
+    assert report.chat.divergence.fp == pytest.approx(0, abs=1e-5)
+    assert (report.chat.divergence.quantized or 0) > 0
+    assert report.perplexity.engine_stderr is not None
+    assert report.perplexity.stderr is not None
+    assert report.perplexity.engine_stderr == pytest.approx(report.perplexity.stderr.quantized_prefix, rel=0.1)
 
 
 def test_a_bundle_tells_what_it_deploys_and_foreign_smoothing_is_refused(one_run: MakeRun, tmp_path: Path) -> None:

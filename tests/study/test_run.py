@@ -62,6 +62,10 @@ def test_every_part_is_there_and_what_is_missing_has_its_reason(whole: Whole) ->
     assert study.prefix.token_ids
     assert [text.name for text in study.texts] == ["first.txt", "second.txt"]
     assert [(text.window, text.tokens) for text in study.texts] == [(WINDOW, WINDOWS * (WINDOW - 1))] * 2
+    tokenizer = whole.cells.run.get(whole.cells.pipeline.model).tokenizer
+    texts = [Path(str(text)).read_text() for text in whole.cells.texts]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert [text.text_tokens for text in study.texts] == lengths
 
 
 def test_float_perplexity_and_divergence_are_those_of_transformers(whole: Whole, oracle: Oracle) -> None:
@@ -75,6 +79,9 @@ def test_float_perplexity_and_divergence_are_those_of_transformers(whole: Whole,
     found = whole.study.fp_prefix[0]
     assert found.perplexity == pytest.approx(np.exp(loss.mean()), rel=1e-4)
     assert found.divergence == pytest.approx(np.mean(apart), rel=1e-3)
+    later = np.stack(apart)[:, 16:]
+    assert found.kl_after_16 == pytest.approx(later.mean(), rel=1e-3)
+    assert found.kl_after_16_stderr == pytest.approx(later.std(ddof=1) / np.sqrt(later.size), rel=1e-3)
     assert found.stderr == pytest.approx(np.exp(loss.mean()) * loss.std(ddof=1) / np.sqrt(loss.size), rel=1e-3)
 
 

@@ -22,7 +22,13 @@ quiet = settings(max_examples=40, suppress_health_check=[HealthCheck.function_sc
 
 
 def score(perplexity: float | None, divergence: float | None = 0.1, text: str = "wiki") -> dict[str, Any]:
-    return {"text": text, "perplexity": perplexity, "stderr": 0.5, "divergence": divergence}
+    return {
+        "text": text,
+        "perplexity": perplexity,
+        "stderr": 0.5,
+        "divergence": divergence,
+        "divergence_stderr": 0.01,
+    }
 
 
 def pair(label: str, without: float | None, behind: float | None, **more: Any) -> dict[str, Any]:
@@ -46,8 +52,30 @@ def numbers(text: str) -> list[float]:
 def test_a_row_of_table_1_is_perplexity_and_its_distance_from_both_references(by_hand: ByHand) -> None:
     study = by_hand(table1=[pair("static", 30.0, 22.0)])
     (table,) = tables(study, "table1")
-    assert table.rows[0] == ("FP", "20.00", "", "0.0000", "19.00", "", "−5.0 %", "0.1000")
-    assert table.rows[1] == ("static", "30.00", "+50.0 %", "0.1000", "22.00", "+15.8 %", "+10.0 %", "0.1000")
+    fp = ("20.00 ± 0.50", "", "0.0000"), ("19.00 ± 0.50", "", "−5.0 %", "0.1000")
+    static = ("30.00 ± 0.50", "+50.0 %"), ("22.00 ± 0.50", "+15.8 %", "+10.0 %")
+    assert table.rows[0] == ("FP", *fp[0], *fp[1])
+    assert table.rows[1] == ("static", *static[0], "0.1000 ± 0.0100", *static[1], "0.1000 ± 0.0100")
+    assert "position 16" not in " ".join(introduction(study))
+    later = {"kl_after_16": 0.05, "kl_after_16_stderr": 0.002}
+    study = by_hand(table1=[pair("static", 30.0, 22.0) | {"with": [score(22.0) | later]}])
+    (table,) = tables(study, "table1")
+    assert [i for i, name in enumerate(table.head) if name == "KL from position 16"] == [8]
+    assert [row[8] for row in table.rows] == ["—", "0.0500 ± 0.0020"]
+
+
+def test_the_divergence_from_position_16_on_decides_what_is_closest(by_hand: ByHand) -> None:
+    later = {"ranges: mse": (0.1, 0.08), "+ smoothing": (0.09, 0.07), "+ tuned scales": (0.11, 0.02)}
+    rows = [step(name, 22.0, divergence=whole) for name, (whole, _) in later.items()]
+    for row, (_, value) in zip(rows, later.values(), strict=True):
+        row["scores"][0] |= {"kl_after_16": value, "kl_after_16_stderr": 0.003}
+    study = by_hand(remedies=rows)
+    said = sentences(study, "remedies")[-1]
+    assert "'+ tuned scales' is closest to the original model: 0.1100 ± 0.0100 nats per token, 0.0200 ± 0.0030" in said
+    assert "The largest single step is '+ tuned scales', which lowers the divergence by 0.0500 nats" in said
+    (table,) = tables(study, "remedies")
+    assert table.head[-2:] == ("KL", "KL from position 16")
+    assert table.rows[-1][-2:] == ("0.1100 ± 0.0100", "0.0200 ± 0.0030")
 
 
 def test_a_row_with_its_own_prefix_is_compared_with_fp_behind_that_one(by_hand: ByHand) -> None:
@@ -97,6 +125,21 @@ def test_a_prefix_that_makes_perplexity_finite_is_a_gain(by_hand: ByHand) -> Non
     assert "lowers perplexity in 1 of 2 schemes" in " ".join(sentences(study, "table1"))
 
 
+def test_a_part_of_a_text_is_said_beside_every_result(by_hand: ByHand) -> None:
+    part = {"name": "wiki", "window": 64, "tokens": 1260, "text_tokens": 5000}
+    rows = {"table1": [pair("static", 40.0, 22.0, deployable=True)], "remedies": [step("ranges: max", 25.0)]}
+    study = by_hand(texts=[part], **rows)
+    # 20 windows of 64 tokens, 63 of each scored.
+    words = "wiki (first 1,280 of 5,000 tokens)"
+    captions = [table.caption for name in rows for table in tables(study, name)]
+    for text in (headline(study), *captions, " ".join(introduction(study)), *sentences(study, "remedies")[1:]):
+        assert words in text
+    assert f"On {words}, static is worst" in " ".join(sentences(study, "table1"))
+    whole = by_hand(texts=[part | {"text_tokens": 1300}], **rows)
+    assert "first" not in headline(whole)
+    assert "wiki (all 1,300 tokens) in windows of 64" in " ".join(introduction(whole))
+
+
 def test_the_headline_is_the_deployable_row_against_fp(by_hand: ByHand) -> None:
     study = by_hand(table1=[pair("static", 99.0, 98.0), pair("ours", 40.0, 20.6, deployable=True)])
     assert headline(study).startswith("small in static W8A8 is +3.0 % over FP perplexity on wiki with the prefix")
@@ -130,7 +173,7 @@ def test_remedies_name_the_closest_to_the_original_and_the_largest_single_step(b
     ]
     said = sentences(by_hand(remedies=rows), "remedies")[-1]
     assert "'+ tuned scales' is closest" in said
-    assert "at perplexity 22.00, +10.0 % over FP and +10.0 % over FP with the same prefix" in said
+    assert "at perplexity 22.00 ± 0.50, +10.0 % over FP and +10.0 % over FP with the same prefix" in said
     assert "The largest single step is '+ tuned scales', which lowers the divergence by 0.0700 nats" in said
     (table,) = tables(by_hand(remedies=rows), "remedies")
     assert table.strong == {4}

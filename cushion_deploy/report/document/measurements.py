@@ -8,9 +8,12 @@ from pydantic import Field
 
 from cushion_deploy.report.document.base import Count, NonNegativeFloat, PositiveFloat, StrictModel
 
+LATER_WINDOW = 18
+"""Tokens of the shortest window with a prediction from position 16 on."""
 
-class Divergence(StrictModel):
-    """Mean KL divergence from the original model in nats per token, one value per column; null if not finite."""
+
+class Columns(StrictModel):
+    """One value for each of the four columns; null if it is not finite or was not measured."""
 
     fp: NonNegativeFloat | None
     fp_prefix: NonNegativeFloat | None
@@ -24,20 +27,54 @@ class Perplexity(StrictModel):
     Attributes:
         window: tokens per non-overlapping window.
         tokens: total number of scored tokens.
+        text_tokens: number of tokens of the whole text; null if an earlier version wrote the report.
         fp, fp_prefix, quantized, quantized_prefix: the four columns, with simulated quantization.
+        stderr: standard error of each perplexity; like every standard error here, it treats tokens as independent.
         engine: the compiled engine, with the prefix if there is one.
-        divergence: distance of each column from the original model, on the same text.
+        engine_stderr: the standard error of its perplexity.
+        divergence: mean KL divergence of each column from the original model in nats per token, on the same text.
+        divergence_stderr: its standard error.
+        kl_after_16: the same mean without the predictions that are made at the positions 0 to 15 of a window, where
+            the original model has its attention sink; tokens of a prefix have no position. Null if the windows are
+            shorter than 18 tokens.
+        kl_after_16_stderr: its standard error.
     """
 
     corpus: str
     window: Count
     tokens: Count
+    text_tokens: Count | None = None
     fp: PositiveFloat | None
     fp_prefix: PositiveFloat | None
     quantized: PositiveFloat | None
     quantized_prefix: PositiveFloat | None
+    stderr: Columns | None = None
     engine: PositiveFloat | None = None
-    divergence: Divergence | None = None
+    engine_stderr: NonNegativeFloat | None = None
+    divergence: Columns | None = None
+    divergence_stderr: Columns | None = None
+    kl_after_16: Columns | None = None
+    kl_after_16_stderr: Columns | None = None
+
+
+class Chat(StrictModel):
+    """Divergence from the original model at the begin of a chat.
+
+    Attributes:
+        prompts, tokens: number and length of the prompts: the model's chat template and the begin of a user's message.
+        divergence, kl_after_16: as in ``perplexity``. The original model has the beginning-of-sequence token of its
+            template before the prompt, a model with a prefix has the prefix instead.
+        divergence_stderr, kl_after_16_stderr: standard errors of the mean over prompts.
+        missing: why there is no divergence; empty if there is.
+    """
+
+    prompts: Count
+    tokens: Count
+    divergence: Columns | None = None
+    divergence_stderr: Columns | None = None
+    kl_after_16: Columns | None = None
+    kl_after_16_stderr: Columns | None = None
+    missing: str = ""
 
 
 class LayerMagnitude(StrictModel):
@@ -90,7 +127,8 @@ class KvCache(StrictModel):
         scales: granularity of the scales.
         with_prefix: whether the prefix is stored in the cache and quantized as well.
         bytes_a_token, float32_bytes_a_token: size of the keys and values of all layers for one token.
-        float_perplexity, float_divergence: the same quantized model with a floating-point cache, on the same text.
+        float_perplexity, float_divergence, float_kl_after_16: the same quantized model with a floating-point cache, on
+            the same text; each with its standard error.
     """
 
     scales: Literal["per-head", "per-tensor"]
@@ -98,4 +136,8 @@ class KvCache(StrictModel):
     bytes_a_token: Count
     float32_bytes_a_token: Count
     float_perplexity: PositiveFloat | None
+    float_stderr: NonNegativeFloat | None = None
     float_divergence: NonNegativeFloat | None = None
+    float_divergence_stderr: NonNegativeFloat | None = None
+    float_kl_after_16: NonNegativeFloat | None = None
+    float_kl_after_16_stderr: NonNegativeFloat | None = None

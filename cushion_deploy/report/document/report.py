@@ -9,7 +9,7 @@ from pydantic import AwareDatetime, Field
 
 from cushion_deploy.report.document.base import FreeForm, StrictModel, read_document
 from cushion_deploy.report.document.build import Engine, Environment, Export, Model, ParityRow, Stage, Tool
-from cushion_deploy.report.document.measurements import Calibration, KvCache, Magnitudes, Perplexity
+from cushion_deploy.report.document.measurements import Calibration, Chat, KvCache, Magnitudes, Perplexity
 from cushion_deploy.report.document.prefix import Search, Tuning
 
 REPORT_JSON = "report.json"
@@ -25,6 +25,7 @@ class Report(StrictModel):
     recipe: FreeForm = Field(default_factory=dict)
     precision: str
     perplexity: Perplexity | None = None
+    chat: Chat | None = None
     search: Search | None = None
     tuning: Tuning | None = None
     magnitudes: Magnitudes | None = None

@@ -50,6 +50,34 @@ def perplexity(value: float | None) -> str:
     return NONE if value is None else f"{value:,.2f}"
 
 
+def with_error(value: float | None, stderr: float | None, digits: int = 2) -> str:
+    """Return a value with its standard error, ``17.32 ± 0.71``; None gives ``—``, an unknown error is left out."""
+    if value is None:
+        return NONE
+    return f"{value:,.{digits}f}" + ("" if stderr is None else f" ± {stderr:,.{digits}f}")
+
+
+def excerpt(scored: int, window: int, text_tokens: int | None) -> str:
+    """Return ``first 4,096 of 68,011 tokens`` if not all windows of a text were scored, otherwise an empty string.
+
+    Args:
+        scored: number of scored tokens, one fewer than ``window`` in every window.
+        window: tokens per window.
+        text_tokens: tokens of the whole text; None if they are not known.
+    """
+    read = scored // max(window - 1, 1) * window
+    if text_tokens is None or text_tokens - read < window:
+        return ""
+    return f"first {read:,} of {text_tokens:,} tokens"
+
+
+def extent(scored: int, window: int, text_tokens: int | None) -> str:
+    """Return how much of a text was scored: :func:`excerpt`, ``all 341,469 tokens``, or the number of scored tokens."""
+    if text_tokens is None:
+        return plural(scored, "token")
+    return excerpt(scored, window, text_tokens) or f"all {plural(text_tokens, 'token')}"
+
+
 def value_and_limit(value: float | None, limit: float) -> tuple[str, str]:
     """Return both numbers with enough digits to tell them apart when they differ."""
     for digits in (6, 9, 17):
