@@ -15,6 +15,7 @@ from cushion_deploy.core.fakequant import asymmetric_range, symmetric_scale
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.rotation import hadamard, kronecker_factors, rotate
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
@@ -117,6 +118,39 @@ def observe_sites(
         )
     found = {site: observer.histograms.get(site, MagnitudeHistogram()) for site in model.sites}
     return {site: merge_histogram(model, histogram) for site, histogram in found.items()}
+
+
+@torch.inference_mode()
+def observe_rotated(
+    model: TorchRunner,
+    prefix: Prefix,
+    ids: IntArray,
+    mask: IntArray,
+    rotations: Mapping[Site, int],
+    *,
+    batch_size: int = 4,
+    progress: Progress = silent,
+) -> tuple[dict[Site, MagnitudeHistogram], dict[Site, MagnitudeHistogram]]:
+    """Return the histogram of every Site as it is, and as it would be with rotations, from one pass.
+
+    Args:
+        model: the model, without these rotations.
+        prefix, ids, mask, batch_size, progress: see :func:`observe_sites`.
+        rotations: Site to the block size of its rotation.
+    """
+    orders = {order for block in rotations.values() for order in kronecker_factors(block)}
+    matrices = {order: model.tensor(hadamard(order)).to(model.dtype) for order in orders}
+    rotated = SiteObserver()
+
+    def rotate_and_count(site: Site, x: Tensor) -> None:
+        given = model.current.mask
+        rotated.mask = None if given is None else given.bool()
+        rotated(site, rotate(x, rotations[site], matrices.__getitem__))
+
+    with observed(model, rotate_and_count, {site: model.sites[site] for site in rotations}):
+        found = observe_sites(model, prefix, ids, mask, batch_size=batch_size, progress=progress)
+    own = {site: rotated.histograms.get(site, MagnitudeHistogram()) for site in rotations}
+    return found, {**found, **{site: merge_histogram(model, histogram) for site, histogram in own.items()}}
 
 
 def choose_scales(

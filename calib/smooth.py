@@ -12,6 +12,7 @@ can flatten. A rotation spreads each over a block of channels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -38,6 +39,27 @@ QUIET = 0.02
 behind a ReLU that did not fire, would otherwise be scaled up to the others, and clipped when it does fire."""
 
 
+@dataclass
+class ChannelMaxima:
+    """The largest magnitude of each input channel of every Site, over the text tokens of all passes so far."""
+
+    model: TorchRunner
+    found: dict[Site, Tensor] = field(default_factory=dict)
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        """Add one batch ``[batch, length, features]``; padding does not count."""
+        text = self.model.current.mask
+        largest = (x.flatten(0, 1) if text is None else x[text.bool()]).abs().amax(dim=0).float()
+        self.found[site] = torch.maximum(self.found[site], largest) if site in self.found else largest
+
+    def of_all_processes(self) -> dict[Site, FloatArray]:
+        """Return Site to float32 ``[features]``; zeros for a Site that was not seen."""
+        found, model = self.found, self.model
+        nothing = {site: np.zeros(linears[0].in_features, dtype=np.float32) for site, linears in model.sites.items()}
+        own = {site: model.array(found[site]) if site in found else zeros for site, zeros in nothing.items()}
+        return {site: model.reduced(value, "max") for site, value in own.items()}
+
+
 @torch.inference_mode()
 def channel_maxima(
     model: TorchRunner, prefix: Prefix, ids: IntArray, mask: IntArray, *, batch: int = 4, progress: Progress = silent
@@ -54,19 +76,10 @@ def channel_maxima(
     Returns:
         Site to float32 ``[features]``.
     """
-    found: dict[Site, Tensor] = {}
-    batches = model.batches(ids, mask, batch)
-
-    def keep(site: Site, x: Tensor) -> None:
-        text = model.current.mask
-        largest = (x.flatten(0, 1) if text is None else x[text.bool()]).abs().amax(dim=0).float()
-        found[site] = torch.maximum(found[site], largest) if site in found else largest
-
-    with observed(model, keep):
+    batches, found = model.batches(ids, mask, batch), ChannelMaxima(model)
+    with observed(model, found):
         model.sweep(batches, model.past(prefix), progress=progress, task="measuring channels")
-    nothing = {site: np.zeros(linears[0].in_features, dtype=np.float32) for site, linears in model.sites.items()}
-    own = {site: model.array(found[site]) if site in found else zeros for site, zeros in nothing.items()}
-    return {site: model.reduced(value, "max") for site, value in own.items()}
+    return found.of_all_processes()
 
 
 def choose_rotations(model: TorchRunner, limits: Mapping[str, int]) -> dict[Site, int]:
@@ -138,8 +151,14 @@ def choose_smoothing(
         batch: windows per forward pass.
         progress: where to report the number of windows done.
     """
+    if config.alpha is None:
+        return smoothing_from(model, {}, config)
+    return smoothing_from(model, channel_maxima(model, prefix, ids, mask, batch=batch, progress=progress), config)
+
+
+def smoothing_from(model: TorchRunner, maxima: Mapping[Site, FloatArray], config: SmoothQuant) -> Smoothing:
+    """Return the smoothing that a recipe asks for, from channel maxima; without SmoothQuant they are not read."""
     rotations = choose_rotations(model, {"mlp.down": config.rotate_down, "attn.out": config.rotate_out})
     if config.alpha is None:
         return Smoothing({}, None, model.digest, rotations)
-    maxima = channel_maxima(model, prefix, ids, mask, batch=batch, progress=progress)
     return choose_factors(model, maxima, config.alpha, config.limit, rotations)

@@ -17,6 +17,7 @@ SHOWN = 5
 """Number of sinks and Sites to print."""
 
 if TYPE_CHECKING:
+    from cushion_deploy.verbs.damage import Damage
     from cushion_deploy.verbs.doctor import Diagnosis
 
 
@@ -82,15 +83,7 @@ def _lines(found: Diagnosis) -> list[str]:
             f"  Sites: {shown}" + (f" and {len(found.sites) - SHOWN} more" if len(found.sites) > SHOWN else "")
         )
     lines.append(_prefix_sentence(found))
-    cost, default = found.cost, found.default_cost
-    behind = f"prefix {''.join(found.likely_prefix)!r}" if found.likely_prefix else "no prefix"
-    lines += [
-        f"static W8A8 without a prefix or other remedies: perplexity {perplexity(cost.fp)} to "
-        f"{perplexity(cost.quantized)}, {percent(cost.change)} (rough: {cost.tokens:,} tokens)",
-        f"with {behind}{' and SmoothQuant' if found.smoothed else ''}, as a build would add them: perplexity "
-        f"{perplexity(default.quantized)}, {percent(default.change)} (as rough)",
-        "",
-    ]
+    lines += ["", *_damage_lines(found.damage), ""]
     needed = found.resources
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in needed.seconds.items())
     lines += [
@@ -107,6 +100,47 @@ def _lines(found: Diagnosis) -> list[str]:
     return lines
 
 
+def _damage_lines(found: Damage) -> list[str]:
+    plain, kinds = found.plain, found.kinds
+    rows = [("without remedies", plain, True), *((f"+ {step.remedy}", step.cost, step.built) for step in found.steps)]
+    last = max(number for number, (_, _, built) in enumerate(rows) if built)
+    lines = [
+        f"static W8A8, roughly ({plain.tokens:,} tokens; KL: divergence from the original model in nats per token):",
+        f"  {'':38}perplexity             KL  from position 16",
+        f"  {'original':38}{perplexity(plain.fp):>10}",
+    ]
+    for number, (name, cost, built) in enumerate(rows):
+        note = " (as a build makes it)" if number == last else "" if built else " (disabled)"
+        lines.append(
+            f"  {name + note:38}{perplexity(cost.quantized):>10} {percent(cost.change):>8} {cost.divergence:>7.3f} "
+            f"{cost.later:>17.3f}"
+        )
+    by_kind = ", ".join(f"{kind} {value:.3f}" for kind, value in kinds.kinds.items())
+    lines.append(f"KL with only one kind of Sites quantized: {by_kind}")
+    if kinds.worst:
+        worst = ", ".join(f"{site} ({100 * lost:.0f} %)" for site, lost in kinds.worst)
+        lines += [
+            f"  rounding takes most of a token's input at {worst}",
+            f"  KL with only {'this Site' if len(kinds.worst) == 1 else 'these Sites'} quantized: {kinds.together:.3f}",
+        ]
+    return [*lines, _verdict(found)]
+
+
+def _verdict(found: Damage) -> str:
+    where = next(iter(found.kinds.kinds))
+    if not found.plain.costly:
+        start = "static W8A8 stays close to the original model even without remedies"
+    else:
+        start = f"static W8A8 without remedies is far from the original model, mostly because of {where}"
+    changes = [
+        f"{step.remedy} {'removes' if removed > 0 else 'adds'} {abs(removed):.3f}"
+        + ("" if step.built else " (disabled)")
+        for step, removed in found.removed
+    ]
+    left = f"{found.built.distance:.3f} of {found.plain.distance:.3f} nats remain in a build"
+    return f"{start}: {', '.join([*changes, left])}"
+
+
 def _sink_sentence(found: Diagnosis) -> str:
     if not found.sinks:
         return "no attention sinks: no token is much larger than the others at the input of any linear"
@@ -121,4 +155,6 @@ def _prefix_sentence(found: Diagnosis) -> str:
         return f"a prefix pays: {left}, and a search finds better ones"
     if found.sinks:
         return f"no common token takes the sinks' place: {left}; the search may find one that does"
+    if found.damage.plain.costly:
+        return f"no sink is to blame for the damage below, and no prefix would repair it: {left}"
     return f"no prefix is needed: {left}"

@@ -49,6 +49,19 @@ class Teacher:
 
         self.model.sweep(batches, self.past, after=store, progress=progress, task="running the original model")
 
+    @torch.inference_mode()
+    def losses(self, windows: IntArray) -> FloatArray:
+        """Return the losses float32 ``[count, length - 1]`` of the original model on remembered windows."""
+        found = self.model.zeros(len(windows), windows.shape[1] - 1, dtype=torch.float32)
+        for number, tokens in enumerate(self.model.tensor(windows)):
+            # Another process remembers the others.
+            hidden = self.hidden.get(windows[number].tobytes(), found[:0])[:-1]
+            for start in range(0, len(hidden), PIECE):
+                part = slice(start, start + PIECE)
+                targets = tokens[1:][part, None]
+                found[number, part] = -self._of_hidden(hidden[part]).gather(-1, targets)[:, 0]
+        return self.model.array(self.model.reduce(found, "sum"))
+
     @torch.no_grad()
     def log_probabilities(self, ids: IntArray) -> Tensor:
         """Return log probabilities ``[batch, length - 1, vocab]`` of tokens 1.. of remembered windows ``ids``."""

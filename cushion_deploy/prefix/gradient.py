@@ -5,6 +5,7 @@ token v at once, the first-order change of the objective if v were there: (e_v -
 al., 2018; GCG: Zou et al., 2023). Like the self-sink screen it only filters; the exact objective decides.
 
 round() has no useful gradient, so the error of a Site is approximated by uniform rounding noise, n * scale^2 / 12.
+Fewer bits multiply that error by the same factor for every token, so the ranking has no bits.
 The scale is amax / qmax, whose gradient would depend on a single element, so amax is approximated by a p-norm over the
 text tokens, which is scale-free and spreads the gradient over all elements that are nearly as large.
 
@@ -45,9 +46,9 @@ class SmoothObjective:
     p-norm of the p-norms of all Sites. The first ``skip`` positions are not text and do not count.
     """
 
-    def __init__(self, objective: Objective, skip: int, bits: int = 8) -> None:
+    def __init__(self, objective: Objective, skip: int) -> None:
         """Begin without any Site."""
-        self.objective, self.skip, self.limit = objective, skip, qmax(bits)
+        self.objective, self.skip, self.limit = objective, skip, qmax(8)
         self.parts: list[Tensor] = []
 
     def __call__(self, site: Site, x: Tensor) -> None:

@@ -62,6 +62,7 @@ def score_candidates(
     candidates: Sequence[int],
     objective: Objective,
     *,
+    bits: int = 8,
     depth: int | None = None,
     batch_positions: int = 2048,
     progress: Progress = silent,
@@ -74,6 +75,7 @@ def score_candidates(
         text: int64 ``[n]``.
         candidates: token ids.
         objective: what to compute.
+        bits: bits of the codes that the error is measured for.
         depth: layers to run and to measure, from the first; None for all.
         batch_positions: positions per forward pass, which bounds memory.
         progress: where to report the number of candidates done.
@@ -82,7 +84,7 @@ def score_candidates(
     body = model.tensor(text)
     chosen = [model.tensor(list(candidates[start : start + rows])) for start in range(0, len(candidates), rows)]
     batches = [Batch(torch.cat([ids[:, None], body.expand(len(ids), -1)], dim=1)) for ids in chosen]
-    measured = [RowObjective(objective, _totals(model, batch), skip=1) for batch in batches]
+    measured = [RowObjective(objective, _totals(model, batch), skip=1, bits=bits) for batch in batches]
     return _scores(
         model, past.before_candidate(), batches, measured, depth, progress, f"scoring candidates on {len(text)} tokens"
     )
@@ -90,14 +92,21 @@ def score_candidates(
 
 @torch.inference_mode()
 def score_prefix(
-    model: TorchRunner, past: KeysValues, text: IntArray, objective: Objective, kept: Tensor | None = None
+    model: TorchRunner,
+    past: KeysValues,
+    text: IntArray,
+    objective: Objective,
+    kept: Tensor | None = None,
+    *,
+    bits: int = 8,
 ) -> float:
-    """Return L_q(text | p), the objective of text int64 ``[n]`` behind the prefix ``past``.
+    """Return L_q(text | p), the objective of text int64 ``[n]`` behind ``past``, for codes of ``bits`` bits.
 
     With ``kept``, bool ``[n]``, every token is still run, but only those count, in errors and scales.
     """
     batch = Batch(model.tensor(text)[None])
-    return _scores(model, past, [batch], [RowObjective(objective, _totals(model, batch), skip=0, kept=kept)])[0]
+    measured = RowObjective(objective, _totals(model, batch), skip=0, bits=bits, kept=kept)
+    return _scores(model, past, [batch], [measured])[0]
 
 
 def _scores(

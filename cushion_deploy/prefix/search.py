@@ -72,7 +72,7 @@ class PrefixSearch:
                 f"the calibration text holds {len(self.corpus)} tokens, the search needs {n}",
                 hint="give more text, or lower search.text_tokens",
             )
-        self.trace = SearchTrace(self.config.mode, self.config.objective, self._seed_ids())
+        self.trace = SearchTrace(self.config.mode, self.config.objective, self._seed_ids(), bits=self.config.bits)
 
     def run(self) -> tuple[Prefix, SearchTrace]:
         """Return the prefix, which may be empty, and the trace."""
@@ -97,10 +97,10 @@ class PrefixSearch:
         rng = self._rng(number, 1)
         past = self.model.past(self.model.compute_prefix(ids))
         text = draw_text(self.corpus, self.config.text_tokens, self.seed, number)
-        before = score_prefix(self.model, past, text, self.config.objective)
+        before = score_prefix(self.model, past, text, self.config.objective, bits=self.config.bits)
         self._count(1, len(text))
         if self.config.mode == "screen":
-            left = floor.floor_of(self.model, past, text, self.config.objective, before)
+            left = floor.floor_of(self.model, past, text, self.config.objective, before, bits=self.config.bits)
             self._count(1, floor.positions_run(text))
             if floor.cannot_pay(left, self.config.tau):
                 return Skipped(left)
@@ -200,6 +200,7 @@ class PrefixSearch:
             text,
             tokens,
             self.config.objective,
+            bits=self.config.bits,
             depth=depth,
             batch_positions=self.config.batch_positions,
             progress=self.progress,

@@ -62,6 +62,7 @@ class SearchTrace:
     """The whole search; ``stopped`` is the reason why it ended, ``seconds`` is wall time.
 
     A step that was skipped, because no token could pay, is not in ``steps``; ``stopped`` then states its numbers.
+    ``bits`` are those of the codes that errors were measured for.
     """
 
     mode: str
@@ -74,6 +75,7 @@ class SearchTrace:
     positions_full_scan: int = 0
     stopped: str = ""
     seconds: float = 0.0
+    bits: int = 8
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""

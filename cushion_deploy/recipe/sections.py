@@ -74,6 +74,9 @@ class Search(Section):
         default="error",
         description="What to minimize: the squared quantization error (error), or the largest activation (max).",
     )
+    bits: Literal[8, 6, 4] = Field(
+        default=8, description="Bits of the codes whose error is minimized; deployable models have 8."
+    )
     mode: Literal["screen", "exhaustive"] = Field(
         default="screen",
         description="Score the candidates of a screen exactly (screen), or every token of the vocabulary (exhaustive).",

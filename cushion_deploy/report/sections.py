@@ -125,7 +125,8 @@ def _search_summary(found: Search) -> Text:
         text += f"; a full scan would need {found.positions_full_scan:,}, {ratio:,.0f} times as many"
     text += f". The search stopped because {found.stopped}.{' Seed:' if found.seed_tokens else ''}"
     seeds = [part for seed in found.seed_tokens for part in (" ", Span(str(seed), "token"))]
-    return "Mode ", Span(found.mode, "code"), ", objective ", Span(found.objective, "code"), text, *seeds
+    objective = f" of {found.bits}-bit codes" if found.objective == "error" else ""
+    return "Mode ", Span(found.mode, "code"), ", objective ", Span(found.objective, "code"), objective + text, *seeds
 
 
 def _search_row(index: int, step: SearchStep) -> tuple[Text, ...]:

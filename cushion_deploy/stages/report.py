@@ -206,6 +206,7 @@ def _search(trace: SearchTrace) -> dict[str, Any]:
     return {
         "mode": trace.mode,
         "objective": trace.objective,
+        "bits": trace.bits,
         "seed_tokens": trace.seed_tokens,
         "token_ids": trace.token_ids,
         "tokens": trace.tokens,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.core.schemes import PAPER_ALPHA, parse_scheme
+from cushion_deploy.core.schemes import PAPER_ALPHA, PRECISIONS, QuantScheme, parse_scheme
 from cushion_deploy.prefix.trace import SearchTrace, TuningTrace
 from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.calibrate import Calibrate
@@ -76,6 +76,13 @@ class Cells:
         if self.pipeline.recipe.tuning.enabled and self.searched.length:
             return self.built(self.searched).quantization.prefix
         return self.searched
+
+    def of_bits(self, scheme: QuantScheme) -> Cells:
+        """Return the cells whose prefix is searched with the bits of a scheme's activations."""
+        recipe, bits = self.pipeline.recipe, scheme.activation_bits
+        if bits == PRECISIONS[recipe.precision].activation_bits or recipe.search.objective == "max":
+            return self
+        return replace(self, pipeline=self.pipeline.altered({"search.bits": bits}))
 
     def built(self, prefix: Prefix, settings: dict[str, Any] | None = None) -> Built:
         """Return what the recipe, with some settings replaced, would deploy with a prefix."""

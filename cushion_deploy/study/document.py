@@ -91,7 +91,11 @@ class PrefixInUse(StrictModel):
 
 
 class Pair(StrictModel):
-    """A scheme (null for floating point) without and with the prefix; ``with_prefix`` is empty without a prefix."""
+    """A scheme (null for floating point) without and with the prefix; ``with_prefix`` is empty without a prefix.
+
+    ``prefix`` is null for the prefix of the study. A search with the bits of the scheme may find another one;
+    ``fp_prefix`` is then the float model with it.
+    """
 
     label: str
     scheme: str | None
@@ -99,6 +103,8 @@ class Pair(StrictModel):
     smoothing_alpha: float | None = None
     without: tuple[Score, ...]
     with_prefix: tuple[Score, ...] = Field(default=(), validation_alias="with", serialization_alias="with")
+    prefix: PrefixInUse | None = None
+    fp_prefix: tuple[Score, ...] = ()
 
 
 class TaskResult(StrictModel):

@@ -97,15 +97,35 @@ def _pair(cells: Cells, label: str, name: str) -> Pair:
     bare = cells.in_scheme(name, cells.empty)
     without = cells.scores(label, bare)
     behind: tuple[Score, ...] = ()
-    if cells.prefix.length:
-        behind = cells.scores(f"{label}, with the prefix", cells.in_scheme(name, cells.prefix))
+    own = cells.of_bits(_scheme(bare))
+    if own.prefix.length:
+        behind = cells.scores(f"{label}, with the prefix", cells.in_scheme(name, own.prefix))
     return Pair(
         label=label,
         scheme=_scheme(bare).name,
         smoothing_alpha=bare.smoothing.alpha if bare.smoothing else None,
         without=without,
         with_prefix=behind,
+        **(_own_prefix(own) if own.prefix.digest != cells.prefix.digest else {}),
     )
+
+
+def _own_prefix(cells: Cells) -> Parts:
+    """Return what a row says about a prefix that is not that of the study."""
+    found: Parts = {"prefix": _prefix_in_use(cells)}
+    if cells.prefix.length:
+        label = f"FP, with the prefix for {cells.pipeline.recipe.search.bits} bits"
+        found["fp_prefix"] = cells.scores(label, Variant(cells.prefix))
+    return found
+
+
+def _prefix_in_use(cells: Cells) -> Parts:
+    trace, prefix = cells.trace, cells.prefix
+    return {
+        "token_ids": prefix.token_ids,
+        "tokens": trace.tokens if trace else (),
+        "tuned": cells.pipeline.recipe.tuning.enabled and prefix.length > 0,
+    }
 
 
 def _deployed_pair(cells: Cells) -> Pair:
@@ -249,7 +269,6 @@ def _scheme(variant: Variant) -> QuantScheme:
 def _document(cells: Cells, found: Parts, left_out: dict[str, str]) -> Study:
     pipeline, run = cells.pipeline, cells.run
     spec = run.get(pipeline.files).spec
-    trace, prefix = cells.trace, cells.prefix
     return Study.model_validate(
         {
             "schema": 1,
@@ -258,11 +277,7 @@ def _document(cells: Cells, found: Parts, left_out: dict[str, str]) -> Study:
             "model": {**model_row(spec), "source": _without_folders(spec.source)},
             "recipe": _without_folders(pipeline.recipe.model_dump(mode="json")),
             "calibration": run.get(pipeline.text).name,
-            "prefix": {
-                "token_ids": prefix.token_ids,
-                "tokens": trace.tokens if trace else (),
-                "tuned": pipeline.recipe.tuning.enabled and prefix.length > 0,
-            },
+            "prefix": _prefix_in_use(cells),
             **found,
             "left_out": left_out,
             "cells": tuple(cells.done.values()),

@@ -217,6 +217,7 @@ def _largest_step(known: Sequence[tuple[float, Step]]) -> str:
 def _table4(study: Study) -> list[str]:
     lines = ["Fewer bits with one scale per token: simulated as in the paper, not deployable."]
     pairs = study.table4 or ()
+    lines += [_own_prefix(pair) for pair in pairs if pair.prefix]
     for text in study.texts:
         both = [(on(p.without, text), on(p.with_prefix, text)) for p in pairs]
         known = [(a, b) for a, b in both if a and b]
@@ -224,6 +225,15 @@ def _table4(study: Study) -> list[str]:
             gains = sum(lower(b, a, "perplexity") for a, b in known)
             lines.append(f"On {text.title}, the prefix lowers perplexity in {gains} of {plural(len(known), 'scheme')}.")
     return lines
+
+
+def _own_prefix(pair: Pair) -> str:
+    found = pair.prefix.tokens if pair.prefix else ()
+    tokens = listing([f"`{_code(token)}`" for token in found]) if found else "none that pays"
+    return (
+        f"The prefix of {pair.label} was searched with its bits, and is not that of the other tables: {tokens}. It is "
+        "compared with FP with the same prefix."
+    )
 
 
 def _table5(study: Study) -> list[str]:

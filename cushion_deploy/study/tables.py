@@ -76,7 +76,9 @@ def mean_of(results: Sequence[float]) -> float:
 def _pairs(study: Study, pairs: Sequence[Pair], text: Text) -> Table:
     fp, fp_prefix = on(study.fp, text), on(study.fp_prefix, text)
     rows = [_pair_row("FP", fp, fp_prefix, None, None)]
-    rows += [_pair_row(p.label, on(p.without, text), on(p.with_prefix, text), fp, fp_prefix) for p in pairs]
+    for pair in pairs:
+        same = on(pair.fp_prefix, text) or fp_prefix
+        rows.append(_pair_row(pair.label, on(pair.without, text), on(pair.with_prefix, text), fp, same))
     with_prefix = ("with prefix", "over FP + prefix", "over FP", "KL", LATER)
     head = ("scheme", "without", "over FP", "KL", LATER, *with_prefix)
     strong = frozenset(i for i, pair in enumerate(pairs, 1) if pair.deployable)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,16 +30,15 @@ from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.resources import GIB, Resources, estimate
 from cushion_deploy.stages.run import Run
 from cushion_deploy.stages.windows import default_window, longest_prefix
+from cushion_deploy.verbs.damage import Damage, damage_warnings, examine_damage
 from cushion_deploy.verbs.speed_probe import SpeedProbe
-from cushion_deploy.verbs.trial import EVERY, Cost, Trial
+from cushion_deploy.verbs.trial import EVERY, Trial
 
-SAMPLES, SAMPLE_TOKENS, EXAMINED = 12, 256, 4
+SAMPLES, SAMPLE_TOKENS, EXAMINED = 9, 256, 4
 """Windows that static INT8 is tried on, tokens in each, and windows that sinks are looked for in."""
-RELIEF_TOKENS = 128
+RELIEF_TOKENS = 96
 """Tokens of text that common tokens are tried before."""
 HALF_RESIDUAL = 30_000
-COSTLY = 0.1
-"""Relative increase of the perplexity above which a model without sinks gets a warning."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,8 @@ class Diagnosis:
         prefix_pays: whether this improvement justifies a prefix by the recipe's ``tau``.
         prefix_allowed: whether the recipe enables a prefix.
         largest_residual: largest magnitude in the residual stream between layers, without a prefix.
-        likely_prefix: the text of the prefix tokens that ``default_cost`` was measured behind.
-        cost: cost of static W8A8 without a prefix and without other remedies.
-        default_cost: cost with a common token as a prefix, if one pays, and the recipe's smoothing.
-        smoothed: whether the recipe has a smoothing.
+        likely_prefix: the text of the prefix tokens that a build would probably add: a common token, if one pays.
+        damage: what static W8A8 does to the model without remedies, with each of them, and as a build would make it.
         resources: resources that a build needs on this machine.
         engines: availability of every engine.
         warnings: one sentence each.
@@ -72,9 +68,7 @@ class Diagnosis:
     prefix_allowed: bool
     likely_prefix: tuple[str, ...]
     largest_residual: float
-    cost: Cost
-    default_cost: Cost
-    smoothed: bool
+    damage: Damage
     resources: Resources
     engines: tuple[Availability, ...]
     warnings: tuple[str, ...] = field(default=())
@@ -83,17 +77,13 @@ class Diagnosis:
         """Return a JSON-ready dict."""
         found = {
             **asdict(self),
-            "cost": _cost_json(self.cost),
-            "default_cost": _cost_json(self.default_cost),
+            "cost": self.damage.plain.to_json(),
+            "default_cost": self.damage.built.to_json(),
+            "damage": self.damage.to_json(),
             "needs": {**asdict(self.resources), "total_seconds": self.resources.total_seconds},
         }
         del found["resources"]
         return found
-
-
-def _cost_json(cost: Cost) -> dict[str, float | None]:
-    found = {**asdict(cost), "change": cost.change}
-    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
@@ -108,16 +98,16 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
     corpus = model.encode(chosen.text)
     windows = _sample(model, corpus)
     # Sinks are looked for behind what always precedes a text, which may be one itself.
-    examined = windows[:: max(1, len(windows) // EXAMINED)]
+    examined = windows[:: max(1, len(windows) // EXAMINED)][:EXAMINED]
     before = np.tile(np.array(model.bare_tokens, dtype=np.int64), (len(examined), 1))
     whole = np.concatenate([before, examined], axis=1)
     sinks, sites = find_sinks(model, whole)
     token, relief = best_common_token(model, corpus, windows.shape[1], recipe, run.progress)
     pays, allowed = relief <= recipe.search.tau, longest_prefix(recipe) > 0
-    trial = Trial(model, windows, recipe, run.progress)
-    floating = trial.floating()
     # A search starts from what a family needs before every text, and without a sink it ends there.
     likely = model.bare_tokens or ((token,) if pays and allowed else ())
+    names = tuple(model.token_text(each) for each in likely)
+    trial = Trial(model, windows, recipe, run.progress)
     found = Diagnosis(
         _facts(model),
         sinks,
@@ -125,11 +115,9 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
         relief,
         prefix_pays=pays,
         prefix_allowed=allowed,
-        likely_prefix=tuple(model.token_text(each) for each in likely),
+        likely_prefix=names,
         largest_residual=_largest_residual(model, whole),
-        cost=trial.plain(floating),
-        default_cost=trial.remedied(floating, model.compute_prefix(likely)),
-        smoothed=recipe.smoothing.enabled,
+        damage=examine_damage(trial, model.compute_prefix(likely), f"the prefix {''.join(names)!r}"),
         resources=estimate_build(pipeline, run, windows),
         engines=availabilities(),
     )
@@ -169,8 +157,10 @@ def best_common_token(
     """
     config, candidates = recipe.search, obvious_tokens(model)
     text = draw_text(corpus, min(config.text_tokens, tokens, RELIEF_TOKENS), recipe.seed, 0)
-    before = score_prefix(model, KeysValues(), text, config.objective)
-    scores = score_candidates(model, KeysValues(), text, candidates, config.objective, progress=progress)
+    before = score_prefix(model, KeysValues(), text, config.objective, bits=config.bits)
+    scores = score_candidates(
+        model, KeysValues(), text, candidates, config.objective, bits=config.bits, progress=progress
+    )
     best = min(range(len(scores)), key=scores.__getitem__)
     return candidates[best], scores[best] / before if before else 1.0
 
@@ -209,9 +199,6 @@ def _warnings(model: TorchRunner, recipe: Recipe, found: Diagnosis) -> list[str]
         "sinks occur only inside texts, not at their beginning: check the report before you deploy": (
             found.prefix_pays and bool(found.sinks) and all(sink.position for sink in found.sinks)
         ),
-        "static W8A8 is costly although the model has no sinks: try SmoothQuant or --keep-float auto:N": (
-            not found.prefix_pays and not found.sinks and found.cost.change > COSTLY
-        ),
         "soft caps prevent TensorRT from fusing attention into one kernel": bool(spec.score_cap or spec.logit_cap),
         "ALiBi prevents TensorRT from fusing attention into one kernel": model.family.positions == "alibi",
         "the tokenizer has no chat template: `generate --chat` will not work": (
@@ -219,7 +206,12 @@ def _warnings(model: TorchRunner, recipe: Recipe, found: Diagnosis) -> list[str]
         ),
     }
     sentences = [sentence for sentence, holds in problems.items() if holds]
-    return [*_resource_warnings(found.resources), *_position_warnings(spec, recipe, found), *sentences]
+    return [
+        *_resource_warnings(found.resources),
+        *_position_warnings(spec, recipe, found),
+        *damage_warnings(found.damage),
+        *sentences,
+    ]
 
 
 def _resource_warnings(needed: Resources) -> Iterator[str]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
-from cushion_deploy.calib.estimators import RangeEstimator
+from cushion_deploy.calib.estimators import MagnitudeHistogram, RangeEstimator
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.schemes import PRECISIONS
+from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.sample import SAMPLE_TOKENS, step_seconds
@@ -55,14 +56,15 @@ class SpeedProbe:
         teacher.remember(windows)
         compared = self._median(lambda: teacher.compare(model, none, windows)) / windows.size
         everything = np.ones_like(windows)
-        observed = self._median(lambda: observe_sites(model, none, windows, everything)) / windows.size
+        histograms: dict[Site, MagnitudeHistogram] = {}
+        observed = self._median(lambda: histograms.update(observe_sites(model, none, windows, everything)))
         depth = sink_depth(model, np.random.default_rng([self.recipe.seed, 2]))
-        quantized, swap = self._simulated(teacher, windows)
+        quantized, swap = self._simulated(teacher, windows, histograms)
         return Speed(
             spec=model.spec,
             layers=layers,
             compared=compared,
-            observed=observed,
+            observed=observed / windows.size,
             quantized=quantized,
             swap=swap,
             scored=self._scored(),
@@ -74,10 +76,11 @@ class SpeedProbe:
             on_cpu=model.device.type == "cpu",
         )
 
-    def _simulated(self, teacher: Teacher, windows: IntArray) -> tuple[float, float]:
+    def _simulated(
+        self, teacher: Teacher, windows: IntArray, histograms: dict[Site, MagnitudeHistogram]
+    ) -> tuple[float, float]:
         """Return the seconds of a compared position through the fake-quantized model, and of quantizing the weights."""
         model, none = self.model, Prefix.empty(self.model.spec)
-        histograms = observe_sites(model, none, windows[:1], np.ones_like(windows[:1]))
         config = self.recipe.calibration
         ranges = RangeEstimator(config.estimator, config.percentile)
         scales = choose_scales(histograms, ranges, model.lineage(none), windows[:1].size)
@@ -103,8 +106,9 @@ class SpeedProbe:
     def _search_steps(self) -> int:
         """Return the number of steps that a search probably runs: none if no token can pay."""
         search, text = self.recipe.search, self.windows[0]
-        before = score_prefix(self.model, KeysValues(), text, search.objective)
-        return int(not cannot_pay(floor_of(self.model, KeysValues(), text, search.objective, before), search.tau))
+        before = score_prefix(self.model, KeysValues(), text, search.objective, bits=search.bits)
+        left = floor_of(self.model, KeysValues(), text, search.objective, before, bits=search.bits)
+        return int(not cannot_pay(left, search.tau))
 
     def _median(self, action: Callable[[], object]) -> float:
         """Return the seconds of an action: of its first run if that is long, else the median of the runs after it."""

@@ -10,7 +10,7 @@ import torch
 
 from cushion_deploy.modeling.runner import TorchRunner
 
-Oracle = Callable[[TorchRunner, Sequence[int], Sequence[int]], dict[str, float]]
+Oracle = Callable[..., dict[str, float]]
 
 
 def site_inputs(model: TorchRunner, ids: Sequence[int]) -> dict[str, np.ndarray]:
@@ -30,13 +30,14 @@ def site_inputs(model: TorchRunner, ids: Sequence[int]) -> dict[str, np.ndarray]
     return found
 
 
-def measure(model: TorchRunner, before: Sequence[int], text: Sequence[int]) -> dict[str, float]:
-    """Return both objectives of ``text`` behind the tokens ``before``."""
+def measure(model: TorchRunner, before: Sequence[int], text: Sequence[int], bits: int = 8) -> dict[str, float]:
+    """Return both objectives of ``text`` behind the tokens ``before``, for codes of ``bits`` bits."""
+    limit = 2 ** (bits - 1) - 1
     total, largest = 0.0, 0.0
     for x in site_inputs(model, [*before, *text]).values():
         x = x[len(before) :]
-        step = np.abs(x).max() / 127
-        total += ((x - np.clip(np.rint(x / step), -128, 127) * step) ** 2).sum()
+        step = np.abs(x).max() / limit
+        total += ((x - np.clip(np.rint(x / step), -limit - 1, limit) * step) ** 2).sum()
         largest = max(largest, np.abs(x).max())
     return {"error": float(total), "max": float(largest)}
 

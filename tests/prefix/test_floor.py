@@ -24,7 +24,7 @@ def config(**changes: Any) -> Search:
     return Search(**{"text_tokens": 48, "random_candidates": 8, "screen_candidates": 8, "audit_tokens": 0, **changes})
 
 
-def numpy_floor(inputs: dict[str, np.ndarray], objective: str) -> tuple[float, int]:
+def numpy_floor(inputs: dict[str, np.ndarray], objective: str, bits: int = 8) -> tuple[float, int]:
     """Return the floor from the Site inputs ``[text, features]``, and the number of sinks."""
     sizes = np.stack([np.abs(x).max(axis=1) for x in inputs.values()])
     # torch takes the lower of two middle values as the median.
@@ -35,23 +35,24 @@ def numpy_floor(inputs: dict[str, np.ndarray], objective: str) -> tuple[float, i
         parts = [x[kept] for x in inputs.values()]
         if objective == "max":
             return max(float(np.abs(x).max()) for x in parts)
-        steps = [np.abs(x).max() / 127 for x in parts]
+        steps = [np.abs(x).max() / (2 ** (bits - 1) - 1) for x in parts]
         return float(sum(((x - np.rint(x / s) * s) ** 2).sum() for x, s in zip(parts, steps, strict=True)))
 
     return measure(~sinks) / measure(np.ones_like(sinks)), int(sinks.sum())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("start", [0, 150, 300])
+@pytest.mark.parametrize(("start", "bits"), [(0, 8), (150, 8), (300, 8), (150, 4)])
 def test_the_floor_is_that_of_numpy(
-    planted_model: TorchRunner, plain_ids: IntArray, inputs_of: Inputs, objective: Any, start: int
+    planted_model: TorchRunner, plain_ids: IntArray, inputs_of: Inputs, objective: Any, start: int, bits: int
 ) -> None:
     text = plain_ids[start : start + 48]
-    expected, sinks = numpy_floor(inputs_of(planted_model, text), objective)
+    expected, sinks = numpy_floor(inputs_of(planted_model, text), objective, bits)
     assert sinks > 0
-    before = score_prefix(planted_model, KeysValues(), text, objective)
-    assert floor_of(planted_model, KeysValues(), text, objective, before) == pytest.approx(expected, rel=1e-3)
-    assert expected < 0.1
+    before = score_prefix(planted_model, KeysValues(), text, objective, bits=bits)
+    found = floor_of(planted_model, KeysValues(), text, objective, before, bits=bits)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert expected < 0.3
 
 
 def test_the_prefix_is_no_part_of_it(
@@ -87,6 +88,16 @@ def test_a_model_without_sink_is_not_screened(
     assert trace.positions_scored == 3 * 48
     assert "1.00 of the objective remains without the attention sinks" in trace.stopped
     assert trace.stopped.endswith("this model has no sink worth a prefix")
+
+
+def test_the_search_takes_the_floor_for_its_own_bits(
+    planted_model: TorchRunner, plain_ids: IntArray, inputs_of: Inputs
+) -> None:
+    text = plain_ids[:48]
+    _, trace = PrefixSearch(planted_model, text, config(bits=4, tau=0.01)).run()
+    found = {bits: f"{numpy_floor(inputs_of(planted_model, text), 'error', bits)[0]:.2f}" for bits in (4, 8)}
+    assert found[4] != found[8]
+    assert trace.stopped.startswith(f"{found[4]} of the objective remains")
 
 
 def test_the_skipped_step_would_have_found_nothing(

@@ -23,13 +23,19 @@ CANDIDATES = [1, 65, 9, 44, 45, 46, 310]
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("prefix", [(), (65,), (7, 1, 30)])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 def test_the_score_of_a_prefix_is_the_numpy_recomputation(
-    planted_model: TorchRunner, plain_ids: IntArray, oracle: Callable[..., Any], prefix: tuple[int, ...], objective: Any
+    planted_model: TorchRunner,
+    plain_ids: IntArray,
+    oracle: Callable[..., Any],
+    prefix: tuple[int, ...],
+    objective: Any,
+    bits: int,
 ) -> None:
     text = plain_ids[:40]
     past = planted_model.past(planted_model.compute_prefix(prefix))
-    expected = oracle(planted_model, prefix, text)[objective]
-    assert score_prefix(planted_model, past, text, objective) == pytest.approx(expected, rel=1e-3)
+    expected = oracle(planted_model, prefix, text, bits)[objective]
+    assert score_prefix(planted_model, past, text, objective, bits=bits) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -41,6 +41,20 @@ def test_a_planted_sink_is_found_and_removed(
     assert oracle(planted_model, prefix.token_ids, text)["max"] < plant.massive / 2
 
 
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_the_error_is_that_of_codes_with_the_bits_of_the_recipe(
+    planted_model: TorchRunner, plain_ids: IntArray, oracle: Oracle, bits: Any
+) -> None:
+    text = plain_ids[:48]
+    _, trace = PrefixSearch(planted_model, text, config(bits=bits, max_length=1)).run()
+    step = trace.steps[0]
+    assert step.before == pytest.approx(oracle(planted_model, (), text, bits)["error"], rel=1e-3)
+    assert step.best.objective == pytest.approx(
+        oracle(planted_model, (step.best.token_id,), text, bits)["error"], rel=1e-3
+    )
+    assert SearchTrace.from_json(trace.to_json()).bits == bits
+
+
 def test_an_absorber_removes_the_sink_from_every_text(
     planted_model: TorchRunner, plain_ids: IntArray, plant: Any, oracle: Oracle
 ) -> None:

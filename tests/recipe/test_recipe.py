@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
         "tau": 0.5,
         "text_tokens": 512,
         "objective": "error",
+        "bits": 8,
         "mode": "screen",
         "random_candidates": 128,
         "screen_tokens": 16384,

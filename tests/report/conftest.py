@@ -111,6 +111,7 @@ _DATA: dict[str, Any] = {
     "search": {
         "mode": "screen",
         "objective": "error",
+        "bits": 8,
         "seed_tokens": [],
         "token_ids": [198, 0],
         "tokens": ["\n", "<|im_start|>"],

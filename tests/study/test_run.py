@@ -11,7 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.schemes import parse_scheme
 from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.prefix.trace import SearchTrace
+from cushion_deploy.recipe import Search
 from cushion_deploy.study.cells import Cells, Variant
 from cushion_deploy.study.document import PARTS, Score
 from cushion_deploy.study.run import NO_PREFIX, choose_parts, run_study
@@ -137,6 +142,37 @@ def test_four_bits_are_further_from_the_original_than_six(whole: Whole) -> None:
     apart = {name: [score.divergence or 0.0 for score in pair.without] for name, pair in rows.items()}
     names = [next(n for n in apart if str(n).startswith(bits) and "smooth" not in str(n)) for bits in ("w6", "w4")]
     assert all(six < four for six, four in zip(apart[names[0]], apart[names[1]], strict=True))
+
+
+def test_rows_of_fewer_bits_are_behind_a_prefix_searched_with_their_bits(
+    desk: Desk, oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FindsItsBits:
+        """A search that finds the token whose id is the number of bits."""
+
+        def __init__(self, model: TorchRunner, ids: Any, config: Search, *rest: Any) -> None:
+            self.model, self.bits = model, config.bits
+
+        def run(self) -> tuple[Prefix, SearchTrace]:
+            trace = SearchTrace("screen", "error", (), (self.bits,), (f"<{self.bits}>",), bits=self.bits)
+            return self.model.compute_prefix((self.bits,)), trace
+
+    monkeypatch.setattr("cushion_deploy.prefix.search.PrefixSearch", FindsItsBits)
+    cells = desk.cells(tmp_path, desk.texts[:1])
+    study = run_study(cells, ("table1", "table4"), "")
+    assert study.prefix.token_ids == (8,)
+    assert all(pair.prefix is None and not pair.fp_prefix for pair in study.table1 or ())
+    rows = {pair.label: pair for pair in study.table4 or ()}
+    assert [pair.prefix.tokens for pair in rows.values() if pair.prefix] == [("<6>",)] * 2 + [("<4>",)] * 2
+    for label, bits in (("W6A6 per-token", 6), ("W4A4 per-token", 4)):
+        losses = [-np.take_along_axis(oracle.log_probabilities(r, (bits,)), r[1:, None], -1) for r in oracle.windows]
+        assert rows[label].fp_prefix[0].perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+        assert rows[label].prefix is not None
+        assert rows[label].prefix.token_ids == (bits,)
+    # The quantized rows too: at six bits, the numbers behind another token are other ones.
+    scheme, reused = "naive-w6a6", cells.of_bits(parse_scheme("naive-w6a6"))
+    assert rows["W6A6 per-token"].with_prefix == reused.scores("", reused.in_scheme(scheme, reused.prefix))
+    assert rows["W6A6 per-token"].with_prefix != reused.scores("", cells.in_scheme(scheme, cells.prefix))
 
 
 def test_the_schemes_are_the_papers_and_the_last_is_deployable(whole: Whole) -> None:

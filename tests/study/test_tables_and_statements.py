@@ -78,6 +78,16 @@ def test_the_divergence_from_position_16_on_decides_what_is_closest(by_hand: ByH
     assert table.rows[-1][-2:] == ("0.1100 ± 0.0100", "0.0200 ± 0.0030")
 
 
+def test_a_row_with_its_own_prefix_is_compared_with_fp_behind_that_one(by_hand: ByHand) -> None:
+    own = {"prefix": {"token_ids": [3], "tokens": [","], "tuned": False}, "fp_prefix": [score(16.0)]}
+    study = by_hand(table4=[pair("W6A6", 30.0, 22.0), pair("W4A4", 40.0, 24.0, **own)])
+    (table,) = tables(study, "table4")
+    assert [row[5] for row in table.rows[1:]] == ["+15.8 %", "+50.0 %"], "22 of 19, 24 of 16"
+    said = " ".join(sentences(study, "table4"))
+    assert "The prefix of W4A4 was searched with its bits, and is not that of the other tables: `,`." in said
+    assert "The prefix of W6A6" not in said
+
+
 @quiet
 @given(rows=st.lists(st.tuples(value, value), min_size=1, max_size=7))
 def test_table_1_says_how_many_schemes_gain_and_which_is_worst(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_a_model_with_a_sink_is_told_to_take_a_prefix(planted_folder: Path, look
     assert found.sinks
     assert found.prefix_pays
     assert found.relief < 0.5
-    assert found.cost.quantized != found.cost.fp
+    assert found.damage.plain.quantized != found.damage.plain.fp
+    assert found.damage.steps[0].remedy.startswith("the prefix ")
 
 
 def test_a_recipe_without_a_prefix_is_told_what_it_forgoes(planted_folder: Path, look: Look) -> None:
@@ -98,7 +100,9 @@ def test_a_model_without_a_sink_needs_no_prefix(tiny_folder: Path, look: Look) -
     assert found.sinks == ()
     assert found.sites == ()
     assert not found.prefix_pays
-    assert abs(found.cost.change) < 0.1
+    assert abs(found.damage.plain.change) < 0.1
+    assert not found.damage.plain.costly
+    assert not any(step.remedy.startswith("the prefix") for step in found.damage.steps)
 
 
 def test_the_estimate_follows_the_recipe(
@@ -138,7 +142,10 @@ def test_the_command_says_it_in_words_and_in_json(
     assert run(line) == 0
     words = capsys.readouterr().out
     assert ("a prefix pays" if planted else "no prefix is needed") in words
-    assert "static W8A8 without a prefix" in words
+    assert "without remedies" in words
+    assert "KL  from position 16" in words
+    assert "(as a build makes it)" in words
+    assert ("mostly because of mlp.down" if planted else "stays close to the original model even without") in words
     assert "a build takes about" in words
     assert "onnxruntime" in words
     assert run([*line, "--json"]) == 0
@@ -146,6 +153,11 @@ def test_the_command_says_it_in_words_and_in_json(
     assert found["prefix_pays"] is planted
     assert bool(found["sinks"]) is planted
     assert found["cost"]["change"] == pytest.approx(found["cost"]["quantized"] / found["cost"]["fp"] - 1)
+    remedies = [step["remedy"] for step in found["damage"]["steps"]]
+    assert remedies[-2:] == ["SmoothQuant", "the rotation"]
+    assert found["damage"]["steps"][-1]["divergence"] == found["default_cost"]["divergence"]
+    assert set(found["damage"]["kinds"]) == {"attn.qkv", "attn.out", "mlp.gate_up", "mlp.down"}
+    assert len(found["damage"]["worst_sites"]) == 3
     assert {engine["name"] for engine in found["engines"]} >= {"onnxruntime", "tensorrt-rtx"}
 
 
@@ -163,6 +175,23 @@ def test_a_sink_that_no_common_token_replaces_is_not_called_none(
     assert "no common token takes the sinks' place" in words
     assert "no prefix is needed" not in words
     assert "no sink is to blame" not in words
+
+
+def test_a_model_without_sinks_that_is_damaged_is_told_what_helps(
+    tiny_folder: Path, text: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cushion_deploy.verbs.trial.COSTLY", 1e-9)
+    line = ["doctor", str(tiny_folder), "--calib-data", str(text), "--work-dir", str(tmp_path / "work"), "--quiet"]
+    assert run([*line, "--set", "smoothing.rotate_down=0", "--set", "smoothing.rotate_out=0"]) == 0
+    words = capsys.readouterr().out
+    assert "no attention sinks" in words
+    assert "no prefix is needed" not in words
+    assert "no sink is to blame for the damage below" in words
+    assert re.search(
+        r"far from the original model, mostly because of (attn|mlp)\.\w+: SmoothQuant (removes|adds)", words
+    )
+    assert re.search(r"the rotation (removes|adds) 0\.\d+ \(disabled\)", words)
+    assert "+ SmoothQuant (as a build makes it)" in words
 
 
 def test_a_calibration_within_the_sliding_windows_is_told(tiny_writer: Any, look: Look, tmp_path: Path) -> None:

@@ -63,10 +63,14 @@ class Rank(StrictModel):
 
 
 class Search(StrictModel):
-    """The prefix search; ``token_ids`` is empty if no attention sink justified a prefix."""
+    """The prefix search; ``token_ids`` is empty if no attention sink justified a prefix.
+
+    ``bits`` are those of the codes whose error was minimized.
+    """
 
     mode: str
     objective: str
+    bits: Count = 8
     seed_tokens: tuple[int | str, ...] = ()
     token_ids: tuple[Count, ...]
     tokens: tuple[str, ...]
