@@ -15,6 +15,7 @@ from cushion_deploy.modeling.runner import TorchRunner
 
 PIECE = 32
 """Tokens whose probabilities are computed at once: few enough to stay in the processor's cache."""
+ALL_BUT_LAST = slice(None, -1)
 
 
 @dataclass
@@ -48,10 +49,14 @@ class Teacher:
         self.model.sweep(batches, self.past, after=store, progress=progress, task="running the original model")
 
     @torch.no_grad()
-    def log_probabilities(self, ids: IntArray) -> Tensor:
-        """Return log probabilities ``[batch, length - 1, vocab]`` of tokens 1.. of remembered windows ``ids``."""
-        hidden = torch.stack([self.hidden[row.tobytes()] for row in ids])[:, :-1]
-        return self._of_hidden(hidden)
+    def log_probabilities(self, ids: IntArray, part: slice = ALL_BUT_LAST) -> Tensor:
+        """Return log probabilities ``[batch, positions, vocab]`` of what follows positions of remembered windows.
+
+        Args:
+            ids: the windows.
+            part: the positions; by default all that a token follows, which gives those of tokens 1..
+        """
+        return self._of_hidden(torch.stack([self.hidden[row.tobytes()][part] for row in ids]))
 
     @torch.inference_mode()
     def compare(
