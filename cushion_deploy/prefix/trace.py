@@ -100,7 +100,8 @@ class TuningState:
         step: optimizer steps done; 0 is the untuned prefix.
         held_out: what the kept state has least of on held-out text: L_pred (nats per token), for the loss ``invisible``
             plus lambda * L_q.
-        prediction, error: L_pred and L_q of that step, L_q divided by its untuned value; None at the start.
+        prediction, error: L_pred and L_q of that step, L_q divided by its untuned value, window by window; None at
+            the start.
         whole, later: mean divergence (cross-entropy for the loss ``ce``) on held-out text in nats per token: all
             positions, and from position 16 on. None in traces that did not record it.
         held_out_error: L_q on held-out text, divided by its untuned value. None in traces that did not record it.

@@ -4,8 +4,9 @@ L = L_pred + lambda * L_q (``tuning_loss.py``), with straight-through rounding a
 (METHOD section 4). Three differences from the paper:
 
 - By default the model is not quantized while it is tuned, and L_pred is what the prefix changes in its predictions.
-- L_q is divided by its value for the untuned prefix, so that lambda means the same for every model; and the rounded
-  values in it are constants, because the straight-through gradient of ||X - q(X)||^2 is zero.
+- L_q of a window is divided by its value behind the untuned prefix, so that lambda means the same for every model, and
+  so that no window rules the others: one whose outlier is beyond the scales can have 400,000 times their error. The
+  rounded values in it are constants, because the straight-through gradient of ||X - q(X)||^2 is zero.
 - Through the quantized model, the static scales can be trained along with the prefix (learned step size: Esser et al.,
   2020), by L_pred alone.
 """
@@ -48,7 +49,7 @@ class Judged:
     """A state on the held-out text.
 
     Attributes:
-        prediction, error: L_pred and L_q.
+        prediction, error: L_pred, and L_q relative to the untuned prefix.
         whole, later: the mean divergence or cross-entropy, in nats per token: of all predictions, and of those from
             position 16 on, NaN if there are none.
     """
@@ -116,7 +117,7 @@ class PrefixTuning:
         parts = self.sites, scheme.activation_bits, self.prefix.kept, self.config, self.parameters
         self.loss = TuningLoss(self.model, *parts)
         self.steps = math.ceil(len(self.train) / self.config.batch) * self.config.epochs
-        self._error_unit = 1.0
+        self._units: dict[bytes, Tensor] = {}
         self.base_rates = [self.config.learning_rate, self.config.scale_learning_rate]
         groups = [
             {"params": [self.parameters["keys"], self.parameters["values"]], "lr": self.base_rates[0]},
@@ -129,11 +130,10 @@ class PrefixTuning:
         trace = TuningTrace(loss=self.config.loss, scales_tuned=self.config.trains_scales, steps=self.steps)
         best, first = self._snapshot(), 0
         with self.loss.ready(np.concatenate([self.train, self.held_out]), self.progress):
+            self._measure_untuned()
             resumed = self._resume(trace)
             if resumed is None:
-                judged = self._judge()
-                self._error_unit = judged.error or 1.0
-                trace.states.append(self._state(0, judged, math.nan, math.nan))
+                trace.states.append(self._state(0, self._judge(), math.nan, math.nan))
             else:
                 best, first = resumed
             saved = begin = time.monotonic()
@@ -168,10 +168,11 @@ class PrefixTuning:
             ids = self.train[rows[start : start + self.rows_per_pass]]
             share = len(ids) / len(rows)
             losses = self.loss.of(ids)
-            total = losses.prediction + self.config.error_weight * losses.error / self._error_unit
+            relative = self._relative(losses.error, ids)
+            total = losses.prediction + self.config.error_weight * relative
             (total * share).backward()  # type: ignore[no-untyped-call]
             prediction += share * float(losses.prediction.detach())
-            error += share * float(losses.error.detach()) / self._error_unit
+            error += share * float(relative.detach())
         trained = [p for p in self.parameters.values() if p.requires_grad]
         finite = bool(torch.isfinite(nn.utils.clip_grad_norm_(trained, self.config.clip)))
         if finite:
@@ -186,6 +187,19 @@ class PrefixTuning:
         return self.config.microbatch or (self.config.batch if whole else 1)
 
     @torch.no_grad()
+    def _measure_untuned(self) -> None:
+        """Measure L_q of every window behind the untuned prefix."""
+        for windows in (self.train, self.held_out):
+            for start in range(0, len(windows), self.rows_per_pass):
+                ids = windows[start : start + self.rows_per_pass]
+                for row, error in zip(ids, self.loss.of(ids).error, strict=True):
+                    self._units[row.tobytes()] = torch.where(error > 0, error, torch.ones_like(error))
+
+    def _relative(self, error: Tensor, ids: IntArray) -> Tensor:
+        """Return the mean of L_q of windows, each relative to the untuned prefix."""
+        return (error / torch.stack([self._units[row.tobytes()] for row in ids])).mean()
+
+    @torch.no_grad()
     def _judge(self) -> Judged:
         """Return the losses on the held-out text."""
         prediction = error = 0.0
@@ -193,7 +207,8 @@ class PrefixTuning:
         for start in range(0, len(self.held_out), self.rows_per_pass):
             ids = self.held_out[start : start + self.rows_per_pass]
             losses, share = self.loss.of(ids), len(ids) / len(self.held_out)
-            prediction, error = prediction + share * float(losses.prediction), error + share * float(losses.error)
+            prediction += share * float(losses.prediction)
+            error += share * float(self._relative(losses.error, ids))
             tokens.append(self.model.array(losses.tokens))
         found = np.concatenate(tokens).astype(np.float64)
         later = found[:, FIRST:]
@@ -201,10 +216,9 @@ class PrefixTuning:
 
     def _state(self, step: int, judged: Judged, prediction: float, error: float) -> TuningState:
         """Return the state after ``step`` steps, whose last one had the losses ``prediction`` and ``error``."""
-        relative = judged.error / self._error_unit
         # Through the quantized model L_pred itself rises with the error; a model without quantization is not hurt.
-        barrier = 0.0 if self.config.quantized else self.config.error_weight * relative
-        parts = prediction, error, judged.whole, judged.later, relative
+        barrier = 0.0 if self.config.quantized else self.config.error_weight * judged.error
+        parts = prediction, error, judged.whole, judged.later, judged.error
         return TuningState.after(step, judged.prediction + barrier, *parts)
 
     def _schedule(self, step: int) -> float:
@@ -248,7 +262,7 @@ class PrefixTuning:
         for name, parameter in self.parameters.items():
             for moment, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{name}.{moment}"] = value
-        facts = {"identity": self._identity(), "step": step, "unit": self._error_unit, "trace": trace.to_json()}
+        facts = {"identity": self._identity(), "step": step, "trace": trace.to_json()}
         data = save({k: self.model.array(v) for k, v in tensors.items()}, metadata={"tuning": json.dumps(facts)})
         replace_file(self.scratch / "tuning.safetensors", data)
 
@@ -271,5 +285,4 @@ class PrefixTuning:
                     self.optimizer.state[parameter] = moments
         restored = TuningTrace.from_json(facts["trace"])
         trace.states, trace.seconds, trace.skipped = restored.states, restored.seconds, restored.skipped
-        self._error_unit = float(facts["unit"])
         return {name: tensors[f"best.{name}"] for name in self.parameters}, int(facts["step"])

@@ -52,7 +52,7 @@ class Losses:
 
     Attributes:
         prediction: L_pred in nats per token, weighted; differentiable.
-        error: L_q (Eq. 6), mean over text tokens; differentiable.
+        error: L_q (Eq. 6) of each window ``[windows]``, mean over its tokens; differentiable.
         tokens: divergence or cross-entropy of every prediction, float32 ``[windows, length - 1]``, without gradient.
             Column p is the prediction at position p of a window, of the token at p + 1.
     """
@@ -124,7 +124,7 @@ class TuningLoss:
             found = self._of_tokens(ids, tokens, hidden)
         finally:
             self._adding = False
-        error = torch.stack(self._errors).sum() / ids.size
+        error = torch.stack(self._errors).sum(0) / ids.shape[1]
         self._errors.clear()
         weights = torch.ones_like(found[0])
         if self.config.loss == "invisible":
@@ -166,6 +166,6 @@ class TuningLoss:
         return self.parameters["log_scales"][self._index[site]].exp()
 
     def _add(self, difference: Tensor) -> None:
-        error = difference.square().sum()
+        error = difference.square().flatten(1).sum(1)
         if self._adding:
             self._errors.append(error)
