@@ -189,11 +189,12 @@ class PrefixTuning:
     @torch.no_grad()
     def _measure_untuned(self) -> None:
         """Measure L_q of every window behind the untuned prefix."""
-        for windows in (self.train, self.held_out):
-            for start in range(0, len(windows), self.rows_per_pass):
-                ids = windows[start : start + self.rows_per_pass]
-                for row, error in zip(ids, self.loss.of(ids).error, strict=True):
-                    self._units[row.tobytes()] = torch.where(error > 0, error, torch.ones_like(error))
+        windows = np.concatenate([self.train, self.held_out])
+        for start in range(0, len(windows), self.rows_per_pass):
+            ids = windows[start : start + self.rows_per_pass]
+            for row, error in zip(ids, self.loss.of(ids).error, strict=True):
+                self._units[row.tobytes()] = torch.where(error > 0, error, torch.ones_like(error))
+            self.progress("measuring the untuned prefix", start + len(ids), len(windows))
 
     def _relative(self, error: Tensor, ids: IntArray) -> Tensor:
         """Return the mean of L_q of windows, each relative to the untuned prefix."""
