@@ -8,8 +8,8 @@ own work. `calibrate` does smoothing and calibration. The time of a step is that
 libraries and the model, and for the first command hashing the checkpoint, which a build does only once.
 
 The paper needs 12.09 hours for the search and 3.70 hours for the tuning of LLaMA3-8B on four A6000 (Table 6). It tunes
-for two epochs, on a text whose length it does not state; here the epochs are the paper's and the windows the recipe's,
-unless flags set others. The goal for ``8b`` is 20 minutes and 40 GB for search, calibration and tuning.
+for two epochs, on a text whose length it does not state; here epochs and windows are the recipe's, unless flags set
+others. The goal for ``8b`` is 20 minutes and 40 GB for search, calibration and tuning.
 """
 
 from __future__ import annotations

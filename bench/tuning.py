@@ -1,6 +1,6 @@
-"""Measure the gain of tuning and its noise: the same prefix and scales tuned with several seeds, on other text.
+"""Measure the gain of tuning and its noise: the same prefix tuned with several seeds, on other text.
 
-    python bench/tuning.py --calib-data TEXT --eval-data TEXT [--eval-data TEXT] --seeds 0 1 2
+    python bench/tuning.py --calib-data TEXT --eval-data TEXT [--eval-data TEXT] --seeds 0 1 2 [--loss distill]
 
 Prints, for the untuned start and every seed, the held-out loss of the tuning itself and, for each text, perplexity and
 divergence from the original model, with mean and standard deviation of the changes over the seeds.
@@ -20,6 +20,7 @@ from cushion_deploy.evaluate.perplexity import TextScore, cut_windows
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.modeling.teacher import Teacher
+from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Given
 
 
@@ -30,10 +31,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=2048)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--loss", choices=("invisible", "distill", "ce"), default="invisible")
+    parser.add_argument("--epochs", type=int, default=Recipe().tuning.epochs)
     parser.add_argument("--calibration-windows", type=int, default=32)
     options = parser.parse_args()
-    settings = {"tuning.epochs": options.epochs, "calibration.windows": options.calibration_windows}
+    settings = {"tuning.loss": options.loss, "tuning.epochs": options.epochs}
+    settings["calibration.windows"] = options.calibration_windows
     run, nodes = new_run(options), pipeline(options, **settings)
     start = run.get(nodes.behind(nodes.prefix, tuned=False).quantization)
     model = run.get(nodes.model)

@@ -1,4 +1,4 @@
-"""`tune`: train the keys and values of a prefix together with the activation scales."""
+"""`tune`: train the keys and values of a prefix, and with some losses the activation scales."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from cushion_deploy.core.artifacts import (
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE
 from cushion_deploy.core.prefix import PREFIX_FILE
 from cushion_deploy.errors import UsageError
+from cushion_deploy.prefix.trace import TuningState
 
 
 @click.command("tune")
@@ -36,7 +37,9 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     """Tune a prefix, resumably; write prefix.safetensors, scales.json and smoothing.safetensors for `export`.
 
     With --kv-cache int8 also kv_scales.json, calibrated behind the tuned prefix.
-    The best state on held-out text is kept; the untuned prefix is one of the candidates.
+    The best state on held-out text is kept; the untuned prefix is one of the candidates. By default the prefix becomes
+    invisible to the unquantized model; with --set tuning.loss=distill, also in a second run on the files of the first,
+    it and the scales are trained through the quantized model.
     """
     recipe = make_recipe({**values, "tune": True})
     if not prefix_file and not recipe.search.enabled:
@@ -67,5 +70,14 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
         return
     for state in trace.states:
         kept = " (kept)" if state.step == trace.best.step else ""
-        click.echo(f"step {state.step:>4}: {trace.loss} on held-out text {state.words} nats per token{kept}")
+        click.echo(f"step {state.step:>4}: {_on_held_out(state, trace.loss)}{kept}")
     click.echo(f"written: {output}")
+
+
+def _on_held_out(state: TuningState, loss: str) -> str:
+    """State the losses of a state on the held-out text."""
+    if loss != "invisible" or state.whole is None:
+        return f"{loss} on held-out text {state.words} nats per token"
+    later = "" if state.later is None else f", from position 16 on {state.later:.4f}"
+    error = "" if state.held_out_error is None else f", quantization error {state.held_out_error:.3f} times the untuned"
+    return f"divergence on held-out text {state.whole:.4f} nats per token{later}{error}"

@@ -17,6 +17,7 @@ PIECE = 32
 """Tokens whose probabilities are computed at once: few enough to stay in the processor's cache."""
 BEGIN = 16
 """Positions at the begin of a text that are also reported without: the original model has its attention sink there."""
+ALL_BUT_LAST = slice(None, -1)
 
 
 @dataclass
@@ -63,10 +64,14 @@ class Teacher:
         return self.model.array(self.model.reduce(found, "sum"))
 
     @torch.no_grad()
-    def log_probabilities(self, ids: IntArray) -> Tensor:
-        """Return log probabilities ``[batch, length - 1, vocab]`` of tokens 1.. of remembered windows ``ids``."""
-        hidden = torch.stack([self.hidden[row.tobytes()] for row in ids])[:, :-1]
-        return self._of_hidden(hidden)
+    def log_probabilities(self, ids: IntArray, part: slice = ALL_BUT_LAST) -> Tensor:
+        """Return log probabilities ``[batch, positions, vocab]`` of what follows positions of remembered windows.
+
+        Args:
+            ids: the windows.
+            part: the positions; by default all that a token follows, which gives those of tokens 1..
+        """
+        return self._of_hidden(torch.stack([self.hidden[row.tobytes()][part] for row in ids]))
 
     @torch.inference_mode()
     def compare(

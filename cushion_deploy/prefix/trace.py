@@ -96,25 +96,31 @@ class SearchTrace:
 
 @dataclass(frozen=True)
 class TuningState:
-    """The prefix after some steps of tuning.
+    """The prefix after some steps of tuning. A value that is not finite is None.
 
     Attributes:
         step: optimizer steps done; 0 is the untuned prefix.
-        held_out: L_pred (nats per token) of the quantized model on held-out text; None if not finite.
-        prediction, error: L_pred and L_q of that step, L_q divided by its untuned value; None at the start, and if not
-            finite.
+        held_out: what the kept state has least of on held-out text: L_pred (nats per token), for the loss ``invisible``
+            plus lambda * L_q.
+        prediction, error: L_pred and L_q of that step, L_q divided by its untuned value, window by window; None at
+            the start.
+        whole, later: mean divergence (cross-entropy for the loss ``ce``) on held-out text in nats per token: all
+            positions, and from position 16 on. None in traces that did not record it.
+        held_out_error: L_q on held-out text, divided by its untuned value. None in traces that did not record it.
     """
 
     step: int
     held_out: float | None
     prediction: float | None
     error: float | None
+    whole: float | None = None
+    later: float | None = None
+    held_out_error: float | None = None
 
     @classmethod
-    def after(cls, step: int, held_out: float, prediction: float, error: float) -> TuningState:
-        """Return the state after ``step`` steps; a value that is not finite becomes None."""
-        found = (value if math.isfinite(value) else None for value in (held_out, prediction, error))
-        return cls(step, *found)
+    def after(cls, step: int, *values: float) -> TuningState:
+        """Return the state after ``step`` steps, given the other fields; a value that is not finite becomes None."""
+        return cls(step, *(value if math.isfinite(value) else None for value in values))
 
     @property
     def words(self) -> str:
@@ -127,7 +133,7 @@ class TuningTrace:
     """The whole tuning.
 
     Attributes:
-        loss: ``distill`` or ``ce``.
+        loss: ``invisible``, ``distill`` or ``ce``.
         scales_tuned: whether the scales were trained too.
         steps: optimizer steps.
         states: the evaluated states, in order.

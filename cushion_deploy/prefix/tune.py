@@ -1,11 +1,14 @@
-"""Quantization-aware prefix tuning (Eq. 11): train keys and values of the prefix; the model is frozen.
+"""Prefix tuning (Eq. 11): train keys and values of a prefix, and optionally static scales; the model is frozen.
 
-L = L_pred + lambda * L_q through the statically quantized model, with straight-through rounding and scales that are
-constant in L_q (METHOD section 4). Two differences from the paper:
+L = L_pred + lambda * L_q (``tuning_loss.py``), with straight-through rounding and scales that are constant in L_q
+(METHOD section 4). Three differences from the paper:
 
-- L_q is divided by its value for the untuned prefix, so that lambda means the same for every model; and the rounded
-  values in it are constants, because the straight-through gradient of ||X - q(X)||^2 is zero.
-- The static scales can be trained along with the prefix (learned step size: Esser et al., 2020), by L_pred alone.
+- By default the model is not quantized while it is tuned, and L_pred is what the prefix changes in its predictions.
+- L_q of a window is divided by its value behind the untuned prefix, so that lambda means the same for every model, and
+  so that no window rules the others: one whose outlier is beyond the scales can have 400,000 times their error. The
+  rounded values in it are constants, because the straight-through gradient of ||X - q(X)||^2 is zero.
+- Through the quantized model, the static scales can be trained along with the prefix (learned step size: Esser et al.,
+  2020), by L_pred alone.
 """
 
 from __future__ import annotations
@@ -14,8 +17,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,32 +26,38 @@ from safetensors.numpy import load, save
 from torch import Tensor, nn
 
 from cushion_deploy.core.dtypes import IntArray
-from cushion_deploy.core.fakequant import qmax
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.scales import ActivationScales
-from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.layerwise import checkpointed
-from cushion_deploy.modeling.observe import replaced
-from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
-from cushion_deploy.modeling.simulate import quantized_sites, quantized_weights
-from cushion_deploy.modeling.teacher import Teacher, divergence
+from cushion_deploy.modeling.simulate import quantized_sites
 from cushion_deploy.prefix.trace import TuningState, TuningTrace
+from cushion_deploy.prefix.tuning_loss import FIRST, TuningLoss
 from cushion_deploy.recipe import Tuning
 from cushion_deploy.store import replace_file
 
 CHECKPOINT_SECONDS = 60
 """Wall time between two checkpoints, from which a killed tuning resumes."""
+WARM_UP = 10
+"""Steps in which the cosine schedule reaches the learning rate, or a tenth of all steps if that is less."""
 
 
-def fake_quantize(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
-    """Return ``x`` quantized and dequantized, differentiable in ``x`` and ``scale`` (straight-through rounding)."""
-    limit = qmax(bits)
-    inside = torch.clamp(x.float() / scale, -limit - 1, limit)
-    return ((inside + (inside.round() - inside).detach()) * scale).to(x.dtype)
+@dataclass(frozen=True)
+class Judged:
+    """A state on the held-out text.
+
+    Attributes:
+        prediction, error: L_pred, and L_q relative to the untuned prefix.
+        whole, later: the mean divergence or cross-entropy, in nats per token: of all predictions, and of those from
+            position 16 on, NaN if there are none.
+    """
+
+    prediction: float
+    error: float
+    whole: float
+    later: float
 
 
 @dataclass
@@ -66,6 +73,8 @@ class PrefixTuning:
         scratch: folder for the checkpoint; None for no checkpoints.
         progress: where to report progress.
         prefix, scales: those of ``quantization``.
+        sites: the Sites that are quantized.
+        loss: the loss of ``parameters``.
         parameters: what is trained: ``keys``, ``values``, ``log_scales``.
 
     Raises:
@@ -104,12 +113,11 @@ class PrefixTuning:
             # As logarithms, so that an update is relative and a scale stays positive.
             "log_scales": nn.Parameter(self.model.tensor(steps).log()),
         }
-        self.index = {site: i for i, site in enumerate(known)}
-        self.parameters["log_scales"].requires_grad_(self.config.scales)
+        self.parameters["log_scales"].requires_grad_(self.config.trains_scales)
+        parts = self.sites, scheme.activation_bits, self.prefix.kept, self.config, self.parameters
+        self.loss = TuningLoss(self.model, *parts)
         self.steps = math.ceil(len(self.train) / self.config.batch) * self.config.epochs
-        self._error_unit = 1.0
-        self._errors: list[Tensor] = []
-        self.teacher = Teacher(self.model)
+        self._units: dict[bytes, Tensor] = {}
         self.base_rates = [self.config.learning_rate, self.config.scale_learning_rate]
         groups = [
             {"params": [self.parameters["keys"], self.parameters["values"]], "lr": self.base_rates[0]},
@@ -119,13 +127,13 @@ class PrefixTuning:
 
     def run(self) -> tuple[Prefix, ActivationScales, TuningTrace]:
         """Return prefix and scales of the best state on the held-out text, which may be the start, and the trace."""
-        trace = TuningTrace(loss=self.config.loss, scales_tuned=self.config.scales, steps=self.steps)
+        trace = TuningTrace(loss=self.config.loss, scales_tuned=self.config.trains_scales, steps=self.steps)
         best, first = self._snapshot(), 0
-        with self.quantized():
+        with self.loss.ready(np.concatenate([self.train, self.held_out]), self.progress):
+            self._measure_untuned()
             resumed = self._resume(trace)
             if resumed is None:
-                held_out, self._error_unit = self._judge()
-                trace.states.append(TuningState.after(0, held_out, math.nan, math.nan))
+                trace.states.append(self._state(0, self._judge(), math.nan, math.nan))
             else:
                 best, first = resumed
             saved = begin = time.monotonic()
@@ -135,8 +143,7 @@ class PrefixTuning:
                 trace.skipped += not stepped
                 done = step + 1
                 if done % self.config.judge_every == 0 or done == self.steps:
-                    held_out, _ = self._judge()
-                    trace.states.append(TuningState.after(done, held_out, prediction, error))
+                    trace.states.append(self._state(done, self._judge(), prediction, error))
                     if trace.best is trace.states[-1]:
                         best = self._snapshot()
                 trace.seconds = earlier + time.monotonic() - begin
@@ -157,70 +164,69 @@ class PrefixTuning:
         rows = self._rows(step)
         self.optimizer.zero_grad(set_to_none=True)
         prediction = error = 0.0
-        for start in range(0, len(rows), self.config.microbatch):
-            ids = self.train[rows[start : start + self.config.microbatch]]
+        for start in range(0, len(rows), self.rows_per_pass):
+            ids = self.train[rows[start : start + self.rows_per_pass]]
             share = len(ids) / len(rows)
-            loss, quantization = self.losses(ids)
-            total = loss + self.config.error_weight * quantization / self._error_unit
+            losses = self.loss.of(ids)
+            relative = self._relative(losses.error, ids)
+            total = losses.prediction + self.config.error_weight * relative
             (total * share).backward()  # type: ignore[no-untyped-call]
-            prediction += share * float(loss.detach())
-            error += share * float(quantization.detach()) / self._error_unit
+            prediction += share * float(losses.prediction.detach())
+            error += share * float(relative.detach())
         trained = [p for p in self.parameters.values() if p.requires_grad]
         finite = bool(torch.isfinite(nn.utils.clip_grad_norm_(trained, self.config.clip)))
         if finite:
             self.optimizer.step()
         return prediction, error, finite
 
-    def losses(self, ids: IntArray) -> tuple[Tensor, Tensor]:
-        """Return L_pred (nats per token) and L_q (Eq. 6, mean over text tokens) of ids ``[batch, length]``.
-
-        Call it, and differentiate the result, within :meth:`quantized`.
-        """
-        self._errors.clear()
-        states = zip(self.parameters["keys"], self.parameters["values"], strict=True)
-        tokens, kind = self.model.tensor(ids), self.model.dtype
-        layers = [(keys[None].to(kind), values[None].to(kind)) for keys, values in states]
-        logits = self.model.run(tokens, KeysValues(layers, self.prefix.kept)).logits
-        # A layer that is run again for its gradient adds its error again, but only after this sum.
-        error = torch.stack(self._errors).sum() / ids.size
-        scores = torch.log_softmax(logits[:, :-1].float(), -1)
-        if self.config.loss == "ce":
-            return nn.functional.nll_loss(scores.flatten(0, 1), tokens[:, 1:].flatten()), error
-        return divergence(scores, self.teacher.log_probabilities(ids)).mean(), error
-
-    @contextmanager
-    def quantized(self) -> Iterator[None]:
-        """Quantize weights and Site inputs; with ``config.checkpointing``, run layers again for their gradient."""
-        if self.config.loss == "distill":
-            self.teacher.remember(np.concatenate([self.train, self.held_out]), self.progress)
-
-        def transform(site: Site, x: Tensor) -> Tensor:
-            scale = self.parameters["log_scales"][self.index[site]].exp()
-            quantized = fake_quantize(x, scale, self.quantization.scheme.activation_bits)
-            self._errors.append((x - quantized.detach()).float().square().sum())
-            return quantized
-
-        with ExitStack() as stack:
-            stack.enter_context(replaced(self.model, transform, self.sites))
-            stack.enter_context(quantized_weights(self.model, self.sites))
-            # The weights of streamed layers must not wait for the backward pass either.
-            if self.config.checkpointing or self.model.placed.streamed_layers:
-                stack.enter_context(checkpointed(self.model.layers))
-            yield
+    @property
+    def rows_per_pass(self) -> int:
+        """Windows in a forward and backward pass: ``config.microbatch``, or as many as the device is best used with."""
+        # A GPU is idle with a few windows; a processor is not, and a streamed model is read anew in every pass.
+        whole = self.model.device.type != "cpu" or bool(self.model.placed.streamed_layers)
+        return self.config.microbatch or (self.config.batch if whole else 1)
 
     @torch.no_grad()
-    def _judge(self) -> tuple[float, float]:
-        """Return L_pred and L_q on the held-out text."""
-        total, quantization = 0.0, 0.0
-        for row in self.held_out:
-            loss, error = self.losses(row[None])
-            total, quantization = total + float(loss), quantization + float(error)
-        return total / len(self.held_out), quantization / len(self.held_out)
+    def _measure_untuned(self) -> None:
+        """Measure L_q of every window behind the untuned prefix."""
+        windows = np.concatenate([self.train, self.held_out])
+        for start in range(0, len(windows), self.rows_per_pass):
+            ids = windows[start : start + self.rows_per_pass]
+            for row, error in zip(ids, self.loss.of(ids).error, strict=True):
+                self._units[row.tobytes()] = torch.where(error > 0, error, torch.ones_like(error))
+            self.progress("measuring the untuned prefix", start + len(ids), len(windows))
+
+    def _relative(self, error: Tensor, ids: IntArray) -> Tensor:
+        """Return the mean of L_q of windows, each relative to the untuned prefix."""
+        return (error / torch.stack([self._units[row.tobytes()] for row in ids])).mean()
+
+    @torch.no_grad()
+    def _judge(self) -> Judged:
+        """Return the losses on the held-out text."""
+        prediction = error = 0.0
+        tokens = []
+        for start in range(0, len(self.held_out), self.rows_per_pass):
+            ids = self.held_out[start : start + self.rows_per_pass]
+            losses, share = self.loss.of(ids), len(ids) / len(self.held_out)
+            prediction += share * float(losses.prediction)
+            error += share * float(self._relative(losses.error, ids))
+            tokens.append(self.model.array(losses.tokens))
+        found = np.concatenate(tokens).astype(np.float64)
+        later = found[:, FIRST:]
+        return Judged(prediction, error, float(found.mean()), float(later.mean()) if later.size else math.nan)
+
+    def _state(self, step: int, judged: Judged, prediction: float, error: float) -> TuningState:
+        """Return the state after ``step`` steps, whose last one had the losses ``prediction`` and ``error``."""
+        # Through the quantized model L_pred itself rises with the error; a model without quantization is not hurt.
+        barrier = 0.0 if self.config.quantized else self.config.error_weight * judged.error
+        parts = prediction, error, judged.whole, judged.later, judged.error
+        return TuningState.after(step, judged.prediction + barrier, *parts)
 
     def _schedule(self, step: int) -> float:
         if self.config.schedule == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        rise = min(1.0, (step + 1) / max(1, min(WARM_UP, self.steps // 10)))
+        return rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def _rows(self, step: int) -> IntArray:
         """Return the indices of a step's windows; each epoch uses every window once, in a new order."""
@@ -235,9 +241,10 @@ class PrefixTuning:
     def _result(self, best: dict[str, Tensor]) -> tuple[Prefix, ActivationScales]:
         keys, values = self.model.array(best["keys"]), self.model.array(best["values"])
         prefix = Prefix(self.prefix.token_ids, keys, values, self.prefix.model_digest)
-        found = best["log_scales"].exp()
-        scales = {**self.scales.scales, **{site: float(found[i]) for site, i in self.index.items()}}
-        return prefix, self.scales.moved(scales if self.config.scales else self.scales.scales, prefix)
+        if not self.config.trains_scales:
+            return prefix, self.scales.moved(self.scales.scales, prefix)
+        found = zip(self.sites, best["log_scales"].exp().tolist(), strict=True)
+        return prefix, self.scales.moved({**self.scales.scales, **dict(found)}, prefix)
 
     def _identity(self) -> str:
         """Return a digest that a checkpoint must match; the scratch folder is specific to everything else."""
@@ -256,7 +263,7 @@ class PrefixTuning:
         for name, parameter in self.parameters.items():
             for moment, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{name}.{moment}"] = value
-        facts = {"identity": self._identity(), "step": step, "unit": self._error_unit, "trace": trace.to_json()}
+        facts = {"identity": self._identity(), "step": step, "trace": trace.to_json()}
         data = save({k: self.model.array(v) for k, v in tensors.items()}, metadata={"tuning": json.dumps(facts)})
         replace_file(self.scratch / "tuning.safetensors", data)
 
@@ -279,5 +286,4 @@ class PrefixTuning:
                     self.optimizer.state[parameter] = moments
         restored = TuningTrace.from_json(facts["trace"])
         trace.states, trace.seconds, trace.skipped = restored.states, restored.seconds, restored.skipped
-        self._error_unit = float(facts["unit"])
         return {name: tensors[f"best.{name}"] for name in self.parameters}, int(facts["step"])

@@ -140,31 +140,63 @@ class Tuning(Section):
     enabled: bool = Field(
         default=False, description="Train the keys and values of the prefix while the model stays frozen."
     )
-    loss: Literal["distill", "ce"] = Field(
-        default="distill",
-        description="Match the original model (distill), or predict the text as the paper does (ce).",
+    loss: Literal["invisible", "distill", "ce"] = Field(
+        default="invisible",
+        description="Make the unquantized model behind the prefix predict what the original predicts (invisible), make "
+        "the quantized model do so (distill), or predict the text as the paper does (ce).",
+    )
+    first_weight: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="Weight of the first 16 positions of a window in the loss invisible: the original model has its "
+        "attention sink there, so no prefix is invisible to them.",
     )
     error_weight: float = Field(
-        default=0.01, ge=0, description="Weight (lambda) of the quantization error in the loss."
+        default=0.01,
+        ge=0,
+        description="Weight (lambda) of the quantization error in the loss. At 0 the loss invisible may give the sink "
+        "back to the text.",
     )
-    scales: bool = Field(default=True, description="Train the static activation scales together with the prefix.")
-    learning_rate: float = Field(default=0.001, gt=0, description="Adam learning rate of the keys and values.")
+    scales: bool = Field(
+        default=True,
+        description="Train the static activation scales together with the prefix. Not with the loss invisible: its "
+        "smoothing and scales are measured behind the tuned prefix.",
+    )
+    learning_rate: float = Field(default=0.01, gt=0, description="Adam learning rate of the keys and values.")
     scale_learning_rate: float = Field(
         default=0.003, gt=0, description="Adam learning rate of the logarithms of the scales."
     )
-    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="Learning rate schedule.")
-    epochs: int = Field(default=2, ge=1, description="Number of passes over the training windows.")
-    windows: int = Field(default=80, ge=1, description="Number of windows of text to train on.")
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="Learning rate schedule; the cosine begins with up to 10 steps of warm-up."
+    )
+    epochs: int = Field(default=75, ge=1, description="Number of passes over the training windows.")
+    windows: int = Field(default=64, ge=1, description="Number of windows of text to train on.")
     held_out: int = Field(default=8, ge=1, description="Number of held-out windows that select the state to keep.")
     window: int = Field(default=256, ge=2, description="Tokens per window.")
-    batch: int = Field(default=2, ge=1, description="Windows per optimizer step.")
-    microbatch: int = Field(default=1, ge=1, description="Windows per forward and backward pass; bounds memory.")
+    batch: int = Field(default=16, ge=1, description="Windows per optimizer step.")
+    microbatch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Windows per forward and backward pass; bounds memory. Null is the whole batch on a GPU, or if "
+        "layers are streamed, and 1 on a CPU.",
+    )
     clip: float = Field(default=1.0, gt=0, description="Maximum gradient norm.")
     judge_every: int = Field(default=20, ge=1, description="Steps between evaluations on the held-out windows.")
     checkpointing: bool = Field(
         default=True,
         description="Recompute activations in the backward pass instead of keeping them (gradient checkpointing).",
     )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the model is quantized while it is tuned."""
+        return self.loss != "invisible"
+
+    @property
+    def trains_scales(self) -> bool:
+        """Whether the static scales are trained too."""
+        return self.quantized and self.scales
 
 
 class Calibration(Section):

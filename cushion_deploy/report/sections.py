@@ -7,7 +7,7 @@ from itertools import groupby
 
 from cushion_deploy.report import scores, statements
 from cushion_deploy.report.document import Engine, ParityRow, Report
-from cushion_deploy.report.document.prefix import Search, SearchStep
+from cushion_deploy.report.document.prefix import Search, SearchStep, Tuning, TuningState
 from cushion_deploy.report.provenance import json_block, names_and_values
 from cushion_deploy.report.render.drawing import Drawing
 from cushion_deploy.report.render.elements import (
@@ -147,20 +147,25 @@ def tuning(report: Report) -> Blocks:
     found = report.tuning
     if found is None:
         return []
-    rows = tuple(
-        (
-            f"{state.step:,}{' (kept)' if state.step == found.kept_step else ''}",
-            "not finite" if state.held_out is None else f"{state.held_out:.4f}",
-            "" if state.prediction is None else f"{state.prediction:.4f}",
-            "" if state.error is None else f"{state.error:.3f}",
-        )
-        for state in found.states
-    )
-    head = ("step", f"held-out {found.loss} loss", "loss of the step", "quantization error, relative to untuned")
+    losses = (f"held-out {found.loss} loss", "loss of the step", "quantization error, relative to untuned")
+    more = ("held-out divergence", "from position 16 on", "held-out quantization error") if found.invisible else ()
+    rows = tuple((_tuning_step(state, found.kept_step), *_tuning_row(state, found)) for state in found.states)
     return [
         Paragraph(f"{statements.tuning_sentence(found)} Tuning took {duration(found.seconds)}."),
-        Details("Every evaluation on held-out text", (Table(head, rows),)),
+        Details("Every evaluation on held-out text", (Table(("step", *more, *losses), rows),)),
     ]
+
+
+def _tuning_step(state: TuningState, kept: int) -> str:
+    return f"{state.step:,}{' (kept)' if state.step == kept else ''}"
+
+
+def _tuning_row(state: TuningState, found: Tuning) -> tuple[str, ...]:
+    def text(value: float | None, digits: int = 4) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    row = (text(state.held_out) or "not finite", text(state.prediction), text(state.error, 3))
+    return (text(state.whole), text(state.later), text(state.held_out_error, 3), *row) if found.invisible else row
 
 
 def parity(report: Report) -> Blocks:

@@ -150,20 +150,33 @@ def prefix_sentence(report: Report) -> str:
 
 def tuning_sentence(tuning: Tuning) -> str:
     """State what tuning gained on the held-out text."""
-    losses = {
-        state.step: "not finite" if state.held_out is None else f"{state.held_out:.4f}" for state in tuning.states
-    }
+    states = {state.step: state for state in tuning.states}
     what = "keys, values and activation scales" if tuning.scales_tuned else "keys and values"
-    measure = "divergence from the original model" if tuning.loss == "distill" else "cross-entropy"
+    model = "unquantized" if tuning.invisible else "quantized"
+    measure = "cross-entropy" if tuning.loss == "ce" else "divergence from the original model"
     steps = f"{plural(tuning.steps, 'step')} of tuning {what}"
     if tuning.skipped:
         steps += f" ({tuning.skipped} skipped because a gradient was not finite)"
     if tuning.kept_step == 0:
-        return f"{steps} did not lower the {measure} on held-out text, so the untuned prefix was kept."
+        beside = " without a larger quantization error" if tuning.invisible else ""
+        return f"{steps} did not lower the {measure} on held-out text{beside}, so the untuned prefix was kept."
+    before, after = states[0], states[tuning.kept_step]
+    course, more = f"from {_loss(before.held_out)} to {_loss(after.held_out)} nats per token", ""
+    if tuning.invisible:
+        course = f"from {_loss(before.whole)} to {_loss(after.whole)} nats per token"
+        if after.later is not None:
+            course += f" (beyond its first 16 positions from {_loss(before.later)} to {_loss(after.later)})"
+        if after.held_out_error is not None:
+            more = f", with {after.held_out_error:.2f} times the quantization error"
+        more += "; smoothing and scales were measured again behind it"
     return (
-        f"{steps} changed the quantized model's {measure} on held-out text from {losses[0]} to "
-        f"{losses[tuning.kept_step]} nats per token; the state after step {tuning.kept_step} was kept."
+        f"{steps} changed the {model} model's {measure} on held-out text {course}; "
+        f"the state after step {tuning.kept_step} was kept{more}."
     )
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def cache_sentence(report: Report) -> str:

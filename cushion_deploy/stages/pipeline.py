@@ -45,7 +45,11 @@ WITHOUT, WITH = "without prefix", "with prefix"
 
 @dataclass(frozen=True)
 class Branch:
-    """Everything that is measured behind one prefix, and the quantization that results from it."""
+    """Everything that is measured behind one prefix, and the quantization that results from it.
+
+    Attributes:
+        tuning: the stage that the prefix comes from; None for a prefix that was not tuned.
+    """
 
     smoothing: Smooth | None
     calibration: Calibrate
@@ -129,6 +133,8 @@ class Pipeline:
     def behind(self, prefix: Node[Prefix], *, tuned: bool = True) -> Branch:
         """Return the branch that is measured behind a prefix.
 
+        Behind a prefix that was tuned to be invisible everything is measured anew, as behind any other prefix.
+
         Args:
             prefix: found by the search, given, or none.
             tuned: False skips tuning even if the recipe enables it.
@@ -140,8 +146,10 @@ class Pipeline:
         if tuned and recipe.tuning.enabled and not isinstance(prefix, NoPrefix):
             start = AssembleQuantization(prefix, scheme, scales, smoothing)
             tuning = Tune(self.model, start, self.text, recipe.tuning, recipe.seed)
+            if not recipe.tuning.quantized:
+                return replace(self.behind(tuning.tuned_prefix, tuned=False), tuning=tuning)
             prefix, scales = tuning.tuned_prefix, tuning.tuned_scales
-            if not recipe.tuning.scales:
+            if not recipe.tuning.trains_scales:
                 calibration = self._calibrate(prefix, smoothing)
                 scales = calibration.scales
         quantization = AssembleQuantization(prefix, scheme, scales, smoothing, self._kv_scales(prefix, smoothing))

@@ -12,7 +12,7 @@ from typing import Any
 from cushion_deploy.core.host import free_memory
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Node, Speed, Stage, nodes_behind
-from cushion_deploy.stages.windows import calibrated_rows, default_window
+from cushion_deploy.stages.windows import calibrated_rows, default_window, longest_prefix
 
 GIB = 1 << 30
 LIBRARIES = 620 << 20
@@ -21,6 +21,11 @@ ACTIVATION_COPIES = 6
 """States of a layer that exist at once while it is calibrated."""
 LOGIT_TOKENS, LOGIT_COPIES = 128, 4
 """Tokens whose logits are computed at once, and copies of them while they are compared."""
+
+TRAINED_COPIES = 8
+"""States of a layer that are kept for its gradient while the prefix is tuned."""
+POSITIONS = 1024
+"""Positions whose logits are computed at once while the prefix is tuned."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def estimate(ends: Iterable[Node[Any]], recipe: Recipe, speed: Speed, work_dir: 
                 # Stages with and without the prefix are one row.
                 seconds[node.name] = seconds.get(node.name, 0.0) + taken
     free = shutil.disk_usage(_existing(work_dir)).free
-    memory = max(compute_memory(speed, recipe), parity_memory(speed, recipe))
+    memory = max(compute_memory(speed, recipe), parity_memory(speed, recipe), tuning_memory(speed, recipe))
     # The bundle is assembled next to the work folder, so its files exist twice.
     return Resources(seconds, memory, disk + 2 * spec.parameters, free_memory(), free)
 
@@ -80,6 +85,20 @@ def parity_memory(speed: Speed, recipe: Recipe) -> int:
     logits = (2 + LOGIT_COPIES) * 4 * tokens * spec.vocab_size
     # INT8 weights and, beside them, the same dequantized.
     return LIBRARIES + 5 * spec.parameters + cuts + logits
+
+
+def tuning_memory(speed: Speed, recipe: Recipe) -> int:
+    """Return the approximate peak while the prefix is tuned, in bytes of the CPU's memory; 0 if nothing is tuned."""
+    spec, tuning = speed.spec, recipe.tuning
+    if not (tuning.enabled and longest_prefix(recipe) and speed.on_cpu):
+        return 0
+    rows = (tuning.microbatch or 1) * tuning.window
+    remembered = (tuning.windows + tuning.held_out) * tuning.window
+    # What a layer keeps for its gradient; with checkpointing one layer at a time, and the states between layers.
+    layer = TRAINED_COPIES * rows * (spec.intermediate_size + 2 * spec.hidden_size)
+    kept = layer + rows * spec.num_layers * spec.hidden_size if tuning.checkpointing else layer * spec.num_layers
+    logits = LOGIT_COPIES * 2 * min(rows, POSITIONS) * spec.vocab_size
+    return LIBRARIES + speed.weights + 4 * (kept + logits + remembered * spec.hidden_size)
 
 
 def _existing(path: Path) -> Path:

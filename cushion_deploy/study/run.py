@@ -165,8 +165,10 @@ def _table2(cells: Cells, tasks: Tasks) -> list[TaskPair]:
 
 
 def _table3(cells: Cells) -> list[Step]:
-    weight = cells.pipeline.recipe.tuning.error_weight
-    tuned = {**PLAIN, "tuning.enabled": True, "tuning.scales": False}
+    weight, loss = cells.pipeline.recipe.tuning.error_weight, cells.pipeline.recipe.tuning.loss
+    # As in the paper, the loss is that of the quantized model: without L_q the loss `invisible` has nothing to hold it.
+    loss = "distill" if loss == "invisible" else loss
+    tuned = {**PLAIN, "tuning.enabled": True, "tuning.loss": loss, "tuning.scales": False}
     rows = [
         _step(cells, "no prefix", PLAIN, cells.empty),
         _step(cells, "+ greedy search", PLAIN),
@@ -185,7 +187,7 @@ def _remedies(cells: Cells) -> list[Step]:
         "smoothing.alpha": FALLBACK_ALPHA if recipe.smoothing.alpha is None else recipe.smoothing.alpha,
     }
     tuned = {**smoothed, "tuning.enabled": True, "tuning.scales": False}
-    with_scales = {**tuned, "tuning.scales": True}
+    best = {**tuned, "tuning.scales": recipe.tuning.quantized}
     limited: list[Step] = []
     if recipe.smoothing.limit is not None:
         limited = [_step(cells, f"+ limit of {recipe.smoothing.limit:g} on channels", smoothed)]
@@ -194,8 +196,8 @@ def _remedies(cells: Cells) -> list[Step]:
         _step(cells, f"+ smoothing (ranges: {recipe.calibration.estimator})", {**smoothed, "smoothing.limit": None}),
         *limited,
         _step(cells, "+ tuned prefix", tuned),
-        _step(cells, "+ tuned scales", with_scales),
-        _step(cells, f"+ float Sites ({KEPT_FLOAT})", {**with_scales, "export.keep_float": [KEPT_FLOAT]}),
+        *([_step(cells, "+ tuned scales", best)] if recipe.tuning.quantized else []),
+        _step(cells, f"+ float Sites ({KEPT_FLOAT})", {**best, "export.keep_float": [KEPT_FLOAT]}),
     ]
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     **{"search.text_tokens": 96, "search.random_candidates": 16, "search.screen_candidates": 8},
     **{"search.gradient_candidates": 8, "search.audit_tokens": 4, "calibration.windows": 4, "calibration.window": 64},
-    **{"tuning.held_out": 2, "tuning.judge_every": 1},
+    **{"tuning.held_out": 2, "tuning.judge_every": 1, "tuning.batch": 2},
 }
 OPTIONS = ("--shape", "small", "--windows", "4", "--window", "32", "--epochs", "1")
 SETTINGS = tuple(part for name, value in SMALL.items() for part in ("--set", f"{name}={value}"))

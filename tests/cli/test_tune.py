@@ -18,6 +18,10 @@ TUNING = [
     "--set",
     "tuning.window=24",
     "--set",
+    "tuning.batch=2",
+    "--set",
+    "tuning.epochs=2",
+    "--set",
     "tuning.judge_every=1",
 ]
 
@@ -40,6 +44,27 @@ def test_the_files_of_a_tuning_make_a_graph(cli: Any, planted_bundle: Any, tmp_p
     files += ["--smoothing", tmp_path / "tuned" / names[2]]
     assert cli("export", *planted_bundle.options, *files, "--output", tmp_path / "graph").code == 0
     assert (tmp_path / "graph" / "model.onnx").is_file()
+
+
+def test_an_invisible_prefix_is_tuned_on_through_the_quantized_model(
+    cli: Any, planted_bundle: Any, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    faster = [*TUNING, "--set", "tuning.learning_rate=0.1"]
+    done = cli("tune", *planted_bundle.options, *faster, "--output", first)
+    assert done.code == 0, done.err
+    assert "step    0: divergence on held-out text" in done.out
+    assert ", from position 16 on" in done.out
+    assert "quantization error 1.000 times the untuned" in done.out
+    more = [*TUNING, "--set", "tuning.loss=distill"]
+    done = cli("tune", *planted_bundle.options, *more, "--prefix", first / "prefix.safetensors", "--output", second)
+    assert done.code == 0, done.err
+    assert "step    0: distill on held-out text" in done.out
+    begun, ended = (read_prefix(folder / "prefix.safetensors") for folder in (first, second))
+    plain = read_prefix(planted_bundle.bundle / "prefix.safetensors")
+    assert not np.array_equal(begun.keys, plain.keys)
+    distance = [float(np.abs(prefix.keys - begun.keys).max()) for prefix in (plain, ended)]
+    assert distance[1] < distance[0], "the second run begins at the result of the first"
 
 
 def test_a_tuning_with_an_int8_cache_has_the_scales_of_the_cache(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def test_search_and_tuning_find_the_same_in_a_streamed_model(planted_folder: Pat
         histograms = observe_sites(model, prefix, windows, np.ones_like(windows))
         scales = choose_scales(histograms, RangeEstimator("max"), model.lineage(prefix), 1)
         start = Quantization(prefix, QuantScheme(), scales)
-        tuned, _, states = PrefixTuning(model, start, windows[:3], windows[3:], Tuning(epochs=1, batch=3)).run()
+        config = Tuning(epochs=1, batch=3, microbatch=3)
+        tuned, _, states = PrefixTuning(model, start, windows[:3], windows[3:], config).run()
         results.append((prefix, trace.steps, sample_text(model, 3), tuned, states.states))
     one, other = results
     assert one[0].token_ids == other[0].token_ids

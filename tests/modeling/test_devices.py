@@ -146,7 +146,8 @@ def test_a_gpu_searches_simulates_and_tunes_as_a_cpu_does(
         with simulated(model, QuantScheme(), scales):
             losses = model.token_nll(windows, model.compute_prefix((97,)))
         start = Quantization(model.compute_prefix((97,)), QuantScheme(), scales)
-        tuned = PrefixTuning(model, start, windows[:3], windows[3:], Tuning(epochs=1, batch=3)).run()[0]
+        config = Tuning(epochs=1, batch=3, microbatch=3)
+        tuned = PrefixTuning(model, start, windows[:3], windows[3:], config).run()[0]
         results.append((prefix.token_ids, trace.steps[0].ratio, losses, tuned))
     for ids, ratio, losses, tuned in results[1:]:
         assert ids == results[0][0]

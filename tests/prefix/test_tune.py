@@ -1,142 +1,66 @@
-"""Tuning follows the gradient of what it says it minimizes, keeps the best state, and goes on after a kill."""
+"""Tuning keeps the best state of held-out text, keeps the sink in the prefix, and goes on after a kill."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load
 
+from cushion_deploy.calib.calibrate import choose_scales, observe_sites
+from cushion_deploy.calib.estimators import RangeEstimator
 from cushion_deploy.core.dtypes import IntArray
-from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.prefix import tune
-from cushion_deploy.prefix.tune import PrefixTuning, fake_quantize
+from cushion_deploy.prefix.tune import Judged, PrefixTuning
+from cushion_deploy.prefix.tuning_loss import Losses
 from cushion_deploy.recipe import Tuning
 
 SCHEME = QuantScheme(quantize_head=False)
 MakeTuning = Callable[..., PrefixTuning]
 
 
-def scales_of(model: TorchRunner, prefix: Prefix, value: float = 0.02) -> ActivationScales:
-    """Return the same scale for every Site."""
-    found = dict.fromkeys(model.sites, float(np.float32(value)))
-    return ActivationScales(found, "max", Lineage(model.spec.weights_digest, prefix.digest, text="c"), 1)
+def error(model: TorchRunner, prefix: Prefix, row: IntArray, step: float = 0.02) -> float:
+    """Return L_q of a window behind a prefix, with the same scale at every Site but the head."""
+    found: list[float] = []
+
+    def add(site: str, x: torch.Tensor) -> None:
+        values, scale = x.numpy(), np.float32(step)
+        off = (values - np.clip(np.rint(values / scale), -128, 127) * scale).astype(np.float64)
+        found.append(float((off**2).sum()) if site != "head" else 0.0)
+
+    with observed(model, add):
+        model.logits(row[None], prefix)
+    return sum(found)
 
 
-@pytest.fixture
-def tuning(planted_model: TorchRunner, plain_ids: IntArray) -> MakeTuning:
-    """Return a maker of small tunings of the token 97."""
-
-    def make(scratch: Path | None = None, model: TorchRunner = planted_model, **config: Any) -> PrefixTuning:
-        small: dict[str, Any] = {"epochs": 2, "batch": 2, "judge_every": 2, "checkpointing": False}
-        prefix = model.compute_prefix((97,))
-        windows = plain_ids[: 8 * 16].reshape(8, 16)
-        settings = Tuning(**{**small, **config})
-        quantization = Quantization(prefix, SCHEME, scales_of(model, prefix))
-        return PrefixTuning(model, quantization, windows[:6], windows[6:], settings, 7, scratch)
-
-    return make
+def divergences(model: TorchRunner, prefix: Prefix, rows: IntArray) -> np.ndarray:
+    """Return KL(without prefix || behind the prefix) of every prediction, float64 ``[windows, length - 1]``."""
+    scores = []
+    for before in (Prefix.empty(model.spec), prefix):
+        logits = model.logits(rows, before)[:, :-1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        scores.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    found: np.ndarray = (np.exp(scores[0]) * (scores[0] - scores[1])).sum(-1)
+    return found
 
 
-def test_fake_quantization_rounds_half_to_even_and_saturates() -> None:
-    x = torch.tensor([0.5, 1.5, -2.5, 126.6, 500.0, -500.0])
-    assert fake_quantize(x, torch.tensor(1.0)).tolist() == [0, 2, -2, 127, 127, -128]
-
-
-def test_gradients_of_fake_quantization_are_straight_through_and_learned_step_size() -> None:
-    x = torch.tensor([0.3, 1.6, 300.0, -300.0], requires_grad=True)
-    scale = torch.tensor(1.0, requires_grad=True)
-    fake_quantize(x, scale).backward(torch.ones(4))
-    assert x.grad is not None
-    assert x.grad.tolist() == [1, 1, 0, 0]
-    # Esser et al., Eq. 3: round(x/s) - x/s inside, the clipping code outside.
-    assert float(scale.grad) == pytest.approx((0 - 0.3) + (2 - 1.6) + 127 - 128, abs=1e-5)
-
-
-@pytest.mark.parametrize("loss", ["ce", "distill"])
-def test_losses_are_those_of_the_simulated_model(tuning: MakeTuning, planted_model: TorchRunner, loss: str) -> None:
-    t = tuning(loss=loss)
-    ids = t.train[:2]
-    with t.quantized(), torch.no_grad():
-        prediction, _ = t.losses(ids)
-    with simulated(planted_model, SCHEME, t.scales):
-        quantized = torch.log_softmax(torch.from_numpy(planted_model.logits(ids, t.prefix)[:, :-1]).double(), -1)
-        nll = planted_model.token_nll(ids, t.prefix).mean()
-    plain = planted_model.logits(ids, Prefix.empty(planted_model.spec))[:, :-1]
-    teacher = torch.log_softmax(torch.from_numpy(plain).double(), -1)
-    kl = float((teacher.exp() * (teacher - quantized)).sum(-1).mean())
-    assert float(prediction) == pytest.approx(nll if loss == "ce" else kl, rel=1e-4)
-
-
-def test_the_error_is_that_of_equation_6(
-    tuning: MakeTuning, planted_model: TorchRunner, inputs_of: Callable[..., dict[str, np.ndarray]]
-) -> None:
-    # One Site only: behind a quantized Site the inputs of the next are others than those of the plain model.
-    t = tuning()
-    first = next(iter(t.sites))
-    t.sites = {first: t.sites[first]}
-    with t.quantized(), torch.no_grad():
-        _, error = t.losses(t.train[:1])
-    x = inputs_of(planted_model, (97, *t.train[0]))[first][1:]
-    step = np.float32(0.02)
-    expected = ((x - np.clip(np.rint(x / step), -128, 127) * step) ** 2).sum() / 16
-    assert float(error) == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.parametrize("loss", ["ce", "distill"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_finite_differences(
-    tuning: MakeTuning, monkeypatch: pytest.MonkeyPatch, loss: str, checkpointing: bool
-) -> None:
-    """With the rounding left out the losses are smooth, and straight-through is the true gradient."""
-    monkeypatch.setattr(tune, "fake_quantize", lambda x, scale, bits: torch.tanh(x / scale / 400) * scale * 400)
-    t = tuning(loss=loss, checkpointing=checkpointing)
-    ids, rng = t.train[:2], np.random.default_rng(0)
-    with t.quantized():
-        prediction, _ = t.losses(ids)
-        prediction.backward()
-        for name in ("keys", "values", "log_scales"):
-            parameter = t.parameters[name]
-            gradient = parameter.grad
-            assert gradient is not None
-            direction = torch.from_numpy(rng.normal(size=parameter.shape).astype(np.float32))
-            step = 3e-3
-            found = []
-            for sign in (1, -1):
-                with torch.no_grad():
-                    parameter += sign * step * direction
-                    found.append(float(t.losses(ids)[0]))
-                    parameter -= sign * step * direction
-            numeric = (found[0] - found[1]) / (2 * step)
-            assert float((gradient * direction).sum()) == pytest.approx(numeric, rel=0.05, abs=2e-4), name
-
-
-def test_running_layers_again_changes_no_gradient(tuning: MakeTuning) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        t = tuning(checkpointing=checkpointing)
-        with t.quantized():
-            prediction, error = t.losses(t.train[:2])
-            (prediction + 0.1 * error).backward()
-        gradients.append([t.parameters[name].grad for name in ("keys", "values", "log_scales")])
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_the_best_state_is_kept_and_the_start_counts(tuning: MakeTuning) -> None:
-    t = tuning(learning_rate=50.0, scale_learning_rate=3.0, clip=1e9)
+@pytest.mark.parametrize("loss", ["distill", "invisible"])
+def test_the_best_state_is_kept_and_the_start_counts(tuning: MakeTuning, loss: str) -> None:
+    t = tuning(loss=loss, learning_rate=50.0, scale_learning_rate=3.0, clip=1e9)
     prefix, scales, trace = t.run()
     assert trace.best.step == 0, [s.held_out for s in trace.states]
     np.testing.assert_array_equal(prefix.keys, t.prefix.keys)
@@ -144,7 +68,7 @@ def test_the_best_state_is_kept_and_the_start_counts(tuning: MakeTuning) -> None
 
 
 def test_tuning_improves_what_it_is_judged_by(tuning: MakeTuning, planted_model: TorchRunner) -> None:
-    prefix, scales, trace = tuning(epochs=8, learning_rate=0.01, scale_learning_rate=0.1).run()
+    prefix, scales, trace = tuning(loss="distill", epochs=8, learning_rate=0.01, scale_learning_rate=0.1).run()
     assert trace.best.held_out < 0.9 * trace.states[0].held_out
     assert scales.lineage.prefix == prefix.digest
     assert [s.step for s in trace.states] == [0, *range(2, 25, 2)]
@@ -160,18 +84,111 @@ def test_tuning_improves_what_it_is_judged_by(tuning: MakeTuning, planted_model:
     assert np.mean(held_out) == pytest.approx(trace.best.held_out, rel=2e-2)
 
 
+def test_a_prefix_becomes_invisible_to_the_unquantized_model(tuning: MakeTuning, planted_model: TorchRunner) -> None:
+    t = tuning(loss="invisible", epochs=10, learning_rate=0.1, window=32)
+    prefix, scales, trace = t.run()
+    assert scales.scales == t.scales.scales
+    assert scales.lineage.prefix == prefix.digest
+    start, best = trace.states[0], trace.best
+    for state, kept in ((start, t.prefix), (best, prefix)):
+        found = divergences(planted_model, kept, t.held_out)
+        assert state.whole == pytest.approx(found.mean(), rel=1e-3)
+        assert state.later == pytest.approx(found[:, 16:].mean(), rel=1e-3)
+        weights = np.where(np.arange(31) < 16, 0.25, 1.0)
+        barrier = 0.01 * (state.held_out_error or math.nan)
+        assert state.held_out == pytest.approx(np.average(found.mean(0), weights=weights) + barrier, rel=1e-3)
+    assert start.held_out_error == 1.0
+    ratios = [np.divide(*(error(planted_model, kept, row) for kept in (prefix, t.prefix))) for row in t.held_out]
+    assert best.held_out_error == pytest.approx(np.mean(ratios), rel=1e-3)
+    assert best.later < 0.5 * start.later
+    assert best.held_out == min(s.held_out for s in trace.states)
+
+
+@pytest.mark.parametrize(("error_weight", "kept"), [(0.01, True), (0.0, False)])
+def test_the_quantization_error_keeps_the_sink_in_the_prefix(
+    planted_model: TorchRunner, plain_ids: IntArray, error_weight: float, kept: bool
+) -> None:
+    """Tuned until it is invisible from the first position on, a prefix alone gives the sink back to the text."""
+    model, windows = planted_model, plain_ids[: 12 * 24].reshape(12, 24)
+    prefix = model.compute_prefix((97,))
+
+    def largest(before: Prefix) -> float:
+        sizes: list[float] = []
+        with observed(model, lambda _, x: sizes.append(float(x.abs().max()))):
+            model.logits(windows[8:], before)
+        return max(sizes)
+
+    histograms = observe_sites(model, prefix, windows, np.ones_like(windows))
+    scales = choose_scales(histograms, RangeEstimator("max"), model.lineage(prefix), 1)
+    settings = {"first_weight": 1.0, "epochs": 80, "batch": 8, "learning_rate": 0.3, "checkpointing": False}
+    config = Tuning(error_weight=error_weight, **settings)
+    start = Quantization(prefix, SCHEME, scales)
+    tuned, _, trace = PrefixTuning(model, start, windows[:8], windows[8:], config).run()
+    assert trace.best.step > 0
+    assert largest(prefix) < 20 < 500 < largest(Prefix.empty(model.spec))
+    assert (largest(tuned) < 20) is kept
+    assert (largest(tuned) > 300) is not kept
+    # Not only the state that was kept: the sink never came back.
+    assert all((state.held_out_error or math.nan) < 1.2 for state in trace.states) is kept
+
+
+def test_a_state_that_buys_invisibility_with_quantization_error_is_not_kept(tuning: MakeTuning) -> None:
+    looks = iter([Judged(0.5, 1.0, 0.5, 0.5), Judged(0.1, 50.0, 0.1, 0.1), Judged(0.4, 1.1, 0.4, 0.4)])
+    t = tuning(loss="invisible", epochs=2, batch=6, judge_every=1)
+    t._judge = lambda: next(looks)  # type: ignore[method-assign]
+    trace = t.run()[2]
+    assert [s.held_out for s in trace.states] == pytest.approx([0.51, 0.1 + 0.01 * 50, 0.4 + 0.01 * 1.1])
+    assert trace.best.step == 2
+
+
+@pytest.mark.parametrize(("steps", "rise"), [(300, 10), (40, 4), (4, 1)])
+def test_the_cosine_begins_with_a_warm_up(tuning: MakeTuning, steps: int, rise: int) -> None:
+    t = tuning(epochs=steps, batch=6)
+    rates = [t._schedule(step) for step in range(steps)]
+    cosine = [0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+    assert rates[rise:] == cosine[rise:]
+    assert rates[:rise] == pytest.approx([(i + 1) / rise * cosine[i] for i in range(rise)])
+    assert set(map(tuning(schedule="constant")._schedule, range(4))) == {1.0}
+
+
+def test_a_pass_has_the_windows_that_its_device_is_best_used_with(tuning: MakeTuning) -> None:
+    t = tuning(batch=5)
+    assert t.rows_per_pass == 1
+    for device, streamed, rows in (("cuda", (), 5), ("cpu", (0, 1), 5), ("cpu", (), 1)):
+        placed = SimpleNamespace(streamed_layers=streamed)
+        t.model = SimpleNamespace(device=torch.device(device), placed=placed)  # type: ignore[assignment]
+        assert t.rows_per_pass == rows
+    assert tuning(batch=5, microbatch=3).rows_per_pass == 3
+
+
+def test_windows_in_one_pass_or_in_several_are_the_same_steps(tuning: MakeTuning) -> None:
+    one, several = (tuning(batch=4, microbatch=rows, epochs=3).run() for rows in (4, 3))
+    np.testing.assert_allclose(one[0].keys, several[0].keys, rtol=1e-3, atol=1e-4)
+    for state, other in zip(one[2].states, several[2].states, strict=True):
+        assert state.held_out == pytest.approx(other.held_out, rel=1e-3)
+
+
+def test_a_prefix_of_eight_tokens_is_tuned(tuning: MakeTuning, planted_model: TorchRunner) -> None:
+    t = tuning(tokens=(97, 5, 6, 7, 8, 9, 10, 11), epochs=4, learning_rate=0.1)
+    prefix, _, trace = t.run()
+    assert prefix.length == 8
+    assert trace.best.step > 0
+    assert (prefix.keys != t.prefix.keys).any((0, 1, 3)).all(), "every position"
+
+
 def test_scales_stay_where_the_recipe_says_so(tuning: MakeTuning) -> None:
-    t = tuning(scales=False)
+    t = tuning(loss="distill", scales=False)
     _, scales, _ = t.run()
     assert scales.scales == t.scales.scales
 
 
+@pytest.mark.parametrize("loss", ["distill", "invisible"])
 def test_a_killed_tuning_goes_on_where_it_was(
-    tuning: MakeTuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tuning: MakeTuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
     monkeypatch.setattr(tune, "CHECKPOINT_SECONDS", 0)
-    whole_prefix, whole_scales, whole = tuning().run()
-    killed = tuning(tmp_path)
+    whole_prefix, whole_scales, whole = tuning(loss=loss).run()
+    killed = tuning(tmp_path, loss=loss)
 
     def die(task: str, done: int, total: int, note: str = "") -> None:
         if task.startswith("tuning") and done == 3:
@@ -180,7 +197,7 @@ def test_a_killed_tuning_goes_on_where_it_was(
     killed.progress = die
     with pytest.raises(KeyboardInterrupt):
         killed.run()
-    again = tuning(tmp_path)
+    again = tuning(tmp_path, loss=loss)
     begun: list[int] = []
     again.progress = lambda task, done, total, *_: begun.append(done) if task.startswith("tuning") else None
     prefix, scales, trace = again.run()
@@ -207,7 +224,7 @@ def test_an_empty_prefix_cannot_be_tuned(planted_model: TorchRunner, plain_ids: 
     none = Prefix.empty(planted_model.spec)
     rows = plain_ids[:32].reshape(2, 16)
     with pytest.raises(UsageError, match="no prefix to tune"):
-        PrefixTuning(planted_model, Quantization(none, SCHEME, scales_of(planted_model, none)), rows, rows, Tuning())
+        PrefixTuning(planted_model, Quantization(none, SCHEME, None), rows, rows, Tuning())
 
 
 def test_the_model_is_as_it_was_afterwards(tuning: MakeTuning, planted_model: TorchRunner) -> None:
@@ -222,13 +239,13 @@ def test_a_tuning_that_runs_away_keeps_the_start_and_can_be_told(
     tuning: MakeTuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     t = tuning(epochs=1)
-    real = t.losses
+    real = t.loss.of
 
-    def losses(ids: IntArray) -> Any:
-        prediction, error = real(ids)
-        return (prediction * float("nan") if torch.is_grad_enabled() else prediction), error
+    def losses(ids: IntArray) -> Losses:
+        found = real(ids)
+        return replace(found, prediction=found.prediction * math.nan) if torch.is_grad_enabled() else found
 
-    monkeypatch.setattr(t, "losses", losses)
+    monkeypatch.setattr(t.loss, "of", losses)
     prefix, _, trace = t.run()
     assert (trace.skipped, trace.best.step) == (trace.steps, 0)
     assert trace.states[-1].prediction is None
@@ -238,8 +255,8 @@ def test_a_tuning_that_runs_away_keeps_the_start_and_can_be_told(
 
 def test_a_held_out_loss_that_is_not_finite_is_never_the_best(tuning: MakeTuning) -> None:
     t = tuning(epochs=1)
-    looks = iter([0.5, float("nan"), float("inf"), 0.4])
-    t._judge = lambda: (next(looks, 0.6), 1.0)  # type: ignore[method-assign]
+    looks = iter([0.5, math.nan, math.inf, 0.4])
+    t._judge = lambda: Judged(next(looks, 0.6), 1.0, 1.0, 1.0)  # type: ignore[method-assign]
     _, _, trace = t.run()
-    assert [s.held_out for s in trace.states] == [0.5, None, None]
+    assert [s.held_out for s in trace.states] == [0.51, None, None]
     assert trace.best.step == 0

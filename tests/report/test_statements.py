@@ -9,6 +9,7 @@ from cushion_deploy.report.document.prefix import Choice
 from cushion_deploy.report.page import report_page
 from cushion_deploy.report.render.html import render_html
 from cushion_deploy.report.scores import chat_rows, engine_perplexity_sentence, perplexity_rows
+from cushion_deploy.report.sections import tuning
 from cushion_deploy.report.statements import (
     cache_sentence,
     choice_sentence,
@@ -230,6 +231,51 @@ def test_a_tuning_that_brought_nothing_says_so(data: dict[str, Any]) -> None:
     assert tuning_sentence(report.tuning) == (
         "80 steps of tuning keys and values did not lower the cross-entropy on held-out text, so the untuned prefix "
         "was kept."
+    )
+
+
+@pytest.fixture
+def invisible(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the data of a report whose prefix was tuned to be invisible."""
+    losses = ((0.0216, 0.0197, 0.0121, 1.0), (0.0151, 0.0134, 0.0067, 1.02), (0.0139, 0.0120, 0.0052, 0.998))
+    names = ("held_out", "whole", "later", "held_out_error")
+    for state, values in zip(data["tuning"]["states"], losses, strict=True):
+        state |= dict(zip(names, values, strict=True))
+    data["tuning"] |= {"loss": "invisible", "scales_tuned": False, "skipped": 0}
+    return data
+
+
+def test_what_an_invisible_prefix_changes_is_told(invisible: dict[str, Any]) -> None:
+    report = Report.model_validate(invisible)
+    assert report.tuning is not None
+    assert tuning_sentence(report.tuning) == (
+        "80 steps of tuning keys and values changed the unquantized model's divergence from the original model on "
+        "held-out text from 0.0197 to 0.0120 nats per token (beyond its first 16 positions from 0.0121 to 0.0052); "
+        "the state after step 80 was kept, with 1.00 times the quantization error; smoothing and scales were measured "
+        "again behind it."
+    )
+    shown = "".join(map(str, tuning(report)))
+    for value in ("0.0134", "0.0067", "1.020", "from position 16 on"):
+        assert value in shown
+
+
+def test_an_invisible_prefix_that_costs_too_much_says_so(invisible: dict[str, Any]) -> None:
+    invisible["tuning"]["kept_step"] = 0
+    report = Report.model_validate(invisible)
+    assert report.tuning is not None
+    assert tuning_sentence(report.tuning).endswith(
+        "did not lower the divergence from the original model on held-out text without a larger quantization error, so "
+        "the untuned prefix was kept."
+    )
+
+
+def test_windows_within_the_first_positions_have_nothing_beyond_them(invisible: dict[str, Any]) -> None:
+    for state in invisible["tuning"]["states"]:
+        state |= {"later": None, "held_out_error": None}
+    report = Report.model_validate(invisible)
+    assert report.tuning is not None
+    assert "from 0.0197 to 0.0120 nats per token; the state after step 80 was kept; smooth" in tuning_sentence(
+        report.tuning
     )
 
 

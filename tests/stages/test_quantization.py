@@ -18,6 +18,7 @@ from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle
+from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.report import merge_times
 
@@ -36,6 +37,8 @@ SETTINGS: dict[str, object] = {
     "tuning.windows": 4,
     "tuning.held_out": 2,
     "tuning.window": 32,
+    "tuning.epochs": 2,
+    "tuning.batch": 2,
     "tuning.judge_every": 1,
 }
 
@@ -101,7 +104,8 @@ def test_an_entry_that_cannot_be_met_is_refused(one_run: MakeRun, entry: str, me
 
 
 def test_tuning_hands_on_its_prefix_and_scales_and_is_reused(one_run: MakeRun) -> None:
-    one = one_run(tuning__enabled=True, tuning__learning_rate=0.01)
+    settings = {"tuning__enabled": True, "tuning__loss": "distill", "tuning__learning_rate": 0.01}
+    one = one_run(**settings)
     found, searched = one.quantization, one.run.get(one.pipeline.prefix)
     trace = one.run.get(one.pipeline.quantized.tuning).trace
     assert trace is not None
@@ -111,20 +115,49 @@ def test_tuning_hands_on_its_prefix_and_scales_and_is_reused(one_run: MakeRun) -
     assert np.array_equal(found.prefix.keys, searched.keys) is not moved
     untuned = one.run.get(one.pipeline.behind(one.pipeline.prefix, tuned=False).quantization)
     assert np.array_equal(untuned.prefix.keys, searched.keys)
-    again = one_run(tuning__enabled=True, tuning__learning_rate=0.01)
+    again = one_run(**settings)
     np.testing.assert_array_equal(again.quantization.prefix.keys, found.prefix.keys)
     assert all(row["reused"] for row in merge_times(again.run.times) if row["stage"] != "load")
 
 
+def test_an_invisible_prefix_ships_with_smoothing_and_scales_of_its_own(one_run: MakeRun, tmp_path: Path) -> None:
+    one = one_run(tuning__enabled=True, tuning__learning_rate=0.1)
+    branch, found = one.pipeline.quantized, one.quantization
+    assert branch.tuning is not None
+    assert branch.smoothing is not None
+    trace = one.run.get(branch.tuning).trace
+    assert trace is not None
+    assert trace.best.step > 0
+    # The same as for a prefix from a file.
+    given = one_run().pipeline.behind(Given(found.prefix))
+    alone = one.run.get(given.quantization)
+    assert (alone.prefix.digest, alone.scales, alone.scheme) == (found.prefix.digest, found.scales, found.scheme)
+    assert alone.smoothing is not None
+    assert found.smoothing is not None
+    assert alone.smoothing.digest == found.smoothing.digest
+    # The searched prefix can be had beside it, as it would ship.
+    searched = one.run.get(one.pipeline.behind(one.pipeline.prefix, tuned=False).quantization)
+    assert searched.smoothing is not None
+    assert searched.smoothing.digest != found.smoothing.digest
+    assert searched.static_scales.lineage.prefix == searched.prefix.digest != found.prefix.digest
+    # The scales that it was tuned with are others, and the report shows those that ship.
+    assert one.run.get(branch.tuning).scales.scales == searched.static_scales.scales
+    report = one.build(tmp_path / "out")
+    assert report.calibration is not None
+    assert {site.site: site.scale for site in report.calibration.sites} == found.static_scales.scales
+
+
 def test_without_tuned_scales_the_scales_are_calibrated_behind_the_tuned_prefix(one_run: MakeRun) -> None:
-    one = one_run(tuning__enabled=True, tuning__scales=False, tuning__learning_rate=0.05)
+    one = one_run(tuning__enabled=True, tuning__loss="distill", tuning__scales=False, tuning__learning_rate=0.05)
     found = one.quantization
     assert found.static_scales.lineage.prefix == found.prefix.digest
     assert found.static_scales.estimator == one.pipeline.recipe.calibration.estimator
 
 
-def test_a_tuned_build_with_float_sites_holds_the_ladder(one_run: MakeRun, tmp_path: Path) -> None:
-    report = one_run(tuning__enabled=True, export__keep_float=["layers.1.mlp.down"]).build(tmp_path / "out")
+@pytest.mark.parametrize("loss", ["invisible", "distill"])
+def test_a_tuned_build_with_float_sites_holds_the_ladder(one_run: MakeRun, tmp_path: Path, loss: str) -> None:
+    settings = {"tuning__enabled": True, "tuning__loss": loss, "export__keep_float": ["layers.1.mlp.down"]}
+    report = one_run(**settings).build(tmp_path / "out")
     assert [row for row in report.parity if not row.passed] == []
     assert report.tuning is not None
     assert report.export is not None

@@ -18,7 +18,7 @@ from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix.trace import SearchTrace
 from cushion_deploy.recipe import Search
 from cushion_deploy.study.cells import Cells, Variant
-from cushion_deploy.study.document import PARTS, Score
+from cushion_deploy.study.document import PARTS, Score, Study
 from cushion_deploy.study.run import NO_PREFIX, choose_parts, run_study
 
 WINDOW, WINDOWS = 48, 2
@@ -189,9 +189,20 @@ def test_steps_are_recipes_and_the_first_has_no_prefix(whole: Whole) -> None:
     assert steps[0].fp == whole.study.fp
     assert steps[1].fp == whole.study.fp_prefix
     assert steps[2].settings["tuning.error_weight"] == 0.0
+    # Without the quantization error nothing would keep the sink in an invisible prefix.
+    assert [step.settings["tuning.loss"] for step in steps[2:]] == ["distill", "distill"]
     assert steps[3].settings["tuning.error_weight"] == whole.cells.pipeline.recipe.tuning.error_weight
     for step in (*steps, *(whole.study.remedies or ())):
         whole.cells.pipeline.recipe.merged(step.settings)
+
+
+def test_scales_are_a_remedy_only_of_a_loss_that_trains_them(desk: Desk, whole: Whole) -> None:
+    def remedies(study: Study) -> list[str]:
+        return [step.label for step in study.remedies or () if "tuned" in step.label]
+
+    assert remedies(whole.study) == ["+ tuned prefix"]
+    cells = desk.cells(whole.work, tuning__loss="distill")
+    assert remedies(run_study(cells, ("remedies",), "")) == ["+ tuned prefix", "+ tuned scales"]
 
 
 def test_a_finished_study_is_repeated_without_measuring_anything(desk: Desk, whole: Whole) -> None:

@@ -120,6 +120,13 @@ def test_the_estimate_follows_the_recipe(
     assert stages() == usual
     assert stages(tuning__enabled=True) == {*usual, "tune"}
     assert stages(search__enabled=False, tuning__enabled=True) == usual - {"search"}
+    short, long = (estimate(tuning__enabled=True, tuning__epochs=epochs).seconds["tune"] for epochs in (10, 80))
+    assert 3 < long / short < 16
+    # Without checkpointing every layer keeps its activations: of 16 windows of 200 tokens more than all else.
+    large = {"tuning__enabled": True, "tuning__window": 200, "tuning__microbatch": 16}
+    kept, again = (estimate(**large, tuning__checkpointing=more).memory for more in (False, True))
+    states = 16 * 200 * (tiny_model.spec.intermediate_size + 2 * tiny_model.spec.hidden_size) * 4
+    assert kept - again > states
     found = estimate()
     assert all(math.isfinite(seconds) and seconds > 0 for seconds in found.seconds.values())
     assert found.memory > 4 * tiny_model.spec.parameters

@@ -89,16 +89,28 @@ class Search(StrictModel):
 
 
 class TuningState(StrictModel):
-    """The quantized model after a number of tuning steps: held-out loss, and the two parts of that step's loss."""
+    """The model after a number of tuning steps, on held-out text, and the two parts of the last step's loss.
+
+    Attributes:
+        step: number of steps.
+        held_out: what the kept state has least of.
+        prediction, error: L_pred and L_q of the last step; L_q here and below relative to the untuned prefix.
+        whole, later: mean divergence (cross-entropy for the loss ``ce``) in nats per token: at all positions, and from
+            position 16 on. Null in reports that did not record it.
+        held_out_error: L_q. Null in reports that did not record it.
+    """
 
     step: Count
     held_out: float | None
     prediction: float | None = None
     error: float | None = None
+    whole: float | None = None
+    later: float | None = None
+    held_out_error: float | None = None
 
 
 class Tuning(StrictModel):
-    """Tuning of the prefix; the state with the lowest held-out loss was kept, step 0 being the untuned prefix.
+    """Tuning of the prefix; the state with the least ``held_out`` was kept, step 0 being the untuned prefix.
 
     ``skipped`` counts steps that changed nothing because a gradient was not finite.
     """
@@ -110,6 +122,11 @@ class Tuning(StrictModel):
     kept_step: Count
     skipped: Count = 0
     states: tuple[TuningState, ...]
+
+    @property
+    def invisible(self) -> bool:
+        """Whether the model was not quantized while it was tuned: the prefix was to change nothing but outliers."""
+        return self.loss == "invisible"
 
 
 class ChoiceCandidate(StrictModel):
