@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -39,8 +40,8 @@ from cushion_deploy.stages.tune import Tune
 from cushion_deploy.stages.windows import Cut, longest_prefix
 
 T = TypeVar("T")
-WITHOUT, WITH = "without prefix", "with prefix"
-"""Names of the two models that a build compares."""
+WITHOUT, UNTUNED, WITH = "without prefix", "with the untuned prefix", "with prefix"
+"""Names of the models that a build compares."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Pipeline:
         search: None if the recipe disables the prefix.
         prefix: the prefix found by the search, or no prefix.
         quantized, bare: the branches with and without the prefix.
-        choice: the choice between the two; None if there is nothing to choose.
+        choice: the choice among the two and, where the recipe tunes it, the untuned prefix; None if there is none.
     """
 
     def __init__(self, recipe: Recipe, source: ModelSource) -> None:
@@ -155,18 +156,27 @@ class Pipeline:
         quantization = AssembleQuantization(prefix, scheme, scales, smoothing, self._kv_scales(prefix, smoothing))
         return Branch(smoothing, calibration, scheme, tuning, quantization)
 
-    def _choice(self) -> Choose:
-        config, branches = self.recipe.calibration, (self.bare.quantization, self.quantized.quantization)
-        return Choose(self.model, (WITHOUT, WITH), branches, self.text, config.windows, config.window)
+    @property
+    def candidates(self) -> dict[str, Branch]:
+        """The branches that may ship, by name; the untuned prefix is one of them where the recipe tunes it."""
+        untuned = {UNTUNED: self.behind(self.prefix, tuned=False)} if self.quantized.tuning else {}
+        return {WITHOUT: self.bare, **untuned, WITH: self.quantized}
 
-    def shipped(self, behind_prefix: Node[T], bare: Node[T]) -> Node[T]:
-        """Return what belongs to the model that ships, of what belongs to the ones with and without the prefix."""
-        return Chosen(self.choice, (WITHOUT, WITH), (bare, behind_prefix)) if self.choice else behind_prefix
+    def _choice(self) -> Choose:
+        config, names = self.recipe.calibration, tuple(self.candidates)
+        quantizations = tuple(branch.quantization for branch in self.candidates.values())
+        return Choose(self.model, names, quantizations, self.text, config.windows, config.window)
+
+    def shipped(self, part: Callable[[Branch], Node[T]]) -> Node[T]:
+        """Return a part of the branch that ships."""
+        if self.choice is None:
+            return part(self.quantized)
+        return Chosen(self.choice, tuple(self.candidates), tuple(map(part, self.candidates.values())))
 
     @property
     def shipped_quantization(self) -> Node[Quantization]:
         """The quantization that ships."""
-        return self.shipped(self.quantized.quantization, self.bare.quantization)
+        return self.shipped(lambda branch: branch.quantization)
 
     def _calibrate(self, prefix: Node[Prefix], smoothing: Smooth | None) -> Calibrate:
         config = self.recipe.calibration
@@ -244,7 +254,7 @@ class Pipeline:
         plans = tuple(self.engine_graph(quantization, graph, engine) for engine in engines)
         compiled = tuple(Compile.of(plan, name, options) for plan, name in zip(plans, engines, strict=True))
         parity = self.parity(quantization, graph, plans)
-        calibration = self.shipped(branch.calibration, self.bare.calibration)
+        calibration = self.shipped(lambda each: each.calibration)
         found = calibration, branch.tuning, self.choice, quantization, graph, compiled, self.evaluation, parity
         report = AssembleReport(recipe, self.files, self.text, self.search, *found)
         return Publish(recipe, self.files, quantization, graph, compiled, report, output)
