@@ -36,7 +36,7 @@ from cushion_deploy.cli.main import main as command_line
 from cushion_deploy.cli.options import parse_settings
 from cushion_deploy.core.host import cpu_description, installed_versions, own_peak_memory
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.stages.windows import TOKENS
+from cushion_deploy.stages.windows import WINDOW
 
 STEPS = ("write", "search", "calibrate", "tune", "export")
 JUDGED = ("search", "calibrate", "tune")
@@ -203,7 +203,7 @@ def _write(given: argparse.Namespace) -> dict[str, Any]:
     calibration, tuning = recipe.calibration, recipe.tuning
     tokens = max(
         recipe.search.text_tokens,
-        calibration.windows * (calibration.window or TOKENS),
+        calibration.windows * (calibration.window or WINDOW),
         (tuning.windows + tuning.held_out) * tuning.window,
     )
     write_text(given.folder / "text.txt", shape, tokens, given.seed)

@@ -31,14 +31,15 @@ _SMOOTHING_FORMAT = "cushion-smoothing-1"
 
 
 def write_prefix(prefix: Prefix, path: Path) -> None:
-    """Write ``keys``, ``values`` (float32) and ``token_ids`` (int64), with the model's digest as metadata."""
+    """Write keys and values (float32) and token ids (int64); ``slides`` and the model's digest are metadata."""
     tensors: dict[str, npt.NDArray[Any]] = {
         "keys": np.ascontiguousarray(prefix.keys),
         "values": np.ascontiguousarray(prefix.values),
         "token_ids": np.asarray(prefix.token_ids, dtype=np.int64),
     }
     # A single metadata entry, because safetensors writes several in an order that differs between runs.
-    facts = json.dumps({"format": _PREFIX_FORMAT, "model_digest": prefix.model_digest})
+    slides = {"slides": True} if prefix.slides else {}
+    facts = json.dumps({"format": _PREFIX_FORMAT, "model_digest": prefix.model_digest, **slides})
     replace_file(path, save(tensors, metadata={_METADATA: facts}))
 
 
@@ -58,7 +59,8 @@ def read_prefix(path: Path) -> Prefix:
             if metadata.get("format") != _PREFIX_FORMAT:
                 raise UntrustedArtifact(f"{path} is not a prefix file", hint=hint)
             ids = tuple(int(i) for i in f.get_tensor("token_ids"))
-            return Prefix(ids, f.get_tensor("keys"), f.get_tensor("values"), metadata["model_digest"])
+            tensors = f.get_tensor("keys"), f.get_tensor("values")
+            return Prefix(ids, *tensors, metadata["model_digest"], bool(metadata.get("slides", False)))
     except (SafetensorError, AttributeError, KeyError, ValueError) as e:
         raise UntrustedArtifact(f"{path} is damaged: {e}", hint=hint) from e
 

@@ -33,8 +33,9 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites
+from cushion_deploy.modeling.teacher import BEGIN
 from cushion_deploy.prefix.trace import TuningState, TuningTrace
-from cushion_deploy.prefix.tuning_loss import FIRST, TuningLoss
+from cushion_deploy.prefix.tuning_loss import TuningLoss
 from cushion_deploy.recipe import Tuning
 from cushion_deploy.store import replace_file
 
@@ -212,7 +213,7 @@ class PrefixTuning:
             error += share * float(self._relative(losses.error, ids))
             tokens.append(self.model.array(losses.tokens))
         found = np.concatenate(tokens).astype(np.float64)
-        later = found[:, FIRST:]
+        later = found[:, BEGIN:]
         return Judged(prediction, error, float(found.mean()), float(later.mean()) if later.size else math.nan)
 
     def _state(self, step: int, judged: Judged, prediction: float, error: float) -> TuningState:

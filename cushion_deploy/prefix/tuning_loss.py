@@ -30,11 +30,9 @@ from cushion_deploy.modeling.observe import observed, replaced
 from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_weights
-from cushion_deploy.modeling.teacher import Teacher, divergence
+from cushion_deploy.modeling.teacher import BEGIN, Teacher, divergence
 from cushion_deploy.recipe import Tuning
 
-FIRST = 16
-"""Positions at the start of a text that ``tuning.first_weight`` applies to."""
 POSITIONS = 1024
 """Positions whose logits are computed at once: those of 16 windows and a large vocabulary would take 4 GB a copy."""
 
@@ -128,7 +126,7 @@ class TuningLoss:
         self._errors.clear()
         weights = torch.ones_like(found[0])
         if self.config.loss == "invisible":
-            weights[:FIRST] = self.config.first_weight
+            weights[:BEGIN] = self.config.first_weight
         return Losses((found * weights).sum() / (len(ids) * weights.sum()), error, found.detach())
 
     def _of_tokens(self, ids: IntArray, tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,14 @@ def test_a_prefix_comes_back_with_its_digest(prefix: Prefix, tmp_path: Path) -> 
     write_prefix(prefix, tmp_path / "p.safetensors")
     again = read_prefix(tmp_path / "p.safetensors")
     assert (again.digest, again.token_ids, again.model_digest) == (prefix.digest, (5, 1, 9), "digest of the model")
+
+
+def test_a_prefix_that_windows_move_past_stays_one(prefix: Prefix, tmp_path: Path) -> None:
+    sliding = replace(prefix, slides=True)
+    write_prefix(sliding, tmp_path / "p.safetensors")
+    again = read_prefix(tmp_path / "p.safetensors")
+    assert (again.slides, again.digest) == (True, sliding.digest)
+    assert sliding.digest != prefix.digest
 
 
 def test_an_empty_prefix_comes_back_empty(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ TOKENS = (7, 1, 100)
 SETTINGS: dict[str, object] = {
     "engines": ["onnxruntime", *(["tensorrt-rtx"] if RTX else [])],
     "export.kv_cache": "int8",
+    "search.ship": "always",
     "search.seed_tokens": ["<s>"],
     "search.max_length": 1,
     "search.text_tokens": 48,

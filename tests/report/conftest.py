@@ -39,6 +39,11 @@ def _sites() -> list[dict[str, Any]]:
     return [*sites, {"site": "head", "scale": 0.31, "amax": 44.0}]
 
 
+def _tuned(step: int, held_out: float, prediction: float | None, error: float | None) -> dict[str, Any]:
+    later = {"whole": None, "later": None, "held_out_error": None}
+    return {"step": step, "held_out": held_out, "prediction": prediction, "error": error, **later}
+
+
 def _candidates(best: float) -> list[dict[str, Any]]:
     tokens = [(198, "\n"), (0, "<|im_start|>"), (216, " "), (30, "."), (28, ","), (264, "<script>alert(1)</script>")]
     return [
@@ -150,9 +155,9 @@ _DATA: dict[str, Any] = {
         "kept_step": 80,
         "skipped": 1,
         "states": [
-            {"step": 0, "held_out": 0.0905, "prediction": None, "error": None},
-            {"step": 40, "held_out": 0.0765, "prediction": 0.0644, "error": 0.896},
-            {"step": 80, "held_out": 0.0752, "prediction": 0.0787, "error": 1.073},
+            _tuned(0, 0.0905, None, None),
+            _tuned(40, 0.0765, 0.0644, 0.896),
+            _tuned(80, 0.0752, 0.0787, 1.073),
         ],
     },
     "choice": {

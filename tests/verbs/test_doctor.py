@@ -116,10 +116,10 @@ def test_the_estimate_follows_the_recipe(
     def stages(**changes: object) -> set[str]:
         return set(estimate(**changes).seconds)
 
-    usual = {"load", "search", "smooth", "calibrate", "export", "engine", "evaluate", "parity"}
+    usual = {"load", "search", "choose", "smooth", "calibrate", "export", "engine", "evaluate", "parity"}
     assert stages() == usual
     assert stages(tuning__enabled=True) == {*usual, "tune"}
-    assert stages(search__enabled=False, tuning__enabled=True) == usual - {"search"}
+    assert stages(search__enabled=False, tuning__enabled=True) == usual - {"search", "choose"}
     short, long = (estimate(tuning__enabled=True, tuning__epochs=epochs).seconds["tune"] for epochs in (10, 80))
     assert 3 < long / short < 16
     # Without checkpointing every layer keeps its activations: of 16 windows of 200 tokens more than all else.
