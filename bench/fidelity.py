@@ -24,9 +24,7 @@ from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
 from cushion_deploy.stages.scores import scores_of
-
-PLAIN = {"smoothing.rotate_down": 0, "smoothing.rotate_out": 0}
-"""Settings of the remedies without rotations."""
+from cushion_deploy.study.cells import UNROTATED
 
 
 def main() -> None:
@@ -43,7 +41,7 @@ def main() -> None:
     bench.floating("FP, prefix", searched.artifact)
     bench.dynamic("per-token dynamic, no prefix (SmoothQuant-O1)", bare)
     for name, prefix in (("no prefix", bare), ("prefix", searched)):
-        bench.static(f"static, {name}, no rotation", nodes.altered(dict(PLAIN)), prefix)
+        bench.static(f"static, {name}, no rotation", nodes.altered(UNROTATED), prefix)
         bench.static(f"static, {name}, rotated", nodes, prefix)
     if options.tune:
         tuned = nodes.altered({"tuning.enabled": True}).behind(searched)
@@ -79,7 +77,7 @@ class Fidelities:
 
     def dynamic(self, name: str, prefix: Node[Prefix]) -> None:
         """Add the paper's per-token dynamic W8A8 with SmoothQuant, the head in floating point as in static rows."""
-        paper = {**PLAIN, "smoothing.alpha": PAPER_ALPHA, "smoothing.limit": None}
+        paper = {**UNROTATED, "smoothing.alpha": PAPER_ALPHA, "smoothing.limit": None}
         smoothing = self.nodes.altered(paper).smoothing(prefix)
         folded = self.model.folded(self.run.get(smoothing) if smoothing else None)
         with simulated(folded, parse_scheme("smoothquant-o1", quantize_head=False), None):

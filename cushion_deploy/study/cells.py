@@ -20,6 +20,8 @@ from cushion_deploy.study.document import Cell
 from cushion_deploy.study.document import Score as ScoreRow
 from cushion_deploy.study.stages import Attention, CellStage, LastBlock, Magnitudes, Score, TeacherOf, Variant, Windows
 
+UNROTATED: dict[str, Any] = {"smoothing.rotate_down": 0, "smoothing.rotate_out": 0}
+"""Settings of rows in which no input is rotated: those of the paper, and remedies before the rotation."""
 EXTENT = ("window", "tokens", "text_tokens")
 """What a score says about its text."""
 
@@ -94,7 +96,7 @@ class Cells:
         """Return the variant for a named scheme of the paper, with the paper's alpha and min-max ranges."""
         pipeline, given = self.pipeline, Given(prefix)
         scheme = parse_scheme(name, quantize_head=pipeline.recipe.export.quantize_head)
-        paper = pipeline.altered({"smoothing.alpha": PAPER_ALPHA, "smoothing.limit": None})
+        paper = pipeline.altered({**UNROTATED, "smoothing.alpha": PAPER_ALPHA, "smoothing.limit": None})
         smoothing = paper.smoothing(given) if scheme.smoothing else None
         scales = None
         if scheme.activations == "static":

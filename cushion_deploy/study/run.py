@@ -15,7 +15,7 @@ from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
 from cushion_deploy.errors import unknown_choice
 from cushion_deploy.stages.report import model_row
 from cushion_deploy.store.manifest import tool_version
-from cushion_deploy.study.cells import Cells
+from cushion_deploy.study.cells import UNROTATED, Cells
 from cushion_deploy.study.document import PARTS, Pair, Score, Step, Study, TaskPair
 from cushion_deploy.study.stages import Variant
 from cushion_deploy.study.zeroshot import Tasks
@@ -181,12 +181,12 @@ def _table3(cells: Cells) -> list[Step]:
 
 def _remedies(cells: Cells) -> list[Step]:
     recipe = cells.pipeline.recipe
-    bare = {**PLAIN, "smoothing.alpha": None}
-    smoothed = {
-        **PLAIN,
-        "smoothing.alpha": FALLBACK_ALPHA if recipe.smoothing.alpha is None else recipe.smoothing.alpha,
-    }
-    tuned = {**smoothed, "tuning.enabled": True, "tuning.scales": False}
+    bare = {**PLAIN, **UNROTATED, "smoothing.alpha": None}
+    alpha = FALLBACK_ALPHA if recipe.smoothing.alpha is None else recipe.smoothing.alpha
+    rotated = {**PLAIN, "smoothing.alpha": alpha}
+    smoothed = {**rotated, **UNROTATED}
+    rotates = bool(recipe.smoothing.rotate_down or recipe.smoothing.rotate_out)
+    tuned = {**rotated, "tuning.enabled": True, "tuning.scales": False}
     best = {**tuned, "tuning.scales": recipe.tuning.quantized}
     limited: list[Step] = []
     if recipe.smoothing.limit is not None:
@@ -195,6 +195,7 @@ def _remedies(cells: Cells) -> list[Step]:
         *(_step(cells, f"ranges: {name}", {**bare, "calibration.estimator": name}) for name in ESTIMATORS),
         _step(cells, f"+ smoothing (ranges: {recipe.calibration.estimator})", {**smoothed, "smoothing.limit": None}),
         *limited,
+        *([_step(cells, "+ rotation", rotated)] if rotates else []),
         _step(cells, "+ tuned prefix", tuned),
         *([_step(cells, "+ tuned scales", best)] if recipe.tuning.quantized else []),
         _step(cells, f"+ float Sites ({KEPT_FLOAT})", {**best, "export.keep_float": [KEPT_FLOAT]}),
