@@ -205,6 +205,16 @@ def test_scales_are_a_remedy_only_of_a_loss_that_trains_them(desk: Desk, whole: 
     assert remedies(run_study(cells, ("remedies",), "")) == ["+ tuned prefix", "+ tuned scales"]
 
 
+def test_only_the_deployed_scheme_and_remedies_from_the_rotation_on_are_rotated(desk: Desk, whole: Whole) -> None:
+    cells = desk.cells(whole.work)
+    assert cells.built(cells.searched).variant.smoothing.rotations
+    assert not cells.in_scheme("smoothquant-o1", cells.searched).smoothing.rotations
+    steps = {step.label: step.settings for step in whole.study.remedies}
+    labels = list(steps)
+    rotated = [label for label, chosen in steps.items() if chosen.get("smoothing.rotate_down") != 0]
+    assert rotated == labels[labels.index("+ rotation") :]
+
+
 def test_a_finished_study_is_repeated_without_measuring_anything(desk: Desk, whole: Whole) -> None:
     again = desk.cells(whole.work)
     study = run_study(again, choose_parts(()), NO_TASKS)
