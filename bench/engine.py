@@ -18,17 +18,21 @@ from cushion_deploy.evaluate.speed import Workload, compare, peak_memory, time_s
 from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
+from cushion_deploy.study.cells import UNROTATED
 
 
 def graphs(run: Run, nodes: Pipeline, with_head: Pipeline) -> dict[str, ExportedGraph]:
     """Return the graphs to compare, by name."""
     quantized, bare = (run.get(branch.quantization) for branch in (nodes.quantized, nodes.bare))
+    unrotated = run.get(nodes.altered(UNROTATED).quantized.quantization)
     head = with_head.scheme
     wanted = {
-        "float": (quantized.float_twin, replace(nodes.form, quantized=False)),
+        # As a float model is deployed, without rotations.
+        "float": (replace(quantized.float_twin, smoothing=None), replace(nodes.form, quantized=False)),
         "int8": (replace(quantized, scheme=head), nodes.form),
         "int8-float-head": (quantized, nodes.form),
         "int8-no-prefix": (replace(bare, scheme=head), nodes.form),
+        "int8-no-rotation": (replace(unrotated, scheme=head), nodes.form),
     }
     return {name: run.get(nodes.graph(Given(parts), form)) for name, (parts, form) in wanted.items()}
 
@@ -57,6 +61,7 @@ def main() -> None:
             "measured": {name: row.summary(workload) for name, row in times.items()},
             "times as fast as float": {n: compare(t, times["float"], workload).to_json() for n, t in times.items()},
             "without the prefix, times as fast": compare(times["int8-no-prefix"], times["int8"], workload).to_json(),
+            "without rotations, times as fast": compare(times["int8-no-rotation"], times["int8"], workload).to_json(),
         }
     print(json.dumps(result, indent=1))
 

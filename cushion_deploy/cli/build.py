@@ -20,7 +20,7 @@ from cushion_deploy.cli.options import (
     target_option,
 )
 from cushion_deploy.cli.progress import progress
-from cushion_deploy.errors import ExitCode
+from cushion_deploy.errors import ExitCode, UsageError
 
 
 @click.command("build")
@@ -60,6 +60,8 @@ def command(
 
     The exit code is 1 if a parity check fails; the bundle is still written, and its report names the failed checks.
     """
+    if values["no_prefix"] and ship in ("auto", "always"):
+        raise UsageError(f"--no-prefix contradicts --prefix {ship}", hint="leave one of them out")
     values["no_prefix"] |= ship == "never"
     recipe = make_recipe({**values, "ship": None if ship == "never" else ship})
     if print_config:

@@ -20,7 +20,7 @@ from cushion_deploy.errors import UsageError
 @recipe_options
 @device_option
 @click.option(
-    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors; searched by default."
+    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors. Default: what a build ships."
 )
 @click.option("--scales", "scales_file", type=click.Path(path_type=Path), help="scales.json; calibrated by default.")
 @click.option(

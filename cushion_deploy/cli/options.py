@@ -77,7 +77,7 @@ def recipe_options(function: F) -> F:
             default=None,
             help="Quantize the output head to INT8 as well.",
         ),
-        click.option("--tune/--no-tune", default=None, help="Tune the prefix together with the activation scales."),
+        click.option("--tune/--no-tune", default=None, help="Tune the prefix (tuning.loss)."),
         click.option("--smooth-alpha", type=float, help="Migration strength (alpha) of SmoothQuant, 0 to 1."),
         click.option(
             "--keep-float",

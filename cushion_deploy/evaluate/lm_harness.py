@@ -203,7 +203,9 @@ class CushionLM(ScorerLM):
         if bundle is None:
             raise UsageError("no bundle was given", hint="add --model_args bundle=OUT")
         generator = load(Path(bundle), engine, threads)
-        batch = int(str(batch_size)) if str(batch_size).isdecimal() else BATCH
+        # A plan may take one row at a time; that is its default.
+        usual = BATCH if engine == "onnxruntime" else 1
+        batch = int(str(batch_size)) if str(batch_size).isdecimal() else usual
         super().__init__(Scorer(generator.session), Encoding.of_bundle(generator.bundle), batch=batch)
 
 

@@ -53,8 +53,8 @@ class Fold:
     def apply(self, tensor: Any, rows: slice, convert: Callable[[npt.NDArray[Any]], Any]) -> Any:
         """Return folded rows of the tensor: a numpy array or, with the same operations, a torch tensor.
 
-        A rotation is computed, and returned, in float64: its sums are exact there, so that any library and device, with
-        any order of summation, gets the same float32 weight from it.
+        A rotation is computed, and returned, in float64, so that any library and device, with any order of summation,
+        gets the same float32 weight from it.
 
         Args:
             tensor: rows of the tensor, float32.

@@ -111,7 +111,7 @@ def simulated(
         UsageError: a Site has no scale or no zero point, bits or symmetry of the scales are not those of the scheme,
             or the scheme needs SmoothQuant and no smoothing is folded into the model.
     """
-    if scheme.smoothing and model.smoothing is None:
+    if scheme.smoothing and not (model.smoothing and model.smoothing.factors):
         raise UsageError(
             f"scheme {scheme.name} needs SmoothQuant, and no smoothing is folded into the model",
             hint="fold a smoothing into the model first",

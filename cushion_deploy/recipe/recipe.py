@@ -111,6 +111,10 @@ class Recipe(Section):
         Raises:
             UsageError: the recipe has settings that this version does not have; another version wrote it.
         """
+        smoothing = data.get("smoothing")
+        if isinstance(smoothing, Mapping):
+            # Bundles of versions without rotations have none.
+            data = {**data, "smoothing": {"rotate_down": 0, "rotate_out": 0, **smoothing}}
         return _validate(data, "the recipe in the bundle: ")
 
     @classmethod

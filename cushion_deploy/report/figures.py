@@ -23,7 +23,7 @@ from cushion_deploy.report.render.axes import (
 from cushion_deploy.report.render.drawing import WIDE_LIGHT, Canvas, Drawing, Painter, draw, new_figure, settings
 from cushion_deploy.report.render.formatting import duration, perplexity
 from cushion_deploy.report.render.printable import one_line
-from cushion_deploy.report.statements import found_prefix
+from cushion_deploy.report.statements import has_prefix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -151,7 +151,7 @@ def draw_figures(report: Report) -> dict[str, Drawing]:
     if magnitudes is not None and (magnitudes.without or magnitudes.with_prefix):
         painters["magnitudes"] = lambda canvas: magnitudes_figure(magnitudes, canvas)
     if measured is not None:
-        painters["perplexity"] = lambda canvas: perplexity_figure(measured, canvas, prefix=found_prefix(report))
+        painters["perplexity"] = lambda canvas: perplexity_figure(measured, canvas, prefix=has_prefix(report))
     if calibration is not None and calibration.sites:
         painters["scales"] = lambda canvas: scales_figure(calibration, canvas)
     if report.stages:

@@ -90,14 +90,21 @@ def later_sentence(measured: Perplexity) -> str:
     )
 
 
-def engine_perplexity_sentence(measured: Perplexity) -> str:
-    """State the perplexity of the compiled engine, next to that of simulated quantization."""
+def engine_perplexity_sentence(measured: Perplexity, *, prefix: bool = True) -> str:
+    """State the perplexity of the compiled engine, next to that of simulated quantization of the same model.
+
+    Args:
+        measured: the scores.
+        prefix: whether the engine has the prefix of the last column.
+    """
     if measured.engine is None:
         return "Quantization is simulated in these columns; no compiled engine was measured."
     text = f"The compiled engine measures {with_error(measured.engine, measured.engine_stderr)}"
-    if measured.quantized_prefix is not None:
-        change = percent(measured.engine / measured.quantized_prefix - 1)
-        text += f", {change} relative to the simulated quantization in the last column"
+    simulated = measured.quantized_prefix if prefix else measured.quantized
+    if simulated is not None:
+        change = percent(measured.engine / simulated - 1)
+        column = "in the last column" if prefix else "without the prefix"
+        text += f", {change} relative to the simulated quantization {column}"
     return text + "."
 
 

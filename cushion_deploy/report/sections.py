@@ -20,7 +20,7 @@ from cushion_deploy.report.render.elements import (
     Text,
     figure_if_drawn,
 )
-from cushion_deploy.report.render.formatting import duration, number, plural, size, value_and_limit
+from cushion_deploy.report.render.formatting import duration, listing, number, plural, size, value_and_limit
 
 Blocks = list[Block]
 Figures = Mapping[str, Drawing]
@@ -40,17 +40,17 @@ def perplexity(report: Report, figures: Figures) -> Blocks:
         return [Paragraph("Perplexity was not measured.")]
     found = (*scores.perplexity_rows(measured), *scores.chat_rows(report.chat))
     rows = tuple((label, *cells) for label, cells in found)
-    note = (
-        f"{scores.engine_perplexity_sentence(measured)} Measured on {scores.text_words(measured)}; calibration did not "
-        "use this text. Lower is better."
-    )
+    # Without a prefix to find, all columns are of the one model.
+    last = statements.has_prefix(report) or not statements.found_prefix(report)
+    engine = scores.engine_perplexity_sentence(measured, prefix=last)
+    note = f"{engine} Measured on {scores.text_words(measured)}; calibration did not use this text. Lower is better."
     if statements.found_prefix(report):
         note += " The prefix alone changes perplexity, so the last column should be compared with FP + prefix."
     more = (scores.noise_sentence(measured), scores.later_sentence(measured), scores.chat_sentence(report.chat))
     note = " ".join((note, *filter(None, more)))
     cache = statements.cache_sentence(report)
     return [
-        Table(("", *scores.COLUMNS), rows, strong_column=len(scores.COLUMNS)),
+        Table(("", *scores.COLUMNS), rows, strong_column=len(scores.COLUMNS) - (not last)),
         *figure_if_drawn(figures, "perplexity", "Bar chart of the measured perplexities, listed in the table above."),
         Paragraph(note, note=True),
         *([Paragraph(f"The key/value cache is {cache}")] if cache else []),
@@ -218,6 +218,9 @@ def scales(report: Report, figures: Figures) -> Blocks:
     text = f", estimated on {plural(found.tokens, 'token')} of {found.corpus}."
     if found.smoothing_alpha is not None:
         text += f" SmoothQuant with alpha {found.smoothing_alpha} is folded into the weights."
+    if found.rotations:
+        blocks = listing([f"{kind} in blocks of {block}" for kind, block in found.rotations.items()])
+        text += f" Inputs are rotated: {blocks}."
     if found.window and found.sliding_window and found.window <= found.sliding_window:
         text += (
             f" The windows of {found.window:,} tokens do not reach beyond the model's sliding window of "

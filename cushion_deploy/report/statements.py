@@ -24,6 +24,8 @@ from cushion_deploy.report.scores import excerpt_words
 Status = Literal["passed", "incomplete", "failed"]
 WITHOUT = "without prefix"
 """Name of the candidate without a prefix in a choice."""
+UNTUNED = "with the untuned prefix"
+"""Name of the candidate with the searched prefix where there is a tuned one."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def _cost(report: Report) -> str:
         return "; its perplexity was not measured."
     p, part = report.perplexity, excerpt_words(report.perplexity)
     if not has_prefix(report):
-        quantized = p.quantized if p.quantized_prefix is None else p.quantized_prefix
+        measured_behind = found_prefix(report) or p.quantized_prefix is None
+        quantized = p.quantized if measured_behind else p.quantized_prefix
         return f"{_at(quantized, p.fp, 'FP')}{part}; {_why_no_prefix(report)}."
     after = _at(p.quantized_prefix, p.fp_prefix, "FP with the same prefix")
     if p.quantized is None or p.fp is None:
@@ -117,8 +120,10 @@ def choice_sentence(choice: Choice) -> str:
     ]
     measure = "divergence" if choice.reason == "kl_after_16" else "perplexity, because the divergences are too close,"
     return (
-        f"Judged by its {measure} on {choice.tokens:,} held-out predictions from position 16 on, each with smoothing "
-        f"and scales of its own, the quantized model ships {one_line(choice.shipped)}: {listing(scores)}."
+        f"Judged by its {measure} on {choice.tokens:,} predictions from position 16 on, of text that was not "
+        f"calibrated on, each with smoothing and scales of its own, the quantized model ships "
+        f"{one_line(choice.shipped)}: "
+        f"{listing(scores)}."
     )
 
 
@@ -192,6 +197,8 @@ def cache_sentence(report: Report) -> str:
         cost += f" ({percent(found / cache.float_perplexity - 1)})"
     scales = "one scale per head" if cache.scales == "per-head" else "one scale per tensor"
     prefix = ""
+    if found_prefix(report) and not has_prefix(report):
+        cost += ", both behind the prefix"
     if has_prefix(report):
         prefix = ", the prefix quantized too" if cache.with_prefix else ", the prefix in floating point"
     return (

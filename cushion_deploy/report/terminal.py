@@ -82,6 +82,8 @@ def _four_columns(rows: Sequence[tuple[str, list[str]]]) -> Table:
 def _prefix(report: Report) -> Text:
     if report.search is None or not statements.has_prefix(report):
         return Text(statements.prefix_sentence(report))
+    if report.choice is not None and report.choice.shipped == statements.UNTUNED:
+        return Text("the untuned one, because the quantized model is closer to the original with it")
     pairs = zip(report.search.tokens, report.search.token_ids, strict=True)
     return Text("  ").join(Text(f"{visible(token)} ({token_id})") for token, token_id in pairs)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CHOICE = "choice.json"
 HELD_OUT = 8
-"""Windows of the calibration text, at most, that candidates are judged on and nothing is observed on."""
+"""Windows of the calibration text, at most, that candidates are judged on and no scale is calibrated on."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Choice:
 class Choose(Stage[Choice]):
     """Compare quantizations, each as it would ship: with smoothing and scales of its own.
 
-    They are judged on text that was not calibrated on, by the divergence of the quantized model from the original one
-    from position 16 on; the first token of a text, which is the sink of the original model, decides nothing. Where two
-    differ by less than the standard error of the difference, the perplexity decides.
+    They are judged on text that was not calibrated on (tuning may have read it), by the divergence of the quantized
+    model from the original one from position 16 on; the first token of a text, which is the sink of the original model,
+    decides nothing. Where two differ by less than the standard error of the difference, the perplexity decides.
 
     Attributes:
         names: name of each candidate; the first is the one to beat.
@@ -127,7 +127,10 @@ def choose(found: Mapping[str, Fidelity]) -> Choice:
     best, reason = names[0], "kl_after_16"
     for name in names[1:]:
         better, by = _better(found[name], found[best])
-        best, reason = (name, by) if better else (best, by)
+        # With more than two, the reason is that of the last comparison that the winner won.
+        if better or len(names) == 2:
+            reason = by
+        best = name if better else best
     scores = {name: scores_of(each) for name, each in found.items()}
     kept = ("perplexity", "divergence", "kl_after_16", "kl_after_16_stderr")
     rows = tuple(Candidate(name, **{key: scores[name][key] for key in kept}) for name in names)

@@ -19,6 +19,7 @@ from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.source import ModelSource, resolve_source
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.report.statements import UNTUNED, WITHOUT
 from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.calibrate import Calibrate, CalibrateCache
 from cushion_deploy.stages.chat import ReadChat
@@ -40,8 +41,8 @@ from cushion_deploy.stages.tune import Tune
 from cushion_deploy.stages.windows import Cut, longest_prefix
 
 T = TypeVar("T")
-WITHOUT, UNTUNED, WITH = "without prefix", "with the untuned prefix", "with prefix"
-"""Names of the models that a build compares."""
+WITH = "with prefix"
+"""Name of the model with the prefix among those that a build compares."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Pipeline:
         self.files = DescribeModel(self.model, source.generation_digest)
         self.text = self.corpus(recipe.calibration.data, "calibration")
         self.evaluation_text = self.corpus(recipe.evaluation.data, "evaluation")
-        self.search = Search(self.model, self.text, recipe.search, recipe.seed) if longest_prefix(recipe) else None
+        # Whether the prefix ships does not change what is found.
+        search = recipe.search.model_copy(update={"ship": "auto"})
+        self.search = Search(self.model, self.text, search, recipe.seed) if longest_prefix(recipe) else None
         self.prefix = self.search.prefix if self.search else NoPrefix(self.model, self.files, bare=True)
         self.no_prefix = NoPrefix(self.model, self.files)
         self.quantized = self.behind(self.prefix)
@@ -178,6 +181,15 @@ class Pipeline:
         """The quantization that ships."""
         return self.shipped(lambda branch: branch.quantization)
 
+    @property
+    def _with_prefix(self) -> Node[Quantization]:
+        """The quantization with the prefix: the tuned one, unless the untuned one ships."""
+        if self.choice is None:
+            return self.quantized.quantization
+        names = tuple(self.candidates)
+        kept = {name: branch if name == UNTUNED else self.quantized for name, branch in self.candidates.items()}
+        return Chosen(self.choice, names, tuple(branch.quantization for branch in kept.values()))
+
     def _calibrate(self, prefix: Node[Prefix], smoothing: Smooth | None) -> Calibrate:
         config = self.recipe.calibration
         observed = self.model, prefix, self.text, config.windows, config.window
@@ -241,7 +253,7 @@ class Pipeline:
     @property
     def evaluation(self) -> Evaluate:
         """Return the evaluation stage with its four columns."""
-        quantization, cut = self.quantized.quantization, Cut.of(self.recipe, self.recipe.evaluation.data)
+        quantization, cut = self._with_prefix, Cut.of(self.recipe, self.recipe.evaluation.data)
         bare: Node[Quantization]
         bare = WithoutPrefix(quantization, self.bare.quantization) if self.search else quantization
         text = self.evaluation_text

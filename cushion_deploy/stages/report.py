@@ -105,7 +105,11 @@ class AssembleReport(Derived[Report]):
 
     def _calibration(self, inputs: Inputs, quantization: Quantization, spec: ModelSpec) -> dict[str, Any]:
         scales, amax = quantization.static_scales, inputs.get(self.calibration).amax
+        smoothing = quantization.smoothing
+        rotations = smoothing.rotations if smoothing else {}
         return {
+            "smoothing_alpha": smoothing.alpha if smoothing else None,
+            "rotations": {site.split(".", 2)[2]: block for site, block in rotations.items()},
             "estimator": scales.estimator,
             "corpus": inputs.get(self.text).name,
             "tokens": scales.tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,8 @@ class _Twins:
     def graph(self, form: GraphForm | None = None, in_place_context: int = 0) -> ExportedGraph:
         """Return the graph in floating point, in the form of the bundle's or another."""
         quantization = read_quantization(self.bundle.path, self.bundle.graph, self.pipeline.scheme)
-        twin = Given(quantization.float_twin)
+        # As a float model is deployed: without the rotations, which only help quantization.
+        twin = Given(replace(quantization.float_twin, smoothing=None))
         return self.run.get(self.pipeline.graph(twin, (form or self.pipeline.form).float_twin, in_place_context))
 
     def plan(self, engine: str) -> tuple[str, DecoderSession]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.progress import Progress
@@ -22,9 +22,6 @@ from cushion_deploy.stages.run import Run
 from cushion_deploy.stages.windows import Cut
 from cushion_deploy.store.json_files import finite
 from cushion_deploy.verbs.columns import COLUMNS, Column, Columns
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -154,17 +151,20 @@ def evaluate_columns(
     in_torch = any(c != "engine" for c in columns)
     with run.lock() if in_torch or "self" in what.texts else nullcontext():
         opened = Columns(recipe, run, bundle, what.threads)
-        # A model that is not built has no prefix; one that is built is cut as in the build.
+        # A model that is not built has no prefix. One that is built is cut as in the build, unless it has sliding
+        # windows and runs on an engine alone, which does not know them.
         reserved = None if bundle else 0
         texts = [(opened.corpus(data), Cut.of(recipe, data, reserved)) for data in what.texts]
+        sliding = 0
         if in_torch:
-            opened.pipeline  # noqa: B018 - reject another model before any column is scored
+            # Also rejects another model before any column is scored.
+            sliding = run.get(opened.pipeline.files).spec.smallest_window
         for name in columns:
             if name == "engine" and not run.processes.leads:
                 continue
             began = time.monotonic()
             with opened.open(name) as column:
-                _score_texts(found, name, column, texts, run.progress)
+                _score_texts(found, name, column, texts, sliding, run.progress)
                 # Several processes share the windows of texts; tasks run in the first one.
                 if what.suite is not None and run.processes.leads:
                     from cushion_deploy.evaluate.lm_harness import ScorerLM
@@ -182,17 +182,18 @@ def _score_texts(
     name: str,
     column: Column,
     texts: Sequence[tuple[Corpus, Cut]],
+    sliding: int,
     progress: Progress,
 ) -> None:
     limit, positions = column.scorer.limit, column.scorer.session.contract.max_positions
     for corpus, cut in texts:
-        window = cut.window_in(positions)
+        window = cut.window_in(positions, sliding)
         if window > limit:
             raise UsageError(
                 f"a window of {window} tokens is longer than the model's limit of {limit}",
                 hint=f"set --window to at most {limit}",
             )
-        windows = cut.windows(column.encoding.plain(corpus.text), positions, corpus.name)
+        windows = cut.windows(column.encoding.plain(corpus.text), positions, corpus.name, sliding)
         losses = column.losses(windows.ids, progress, f"perplexity: {COLUMNS[name]}")
         found.texts.setdefault(corpus.name, {})[name] = TextScore(losses)
         found.text_tokens[corpus.name] = windows.text_tokens

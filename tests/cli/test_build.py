@@ -257,3 +257,19 @@ def test_tensorrt_rtx_beside_onnxruntime(cli: Any, tiny_bundle: Any, tmp_path: P
     assert engines["tensorrt-rtx"]["int8_linears"] == engines["tensorrt-rtx"]["linears"] == 22
     listed = {name.split("/")[1] for name in verify_bundle(tmp_path / "b").files if name.startswith("engines/")}
     assert listed == {"onnxruntime", "tensorrt-rtx"}
+
+
+@pytest.mark.parametrize("ship", ["auto", "always"])
+def test_a_prefix_that_is_wanted_and_not_wanted_is_refused(cli: Any, tiny_folder: Path, ship: str) -> None:
+    done = cli("build", "--model", tiny_folder, "--no-prefix", "--prefix", ship)
+    assert done.code == 2
+    assert f"--no-prefix contradicts --prefix {ship}" in done.err
+
+
+def test_never_is_no_prefix(cli: Any, tiny_folder: Path) -> None:
+    printed = [
+        cli("build", "--model", tiny_folder, *how, "--print-config").out
+        for how in (["--prefix", "never"], ["--no-prefix"])
+    ]
+    assert printed[0] == printed[1]
+    assert "enabled: false" in printed[0]

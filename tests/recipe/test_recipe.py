@@ -252,3 +252,10 @@ def test_merged_checks_like_load(name: str, value: object, message: str) -> None
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Recipe().search.tau = 0.1
+
+
+def test_a_bundle_from_before_rotations_has_none() -> None:
+    old = Recipe.from_bundle({"smoothing": {"alpha": 0.5, "limit": 1.5}})
+    assert (old.smoothing.rotate_down, old.smoothing.rotate_out) == (0, 0)
+    new = Recipe.from_bundle({"smoothing": {"alpha": 0.5, "rotate_down": 64}})
+    assert new.smoothing.rotate_down == 64

@@ -188,6 +188,7 @@ _DATA: dict[str, Any] = {
         "tokens": 32768,
         "sites": _sites(),
         "smoothing_alpha": 0.5,
+        "rotations": {"mlp.down": 512, "attn.out": 64},
         "window": 512,
         "sliding_window": None,
     },

@@ -75,7 +75,14 @@ def test_the_choice_is_said_with_both_numbers_and_what_decided(data: dict[str, A
     report = Report.model_validate(data)
     assert has_prefix(report)
     said = choice_sentence(report.choice)
-    for words in ("ships with prefix", "1,912 held-out predictions", "its divergence on", "0.0195", "0.0161", "17.06"):
+    for words in (
+        "ships with prefix",
+        "1,912 predictions from position 16 on, of text",
+        "its divergence on",
+        "0.0195",
+        "0.0161",
+        "17.06",
+    ):
         assert words in said
     data["choice"] |= {"shipped": "without prefix", "reason": "perplexity"}
     report = Report.model_validate(data)
@@ -83,7 +90,14 @@ def test_the_choice_is_said_with_both_numbers_and_what_decided(data: dict[str, A
     assert not has_prefix(report)
     assert "its perplexity, because the divergences are too close" in choice_sentence(report.choice)
     assert "ships without a prefix" in prefix_sentence(report)
-    assert "it ships without a prefix, which does not pay" in verdict(report).sentence
+    sentence = verdict(report).sentence
+    assert "it ships without a prefix, which does not pay" in sentence
+    # What ships is the third column: 63.23 / 29.60 = 2.13615.
+    assert "+114 % perplexity over FP" in sentence
+    engine = engine_perplexity_sentence(report.perplexity, prefix=False)
+    change = report.perplexity.engine / report.perplexity.quantized - 1
+    assert f"{abs(change) * 100:.2g}" in engine
+    assert "without the prefix" in engine
     nothing = Choice(shipped="with prefix", reason="only")
     assert choice_sentence(nothing) == ""
 

@@ -82,6 +82,20 @@ def test_the_divergence_from_position_16_on_decides_and_then_the_perplexity(
     assert [each.name for each in found.candidates] == ["without prefix", "with prefix"]
 
 
+def test_with_three_the_reason_is_that_of_the_winner() -> None:
+    names = ("without prefix", "with the untuned prefix", "with prefix")
+    found = choose(dict(zip(names, (scores(0.02), scores(0.01), scores(0.005, noise=1.0, loss=3.1)), strict=True)))
+    assert (found.shipped, found.reason) == ("with the untuned prefix", "kl_after_16")
+    found = choose(dict(zip(names, (scores(0.02), scores(0.01), scores(0.005)), strict=True)))
+    assert (found.shipped, found.reason) == ("with prefix", "kl_after_16")
+
+
+def test_the_search_does_not_depend_on_what_ships(one_run: MakeRun) -> None:
+    auto, always = (one_run(search__ship=ship).pipeline for ship in ("auto", "always"))
+    assert auto.search == always.search
+    assert (auto.choice is None, always.choice is None) == (False, True)
+
+
 def test_windows_of_17_tokens_and_fewer_are_judged_by_perplexity() -> None:
     short = [Fidelity(np.full((2, 10), loss, np.float32), np.zeros((2, 10), np.float32)) for loss in (3.0, 2.0)]
     found = choose({"without prefix": short[0], "with prefix": short[1]})

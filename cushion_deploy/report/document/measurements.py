@@ -107,6 +107,7 @@ class Calibration(StrictModel):
 
     Attributes:
         smoothing_alpha: null without SmoothQuant.
+        rotations: block size of the rotated inputs of each kind of Site.
         window: tokens in each window of text; null in reports of earlier versions.
         sliding_window: the smallest window of the model's layers; null if they have none.
     """
@@ -116,6 +117,7 @@ class Calibration(StrictModel):
     tokens: Count
     sites: tuple[SiteScale, ...]
     smoothing_alpha: float | None = None
+    rotations: dict[str, Count] = Field(default_factory=dict)
     window: Count | None = None
     sliding_window: Count | None = None
 
