@@ -1,4 +1,4 @@
-"""What git tracks: nothing large, and no name that a command line would take for an option."""
+"""What git tracks: nothing large, nothing half merged, and no name that a command line would take for an option."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def test_no_tracked_file_is_large() -> None:
     sizes = {name: (ROOT / name).lstat().st_size for name in tracked_files() if os.path.lexists(ROOT / name)}
     assert "README.md" in sizes
     assert {name: size for name, size in sizes.items() if size > LARGEST_BYTES} == {}
+
+
+def test_no_tracked_file_has_the_markers_of_a_merge() -> None:
+    marks = tuple(mark * 7 + b" " for mark in (b"<", b">"))
+    found = []
+    for name in tracked_files():
+        path = ROOT / name
+        if path.is_file() and not path.is_symlink():
+            found += [name for line in path.read_bytes().splitlines() if line.startswith(marks)]
+    assert found == []
 
 
 def test_no_tracked_name_reads_as_an_option() -> None:

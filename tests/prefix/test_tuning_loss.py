@@ -19,6 +19,7 @@ from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.prefix import tuning_loss
 from cushion_deploy.prefix.tune import PrefixTuning
 from cushion_deploy.prefix.tuning_loss import fake_quantize
+from cushion_deploy.stages import resources
 
 SCHEME = QuantScheme(quantize_head=False)
 MakeTuning = Callable[..., PrefixTuning]
@@ -237,3 +238,8 @@ def test_running_layers_again_changes_no_gradient(tuning: MakeTuning, loss: str)
     assert len(gradients[0]) == (3 if loss == "distill" else 2)
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_estimate_of_memory_knows_how_many_positions_have_logits_at_once() -> None:
+    # Copied there, because an estimate must not import torch.
+    assert resources.POSITIONS == tuning_loss.POSITIONS
