@@ -33,6 +33,9 @@ def summary(report: Report) -> RenderableType:
     if report.chat is not None and report.chat.missing:
         parts.append(_labelled("chat", Text(scores.chat_sentence(report.chat))))
     parts += [_labelled("prefix", _prefix(report))]
+    # Where something else than the prefix of the last column ships, that needs its numbers: the table is of other text.
+    if report.choice is not None and report.choice.shipped in (statements.WITHOUT, statements.UNTUNED):
+        parts.append(_labelled("", Text(statements.choice_sentence(report.choice))))
     parts += [_labelled("engine" if not i else "", _engine(e)) for i, e in enumerate(report.engines)]
     if report.kv_cache is not None:
         parts.append(_labelled("cache", Text(statements.cache_sentence(report))))

@@ -98,6 +98,8 @@ def test_the_choice_is_said_with_both_numbers_and_what_decided(data: dict[str, A
     change = report.perplexity.engine / report.perplexity.quantized - 1
     assert f"{abs(change) * 100:.2g}" in engine
     assert "without the prefix" in engine
+    told = " ".join(" ".join(summary_lines(report)).split())
+    assert choice_sentence(report.choice) in told
     nothing = Choice(shipped="with prefix", reason="only")
     assert choice_sentence(nothing) == ""
 
