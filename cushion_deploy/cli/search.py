@@ -53,4 +53,15 @@ def command(output: Path, **values: Any) -> None:
             found = f"{step.best.token!r} (found by {step.best.source})"
             click.echo(f"  {found}: leaves {100 * step.ratio:.1f} % of the {trace.objective}; {verdict}")
         click.echo(f"stopped because {trace.stopped}")
+        if averaging := trace.averaging:
+            verdict = "replaces the first token" if averaging.kept else "does not replace the first token"
+            click.echo(
+                f"the mean of {averaging.tokens:,} first tokens {verdict}: from position 16 on the unquantized model "
+                f"diverges by {_nats(averaging.averaged.later)} nats per token behind the mean, "
+                f"{_nats(averaging.found.later)} behind the token"
+            )
     click.echo(f"written: {output}")
+
+
+def _nats(value: float | None) -> str:
+    return "no finite number" if value is None else f"{value:.4f}"

@@ -18,6 +18,7 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix import floor
+from cushion_deploy.prefix.average import Limit, average_first_position
 from cushion_deploy.prefix.candidates import Candidates, count_sources, gather_candidates, largest
 from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, positions_run
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
@@ -90,8 +91,28 @@ class PrefixSearch:
                 break
             ids = (*ids, step.best.token_id)
         trace.token_ids, trace.tokens = ids, tuple(self.model.token_text(i) for i in ids)
+        prefix = self._averaged(self.model.compute_prefix(ids))
         trace.seconds += time.monotonic() - begin
-        return self.model.compute_prefix(ids), trace
+        return prefix, trace
+
+    def _averaged(self, found: Prefix) -> Prefix:
+        """Return the prefix with the averaged sink at its first position, if the recipe wants it and it is better.
+
+        Seeds stay as they are: the recipe, or the family of the model, begins every text with them.
+        """
+        if not found.length or self.trace.seed_tokens or not self.config.average_tokens:
+            return found
+        last = found.length - 1
+        text = draw_text(self.corpus, self.config.text_tokens, self.seed, last)
+        allowed = self.config.tau * self.trace.steps[last].before
+        limit = Limit(text, self.config.objective, self.config.bits, allowed)
+        tokens = self._rng(last, 5).choice(
+            self.corpus, min(self.config.average_tokens, len(self.corpus)), replace=False
+        )
+        prefix, self.trace.averaging = average_first_position(
+            self.model, found, self.corpus, tokens, limit, self.progress
+        )
+        return prefix
 
     def _step(self, ids: tuple[int, ...], number: int) -> SearchStep | Skipped:
         rng = self._rng(number, 1)

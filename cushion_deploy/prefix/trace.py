@@ -57,12 +57,55 @@ class SearchStep:
         return self.best.objective / self.before if self.before else float("inf")
 
 
+@dataclass(frozen=True)
+class SinkState:
+    """What a prefix does to text. A value that is not finite is None.
+
+    Attributes:
+        later: mean divergence of the unquantized model behind the prefix from the model without it, in nats per token,
+            from position 16 on.
+        error: the objective of the search.
+    """
+
+    later: float | None
+    error: float | None
+
+    @classmethod
+    def of(cls, *values: float) -> SinkState:
+        """Return the state; a value that is not finite becomes None."""
+        return cls(*(value if math.isfinite(value) else None for value in values))
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """The comparison of the found token with the mean of many first tokens at the first position of the prefix.
+
+    Attributes:
+        tokens: number of tokens in the mean.
+        found, averaged: both states.
+        limit: the objective that the averaged prefix must not exceed.
+    """
+
+    tokens: int
+    found: SinkState
+    averaged: SinkState
+    limit: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the prefix has the mean: its error is within the limit, and it changes the model less."""
+        if self.averaged.later is None or self.averaged.error is None or self.averaged.error > self.limit:
+            return False
+        return self.found.later is None or self.averaged.later < self.found.later
+
+
 @dataclass
 class SearchTrace:
     """The whole search; ``stopped`` is the reason why it ended, ``seconds`` is wall time.
 
     A step that was skipped, because no token could pay, is not in ``steps``; ``stopped`` then states its numbers.
-    ``bits`` are those of the codes that errors were measured for.
+    ``bits`` are those of the codes that errors were measured for. ``averaging`` is None if the first position was not
+    to be averaged.
     """
 
     mode: str
@@ -76,6 +119,12 @@ class SearchTrace:
     stopped: str = ""
     seconds: float = 0.0
     bits: int = 8
+    averaging: Averaging | None = None
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the first position of the prefix is a mean, and not that of its token."""
+        return self.averaging is not None and self.averaging.kept
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
@@ -91,6 +140,9 @@ class SearchTrace:
         ]
         for name in ("seed_tokens", "token_ids", "tokens"):
             d[name] = tuple(d[name])
+        if averaging := d.get("averaging"):
+            states = {name: SinkState(**averaging[name]) for name in ("found", "averaged")}
+            d["averaging"] = Averaging(**{**averaging, **states})
         return cls(**d)
 
 

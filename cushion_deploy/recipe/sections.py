@@ -104,6 +104,12 @@ class Search(Section):
         ge=0,
         description="Random tokens, scored exactly, against which each token that the search finds is ranked.",
     )
+    average_tokens: int = Field(
+        default=512,
+        ge=0,
+        description="Replace the keys and values of the first token found by their mean over this many tokens of text, "
+        "each as the first one, where that changes the unquantized model less; 0 keeps those of the token.",
+    )
     batch_positions: int = Field(default=2048, ge=1, description="Token positions per forward pass; bounds memory.")
 
 

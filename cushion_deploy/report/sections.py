@@ -111,6 +111,8 @@ def search(report: Report) -> Blocks:
         ranks = ", then ".join(f"{r.rank:,} of {r.of:,}" for r in report.search.rank_in_random_sample)
         text = f"Compared with a random sample of the vocabulary, scored exactly, the chosen token ranks {ranks}."
         blocks.append(Paragraph(text, note=True))
+    if report.search.averaging:
+        blocks.append(Paragraph(statements.averaging_sentence(report.search.averaging)))
     blocks += [_candidates(*step) for step in enumerate(steps, 1) if step[1].top]
     return blocks
 

@@ -7,10 +7,11 @@ from typing import Literal
 
 from cushion_deploy.report.document import Engine, ParityRow, Report
 from cushion_deploy.report.document.measurements import Magnitudes
-from cushion_deploy.report.document.prefix import Choice, Tuning
+from cushion_deploy.report.document.prefix import Averaging, Choice, Search, Tuning
 from cushion_deploy.report.render.formatting import (
     listing,
     model_name,
+    number,
     percent,
     perplexity,
     plural,
@@ -150,6 +151,26 @@ def prefix_sentence(report: Report) -> str:
         f"The prefix is {plural(length, 'token')} long. "
         f"Its {'key and value are' if length == 1 else 'keys and values are'} constants in the graph, "
         "placed before every text. They act as the attention sink, so that no token of the text has to."
+        f"{_averaged(report.search)}"
+    )
+
+
+def _averaged(found: Search) -> str:
+    if found.averaging is None or not found.averaging.kept:
+        return ""
+    each = "" if len(found.token_ids) == 1 else " at the first position"
+    return f" Those{each} are the mean over {found.averaging.tokens:,} tokens of text, each as the first one."
+
+
+def averaging_sentence(averaging: Averaging) -> str:
+    """State what the mean at the first position changes, compared with the token that was found."""
+    verdict = "kept" if averaging.kept else "not kept"
+    return (
+        f"The mean of {averaging.tokens:,} first tokens at the first position, instead of the token found there, was "
+        f"{verdict}: from position 16 on, the unquantized model behind it diverges from the original by "
+        f"{_nats(averaging.averaged.later)} nats per token instead of {_nats(averaging.found.later)}, and the "
+        f"objective is {number(averaging.averaged.error, 4)} instead of {number(averaging.found.error, 4)}; "
+        f"{number(averaging.limit, 4)} would be too much."
     )
 
 

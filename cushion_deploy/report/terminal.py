@@ -88,7 +88,10 @@ def _prefix(report: Report) -> Text:
     if report.choice is not None and report.choice.shipped == statements.UNTUNED:
         return Text("the untuned one, because the quantized model is closer to the original with it")
     pairs = zip(report.search.tokens, report.search.token_ids, strict=True)
-    return Text("  ").join(Text(f"{visible(token)} ({token_id})") for token, token_id in pairs)
+    tokens = [Text(f"{visible(token)} ({token_id})") for token, token_id in pairs]
+    if report.search.averaging and report.search.averaged:
+        tokens[0] = Text(f"the mean of {report.search.averaging.tokens:,} first tokens, in place of ").append(tokens[0])
+    return Text("  ").join(tokens)
 
 
 def _engine(engine: Engine) -> Text:

@@ -222,6 +222,7 @@ def _search(trace: SearchTrace) -> dict[str, Any]:
         ],
         "seconds": trace.seconds,
         "stopped": trace.stopped,
+        "averaging": {**asdict(trace.averaging), "kept": trace.averaging.kept} if trace.averaging else None,
         "steps": [
             {
                 "token_id": step.best.token_id,

@@ -44,7 +44,7 @@ class Search(Stage[FoundPrefix]):
     """
 
     name: ClassVar[str] = "search"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     text: Node[Corpus]
@@ -73,6 +73,7 @@ class Search(Stage[FoundPrefix]):
 
     def seconds(self, speed: Speed) -> float:
         """Sum the text without candidates, the screen, the rungs of the candidates and the audit."""
+        from cushion_deploy.prefix.average import WINDOW, WINDOWS
         from cushion_deploy.prefix.search import FINALISTS, KEEP, RUNGS
 
         config, vocabulary = self.search, speed.spec.vocab_size
@@ -83,7 +84,8 @@ class Search(Stage[FoundPrefix]):
         candidates = config.random_candidates + config.screen_candidates + config.gradient_candidates
         filtered = candidates * (RUNGS[0] + KEEP[0] * RUNGS[1]) * speed.depth * speed.scored
         exact = (FINALISTS + config.audit_tokens) * config.text_tokens * speed.scored
-        return 3 * config.text_tokens * speed.scored + speed.search_steps * (screened + filtered + exact)
+        averaged = WINDOWS * WINDOW * (speed.layers + 2 * speed.compared) if config.average_tokens else 0.0
+        return 3 * config.text_tokens * speed.scored + speed.search_steps * (screened + filtered + exact) + averaged
 
 
 @dataclass(frozen=True)

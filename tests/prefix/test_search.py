@@ -23,7 +23,13 @@ Oracle = Callable[..., dict[str, float]]
 
 def config(**changes: Any) -> Search:
     """Return small settings: 48 tokens of text, few candidates."""
-    small = {"text_tokens": 48, "random_candidates": 32, "screen_candidates": 16, "audit_tokens": 8}
+    small = {
+        "text_tokens": 48,
+        "random_candidates": 32,
+        "screen_candidates": 16,
+        "audit_tokens": 8,
+        "average_tokens": 0,
+    }
     return Search(**{**small, **changes})
 
 

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
         "screen_candidates": 64,
         "gradient_candidates": 64,
         "audit_tokens": 16,
+        "average_tokens": 512,
         "batch_positions": 2048,
     },
     "smoothing": {"alpha": 0.5, "limit": 1.5, "rotate_down": 512, "rotate_out": 64},

@@ -146,6 +146,13 @@ _DATA: dict[str, Any] = {
                 (216, " ", 3120011.0, 2995210.0, False),
             )
         ],
+        "averaging": {
+            "tokens": 512,
+            "found": {"later": 0.0106, "error": 3120011.0},
+            "averaged": {"later": 0.0047, "error": 2910000.0},
+            "limit": 3655555.5,
+            "kept": True,
+        },
     },
     "tuning": {
         "loss": "distill",

@@ -11,6 +11,7 @@ from cushion_deploy.report.render.html import render_html
 from cushion_deploy.report.scores import chat_rows, engine_perplexity_sentence, perplexity_rows
 from cushion_deploy.report.sections import tuning
 from cushion_deploy.report.statements import (
+    averaging_sentence,
     cache_sentence,
     choice_sentence,
     engines_sentence,
@@ -113,6 +114,22 @@ def test_an_empty_prefix_is_a_result_and_is_said_in_words(data: dict[str, Any]) 
         "no prefix was needed: the search found no attention sink that justifies one."
     )
     assert prefix_sentence(report).startswith("No prefix was needed.")
+
+
+def test_an_averaged_first_position_is_told_with_both_divergences(data: dict[str, Any]) -> None:
+    report = Report.model_validate(data)
+    assert report.search is not None
+    assert report.search.averaging is not None
+    assert "Those at the first position are the mean over 512 tokens of text" in prefix_sentence(report)
+    sentence = averaging_sentence(report.search.averaging)
+    assert "was kept" in sentence
+    assert "0.0047 nats per token instead of 0.0106" in sentence
+    told = " ".join(" ".join(summary_lines(report)).split())
+    assert "the mean of 512 first tokens, in place of" in told
+    data["search"]["averaging"]["kept"] = False
+    report = Report.model_validate(data)
+    assert "mean" not in prefix_sentence(report)
+    assert "in place of" not in " ".join(summary_lines(report))
 
 
 def test_no_search_is_not_told_as_no_need(data: dict[str, Any]) -> None:

@@ -62,10 +62,39 @@ class Rank(StrictModel):
     of: Count
 
 
+class SinkState(StrictModel):
+    """What a prefix does to text; null if it was not finite.
+
+    Attributes:
+        later: divergence of the unquantized model behind the prefix from the original one, from position 16 on.
+        error: the objective of the search.
+    """
+
+    later: float | None
+    error: float | None
+
+
+class Averaging(StrictModel):
+    """The token that was found, and the mean over many first tokens, at the first position of the prefix.
+
+    Attributes:
+        tokens: number of tokens in the mean.
+        limit: the objective that the mean must not exceed.
+        kept: whether the prefix has the mean.
+    """
+
+    tokens: Count
+    found: SinkState
+    averaged: SinkState
+    limit: float
+    kept: bool
+
+
 class Search(StrictModel):
     """The prefix search; ``token_ids`` is empty if no attention sink justified a prefix.
 
-    ``bits`` are those of the codes whose error was minimized.
+    ``bits`` are those of the codes whose error was minimized. ``averaging`` is null if the first position was not to be
+    averaged.
     """
 
     mode: str
@@ -81,6 +110,12 @@ class Search(StrictModel):
     seconds: Seconds
     stopped: str
     steps: tuple[SearchStep, ...] = ()
+    averaging: Averaging | None = None
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the first position of the prefix is a mean, and not that of its token."""
+        return self.averaging is not None and self.averaging.kept
 
     @model_validator(mode="after")
     def _one_string_per_id(self) -> Search:

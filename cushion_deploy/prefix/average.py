@@ -1,0 +1,106 @@
+"""The averaged sink: a first position that stands for any first token, instead of one found token.
+
+Whatever its first token is, the original model turns it into its attention sink: what later tokens read there hardly
+depends on the text. The keys and values of one found token still say which token it is, and a text behind them is
+continued as if it had been written. Their mean over many first tokens says nothing but 'here the text begins'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cushion_deploy.core.dtypes import FloatArray, IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.modeling.past_key_values import KeysValues, keys_values
+from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.modeling.teacher import Teacher
+from cushion_deploy.prefix.objective import Objective, score_prefix
+from cushion_deploy.prefix.trace import Averaging, SinkState
+
+WINDOWS, WINDOW = 4, 512
+"""Windows of the calibration text, and tokens in each, on which both prefixes are compared with no prefix."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the averaged prefix must not exceed: the objective of the search, on one of its texts.
+
+    Attributes:
+        text: int64 ``[n]``.
+        objective, bits: what is computed; see :func:`~cushion_deploy.prefix.objective.score_prefix`.
+        value: the limit, tau times what the text has without the last token of the prefix.
+    """
+
+    text: IntArray
+    objective: Objective
+    bits: int
+    value: float
+
+
+def average_first_position(
+    model: TorchRunner,
+    found: Prefix,
+    corpus: IntArray,
+    tokens: IntArray,
+    limit: Limit,
+    progress: Progress = silent,
+) -> tuple[Prefix, Averaging]:
+    """Return a prefix with the averaged sink at its first position if that changes the model less, or the given one.
+
+    It has to do what the search demanded of its last token, and the unquantized model behind it has to be closer to
+    the model without a prefix, by the divergence from position 16 on.
+
+    Args:
+        model: the model.
+        found: the prefix, at least one token that the search chose itself.
+        corpus: token ids int64 ``[n]`` that both are compared on.
+        tokens: the first tokens to average over, int64 ``[count]``.
+        limit: what the search accepts.
+        progress: where to report progress.
+    """
+    averaged = averaged_sink(model, found, tokens)
+    windows = _spread(corpus, min(WINDOW, model.spec.max_positions - found.length, len(corpus)))
+    teacher = Teacher(model)
+    teacher.remember(windows, progress)
+
+    def state(prefix: Prefix, name: str) -> SinkState:
+        later = teacher.compare(model, prefix, windows, progress, f"comparing with the original: {name}").later
+        error = score_prefix(model, model.past(prefix), limit.text, limit.objective, bits=limit.bits)
+        return SinkState.of(later.divergence, error)
+
+    trace = Averaging(len(tokens), state(found, "found token"), state(averaged, "averaged"), limit.value)
+    return (averaged if trace.kept else found), trace
+
+
+@torch.inference_mode()
+def averaged_sink(model: TorchRunner, found: Prefix, tokens: IntArray) -> Prefix:
+    """Return a prefix whose first position has the mean keys and values of ``tokens`` as first tokens.
+
+    The other tokens of the prefix are computed behind it. It keeps the token ids of ``found`` as its names.
+    """
+    output = model.run(model.tensor(tokens[:, None]), KeysValues(), head=False, keep_cache=True)
+    first = [
+        tuple(states.mean(dim=0, keepdim=True, dtype=model.wide).to(model.dtype) for states in layer)
+        for layer in keys_values(output.past_key_values).layers
+    ]
+    past = KeysValues([(keys, values) for keys, values in first], kept=1)
+    if found.length > 1:
+        rest = model.tensor([found.token_ids[1:]])
+        past = keys_values(model.run(rest, past, head=False, keep_cache=True).past_key_values)
+    keys, values = (_joined(model, part) for part in zip(*past.layers, strict=True))
+    return Prefix(found.token_ids, keys, values, found.model_digest)
+
+
+def _joined(model: TorchRunner, layers: tuple[torch.Tensor, ...]) -> FloatArray:
+    joined: FloatArray = model.array(torch.cat(layers).float())
+    return joined
+
+
+def _spread(corpus: IntArray, length: int) -> IntArray:
+    """Return up to :data:`WINDOWS` windows, int64 ``[count, length]``, spread evenly over a text."""
+    starts = np.unique(np.linspace(0, len(corpus) - length, WINDOWS).astype(int))
+    return np.stack([corpus[start : start + length] for start in starts])

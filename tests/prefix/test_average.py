@@ -1,0 +1,141 @@
+"""The averaged sink is a mean of the model's own first positions; it is kept where the model is closer to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from cushion_deploy.calib.corpora import python_topics
+from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.prefix.average import Limit, average_first_position, averaged_sink
+from cushion_deploy.prefix.search import PrefixSearch
+from cushion_deploy.prefix.trace import Averaging, SearchTrace, SinkState
+from cushion_deploy.recipe import Search
+
+FIRST = np.array([5, 5, 40, 201, 17])
+
+
+def cache_of(model: TorchRunner, tokens: Sequence[int]) -> Any:
+    """Return transformers' own cache after some tokens."""
+    with torch.inference_mode():
+        return model.module(input_ids=torch.tensor([list(tokens)]), use_cache=True).past_key_values
+
+
+def log_probabilities(model: TorchRunner, ids: IntArray, prefix: Prefix | None) -> np.ndarray:
+    """Return those of transformers for one text behind a prefix, float64 ``[length, vocab]``."""
+    cache, begin = DynamicCache(), 0
+    if prefix is not None:
+        begin = prefix.length
+        for i, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            cache.update(torch.tensor(keys[None]), torch.tensor(values[None]), i)
+    positions = torch.arange(begin, begin + len(ids))[None]
+    with torch.inference_mode():
+        logits = model.module(input_ids=torch.tensor(ids[None]), position_ids=positions, past_key_values=cache).logits
+    return torch.log_softmax(logits[0].double(), -1).numpy()
+
+
+def test_the_first_position_is_the_mean_of_what_transformers_computes_for_each_token(
+    planted_model: TorchRunner,
+) -> None:
+    found = planted_model.compute_prefix((97,))
+    averaged = averaged_sink(planted_model, found, FIRST)
+    caches = [cache_of(planted_model, [int(token)]) for token in FIRST]
+    for layer in range(planted_model.spec.num_layers):
+        keys = np.mean([c.layers[layer].keys[0].double().numpy() for c in caches], axis=0)
+        values = np.mean([c.layers[layer].values[0].double().numpy() for c in caches], axis=0)
+        np.testing.assert_allclose(averaged.keys[layer], keys, atol=1e-6)
+        np.testing.assert_allclose(averaged.values[layer], values, atol=1e-6)
+    assert (averaged.token_ids, averaged.model_digest) == (found.token_ids, found.model_digest)
+    assert averaged.digest != found.digest
+
+
+def test_the_other_tokens_of_a_prefix_are_computed_behind_it(planted_model: TorchRunner) -> None:
+    one = averaged_sink(planted_model, planted_model.compute_prefix((97,)), FIRST)
+    three = averaged_sink(planted_model, planted_model.compute_prefix((97, 33, 12)), FIRST)
+    cache = DynamicCache()
+    for i, (keys, values) in enumerate(zip(one.keys, one.values, strict=True)):
+        cache.update(torch.tensor(keys[None]), torch.tensor(values[None]), i)
+    with torch.inference_mode():
+        planted_model.module(
+            input_ids=torch.tensor([[33, 12]]), position_ids=torch.tensor([[1, 2]]), past_key_values=cache
+        )
+    for layer, (keys, values) in enumerate(zip(three.keys, three.values, strict=True)):
+        np.testing.assert_allclose(keys, cache.layers[layer].keys[0].numpy(), atol=1e-5)
+        np.testing.assert_allclose(values, cache.layers[layer].values[0].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [(65, 97, 171, 65), (5, 40, 201, 17), (1, 2, 3, 4), (250, 9, 65, 65)])
+@pytest.mark.parametrize("token", [97, 12])
+def test_the_closer_prefix_is_kept_if_its_error_is_within_the_limit(
+    planted_model: TorchRunner, plain_ids: IntArray, first: tuple[int, ...], token: int
+) -> None:
+    found, text = planted_model.compute_prefix((token,)), plain_ids[:64]
+    limit = Limit(text[:32], "error", 8, np.inf)
+    prefix, trace = average_first_position(planted_model, found, text, np.array(first), limit)
+    averaged = averaged_sink(planted_model, found, np.array(first))
+    original = log_probabilities(planted_model, text, None)
+    # A text of one window; what is predicted at its last position is not counted.
+    expected = [
+        (np.exp(original) * (original - log_probabilities(planted_model, text, each))).sum(-1)[16:-1].mean()
+        for each in (found, averaged)
+    ]
+    assert [trace.found.later, trace.averaged.later] == pytest.approx(expected, rel=1e-3)
+    assert trace.kept == (expected[1] < expected[0])
+    assert prefix.digest == (averaged if trace.kept else found).digest
+    closer, farther = SinkState(0.1, 7.0), SinkState(0.2, 7.0)
+    assert Averaging(4, farther, closer, limit=7.0).kept
+    assert not Averaging(4, closer, farther, limit=7.0).kept
+
+
+def test_an_average_that_brings_the_sink_back_is_not_kept(
+    planted_model: TorchRunner, plain_ids: IntArray, plant: Any
+) -> None:
+    found = planted_model.compute_prefix(plant.absorbers[:1])
+    # A token that sees its own class alone has the sink.
+    text = np.array([i for i in plain_ids if plant.token_class(i) == plant.token_class(plain_ids[0])])[:48]
+    limit = Limit(text, "max", 8, plant.massive / 2)
+    prefix, trace = average_first_position(planted_model, found, text, text, limit)
+    assert (trace.found.error or np.inf) < limit.value < plant.massive < (trace.averaged.error or 0.0)
+    assert (trace.averaged.later or 0.0) < (trace.found.later or 0.0)
+    assert prefix is found
+    assert not Averaging(1, SinkState(1.0, 1.0), SinkState(None, 1.0), 2.0).kept
+    assert Averaging(1, SinkState(None, 1.0), SinkState(0.5, 1.0), 2.0).kept
+
+
+def test_a_search_averages_over_its_text_but_never_a_seed(planted_model: TorchRunner, plain_ids: IntArray) -> None:
+    small = Search(text_tokens=48, random_candidates=8, screen_candidates=8, audit_tokens=0, average_tokens=40)
+    _, trace = PrefixSearch(planted_model, plain_ids, small).run()
+    assert trace.averaging is not None
+    assert trace.averaging.tokens == 40
+    assert trace.averaging.limit == pytest.approx(small.tau * trace.steps[len(trace.token_ids) - 1].before)
+    assert SearchTrace.from_json(trace.to_json()) == trace
+    for settings in ({"average_tokens": 0}, {"seed_tokens": ("a",)}):
+        prefix, trace = PrefixSearch(planted_model, plain_ids, small.model_copy(update=settings)).run()
+        assert trace.averaging is None
+        assert not trace.averaged
+        assert prefix.digest == planted_model.compute_prefix(prefix.token_ids).digest
+
+
+@pytest.mark.model
+def test_smollm2_is_twice_as_close_to_itself_behind_an_average(smollm2: TorchRunner) -> None:
+    found = smollm2.compute_prefix((216,))
+    first = np.random.default_rng(0).choice(smollm2.encode(python_topics("calibration").text), 256)
+    other = smollm2.encode(python_topics("evaluation").text)[:1024]
+    limit = Limit(other[:256], "max", 8, 100.0)
+    prefix, trace = average_first_position(smollm2, found, other, first, limit)
+    assert trace.kept
+    assert trace.found.later is not None
+    assert trace.averaged.later is not None
+    assert trace.averaged.later < trace.found.later / 2
+    # The sink of the text, 1,871 without a prefix, does not come back.
+    assert trace.averaged.error is not None
+    assert trace.averaged.error < 100
+    assert replace(prefix, keys=found.keys, values=found.values).digest == found.digest
