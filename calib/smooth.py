@@ -87,14 +87,14 @@ def choose_rotations(model: TorchRunner, limits: Mapping[str, int]) -> dict[Site
 
     Args:
         model: the model.
-        limits: kind of Site to its largest block; 0 for none. The block is the largest power of two that is not larger
-            and divides the width.
+        limits: kind of Site to its largest block; 0, or no entry, for none. The block is the largest power of two that
+            is not larger and divides the width.
     """
     found: dict[Site, int] = {}
     for layer in range(model.spec.num_layers):
-        for kind, limit in limits.items():
-            site = layer_site(layer, kind)
-            if block := rotation_block(model.sites[site][0].in_features, limit):
+        for rule in model.family.sites:
+            site = layer_site(layer, rule.kind)
+            if block := rotation_block(model.sites[site][0].in_features, limits.get(rule.kind, 0)):
                 found[site] = block
     return found
 
@@ -158,7 +158,7 @@ def choose_smoothing(
 
 def smoothing_from(model: TorchRunner, maxima: Mapping[Site, FloatArray], config: SmoothQuant) -> Smoothing:
     """Return the smoothing that a recipe asks for, from channel maxima; without SmoothQuant they are not read."""
-    rotations = choose_rotations(model, {"mlp.down": config.rotate_down, "attn.out": config.rotate_out})
+    rotations = choose_rotations(model, config.rotations)
     if config.alpha is None:
         return Smoothing({}, None, model.digest, rotations)
     return choose_factors(model, maxima, config.alpha, config.limit, rotations)

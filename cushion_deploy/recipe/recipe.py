@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.recipe.sections import (
+    ROTATIONS,
     Calibration,
     Compute,
     Evaluation,
@@ -114,7 +115,7 @@ class Recipe(Section):
         smoothing = data.get("smoothing")
         if isinstance(smoothing, Mapping):
             # Bundles of versions without rotations have none.
-            data = {**data, "smoothing": {"rotate_down": 0, "rotate_out": 0, **smoothing}}
+            data = {**data, "smoothing": {**dict.fromkeys(ROTATIONS, 0), **smoothing}}
         return _validate(data, "the recipe in the bundle: ")
 
     @classmethod

@@ -113,6 +113,10 @@ class Search(Section):
     batch_positions: int = Field(default=2048, ge=1, description="Token positions per forward pass; bounds memory.")
 
 
+ROTATIONS = ("rotate_down", "rotate_out", "rotate_in")
+"""The settings of rotations in the section ``smoothing``."""
+
+
 class SmoothQuant(Section):
     """How inputs of linears are made easier to quantize: SmoothQuant and rotations."""
 
@@ -133,11 +137,28 @@ class SmoothQuant(Section):
     rotate_out: int = Field(
         default=64, ge=0, description="The same for the input of each output projection of the attention."
     )
+    rotate_in: int = Field(
+        default=64,
+        ge=0,
+        description="The same for what the attention and the MLP read: the input of the query, key and value "
+        "projections, and of the gate and up projections.",
+    )
+
+    @property
+    def rotations(self) -> dict[str, int]:
+        """Kind of Site to the largest block of its rotation; 0 for none."""
+        inputs = dict.fromkeys(("attn.qkv", "mlp.gate_up", "mlp.up"), self.rotate_in)
+        return {**inputs, "attn.out": self.rotate_out, "mlp.down": self.rotate_down}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether anything is rotated."""
+        return any(self.rotations.values())
 
     @property
     def enabled(self) -> bool:
         """Whether anything is smoothed or rotated."""
-        return self.alpha is not None or bool(self.rotate_down or self.rotate_out)
+        return self.alpha is not None or self.rotates
 
 
 class Tuning(Section):

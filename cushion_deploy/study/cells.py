@@ -11,6 +11,7 @@ from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import PAPER_ALPHA, PRECISIONS, QuantScheme, parse_scheme
 from cushion_deploy.prefix.trace import SearchTrace, TuningTrace
+from cushion_deploy.recipe import ROTATIONS
 from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.calibrate import Calibrate
 from cushion_deploy.stages.pipeline import Pipeline
@@ -20,7 +21,7 @@ from cushion_deploy.study.document import Cell
 from cushion_deploy.study.document import Score as ScoreRow
 from cushion_deploy.study.stages import Attention, CellStage, LastBlock, Magnitudes, Score, TeacherOf, Variant, Windows
 
-UNROTATED: dict[str, Any] = {"smoothing.rotate_down": 0, "smoothing.rotate_out": 0}
+UNROTATED: dict[str, Any] = {f"smoothing.{name}": 0 for name in ROTATIONS}
 """Settings of rows in which no input is rotated: those of the paper, and remedies before the rotation."""
 EXTENT = ("window", "tokens", "text_tokens")
 """What a score says about its text."""

@@ -185,7 +185,6 @@ def _remedies(cells: Cells) -> list[Step]:
     alpha = FALLBACK_ALPHA if recipe.smoothing.alpha is None else recipe.smoothing.alpha
     rotated = {**PLAIN, "smoothing.alpha": alpha}
     smoothed = {**rotated, **UNROTATED}
-    rotates = bool(recipe.smoothing.rotate_down or recipe.smoothing.rotate_out)
     tuned = {**rotated, "tuning.enabled": True, "tuning.scales": False}
     best = {**tuned, "tuning.scales": recipe.tuning.quantized}
     limited: list[Step] = []
@@ -195,7 +194,7 @@ def _remedies(cells: Cells) -> list[Step]:
         *(_step(cells, f"ranges: {name}", {**bare, "calibration.estimator": name}) for name in ESTIMATORS),
         _step(cells, f"+ smoothing (ranges: {recipe.calibration.estimator})", {**smoothed, "smoothing.limit": None}),
         *limited,
-        *([_step(cells, "+ rotation", rotated)] if rotates else []),
+        *([_step(cells, "+ rotation", rotated)] if recipe.smoothing.rotates else []),
         _step(cells, "+ tuned prefix", tuned),
         *([_step(cells, "+ tuned scales", best)] if recipe.tuning.quantized else []),
         _step(cells, f"+ float Sites ({KEPT_FLOAT})", {**best, "export.keep_float": [KEPT_FLOAT]}),

@@ -11,7 +11,7 @@ from cushion_deploy.calib.kind_costs import KindCosts, kind_costs
 from cushion_deploy.calib.smooth import ChannelMaxima, smoothing_from
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.modeling.observe import observed
-from cushion_deploy.recipe import SmoothQuant
+from cushion_deploy.recipe import ROTATIONS, SmoothQuant
 from cushion_deploy.store.json_files import finite
 from cushion_deploy.verbs.trial import COSTLY, Cost, Trial
 
@@ -105,10 +105,10 @@ def examine_damage(trial: Trial, prefix: Prefix, prefix_name: str) -> Damage:
 def _smoothed(trial: Trial, prefix: Prefix, maxima: ChannelMaxima) -> list[Step]:
     """Return the steps of SmoothQuant, where the recipe has it, and of rotations, whether it has them or not."""
     model, config = trial.model, trial.recipe.smoothing
-    built = bool(config.rotate_down or config.rotate_out)
+    built = config.rotates
     if not built:
         usual = SmoothQuant()
-        config = config.model_copy(update={"rotate_down": usual.rotate_down, "rotate_out": usual.rotate_out})
+        config = config.model_copy(update={name: getattr(usual, name) for name in ROTATIONS})
     both = smoothing_from(model, maxima.of_all_processes(), config)
     view = model.folded(replace(both, rotations={}))
     steps: list[Step] = []

@@ -122,7 +122,7 @@ def test_factors_that_are_no_numbers_are_refused() -> None:
 def test_a_rotation_flattens_the_spike_of_one_channel(tiny_model: TorchRunner) -> None:
     ids, none = text(2), Prefix.empty(tiny_model.spec)
     found = choose_smoothing(
-        tiny_model, none, ids, np.ones_like(ids), SmoothQuant(alpha=None, rotate_down=16, rotate_out=0)
+        tiny_model, none, ids, np.ones_like(ids), SmoothQuant(alpha=None, rotate_down=16, rotate_out=0, rotate_in=0)
     )
     assert not found.factors
     assert set(found.rotations.values()) == {16}
@@ -139,6 +139,6 @@ def test_a_rotation_flattens_the_spike_of_one_channel(tiny_model: TorchRunner) -
 
 def test_a_recipe_without_factors_and_rotations_smooths_nothing(tiny_model: TorchRunner) -> None:
     ids, none = text(1), Prefix.empty(tiny_model.spec)
-    config = SmoothQuant(alpha=None, rotate_down=0, rotate_out=0)
+    config = SmoothQuant(alpha=None, rotate_down=0, rotate_out=0, rotate_in=0)
     assert not config.enabled
     assert choose_smoothing(tiny_model, none, ids, np.ones_like(ids), config).digest == ""

@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
         "average_tokens": 512,
         "batch_positions": 2048,
     },
-    "smoothing": {"alpha": 0.5, "limit": 1.5, "rotate_down": 512, "rotate_out": 64},
+    "smoothing": {"alpha": 0.5, "limit": 1.5, "rotate_down": 512, "rotate_out": 64, "rotate_in": 64},
     "tuning": {
         "enabled": False,
         "loss": "invisible",
@@ -257,6 +257,6 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 def test_a_bundle_from_before_rotations_has_none() -> None:
     old = Recipe.from_bundle({"smoothing": {"alpha": 0.5, "limit": 1.5}})
-    assert (old.smoothing.rotate_down, old.smoothing.rotate_out) == (0, 0)
+    assert not old.smoothing.rotates
     new = Recipe.from_bundle({"smoothing": {"alpha": 0.5, "rotate_down": 64}})
-    assert new.smoothing.rotate_down == 64
+    assert (new.smoothing.rotate_down, new.smoothing.rotate_out, new.smoothing.rotate_in) == (64, 0, 0)

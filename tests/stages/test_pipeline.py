@@ -15,7 +15,7 @@ import pytest
 from one_run import OneRun
 
 from cushion_deploy.errors import CheckFailed, UsageError
-from cushion_deploy.recipe import Recipe
+from cushion_deploy.recipe import ROTATIONS, Recipe
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.report import merge_times
 from cushion_deploy.stages.run import Run, StageTime
@@ -88,7 +88,7 @@ def test_a_change_runs_again_what_it_decides_and_nothing_else(one_run: MakeRun) 
     assert run(calibration__estimator="max") == {**everything, "calibrate": False, "export": False}
     assert run(calibration__windows=3) == {**everything, "smooth": False, "calibrate": False, "export": False}
     assert run(smoothing__alpha=0.7) == {**everything, "smooth": False, "calibrate": False, "export": False}
-    nothing = {"smoothing__alpha": None, "smoothing__rotate_down": 0, "smoothing__rotate_out": 0}
+    nothing = {"smoothing__alpha": None, **{f"smoothing__{name}": 0 for name in ROTATIONS}}
     assert run(**nothing) == {"search": True, "calibrate": False, "export": False}
     assert run(search__tau=0.6)["search"] is False
     assert run(export__quantize_head=True, calibration__estimator="max")["calibrate"] is True

@@ -20,7 +20,7 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.runner import TorchRunner
-from cushion_deploy.recipe import Recipe, SmoothQuant
+from cushion_deploy.recipe import ROTATIONS, Recipe, SmoothQuant
 from cushion_deploy.verbs.damage import Damage, Step, damage_warnings, examine_damage
 from cushion_deploy.verbs.trial import Cost, Trial
 
@@ -181,7 +181,7 @@ def test_every_remedy_is_added_to_those_before_it(
 
 
 def test_a_recipe_without_rotation_is_told_what_it_would_bring(planted_model: TorchRunner, plain_ids: IntArray) -> None:
-    off = {"smoothing.rotate_down": 0, "smoothing.rotate_out": 0}
+    off = {f"smoothing.{name}": 0 for name in ROTATIONS}
 
     def examine(**changes: object) -> Damage:
         recipe = Recipe().merged({**changes})

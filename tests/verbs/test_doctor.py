@@ -19,7 +19,7 @@ from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.sinks import SINK_RATIO, find_sinks
-from cushion_deploy.recipe import Recipe
+from cushion_deploy.recipe import ROTATIONS, Recipe
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.resources import Resources
 from cushion_deploy.stages.run import Run
@@ -189,7 +189,8 @@ def test_a_model_without_sinks_that_is_damaged_is_told_what_helps(
 ) -> None:
     monkeypatch.setattr("cushion_deploy.verbs.trial.COSTLY", 1e-9)
     line = ["doctor", str(tiny_folder), "--calib-data", str(text), "--work-dir", str(tmp_path / "work"), "--quiet"]
-    assert run([*line, "--set", "smoothing.rotate_down=0", "--set", "smoothing.rotate_out=0"]) == 0
+    off = [word for name in ROTATIONS for word in ("--set", f"smoothing.{name}=0")]
+    assert run([*line, *off]) == 0
     words = capsys.readouterr().out
     assert "no attention sinks" in words
     assert "no prefix is needed" not in words
