@@ -79,7 +79,7 @@ class Choose(Stage[Choice]):
     """
 
     name: ClassVar[str] = "choose"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     shared: ClassVar[bool] = True
     model: Node[Any]
     names: tuple[str, ...]

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 WINDOW, MAX_TOKENS = 512, 4096
 """Tokens per window, beyond the sliding windows of a model, and of the whole excerpt, where neither the recipe nor the
 text says otherwise."""
-HELD_OUT_WINDOW = 256
-"""Tokens at most in a window of held-out text."""
 ROWS, POSITIONS = 4, 2048
 """Windows, and token positions, in a pass of the calibration: one window if that is longer."""
 BENCHMARK_WINDOW = 2048
@@ -127,13 +125,13 @@ def held_out_windows(model: TorchRunner, text: Corpus, count: int, window: int |
 
     Args:
         model, text, count, window: as for :func:`calibration_windows`.
-        most: maximum number of calibration windows to leave out; they are joined and cut to at most 256 tokens, because
-            many are short.
+        most: maximum number of calibration windows to leave out; they are joined, because many are short, and cut to
+            windows of at most 512 tokens, as texts are evaluated.
     """
     pieces = other_pieces(*_calibration_cut(model, text, count, window), most)
     ids = np.concatenate(pieces)
     positions = model.spec.max_positions
-    length = min(HELD_OUT_WINDOW, len(ids), positions - positions // 8)
+    length = min(WINDOW, len(ids), positions - positions // 8)
     found: IntArray = ids[: len(ids) // length * length].reshape(-1, length)
     return found
 

@@ -59,7 +59,7 @@ class Cells:
 
     @cached_property
     def searched(self) -> Prefix:
-        """The prefix that the search found; may be empty."""
+        """The prefix that the search found, its first position averaged where that is better; may be empty."""
         return self.run.get(self.pipeline.prefix)
 
     @cached_property
@@ -67,6 +67,13 @@ class Cells:
         """The trace of the search; None if the recipe disables the prefix."""
         search = self.pipeline.search
         return self.run.get(search).trace if search else None
+
+    @cached_property
+    def found(self) -> Prefix:
+        """The prefix of the tokens that the search found, no position averaged."""
+        if self.trace is None or not self.trace.averaged:
+            return self.searched
+        return self.run.get(self.pipeline.model).compute_prefix(self.trace.token_ids)
 
     @cached_property
     def empty(self) -> Prefix:
@@ -93,11 +100,19 @@ class Cells:
         trace = self.run.get(branch.tuning).trace if branch.tuning and prefix.length else None
         return Built(self.run.get(branch.quantization), trace)
 
-    def in_scheme(self, name: str, prefix: Prefix) -> Variant:
-        """Return the variant for a named scheme of the paper, with the paper's alpha and min-max ranges."""
+    def in_scheme(self, name: str, prefix: Prefix, *, rotated: bool = False) -> Variant:
+        """Return the variant for a named scheme of the paper, with the paper's alpha and min-max ranges.
+
+        Args:
+            name: the scheme.
+            prefix: the prefix.
+            rotated: whether inputs are rotated as the recipe says, which the paper's are not.
+        """
         pipeline, given = self.pipeline, Given(prefix)
         scheme = parse_scheme(name, quantize_head=pipeline.recipe.export.quantize_head)
-        paper = pipeline.altered({**UNROTATED, "smoothing.alpha": PAPER_ALPHA, "smoothing.limit": None})
+        paper = pipeline.altered(
+            {**({} if rotated else UNROTATED), "smoothing.alpha": PAPER_ALPHA, "smoothing.limit": None}
+        )
         smoothing = paper.smoothing(given) if scheme.smoothing else None
         scales = None
         if scheme.activations == "static":

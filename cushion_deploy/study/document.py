@@ -78,10 +78,14 @@ class Text(StrictModel):
 
 
 class PrefixInUse(StrictModel):
-    """The prefix of all columns with a prefix; empty if the search found no sink or the recipe disables the prefix."""
+    """The prefix of all columns with a prefix; empty if the search found no sink or the recipe disables the prefix.
+
+    Its first position is that of its first token or, if ``averaged``, the mean of many first tokens.
+    """
 
     token_ids: tuple[Count, ...] = ()
     tokens: tuple[str, ...] = ()
+    averaged: bool = False
     tuned: bool = False
 
     @model_validator(mode="after")
@@ -93,6 +97,7 @@ class PrefixInUse(StrictModel):
 class Pair(StrictModel):
     """A scheme (null for floating point) without and with the prefix; ``with_prefix`` is empty without a prefix.
 
+    ``rotated`` is true in rows of the paper's schemes with the recipe's rotations, which the paper does not have.
     ``prefix`` is null for the prefix of the study. A search with the bits of the scheme may find another one;
     ``fp_prefix`` is then the float model with it.
     """
@@ -101,6 +106,7 @@ class Pair(StrictModel):
     scheme: str | None
     deployable: bool = False
     smoothing_alpha: float | None = None
+    rotated: bool = False
     without: tuple[Score, ...]
     with_prefix: tuple[Score, ...] = Field(default=(), validation_alias="with", serialization_alias="with")
     prefix: PrefixInUse | None = None

@@ -37,6 +37,12 @@ LOW_BITS = {
     "naive-w4a4": "W4A4 per-token",
     "smoothquant-w4a4": "SmoothQuant W4A4 per-token",
 }
+ROTATED = {
+    "smoothquant-w6a6": "the same W6A6, inputs rotated",
+    "smoothquant-w4a4": "the same W4A4, inputs rotated",
+}
+"""Schemes of Table 4 that are also measured with the rotations of the recipe, which the paper does not have."""
+AVERAGED = "+ averaged first position"
 DEPLOYED = "deployed: static W8A8 of the recipe"
 FALLBACK_ALPHA = 0.5
 """Alpha of the smoothing remedy if the recipe itself disables smoothing."""
@@ -90,20 +96,25 @@ def _table1(cells: Cells) -> list[Pair]:
 
 
 def _table4(cells: Cells) -> list[Pair]:
-    return [_pair(cells, label, name) for name, label in LOW_BITS.items()]
+    rotated = ROTATED if cells.pipeline.recipe.smoothing.rotates else {}
+    return [
+        *(_pair(cells, label, name) for name, label in LOW_BITS.items()),
+        *(_pair(cells, label, name, rotated=True) for name, label in rotated.items()),
+    ]
 
 
-def _pair(cells: Cells, label: str, name: str) -> Pair:
-    bare = cells.in_scheme(name, cells.empty)
+def _pair(cells: Cells, label: str, name: str, *, rotated: bool = False) -> Pair:
+    bare = cells.in_scheme(name, cells.empty, rotated=rotated)
     without = cells.scores(label, bare)
     behind: tuple[Score, ...] = ()
     own = cells.of_bits(_scheme(bare))
     if own.prefix.length:
-        behind = cells.scores(f"{label}, with the prefix", cells.in_scheme(name, own.prefix))
+        behind = cells.scores(f"{label}, with the prefix", cells.in_scheme(name, own.prefix, rotated=rotated))
     return Pair(
         label=label,
         scheme=_scheme(bare).name,
         smoothing_alpha=bare.smoothing.alpha if bare.smoothing else None,
+        rotated=rotated,
         without=without,
         with_prefix=behind,
         **(_own_prefix(own) if own.prefix.digest != cells.prefix.digest else {}),
@@ -124,6 +135,7 @@ def _prefix_in_use(cells: Cells) -> Parts:
     return {
         "token_ids": prefix.token_ids,
         "tokens": trace.tokens if trace else (),
+        "averaged": trace.averaged if trace else False,
         "tuned": cells.pipeline.recipe.tuning.enabled and prefix.length > 0,
     }
 
@@ -171,7 +183,8 @@ def _table3(cells: Cells) -> list[Step]:
     tuned = {**PLAIN, "tuning.enabled": True, "tuning.loss": loss, "tuning.scales": False}
     rows = [
         _step(cells, "no prefix", PLAIN, cells.empty),
-        _step(cells, "+ greedy search", PLAIN),
+        _step(cells, "+ greedy search", PLAIN, cells.found),
+        *([_step(cells, AVERAGED, PLAIN)] if cells.trace and cells.trace.averaged else []),
         _step(cells, "+ prefix tuning", {**tuned, "tuning.error_weight": 0.0}),
     ]
     if weight:

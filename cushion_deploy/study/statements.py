@@ -50,6 +50,8 @@ def introduction(study: Study) -> list[str]:
     if study.prefix.token_ids:
         tokens = listing([f"`{_code(token)}`" for token in study.prefix.tokens])
         how = "tuned after the search" if study.prefix.tuned else "as the search found it, without tuning"
+        if study.prefix.averaged:
+            how += "; its first position is the mean of many first tokens of text"
         lines.append(f"The prefix is {plural(len(study.prefix.tokens), 'token')} long, {tokens}, {how}.")
     else:
         lines.append("There is no prefix: the search found no sink that justifies one, or the recipe disables it.")
@@ -217,6 +219,8 @@ def _largest_step(known: Sequence[tuple[float, Step]]) -> str:
 def _table4(study: Study) -> list[str]:
     lines = ["Fewer bits with one scale per token: simulated as in the paper, not deployable."]
     pairs = study.table4 or ()
+    if any(pair.rotated for pair in pairs):
+        lines.append("Rows whose inputs are rotated, by the rotations of the recipe, are not in the paper.")
     lines += [_own_prefix(pair) for pair in pairs if pair.prefix]
     for text in study.texts:
         both = [(on(p.without, text), on(p.with_prefix, text)) for p in pairs]

@@ -24,6 +24,7 @@ SETTINGS: dict[str, object] = {
     "search.screen_candidates": 8,
     "search.gradient_candidates": 0,
     "search.audit_tokens": 4,
+    "search.average_tokens": 0,
     "calibration.windows": 4,
     "calibration.window": 64,
     "evaluation.window": 48,

@@ -16,10 +16,11 @@ from cushion_deploy.core.schemes import parse_scheme
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix.trace import SearchTrace
-from cushion_deploy.recipe import Search
+from cushion_deploy.recipe import ROTATIONS, Search
 from cushion_deploy.study.cells import Cells, Variant
 from cushion_deploy.study.document import PARTS, Score, Study
 from cushion_deploy.study.run import NO_PREFIX, choose_parts, run_study
+from cushion_deploy.study.statements import introduction
 
 WINDOW, WINDOWS = 48, 2
 NO_TASKS = "no task was given"
@@ -163,7 +164,14 @@ def test_rows_of_fewer_bits_are_behind_a_prefix_searched_with_their_bits(
     assert study.prefix.token_ids == (8,)
     assert all(pair.prefix is None and not pair.fp_prefix for pair in study.table1 or ())
     rows = {pair.label: pair for pair in study.table4 or ()}
-    assert [pair.prefix.tokens for pair in rows.values() if pair.prefix] == [("<6>",)] * 2 + [("<4>",)] * 2
+    assert [pair.prefix.tokens for pair in rows.values() if pair.prefix] == [
+        ("<6>",),
+        ("<6>",),
+        ("<4>",),
+        ("<4>",),
+        ("<6>",),
+        ("<4>",),
+    ]
     for label, bits in (("W6A6 per-token", 6), ("W4A4 per-token", 4)):
         losses = [-np.take_along_axis(oracle.log_probabilities(r, (bits,)), r[1:, None], -1) for r in oracle.windows]
         assert rows[label].fp_prefix[0].perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
@@ -173,6 +181,31 @@ def test_rows_of_fewer_bits_are_behind_a_prefix_searched_with_their_bits(
     scheme, reused = "naive-w6a6", cells.of_bits(parse_scheme("naive-w6a6"))
     assert rows["W6A6 per-token"].with_prefix == reused.scores("", reused.in_scheme(scheme, reused.prefix))
     assert rows["W6A6 per-token"].with_prefix != reused.scores("", cells.in_scheme(scheme, cells.prefix))
+
+
+def test_an_averaged_position_is_a_step_of_its_own_behind_the_papers_search(desk: Desk, tmp_path: Path) -> None:
+    cells = desk.cells(tmp_path, search__average_tokens=64, tuning__loss="ce")
+    study = run_study(cells, ("table3",), "")
+    assert study.prefix.averaged
+    assert "the mean of many first tokens" in " ".join(introduction(study))
+    rows = {step.label: step for step in study.table3 or ()}
+    assert list(rows)[:3] == ["no prefix", "+ greedy search", "+ averaged first position"]
+    model = cells.run.get(cells.pipeline.model)
+    tokens = model.compute_prefix(study.prefix.token_ids)
+    assert rows["+ greedy search"].fp == cells.scores("", Variant(tokens))
+    assert rows["+ averaged first position"].fp == cells.scores("", Variant(cells.searched))
+    assert cells.searched.digest != tokens.digest
+
+
+def test_low_bits_are_also_measured_with_rotated_inputs(whole: Whole, desk: Desk) -> None:
+    cells, rows = whole.cells, {pair.label: pair for pair in whole.study.table4 or ()}
+    for bits in ("w6a6", "w4a4"):
+        variant = cells.in_scheme(f"smoothquant-{bits}", cells.empty, rotated=True)
+        assert variant.smoothing is not None
+        assert variant.smoothing.rotations
+        assert rows[f"the same {bits.upper()}, inputs rotated"].without == cells.scores("", variant)
+    unrotated = desk.cells(whole.work, **{f"smoothing__{name}": 0 for name in ROTATIONS})
+    assert len(run_study(unrotated, ("table4",), "").table4 or ()) == 4
 
 
 def test_the_schemes_are_the_papers_and_the_last_is_deployable(whole: Whole) -> None:
