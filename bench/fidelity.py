@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import astuple
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from common import arguments, new_run, pipeline
 
 from cushion_deploy.core.prefix import Prefix
@@ -19,7 +22,7 @@ from cushion_deploy.core.schemes import PAPER_ALPHA, parse_scheme
 from cushion_deploy.evaluate.perplexity import cut_windows
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
-from cushion_deploy.modeling.teacher import Teacher
+from cushion_deploy.modeling.teacher import Fidelity, Teacher
 from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
@@ -38,9 +41,15 @@ def main() -> None:
     run, nodes = new_run(options), pipeline(options)
     bench = Fidelities(run, nodes, options.eval_data, options.window, options.max_tokens)
     searched, bare = Given(run.get(nodes.prefix)), nodes.no_prefix
+    found = Given(bench.model.compute_prefix(searched.artifact.token_ids))
+    prefixes = {"no prefix": bare, "prefix": searched}
+    bench.with_context("FP, one more token of context")
+    if found.artifact.digest != searched.artifact.digest:
+        bench.floating("FP, tokens found", found.artifact)
+        prefixes = {"no prefix": bare, "tokens found": found, "prefix": searched}
     bench.floating("FP, prefix", searched.artifact)
     bench.dynamic("per-token dynamic, no prefix (SmoothQuant-O1)", bare)
-    for name, prefix in (("no prefix", bare), ("prefix", searched)):
+    for name, prefix in prefixes.items():
         bench.static(f"static, {name}, no rotation", nodes.altered(UNROTATED), prefix)
         bench.static(f"static, {name}, rotated", nodes, prefix)
     if options.tune:
@@ -68,6 +77,22 @@ class Fidelities:
         """Add the float model behind a prefix."""
         self._add(name, self.model, prefix)
 
+    def with_context(self, name: str) -> None:
+        """Add the float model on windows behind the one token that precedes each of them in the text.
+
+        This is how far the original model is from itself if a window begins one token earlier.
+        """
+        self.rows[name] = {}
+        for text, windows in self.windows.items():
+            runs = [
+                self.teacher.compare(
+                    self.model, self.model.compute_prefix((*self.model.bare_tokens, int(before[-1]))), window[None]
+                )
+                for before, window in pairwise(windows)
+            ]
+            losses, divergences = (np.concatenate(part) for part in zip(*map(astuple, runs), strict=True))
+            self._show(name, text, Fidelity(losses, divergences))
+
     def static(self, name: str, nodes: Pipeline, prefix: Node[Prefix]) -> None:
         """Add the scheme of a recipe behind a prefix, with everything that is measured behind it."""
         quantization = self.run.get(nodes.behind(prefix, tuned=False).quantization)
@@ -86,10 +111,12 @@ class Fidelities:
     def _add(self, name: str, model: TorchRunner, prefix: Prefix) -> None:
         self.rows[name] = {}
         for text, windows in self.windows.items():
-            found = scores_of(self.teacher.compare(model, prefix, windows, self.run.progress, f"{name}: {text}"))
-            self.rows[name][text] = found
-            kl, stderr = found["kl_after_16"], found["kl_after_16_stderr"]
-            print(f"{name:48} {text:24} {found['perplexity']:8.3f} KL {kl:.4f} ± {stderr:.4f}", file=sys.stderr)
+            self._show(name, text, self.teacher.compare(model, prefix, windows, self.run.progress, f"{name}: {text}"))
+
+    def _show(self, name: str, text: str, fidelity: Fidelity) -> None:
+        self.rows[name][text] = found = scores_of(fidelity)
+        kl, stderr = found["kl_after_16"], found["kl_after_16_stderr"]
+        print(f"{name:48} {text:24} {found['perplexity']:8.3f} KL {kl:.4f} ± {stderr:.4f}", file=sys.stderr)
 
 
 if __name__ == "__main__":
