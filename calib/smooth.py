@@ -82,19 +82,19 @@ def channel_maxima(
     return found.of_all_processes()
 
 
-def choose_rotations(model: TorchRunner, limits: Mapping[str, int]) -> dict[Site, int]:
+def choose_rotations(model: TorchRunner, config: SmoothQuant) -> dict[Site, int]:
     """Return the block size of the rotation of each Site that is rotated.
 
-    Args:
-        model: the model.
-        limits: kind of Site to its largest block; 0, or no entry, for none. The block is the largest power of two that
-            is not larger and divides the width.
+    The recipe sets the largest block of each kind of Sites; the block is the largest power of two up to it that divides
+    the width.
     """
+    inputs = dict.fromkeys(("attn.qkv", "mlp.gate_up", "mlp.up"), config.rotate_in)
+    limits = {**inputs, "attn.out": config.rotate_out, "mlp.down": config.rotate_down}
     found: dict[Site, int] = {}
     for layer in range(model.spec.num_layers):
         for rule in model.family.sites:
             site = layer_site(layer, rule.kind)
-            if block := rotation_block(model.sites[site][0].in_features, limits.get(rule.kind, 0)):
+            if block := rotation_block(model.sites[site][0].in_features, limits[rule.kind]):
                 found[site] = block
     return found
 
@@ -158,7 +158,7 @@ def choose_smoothing(
 
 def smoothing_from(model: TorchRunner, maxima: Mapping[Site, FloatArray], config: SmoothQuant) -> Smoothing:
     """Return the smoothing that a recipe asks for, from channel maxima; without SmoothQuant they are not read."""
-    rotations = choose_rotations(model, config.rotations)
+    rotations = choose_rotations(model, config)
     if config.alpha is None:
         return Smoothing({}, None, model.digest, rotations)
     return choose_factors(model, maxima, config.alpha, config.limit, rotations)

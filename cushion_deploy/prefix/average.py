@@ -7,8 +7,6 @@ continued as if it had been written. Their mean over many first tokens says noth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -23,22 +21,9 @@ from cushion_deploy.prefix.trace import Averaging, SinkState
 
 WINDOWS, WINDOW = 4, 512
 """Windows of the calibration text, and tokens in each, on which both prefixes are compared with no prefix."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What the averaged prefix must not exceed: the objective of the search, on one of its texts.
-
-    Attributes:
-        text: int64 ``[n]``.
-        objective, bits: what is computed; see :func:`~cushion_deploy.prefix.objective.score_prefix`.
-        value: the limit, tau times what the text has without the last token of the prefix.
-    """
-
-    text: IntArray
-    objective: Objective
-    bits: int
-    value: float
+SLACK = 1.25
+"""The objective with the average, at most, in multiples of that with the token found. What is least visible takes no
+attention, and leaves the sink to the text."""
 
 
 def average_first_position(
@@ -46,20 +31,22 @@ def average_first_position(
     found: Prefix,
     corpus: IntArray,
     tokens: IntArray,
-    limit: Limit,
+    *,
+    objective: Objective = "error",
+    bits: int = 8,
     progress: Progress = silent,
 ) -> tuple[Prefix, Averaging]:
     """Return a prefix with the averaged sink at its first position if that changes the model less, or the given one.
 
-    It has to do what the search demanded of its last token, and the unquantized model behind it has to be closer to
-    the model without a prefix, by the divergence from position 16 on.
+    It has to take the sink from the text as the found token does, by the objective of the search, and the unquantized
+    model behind it has to be closer to the model without a prefix, by the divergence from position 16 on.
 
     Args:
         model: the model.
         found: the prefix, at least one token that the search chose itself.
         corpus: token ids int64 ``[n]`` that both are compared on.
         tokens: the first tokens to average over, int64 ``[count]``.
-        limit: what the search accepts.
+        objective, bits: what the search minimizes; see :func:`~cushion_deploy.prefix.objective.score_prefix`.
         progress: where to report progress.
     """
     averaged = averaged_sink(model, found, tokens)
@@ -69,10 +56,10 @@ def average_first_position(
 
     def state(prefix: Prefix, name: str) -> SinkState:
         later = teacher.compare(model, prefix, windows, progress, f"comparing with the original: {name}").later
-        error = score_prefix(model, model.past(prefix), limit.text, limit.objective, bits=limit.bits)
-        return SinkState.of(later.divergence, error)
+        errors = [score_prefix(model, model.past(prefix), window, objective, bits=bits) for window in windows]
+        return SinkState.of(later.divergence, max(errors) if objective == "max" else sum(errors))
 
-    trace = Averaging(len(tokens), state(found, "found token"), state(averaged, "averaged"), limit.value)
+    trace = Averaging(len(tokens), state(found, "found token"), state(averaged, "averaged"), SLACK)
     return (averaged if trace.kept else found), trace
 
 

@@ -83,20 +83,22 @@ class Averaging:
     Attributes:
         tokens: number of tokens in the mean.
         found, averaged: both states.
-        limit: the objective that the averaged prefix must not exceed.
+        slack: the largest ``error`` of the averaged prefix, in multiples of that of the token.
     """
 
     tokens: int
     found: SinkState
     averaged: SinkState
-    limit: float
+    slack: float
 
     @property
     def kept(self) -> bool:
         """Whether the prefix has the mean: its error is within the limit, and it changes the model less."""
-        if self.averaged.later is None or self.averaged.error is None or self.averaged.error > self.limit:
+        if self.averaged.later is None or self.averaged.error is None:
             return False
-        return self.found.later is None or self.averaged.later < self.found.later
+        if self.found.later is None or self.found.error is None:
+            return True
+        return self.averaged.error <= self.slack * self.found.error and self.averaged.later < self.found.later
 
 
 @dataclass

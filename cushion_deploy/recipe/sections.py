@@ -145,15 +145,9 @@ class SmoothQuant(Section):
     )
 
     @property
-    def rotations(self) -> dict[str, int]:
-        """Kind of Site to the largest block of its rotation; 0 for none."""
-        inputs = dict.fromkeys(("attn.qkv", "mlp.gate_up", "mlp.up"), self.rotate_in)
-        return {**inputs, "attn.out": self.rotate_out, "mlp.down": self.rotate_down}
-
-    @property
     def rotates(self) -> bool:
         """Whether anything is rotated."""
-        return any(self.rotations.values())
+        return any(getattr(self, name) for name in ROTATIONS)
 
     @property
     def enabled(self) -> bool:

@@ -169,8 +169,8 @@ def averaging_sentence(averaging: Averaging) -> str:
         f"The mean of {averaging.tokens:,} first tokens at the first position, instead of the token found there, was "
         f"{verdict}: from position 16 on, the unquantized model behind it diverges from the original by "
         f"{_nats(averaging.averaged.later)} nats per token instead of {_nats(averaging.found.later)}, and the "
-        f"objective is {number(averaging.averaged.error, 4)} instead of {number(averaging.found.error, 4)}; "
-        f"{number(averaging.limit, 4)} would be too much."
+        f"objective is {number(averaging.averaged.error, 4)} instead of {number(averaging.found.error, 4)}, where "
+        f"{averaging.slack:g} times as much is allowed."
     )
 
 

@@ -190,7 +190,7 @@ def write_task(folder: Path) -> None:
         "output_type: multiple_choice\nvalidation_split: validation\ndoc_to_text: '{{q}}'\ndoc_to_target: a\n"
         "doc_to_choice: c\nmetric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
     )
-    rows = [{"q": f"The fox {i}", "c": [" jumps", " sleeps", " is gone"], "a": i % 3} for i in range(12)]
+    rows = [{"q": f"The fox {i}", "c": [" jumps", " sleeps", " is gone"], "a": i % 3} for i in range(60)]
     (folder / "pick.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
@@ -203,12 +203,12 @@ def test_tasks_have_a_row_each_a_mean_and_an_agreement(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_task(tmp_path)
-    options = ["--work-dir", planted_bundle.work, "--tasks", tmp_path, "--limit", 10, "--quiet"]
+    options = ["--work-dir", planted_bundle.work, "--tasks", tmp_path, "--limit", 50, "--quiet"]
     options += ["--columns", "quantized-prefix,engine"]
     done = cli("eval", planted_bundle.bundle, *options, "--json")
     assert done.code in (0, 1), done.err
     (row,) = done.json["tasks"]
-    assert (row["task"], row["metric"], row["n"]) == ("tiny_pick", "acc", 10)
+    assert (row["task"], row["metric"], row["n"]) == ("tiny_pick", "acc", 50)
     acc = {column: values["acc"] for column, values in row["columns"].items()}
     (check,) = done.json["agreement"]
     assert check["difference"] == pytest.approx(abs(acc["engine"]["value"] - acc["quantized-prefix"]["value"]))
@@ -216,7 +216,7 @@ def test_tasks_have_a_row_each_a_mean_and_an_agreement(
     assert done.json["mean"]["engine"]["value"] == acc["engine"]["value"]
     assert done.json["texts"] == []
     shown = cli("eval", planted_bundle.bundle, *options)
-    assert "tiny_pick (acc, n=10)" in shown.out
+    assert "tiny_pick (acc, n=50)" in shown.out
     assert "mean of the tasks" in shown.out
     assert "±" in shown.out
     alone = cli("eval", planted_bundle.bundle, *options, "--batch-size", 1, "--json")
@@ -227,7 +227,7 @@ def test_tasks_have_a_row_each_a_mean_and_an_agreement(
     assert chat.json["chat_template"] is True
     assert chat.json["tasks"] != done.json["tasks"]
     shown = cli("eval", planted_bundle.bundle, *options, "--chat-template", "--columns", "engine")
-    assert "tiny_pick (acc, n=10, chat template)" in shown.out
+    assert "tiny_pick (acc, n=50, chat template)" in shown.out
 
 
 def test_lm_evals_own_command_line_runs_a_bundle(planted_bundle: Any, tmp_path: Path, python: Any) -> None:

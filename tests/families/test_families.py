@@ -18,6 +18,7 @@ from cushion_deploy.families import FAMILIES, family_for_model_type, get_family
 from cushion_deploy.families.folding import absorbers
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.recipe import SmoothQuant
 
 LoadVariant = Callable[[str], TorchRunner]
 
@@ -84,8 +85,9 @@ def test_folding_a_smoothing_changes_no_output(variant: str, load_variant: LoadV
 
 def test_rotations_change_no_output_and_turn_the_inputs_of_their_sites(variant: str, load_variant: LoadVariant) -> None:
     model, none = load_variant(variant), Prefix.empty(load_variant(variant).spec)
-    rotations = choose_rotations(model, {"mlp.down": 16, "attn.out": 8})
-    assert len(rotations) == 2 * model.spec.num_layers
+    rotations = choose_rotations(model, SmoothQuant(rotate_down=16, rotate_out=8, rotate_in=4))
+    assert set(rotations) == {site for site in model.sites if site != "head"}
+    assert set(rotations.values()) == {16, 8, 4}
     folded = model.folded(Smoothing({}, None, model.spec.weights_digest, rotations))
     ids = np.random.default_rng(0).integers(3, 300, (1, 24))
     before, after = site_inputs(model, ids), site_inputs(folded, ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,12 @@ from cushion_deploy.calib.corpora import python_topics
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.modeling.runner import TorchRunner
-from cushion_deploy.prefix.average import Limit, average_first_position, averaged_sink
+from cushion_deploy.prefix.average import SLACK, average_first_position, averaged_sink
 from cushion_deploy.prefix.search import PrefixSearch
 from cushion_deploy.prefix.trace import Averaging, SearchTrace, SinkState
 from cushion_deploy.recipe import Search
 
+Oracle = Callable[..., dict[str, float]]
 FIRST = np.array([5, 5, 40, 201, 17])
 
 
@@ -74,40 +75,46 @@ def test_the_other_tokens_of_a_prefix_are_computed_behind_it(planted_model: Torc
 
 @pytest.mark.parametrize("first", [(65, 97, 171, 65), (5, 40, 201, 17), (1, 2, 3, 4), (250, 9, 65, 65)])
 @pytest.mark.parametrize("token", [97, 12])
-def test_the_closer_prefix_is_kept_if_its_error_is_within_the_limit(
-    planted_model: TorchRunner, plain_ids: IntArray, first: tuple[int, ...], token: int
+def test_the_closer_prefix_is_kept_unless_its_error_is_larger_by_a_quarter(
+    planted_model: TorchRunner, plain_ids: IntArray, oracle: Oracle, first: tuple[int, ...], token: int
 ) -> None:
     found, text = planted_model.compute_prefix((token,)), plain_ids[:64]
-    limit = Limit(text[:32], "error", 8, np.inf)
-    prefix, trace = average_first_position(planted_model, found, text, np.array(first), limit)
+    prefix, trace = average_first_position(planted_model, found, text, np.array(first))
     averaged = averaged_sink(planted_model, found, np.array(first))
     original = log_probabilities(planted_model, text, None)
-    # A text of one window; what is predicted at its last position is not counted.
+    # The text is one window; what is predicted at its last position does not count.
     expected = [
         (np.exp(original) * (original - log_probabilities(planted_model, text, each))).sum(-1)[16:-1].mean()
         for each in (found, averaged)
     ]
     assert [trace.found.later, trace.averaged.later] == pytest.approx(expected, rel=1e-3)
-    assert trace.kept == (expected[1] < expected[0])
+    error = oracle(planted_model, (token,), text)["error"]
+    assert trace.found.error == pytest.approx(error, rel=1e-3)
+    assert trace.averaged.error is not None
+    assert trace.kept == (expected[1] < expected[0] and trace.averaged.error <= 1.25 * error)
     assert prefix.digest == (averaged if trace.kept else found).digest
-    closer, farther = SinkState(0.1, 7.0), SinkState(0.2, 7.0)
-    assert Averaging(4, farther, closer, limit=7.0).kept
-    assert not Averaging(4, closer, farther, limit=7.0).kept
 
 
-def test_an_average_that_brings_the_sink_back_is_not_kept(
+def test_what_is_kept_is_decided_by_both_numbers_and_never_by_what_is_not_finite() -> None:
+    closer, farther, costly = SinkState(0.1, 7.0), SinkState(0.2, 7.0), SinkState(0.1, 9.0)
+    assert Averaging(4, farther, closer, SLACK).kept
+    assert not Averaging(4, closer, farther, SLACK).kept
+    assert not Averaging(4, farther, costly, SLACK).kept
+    for missing in (SinkState.of(np.nan, 7.0), SinkState.of(0.1, np.inf)):
+        assert not Averaging(4, farther, missing, SLACK).kept
+        assert Averaging(4, missing, closer, SLACK).kept
+
+
+def test_an_average_that_leaves_the_sink_to_the_text_is_not_kept(
     planted_model: TorchRunner, plain_ids: IntArray, plant: Any
 ) -> None:
     found = planted_model.compute_prefix(plant.absorbers[:1])
     # A token that sees its own class alone has the sink.
     text = np.array([i for i in plain_ids if plant.token_class(i) == plant.token_class(plain_ids[0])])[:48]
-    limit = Limit(text, "max", 8, plant.massive / 2)
-    prefix, trace = average_first_position(planted_model, found, text, text, limit)
-    assert (trace.found.error or np.inf) < limit.value < plant.massive < (trace.averaged.error or 0.0)
+    prefix, trace = average_first_position(planted_model, found, text, text, objective="max")
+    assert (trace.found.error or np.inf) < plant.massive / 2 < plant.massive < (trace.averaged.error or 0.0)
     assert (trace.averaged.later or 0.0) < (trace.found.later or 0.0)
     assert prefix is found
-    assert not Averaging(1, SinkState(1.0, 1.0), SinkState(None, 1.0), 2.0).kept
-    assert Averaging(1, SinkState(None, 1.0), SinkState(0.5, 1.0), 2.0).kept
 
 
 def test_a_search_averages_over_its_text_but_never_a_seed(planted_model: TorchRunner, plain_ids: IntArray) -> None:
@@ -115,7 +122,6 @@ def test_a_search_averages_over_its_text_but_never_a_seed(planted_model: TorchRu
     _, trace = PrefixSearch(planted_model, plain_ids, small).run()
     assert trace.averaging is not None
     assert trace.averaging.tokens == 40
-    assert trace.averaging.limit == pytest.approx(small.tau * trace.steps[len(trace.token_ids) - 1].before)
     assert SearchTrace.from_json(trace.to_json()) == trace
     for settings in ({"average_tokens": 0}, {"seed_tokens": ("a",)}):
         prefix, trace = PrefixSearch(planted_model, plain_ids, small.model_copy(update=settings)).run()
@@ -129,8 +135,7 @@ def test_smollm2_is_twice_as_close_to_itself_behind_an_average(smollm2: TorchRun
     found = smollm2.compute_prefix((216,))
     first = np.random.default_rng(0).choice(smollm2.encode(python_topics("calibration").text), 256)
     other = smollm2.encode(python_topics("evaluation").text)[:1024]
-    limit = Limit(other[:256], "max", 8, 100.0)
-    prefix, trace = average_first_position(smollm2, found, other, first, limit)
+    prefix, trace = average_first_position(smollm2, found, other, first, objective="max")
     assert trace.kept
     assert trace.found.later is not None
     assert trace.averaged.later is not None

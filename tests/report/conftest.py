@@ -150,7 +150,7 @@ _DATA: dict[str, Any] = {
             "tokens": 512,
             "found": {"later": 0.0106, "error": 3120011.0},
             "averaged": {"later": 0.0047, "error": 2910000.0},
-            "limit": 3655555.5,
+            "slack": 1.25,
             "kept": True,
         },
     },

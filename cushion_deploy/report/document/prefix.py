@@ -79,14 +79,14 @@ class Averaging(StrictModel):
 
     Attributes:
         tokens: number of tokens in the mean.
-        limit: the objective that the mean must not exceed.
+        slack: the largest objective of the mean, in multiples of that of the token.
         kept: whether the prefix has the mean.
     """
 
     tokens: Count
     found: SinkState
     averaged: SinkState
-    limit: float
+    slack: float
     kept: bool
 
 
