@@ -1,7 +1,7 @@
 """Rotations of Site inputs: block-diagonal Hadamard transforms, which spread the spike of one channel over a block.
 
 The inverse of a rotation is folded into the weights behind the Site, so that the model computes the same function.
-A block of 512 is computed as the Kronecker product of an 8 x 8 and a 64 x 64 matrix, which takes 72 multiplications a
+A block of 512 is computed as the Kronecker product of a 16 x 16 and a 32 x 32 matrix, which takes 48 multiplications a
 value instead of 512.
 """
 
@@ -30,12 +30,12 @@ def rotation_block(width: int, limit: int) -> int:
 def kronecker_factors(block: int) -> tuple[int, ...]:
     """Return the orders of the Hadamard matrices whose Kronecker product is the one of order ``block``, a power of two.
 
-    All are at most :data:`DENSE`, and all but the first are equal to it.
+    As few as possible, each at most :data:`DENSE`, and as equal as possible, in ascending order: 512 is 16 x 32, which
+    ONNX Runtime computes in four fifths of the time of 8 x 64.
     """
-    factors: tuple[int, ...] = ()
-    while block > DENSE:
-        factors, block = (DENSE, *factors), block // DENSE
-    return (block, *factors)
+    bits = block.bit_length() - 1
+    count = max(1, -(-bits // (DENSE.bit_length() - 1)))
+    return tuple(1 << ((bits + place) // count) for place in range(count))
 
 
 def signs(order: int) -> FloatArray:

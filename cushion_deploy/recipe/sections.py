@@ -135,10 +135,10 @@ class SmoothQuant(Section):
         "the largest power of two up to this that divides the width; 0 disables it.",
     )
     rotate_out: int = Field(
-        default=64, ge=0, description="The same for the input of each output projection of the attention."
+        default=16, ge=0, description="The same for the input of each output projection of the attention."
     )
     rotate_in: int = Field(
-        default=64,
+        default=16,
         ge=0,
         description="The same for what the attention and the MLP read: the input of the query, key and value "
         "projections, and of the gate and up projections.",

@@ -39,11 +39,13 @@ def test_each_block_is_multiplied_by_the_whole_matrix(power: int, blocks: int, s
 
 
 @pytest.mark.parametrize("block", [2, 64, 128, 512, 4096, 8192])
-def test_no_factor_is_larger_than_64_and_their_product_is_the_block(block: int) -> None:
+def test_a_block_has_as_few_factors_of_at_most_64_as_possible_and_they_are_about_equal(block: int) -> None:
     factors = kronecker_factors(block)
     assert np.prod(factors) == block
     assert max(factors) <= 64
-    assert set(factors[1:]) <= {64}
+    assert max(factors) <= 2 * min(factors)
+    assert len(factors) == (1 if block <= 64 else 2 if block <= 64**2 else 3)
+    assert kronecker_factors(512) == (16, 32)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
         "average_tokens": 512,
         "batch_positions": 2048,
     },
-    "smoothing": {"alpha": 0.5, "limit": 1.5, "rotate_down": 512, "rotate_out": 64, "rotate_in": 64},
+    "smoothing": {"alpha": 0.5, "limit": 1.5, "rotate_down": 512, "rotate_out": 16, "rotate_in": 16},
     "tuning": {
         "enabled": False,
         "loss": "invisible",
