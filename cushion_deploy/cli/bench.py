@@ -60,6 +60,8 @@ def command(
 
 
 def _lines(found: Bench) -> list[str]:
+    from cushion_deploy.verbs.bench import CPU_ENGINE
+
     w = found.workload
     rows = [("", "prefill tok/s", "decode tok/s", "decode p50 / p90 / p99 ms", "peak memory", "files")]
     for name, times in found.times.items():
@@ -79,5 +81,10 @@ def _lines(found: Bench) -> list[str]:
     for row in rows:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
-    lines += ["", *(f"{name}: {reason}" for name, reason in found.not_run.items()), *found.verdicts]
+    lines += [
+        "",
+        f"{CPU_ENGINE}: {found.kernels}",
+        *(f"{name}: {reason}" for name, reason in found.not_run.items()),
+        *found.verdicts,
+    ]
     return lines

@@ -11,7 +11,7 @@ import numpy as np
 
 from cushion_deploy.core.artifacts import read_kv_scales, read_prefix, read_scales
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
-from cushion_deploy.errors import UsageError
+from cushion_deploy.errors import MissingDependency, UsageError
 
 
 @click.command("inspect")
@@ -76,6 +76,18 @@ def _kv_scales(scales: KvScales) -> dict[str, Any]:
     }
 
 
+def _kernels_here() -> dict[str, str]:
+    """Return what ONNX Runtime multiplies on this machine; nothing where it is not installed."""
+    from cushion_deploy.engines.onnxruntime.kernels import kernels_in_words
+    from cushion_deploy.engines.onnxruntime.settings import import_onnxruntime
+
+    try:
+        import_onnxruntime()
+    except MissingDependency:
+        return {}
+    return {"onnxruntime on this machine": kernels_in_words()}
+
+
 def _bundle(path: Path) -> dict[str, Any]:
     from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.runtime.engine import read_engine
@@ -96,6 +108,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "longest context": contract.max_positions - contract.prefix_length,
         "engines": engines,
         **{name: read_engine(bundle, name).summary for name in engines},
+        **_kernels_here(),
         "files": len(bundle.manifest.files),
         "bytes": sum(entry.size for entry in bundle.manifest.files.values()),
         **{f"{name} digest": digest for name, digest in bundle.manifest.parents.items()},

@@ -26,7 +26,7 @@ from cushion_deploy.core.kv_scales import kv_site
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.session import first_caches, past_names
 from cushion_deploy.core.sites import Site
-from cushion_deploy.engines.onnxruntime.settings import SESSION_CONFIG
+from cushion_deploy.engines.onnxruntime.settings import session_config
 from cushion_deploy.parity.bfloat16 import emulate_bfloat16
 from cushion_deploy.store import place
 
@@ -116,7 +116,7 @@ def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: K
     options.enable_cpu_mem_arena = False
     if kernels == "literal":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for key, value in (LITERAL_CONFIG if kernels == "literal" else SESSION_CONFIG).items():
+    for key, value in (LITERAL_CONFIG if kernels == "literal" else session_config()).items():
         options.add_session_config_entry(key, value)
     with tempfile.TemporaryDirectory(prefix="cushion-parity-") as name:
         data, emulated = graph.files[1], graph.contract.dtype == "bfloat16"

@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cushion_deploy.core.graphs import GraphContract
+from cushion_deploy.engines.onnxruntime.kernels import UINT8_WEIGHTS
 from cushion_deploy.engines.onnxruntime.settings import SESSION_CONFIG
 
 GENAI_NAME = "genai_config.json"
+EVERYWHERE = {**SESSION_CONFIG, UINT8_WEIGHTS: "1"}
+"""Session config of a runtime that does not try its kernels: exact on every processor, and on those with VNNI or AMX
+slower than the value 0, which is exact there as well."""
 DECODER = "llama"
 """Its name for a plain decoder with a cache, which every exported graph is, whatever the model family."""
 
@@ -45,7 +49,7 @@ def genai_config(
                 "num_attention_heads": heads,
                 "num_hidden_layers": contract.num_layers,
                 "num_key_value_heads": contract.num_kv_heads,
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **SESSION_CONFIG},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **EVERYWHERE},
                 "inputs": {
                     **{name: name for name in ("input_ids", "attention_mask", "position_ids")},
                     "past_key_names": "past_key_values.%d.key",

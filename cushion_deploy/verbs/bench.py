@@ -16,6 +16,7 @@ from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.onnxruntime.kernels import kernels_in_words
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.engines.tensorrt.flavours import FLAVOURS
@@ -47,6 +48,7 @@ class Bench:
         files: bytes on disk of the graphs that ran on the CPU.
         ratios: for each engine, INT8 compared with floating point; empty without float twins.
         not_run: engines of the bundle that did not run, with the reason.
+        kernels: what ONNX Runtime multiplies on this processor.
     """
 
     workload: Workload
@@ -55,6 +57,7 @@ class Bench:
     files: dict[str, int]
     ratios: dict[str, Comparison]
     not_run: dict[str, str] = field(default_factory=dict)
+    kernels: str = field(default_factory=kernels_in_words)
 
     @property
     def verdicts(self) -> tuple[str, ...]:
@@ -77,6 +80,7 @@ class Bench:
             },
             "int8_against_float": {engine: ratio.to_json() for engine, ratio in self.ratios.items()},
             "not_run": self.not_run,
+            "kernels": self.kernels,
             "verdicts": list(self.verdicts),
         }
 

@@ -10,7 +10,8 @@ from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.coverage import Coverage, read_coverage
-from cushion_deploy.engines.onnxruntime.settings import CPU, SESSION_CONFIG, installed_version
+from cushion_deploy.engines.onnxruntime.kernels import kernels_in_words
+from cushion_deploy.engines.onnxruntime.settings import CPU, installed_version, session_config
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.store.digests import digest_json
 
@@ -22,20 +23,21 @@ def compile_report(graph: ExportedGraph, folder: Path, options: CompileOptions) 
         MissingDependency: ONNX Runtime is not installed.
         CheckFailed: too many linears do not run in the integer kernel, or a rewrite changed a weight code.
     """
-    version = installed_version(CPU)
+    version, config = installed_version(CPU), session_config()
     coverage = read_coverage(graph)
     found = _check_coverage(graph, coverage, version, options.allow_float_linears)
     artifact = EngineArtifact(
         engine=CPU.engine,
         targets=("cpu",),
-        key=digest_json({"graph": graph.digest, "engine": CPU.engine, "version": version, "config": SESSION_CONFIG}),
+        key=digest_json({"graph": graph.digest, "engine": CPU.engine, "version": version, "config": config}),
         files=(ENGINE_FILE,),
         linears=graph.linears,
         int8_linears=found,
         fused_attention=coverage.fused_attention,
         ran=True,
         details={
-            "session_config": SESSION_CONFIG,
+            "session_config": config,
+            "multiplies": kernels_in_words(),
             "integer_matmuls": coverage.integer_matmuls,
             "weights_stored_as_uint8": coverage.rewritten,
             "codes_changed": 0,

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from cushion_deploy.engines.onnxruntime.kernels import exact_kernels
 from cushion_deploy.errors import MissingDependency, UsageError
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 SESSION_CONFIG = {
     # Softmax over masked positions produces subnormals, which made one call up to 30 times slower.
     "session.set_denormal_as_zero": "1",
-    # x86 without VNNI adds products of uint8 and int8 in saturating 16 bits. On such a processor this stores the int8
-    # weights as uint8 with zero point 128: the same codes, and exact sums.
-    "session.x64quantprecision": "1",
 }
-"""Config entries of every session. Coverage is counted with the same entries, so what was counted is what runs."""
+"""Config entries of every session on every machine."""
 CHUNK = 128
 """Most prompt tokens in one call by default."""
 _INSTALL_GPU = "pip uninstall onnxruntime, then pip install 'cushion-deploy[gpu]'"
@@ -78,6 +76,19 @@ class SessionSettings:
 DEFAULTS = SessionSettings()
 
 
+def session_config() -> dict[str, str]:
+    """Return the config entries of every session in this process: :data:`SESSION_CONFIG`, and exact integer kernels.
+
+    Coverage is counted with the same entries, so what was counted is what runs.
+
+    Raises:
+        MissingDependency: onnxruntime is not installed.
+        CheckFailed: no integer kernel is exact on this processor.
+    """
+    import_onnxruntime()
+    return {**exact_kernels(), **SESSION_CONFIG}
+
+
 def session_options(settings: SessionSettings = DEFAULTS) -> Any:
     """Return the ``onnxruntime.SessionOptions`` of a decoder graph.
 
@@ -92,7 +103,7 @@ def session_options(settings: SessionSettings = DEFAULTS) -> Any:
         options.intra_op_num_threads = settings.threads
     # ONNX Runtime applies flush-to-zero to the calling thread only through the first session of a process; to its own
     # worker threads through every session. So every session carries the entry.
-    for key, value in SESSION_CONFIG.items():
+    for key, value in session_config().items():
         options.add_session_config_entry(key, value)
     if not settings.prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -23,7 +23,7 @@ from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime import coverage as coverage_file
 from cushion_deploy.engines.onnxruntime.coverage import read_coverage
 from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
-from cushion_deploy.engines.onnxruntime.settings import SESSION_CONFIG
+from cushion_deploy.engines.onnxruntime.settings import SESSION_CONFIG, session_config
 from cushion_deploy.errors import CheckFailed, ExitCode, MissingDependency
 
 STRICT = CompileOptions()
@@ -202,7 +202,7 @@ def test_engine_json_is_the_artifact(tiny_graphs, tmp_path: Path) -> None:
     assert again.ran
     assert (again.lineage, again.versions) == (Lineage(graph=graph.digest), {"onnxruntime": ort.__version__})
     assert again.details["machine"] == platform.machine()
-    assert again.details["session_config"] == SESSION_CONFIG
+    assert again.details["session_config"] == session_config()
     assert again.details["kernels"]["MatMulIntegerToFloat"] == again.details["integer_matmuls"] == len(graph.sites)
 
 

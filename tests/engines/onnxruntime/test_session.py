@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from cushion_deploy.core.session import bfloat16_bits, context_limit, count_positions
+from cushion_deploy.engines.onnxruntime.kernels import UINT8_WEIGHTS, exact_kernels
 from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
 from cushion_deploy.engines.onnxruntime.settings import CUDA, SessionSettings, session_options
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
@@ -225,7 +226,7 @@ def test_contract_of_another_graph_is_refused(tiny: Any, change: dict[str, Any])
 def test_every_session_flushes_subnormals_and_multiplies_exactly() -> None:
     options = session_options()
     assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
-    assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    assert options.get_session_config_entry("session.x64quantprecision") == exact_kernels()[UINT8_WEIGHTS]
 
 
 def test_integer_sums_do_not_saturate(tmp_path: Path) -> None:

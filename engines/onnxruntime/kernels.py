@@ -1,0 +1,80 @@
+"""Which integer kernels of ONNX Runtime are exact on this processor: tried, not looked up.
+
+The linears of a bundle multiply uint8 activations by int8 weights. x86 without VNNI adds pairs of such products in 16
+bits that saturate, without any message. ``session.x64quantprecision`` stores the weights as uint8 with zero point 128
+instead: the same codes and exact sums, in kernels that are half as fast where VNNI or AMX would have been exact anyway.
+A bundle moves from machine to machine, so the first session of a process multiplies one linear of extreme codes in each
+way, and the sessions take the first way that agrees with integer arithmetic, which is the faster one.
+
+The verdict is kept for the process and no longer: finding it takes a few milliseconds, and a file could outlive the
+machine it is true for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.engines.onnxruntime.one_linear import one_linear
+from cushion_deploy.errors import CheckFailed
+
+UINT8_WEIGHTS = "session.x64quantprecision"
+WAYS = {"0": "uint8 activations x int8 weights", "1": "uint8 activations x uint8 weights"}
+"""Values of that setting with what they multiply, the faster one first."""
+ROWS = (1, 2, 5, 16, 33, 130)
+"""Rows of the products: vectors, and matrices below and above the tiles of the kernels."""
+INPUTS, OUTPUTS = 256, 80
+
+
+@lru_cache(maxsize=1)
+def exact_kernels() -> Mapping[str, str]:
+    """Return the config entry with which integer sums are exact on this processor.
+
+    Raises:
+        CheckFailed: no setting makes them exact.
+    """
+    for value in WAYS:
+        if adds_exactly(value):
+            return {UINT8_WEIGHTS: value}
+    raise CheckFailed(
+        "ONNX Runtime adds products of INT8 codes wrongly on this processor, whatever the setting",
+        hint="use the pinned version of onnxruntime, and report this with the name of the processor",
+    )
+
+
+def kernels_in_words() -> str:
+    """State what the sessions of this process multiply, and why."""
+    value = exact_kernels()[UINT8_WEIGHTS]
+    others = "" if value == "0" else f", because {WAYS['0']} saturate on this processor"
+    return f"{WAYS[value]}, exact in a test of extreme codes{others}"
+
+
+def adds_exactly(value: str) -> bool:
+    """Return whether a linear has the sums of integer arithmetic with a value of :data:`UINT8_WEIGHTS`."""
+    weights = np.random.default_rng(0).choice(np.array([-127, 127], dtype=np.int8), (INPUTS, OUTPUTS))
+    # One column where all products have one sign: the sum is as large as it can be.
+    weights[:, 0] = 127
+    return all(
+        np.array_equal(found, codes.astype(np.int64) @ weights.astype(np.int64))
+        for codes, found in _products(weights, value)
+    )
+
+
+def _products(weights: Any, value: str) -> Iterator[tuple[Any, FloatArray]]:
+    """Yield codes int8 ``[rows, INPUTS]``, and what ONNX Runtime computes of them with ``weights``."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry(UINT8_WEIGHTS, value)
+    session = ort.InferenceSession(one_linear(weights), options, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(1)
+    for rows in ROWS:
+        codes = rng.choice(np.array([-127, 127, 126], dtype=np.int8), (rows, INPUTS))
+        codes[0] = 127
+        yield codes, session.run(None, {"x": codes.astype(np.float32)})[0]

@@ -1,0 +1,101 @@
+"""The setting of exact integer kernels is found by trying them, against integer arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from cushion_deploy.engines.onnxruntime import kernels
+from cushion_deploy.engines.onnxruntime.kernels import UINT8_WEIGHTS, adds_exactly, exact_kernels, kernels_in_words
+from cushion_deploy.engines.onnxruntime.one_linear import one_linear
+from cushion_deploy.errors import CheckFailed
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """Forget the verdict of this process before and after a test."""
+    exact_kernels.cache_clear()
+    yield
+    exact_kernels.cache_clear()
+
+
+def saturating(codes: Any, weights: Any) -> np.ndarray:
+    """Return products as x86 without VNNI computes them (vpmaddubsw): pairs of products in saturating 16 bits."""
+    shifted = codes.astype(np.int32) + 128
+    pairs = (shifted[:, :, None] * weights[None].astype(np.int32)).reshape(len(codes), -1, 2, weights.shape[1]).sum(2)
+    sums = np.clip(pairs, -(2**15), 2**15 - 1).sum(1)
+    return np.asarray(sums - 128 * weights.astype(np.int64).sum(0), dtype=np.float32)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (256, 80), (130, 200)])
+def test_the_bytes_are_a_valid_model_of_one_linear(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-127, 128, shape, dtype=np.int8)
+    model = onnx.load_from_string(one_linear(weights))
+    onnx.checker.check_model(model, full_check=True)
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    np.testing.assert_array_equal(stored["w"], weights)
+    x = rng.integers(-127, 128, (5, shape[0])).astype(np.float32)
+    (found,) = ReferenceEvaluator(model).run(None, {"x": x})
+    np.testing.assert_array_equal(found, x @ weights.astype(np.float32))
+
+
+def test_onnx_runtime_multiplies_it_in_the_integer_kernel(tmp_path: Any) -> None:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(one_linear(np.ones((64, 8), np.int8)), options, providers=["CPUExecutionProvider"])
+    assert "MatMulIntegerToFloat" in {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+
+
+@pytest.mark.usefixtures("untried")
+def test_what_is_chosen_here_is_exact_and_the_first_that_is() -> None:
+    (value,) = exact_kernels().values()
+    assert adds_exactly(value)
+    assert value == "0" or not adds_exactly("0")
+    assert "exact in a test" in kernels_in_words()
+
+
+def products_with(multiply: dict[str, Callable[[Any, Any], np.ndarray]]) -> Callable[..., Iterator[tuple[Any, Any]]]:
+    """Return a replacement of the run in ONNX Runtime: what each value of the setting computes of the same codes."""
+
+    def products(weights: Any, value: str) -> Iterator[tuple[Any, Any]]:
+        codes = np.full((2, len(weights)), 127, dtype=np.int8)
+        yield codes, multiply[value](codes, weights)
+
+    return products
+
+
+def exact(codes: Any, weights: Any) -> np.ndarray:
+    """Return the products of integer arithmetic."""
+    return (codes.astype(np.int64) @ weights.astype(np.int64)).astype(np.float32)
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_processor_that_saturates_gets_uint8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_products", products_with({"0": saturating, "1": exact}))
+    assert exact_kernels() == {UINT8_WEIGHTS: "1"}
+    assert "saturate on this processor" in kernels_in_words()
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_processor_that_is_never_exact_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_products", products_with({"0": saturating, "1": saturating}))
+    with pytest.raises(CheckFailed, match="whatever the setting"):
+        exact_kernels()
+
+
+@pytest.mark.usefixtures("untried")
+def test_the_kernels_are_tried_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(kernels, "adds_exactly", lambda value: tried.append(value) or True)
+    assert exact_kernels() == exact_kernels() == {UINT8_WEIGHTS: "0"}
+    assert tried == ["0"]
