@@ -26,6 +26,12 @@ SLACK = 1.25
 attention, and leaves the sink to the text."""
 
 
+def first_tokens(corpus: IntArray, count: int, seed: int) -> IntArray:
+    """Return up to ``count`` tokens of a text, int64 ``[count]``, drawn at random without replacement."""
+    found: IntArray = np.random.default_rng([seed, 0, 5]).choice(corpus, min(count, len(corpus)), replace=False)
+    return found
+
+
 def average_first_position(
     model: TorchRunner,
     found: Prefix,

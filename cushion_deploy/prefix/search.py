@@ -18,7 +18,7 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix import floor
-from cushion_deploy.prefix.average import average_first_position
+from cushion_deploy.prefix.average import average_first_position, first_tokens
 from cushion_deploy.prefix.candidates import Candidates, count_sources, gather_candidates, largest
 from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, positions_run
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
@@ -102,12 +102,11 @@ class PrefixSearch:
         """
         if not found.length or self.trace.seed_tokens or not self.config.average_tokens:
             return found
-        count = min(self.config.average_tokens, len(self.corpus))
         prefix, self.trace.averaging = average_first_position(
             self.model,
             found,
             self.corpus,
-            self._rng(0, 5).choice(self.corpus, count, replace=False),
+            first_tokens(self.corpus, self.config.average_tokens, self.seed),
             objective=self.config.objective,
             bits=self.config.bits,
             progress=self.progress,

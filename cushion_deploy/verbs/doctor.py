@@ -21,6 +21,7 @@ from cushion_deploy.modeling.magnitudes import layer_magnitudes
 from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.sinks import Sink, find_sinks
+from cushion_deploy.prefix.average import SLACK, averaged_sink, first_tokens
 from cushion_deploy.prefix.candidates import obvious_tokens
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.search import draw_text
@@ -117,7 +118,7 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
         prefix_allowed=allowed,
         likely_prefix=names,
         largest_residual=_largest_residual(model, whole),
-        damage=examine_damage(trial, model.compute_prefix(likely), f"the prefix {''.join(names)!r}"),
+        damage=examine_damage(trial, likely_prefix(model, likely, corpus, recipe), f"the prefix {''.join(names)!r}"),
         resources=estimate_build(pipeline, run, windows),
         engines=availabilities(),
     )
@@ -163,6 +164,22 @@ def best_common_token(
     )
     best = min(range(len(scores)), key=scores.__getitem__)
     return candidates[best], scores[best] / before if before else 1.0
+
+
+def likely_prefix(model: TorchRunner, tokens: tuple[int, ...], corpus: IntArray, recipe: Recipe) -> Prefix:
+    """Return the prefix of some tokens, its first position averaged as a search averages it.
+
+    Only the quantization error is compared here; a search also demands that the unquantized model is closer to itself.
+    """
+    found, config = model.compute_prefix(tokens), recipe.search
+    if not found.length or model.bare_tokens or not config.average_tokens:
+        return found
+    averaged = averaged_sink(model, found, first_tokens(corpus, config.average_tokens, recipe.seed))
+    text = draw_text(corpus, min(config.text_tokens, RELIEF_TOKENS, len(corpus)), recipe.seed, 0)
+    errors = [
+        score_prefix(model, model.past(each), text, config.objective, bits=config.bits) for each in (found, averaged)
+    ]
+    return averaged if errors[1] <= SLACK * errors[0] else found
 
 
 def estimate_build(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources:
