@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.engines.probe import Probe
+from cushion_deploy.engines.tensorrt.flavours import FLAVOURS
 from cushion_deploy.errors import CheckFailed, MissingDependency
 
 
@@ -57,7 +58,9 @@ def mismatches(artifact: EngineArtifact, graph: ExportedGraph, version: str, gpu
     device = artifact.details.get("device") or ""
     if here not in artifact.targets or device not in ("", gpus[0]):
         compiled_for = device or ", ".join(artifact.targets)
-        found.append(Mismatch(f"the plan is for {compiled_for} and this device is {gpus[0]}", f"run {rebuild}"))
+        refused = FLAVOURS[artifact.engine].refused.get(here)
+        fix = f"{here} is {refused}" if refused else f"run {rebuild}"
+        found.append(Mismatch(f"the plan is for {compiled_for} and this device is {gpus[0]}", fix))
     return found
 
 

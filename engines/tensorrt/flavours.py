@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cushion_deploy.errors import MissingDependency, UsageError
 
@@ -24,6 +24,7 @@ class Flavour:
             the device that they run on, and for that one only.
         targets: compute capabilities that it builds for ahead of time; empty if it needs the device.
         default_targets: targets to build for if none is named.
+        refused: compute capabilities that it does not support, with the reason.
         tool: the vendor's command line tool that builds the same plan.
         issues: issue tracker of the library.
     """
@@ -39,6 +40,7 @@ class Flavour:
     default_targets: tuple[str, ...]
     tool: str
     issues: str
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def install(self) -> str:
@@ -79,12 +81,8 @@ class Flavour:
         chosen = chosen or set(self.default_targets)
         for name in sorted(chosen - set(self.targets)):
             known = f"choose among: {', '.join(self.targets)}"
-            if name == "sm75":
-                raise UsageError(
-                    f"target 'sm75' (Turing) is not supported: {self.product} has no FP32 or BF16 matrix products for "
-                    "it, and the INT8 linears of this graph are scaled in FP32",
-                    hint=known,
-                )
+            if name in self.refused:
+                raise UsageError(f"target '{name}' is not supported; it is {self.refused[name]}", hint=known)
             raise UsageError(f"unknown target '{name}'", hint=known)
         return tuple(target for target in self.targets if target in chosen)
 
@@ -93,6 +91,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
+STANDARD_INSTEAD = "TensorRT-RTX is for RTX GPUs: compile with --engine tensorrt, standard TensorRT, on such a machine"
 RTX = Flavour(
     name="tensorrt-rtx",
     module="tensorrt_rtx",
@@ -101,11 +100,18 @@ RTX = Flavour(
     oldest=(1, 7),
     cache_update=(1, 7),
     ahead_of_time=True,
-    # Ampere, Ada and Blackwell. The library lists no sm87 (Orin), sm90 or sm100.
+    # Ampere, Ada and consumer Blackwell.
     targets=("sm80", "sm86", "sm89", "sm120", "sm121"),
     default_targets=("sm80", "sm86", "sm89", "sm120"),
     tool="tensorrt_rtx",
     issues="https://github.com/NVIDIA/TensorRT-RTX",
+    refused={
+        "sm75": "Turing, for which TensorRT-RTX has no FP32 or BF16 matrix products, and this graph scales its INT8 "
+        "linears in FP32",
+        "sm87": f"Jetson Orin; {STANDARD_INSTEAD}",
+        "sm90": f"Hopper, such as H100 and H200; {STANDARD_INSTEAD}",
+        "sm100": f"data center Blackwell, such as B200; {STANDARD_INSTEAD}",
+    },
 )
 STANDARD = Flavour(
     name="tensorrt",

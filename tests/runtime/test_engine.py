@@ -93,6 +93,9 @@ def test_every_mismatch_is_named_with_its_fix(bundle: Path, monkeypatch: pytest.
     (tuned,) = mismatches(artifact, opened.graph, "1.7.1.116", ["sm86 NVIDIA A40"])
     assert tuned.problem == "the plan is for sm86 NVIDIA A10 and this device is sm86 NVIDIA A40"
     assert mismatches(artifact, opened.graph, "1.7.1.116", ["sm86 NVIDIA A10"]) == []
+    (hopper,) = mismatches(read_engine(opened, "tensorrt-rtx"), opened.graph, "1.7.1.116", ["sm90 NVIDIA H100"])
+    assert "compile with --engine tensorrt, standard TensorRT" in hopper.fix
+    assert "--targets sm90" not in hopper.fix
     here(monkeypatch, "1.7.1.116")
     with pytest.raises(MissingDependency, match="there is none here") as missing:
         open_engine(opened, "tensorrt-rtx")

@@ -36,7 +36,16 @@ def test_without_the_library_the_hint_is_the_install_command(
     assert caught.value.hint == "pip install 'cushion-deploy[rtx]'"
 
 
-@pytest.mark.parametrize(("name", "words"), [("sm87", "unknown target 'sm87'"), ("sm75", "Turing")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sm70", "unknown target 'sm70'"),
+        ("sm75", "Turing"),
+        ("sm87", "Jetson Orin; .*--engine tensorrt, standard TensorRT"),
+        ("sm90", "Hopper.*--engine tensorrt"),
+        ("sm100", "data center Blackwell.*--engine tensorrt"),
+    ],
+)
 def test_a_target_that_cannot_be_built_lists_the_valid_ones(
     name: str, words: str, graph: ExportedGraph, tmp_path: Path
 ) -> None:
