@@ -7,6 +7,8 @@ continued as if it had been written. Their mean over many first tokens says noth
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 
@@ -18,6 +20,9 @@ from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.teacher import Teacher
 from cushion_deploy.prefix.objective import Objective, score_prefix
 from cushion_deploy.prefix.trace import Averaging, SinkState
+from cushion_deploy.recipe import Search
+
+logger = logging.getLogger(__name__)
 
 WINDOWS, WINDOW = 4, 512
 """Windows of the calibration text, and tokens in each, on which both prefixes are compared with no prefix."""
@@ -26,10 +31,29 @@ SLACK = 1.25
 attention, and leaves the sink to the text."""
 
 
-def first_tokens(corpus: IntArray, count: int, seed: int) -> IntArray:
-    """Return up to ``count`` tokens of a text, int64 ``[count]``, drawn at random without replacement."""
-    found: IntArray = np.random.default_rng([seed, 0, 5]).choice(corpus, min(count, len(corpus)), replace=False)
-    return found
+def first_tokens(model: TorchRunner, corpus: IntArray, config: Search, seed: int) -> IntArray:
+    """Return the tokens to average over, int64 ``[n]``: drawn from a text without replacement, and begins of chats.
+
+    Where every chat begins with the beginning-of-sequence token, whose place the prefix takes, the mean has to stand
+    for that token as well: it is the share ``search.average_chats`` of them.
+    """
+    count, begin = config.average_tokens, chat_begin(model)
+    chats = 0 if begin is None else round(config.average_chats * count)
+    text = np.random.default_rng([seed, 0, 5]).choice(corpus, min(count - chats, len(corpus)), replace=False)
+    return np.concatenate([text, np.full(chats, begin or 0, dtype=np.int64)])
+
+
+def chat_begin(model: TorchRunner) -> int | None:
+    """Return the beginning-of-sequence token if the model's chat template begins with it; else None."""
+    tokenizer = model.tokenizer
+    if tokenizer.bos_token_id is None or not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except Exception as error:  # a template can raise anything, and jinja2 may be missing
+        logger.debug("the chat template cannot be rendered: %s", error)
+        return None
+    return int(tokenizer.bos_token_id) if str(chat).startswith(str(tokenizer.bos_token)) else None
 
 
 def average_first_position(

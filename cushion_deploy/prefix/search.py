@@ -106,7 +106,7 @@ class PrefixSearch:
             self.model,
             found,
             self.corpus,
-            first_tokens(self.corpus, self.config.average_tokens, self.seed),
+            first_tokens(self.model, self.corpus, self.config, self.seed),
             objective=self.config.objective,
             bits=self.config.bits,
             progress=self.progress,

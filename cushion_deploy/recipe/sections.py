@@ -110,6 +110,13 @@ class Search(Section):
         description="Replace the keys and values of the first token found by their mean over this many tokens of text, "
         "each as the first one, where that changes the unquantized model less; 0 keeps those of the token.",
     )
+    average_chats: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Share of those tokens that is the beginning-of-sequence token, if every chat of the model begins "
+        "with it: more is less visible to chats, and more visible to other text.",
+    )
     batch_positions: int = Field(default=2048, ge=1, description="Token positions per forward pass; bounds memory.")
 
 

@@ -174,7 +174,7 @@ def likely_prefix(model: TorchRunner, tokens: tuple[int, ...], corpus: IntArray,
     found, config = model.compute_prefix(tokens), recipe.search
     if not found.length or model.bare_tokens or not config.average_tokens:
         return found
-    averaged = averaged_sink(model, found, first_tokens(corpus, config.average_tokens, recipe.seed))
+    averaged = averaged_sink(model, found, first_tokens(model, corpus, config, recipe.seed))
     text = draw_text(corpus, min(config.text_tokens, RELIEF_TOKENS, len(corpus)), recipe.seed, 0)
     errors = [
         score_prefix(model, model.past(each), text, config.objective, bits=config.bits) for each in (found, averaged)

@@ -15,7 +15,7 @@ from cushion_deploy.calib.corpora import python_topics
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.modeling.runner import TorchRunner
-from cushion_deploy.prefix.average import SLACK, average_first_position, averaged_sink
+from cushion_deploy.prefix.average import SLACK, average_first_position, averaged_sink, first_tokens
 from cushion_deploy.prefix.search import PrefixSearch
 from cushion_deploy.prefix.trace import Averaging, SearchTrace, SinkState
 from cushion_deploy.recipe import Search
@@ -128,6 +128,35 @@ def test_a_search_averages_over_its_text_but_never_a_seed(planted_model: TorchRu
         assert trace.averaging is None
         assert not trace.averaged
         assert prefix.digest == planted_model.compute_prefix(prefix.token_ids).digest
+
+
+@pytest.mark.parametrize(
+    ("template", "share", "chats"),
+    [
+        ("{{ bos_token }}{{ messages[0].content }}", 0.25, 10),
+        ("{{ bos_token }}{{ messages[0].content }}", 1.0, 40),
+        ("{{ bos_token }}{{ messages[0].content }}", 0.0, 0),
+        ("<|user|>{{ messages[0].content }}{{ bos_token }}", 0.25, 0),
+        ("{{ raise_exception('no') }}", 0.25, 0),
+        (None, 0.25, 0),
+    ],
+)
+def test_a_share_of_the_mean_is_what_every_chat_begins_with(
+    tiny_model: TorchRunner,
+    plain_ids: IntArray,
+    monkeypatch: pytest.MonkeyPatch,
+    template: Any,
+    share: float,
+    chats: int,
+) -> None:
+    monkeypatch.setattr(tiny_model.tokenizer, "chat_template", template)
+    tokens = first_tokens(tiny_model, plain_ids, Search(average_tokens=40, average_chats=share), seed=0)
+    bos = tiny_model.tokenizer.bos_token_id
+    assert len(tokens) == 40
+    assert int((tokens == bos).sum()) == chats
+    drawn, counts = np.unique(tokens[tokens != bos], return_counts=True)
+    available = dict(zip(*np.unique(plain_ids, return_counts=True), strict=True))
+    assert all(count <= available[token] for token, count in zip(drawn, counts, strict=True))
 
 
 @pytest.mark.model

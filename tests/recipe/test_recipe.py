@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
         "gradient_candidates": 64,
         "audit_tokens": 16,
         "average_tokens": 512,
+        "average_chats": 0.25,
         "batch_positions": 2048,
     },
     "smoothing": {"alpha": 0.5, "limit": 1.5, "rotate_down": 512, "rotate_out": 16, "rotate_in": 16},
