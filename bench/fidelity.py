@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import pairwise
 from typing import Any
 
@@ -84,12 +84,11 @@ class Fidelities:
         """
         self.rows[name] = {}
         for text, windows in self.windows.items():
-            runs = [
-                self.teacher.compare(
-                    self.model, self.model.compute_prefix((*self.model.bare_tokens, int(before[-1]))), window[None]
-                )
-                for before, window in pairwise(windows)
-            ]
+            runs = []
+            for before, window in pairwise(windows):
+                context = self.model.compute_prefix((*self.model.bare_tokens, int(before[-1])))
+                # It is text: sliding windows move past it.
+                runs.append(self.teacher.compare(self.model, replace(context, slides=True), window[None]))
             losses, divergences = (np.concatenate(part) for part in zip(*map(astuple, runs), strict=True))
             self._show(name, text, Fidelity(losses, divergences))
 
