@@ -80,11 +80,14 @@ class Fidelities:
     def with_context(self, name: str) -> None:
         """Add the float model on windows behind the one token that precedes each of them in the text.
 
-        This is how far the original model is from itself if a window begins one token earlier.
+        This is how far the original model is from itself if a window begins one token earlier. The first window of a
+        text has nothing before it and is left out.
         """
         self.rows[name] = {}
         for text, windows in self.windows.items():
             runs = []
+            if len(windows) < 2:
+                continue
             for before, window in pairwise(windows):
                 context = self.model.compute_prefix((*self.model.bare_tokens, int(before[-1])))
                 # It is text: sliding windows move past it.

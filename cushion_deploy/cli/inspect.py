@@ -11,7 +11,7 @@ import numpy as np
 
 from cushion_deploy.core.artifacts import read_kv_scales, read_prefix, read_scales
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
-from cushion_deploy.errors import MissingDependency, UsageError
+from cushion_deploy.errors import CheckFailed, MissingDependency, UsageError
 
 
 @click.command("inspect")
@@ -83,9 +83,11 @@ def _kernels_here() -> dict[str, str]:
 
     try:
         import_onnxruntime()
+        return {"onnxruntime on this machine": kernels_in_words()}
     except MissingDependency:
         return {}
-    return {"onnxruntime on this machine": kernels_in_words()}
+    except CheckFailed as error:
+        return {"onnxruntime on this machine": error.message}
 
 
 def _bundle(path: Path) -> dict[str, Any]:

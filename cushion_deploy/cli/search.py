@@ -55,13 +55,15 @@ def command(output: Path, **values: Any) -> None:
         click.echo(f"stopped because {trace.stopped}")
         if averaging := trace.averaging:
             verdict = "replaces the first token" if averaging.kept else "does not replace the first token"
+            mean, token = averaging.averaged, averaging.found
             click.echo(
-                f"the mean of {averaging.tokens:,} first tokens {verdict}: from position 16 on the unquantized model "
-                f"diverges by {_nats(averaging.averaged.later)} nats per token behind the mean, "
-                f"{_nats(averaging.found.later)} behind the token"
+                f"the mean of {averaging.tokens:,} first tokens {verdict}: the unquantized model diverges by "
+                f"{_number(mean.later)} nats per token from position 16 on (token: {_number(token.later)}), and the "
+                f"{trace.objective} is {_number(mean.error)} (token: {_number(token.error)}, of which "
+                f"{averaging.slack:g} times are allowed)"
             )
     click.echo(f"written: {output}")
 
 
-def _nats(value: float | None) -> str:
-    return "no finite number" if value is None else f"{value:.4f}"
+def _number(value: float | None) -> str:
+    return "no finite number" if value is None else f"{value:.4g}"

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 WINDOWS, WINDOW = 4, 512
 """Windows of the calibration text, and tokens in each, on which both prefixes are compared with no prefix."""
+ROWS = 1024
+"""First tokens that run at once."""
 SLACK = 1.25
 """The objective with the average, at most, in multiples of that with the token found. What is least visible takes no
 attention, and leaves the sink to the text."""
@@ -37,16 +39,16 @@ def first_tokens(model: TorchRunner, corpus: IntArray, config: Search, seed: int
     Where every chat begins with the beginning-of-sequence token, whose place the prefix takes, the mean has to stand
     for that token as well: it is the share ``search.average_chats`` of them.
     """
-    count, begin = config.average_tokens, chat_begin(model)
+    count, begin = min(config.average_tokens, len(corpus)), chat_begin(model)
     chats = 0 if begin is None else round(config.average_chats * count)
-    text = np.random.default_rng([seed, 0, 5]).choice(corpus, min(count - chats, len(corpus)), replace=False)
+    text = np.random.default_rng([seed, 0, 5]).choice(corpus, count - chats, replace=False)
     return np.concatenate([text, np.full(chats, begin or 0, dtype=np.int64)])
 
 
 def chat_begin(model: TorchRunner) -> int | None:
     """Return the beginning-of-sequence token if the model's chat template begins with it; else None."""
     tokenizer = model.tokenizer
-    if tokenizer.bos_token_id is None or not getattr(tokenizer, "chat_template", None):
+    if tokenizer.bos_token_id is None or not tokenizer.bos_token or not getattr(tokenizer, "chat_template", None):
         return None
     try:
         chat = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
@@ -80,7 +82,7 @@ def average_first_position(
         progress: where to report progress.
     """
     averaged = averaged_sink(model, found, tokens)
-    windows = _spread(corpus, min(WINDOW, model.spec.max_positions - found.length, len(corpus)))
+    windows = _windows(model, found, corpus)
     teacher = Teacher(model)
     teacher.remember(windows, progress)
 
@@ -89,7 +91,8 @@ def average_first_position(
         errors = [score_prefix(model, model.past(prefix), window, objective, bits=bits) for window in windows]
         return SinkState.of(later.divergence, max(errors) if objective == "max" else sum(errors))
 
-    trace = Averaging(len(tokens), state(found, "found token"), state(averaged, "averaged"), SLACK)
+    chats = int((tokens == chat_begin(model)).sum())
+    trace = Averaging(len(tokens), chats, state(found, "found token"), state(averaged, "averaged"), SLACK)
     return (averaged if trace.kept else found), trace
 
 
@@ -99,17 +102,32 @@ def averaged_sink(model: TorchRunner, found: Prefix, tokens: IntArray) -> Prefix
 
     The other tokens of the prefix are computed behind it. It keeps the token ids of ``found`` as its names.
     """
-    output = model.run(model.tensor(tokens[:, None]), KeysValues(), head=False, keep_cache=True)
-    first = [
-        tuple(states.mean(dim=0, keepdim=True, dtype=model.wide).to(model.dtype) for states in layer)
-        for layer in keys_values(output.past_key_values).layers
-    ]
+    totals: list[list[torch.Tensor]] = []
+    for start in range(0, len(tokens), ROWS):
+        rows = model.tensor(tokens[start : start + ROWS, None])
+        cache = model.run(rows, KeysValues(), head=False, keep_cache=True).past_key_values
+        layers = keys_values(cache).layers
+        sums = [[part.sum(dim=0, keepdim=True, dtype=model.wide) for part in layer] for layer in layers]
+        if totals:
+            sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(totals, sums, strict=True)]
+        totals = sums
+    first = [[(part / len(tokens)).to(model.dtype) for part in layer] for layer in totals]
     past = KeysValues([(keys, values) for keys, values in first], kept=1)
     if found.length > 1:
         rest = model.tensor([found.token_ids[1:]])
         past = keys_values(model.run(rest, past, head=False, keep_cache=True).past_key_values)
     keys, values = (_joined(model, part) for part in zip(*past.layers, strict=True))
     return Prefix(found.token_ids, keys, values, found.model_digest)
+
+
+def positions_averaged(model: TorchRunner, found: Prefix, corpus: IntArray, tokens: IntArray) -> int:
+    """Return the positions that :func:`average_first_position` runs: the mean, and five passes over the windows."""
+    windows = _windows(model, found, corpus)
+    return len(tokens) + 5 * int(windows.size)
+
+
+def _windows(model: TorchRunner, found: Prefix, corpus: IntArray) -> IntArray:
+    return _spread(corpus, min(WINDOW, model.spec.max_positions - found.length, len(corpus)))
 
 
 def _joined(model: TorchRunner, layers: tuple[torch.Tensor, ...]) -> FloatArray:

@@ -18,7 +18,7 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.prefix import floor
-from cushion_deploy.prefix.average import average_first_position, first_tokens
+from cushion_deploy.prefix.average import average_first_position, first_tokens, positions_averaged
 from cushion_deploy.prefix.candidates import Candidates, count_sources, gather_candidates, largest
 from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, positions_run
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
@@ -102,11 +102,13 @@ class PrefixSearch:
         """
         if not found.length or self.trace.seed_tokens or not self.config.average_tokens:
             return found
+        tokens = first_tokens(self.model, self.corpus, self.config, self.seed)
+        self._count(positions_averaged(self.model, found, self.corpus, tokens), 1)
         prefix, self.trace.averaging = average_first_position(
             self.model,
             found,
             self.corpus,
-            first_tokens(self.model, self.corpus, self.config, self.seed),
+            tokens,
             objective=self.config.objective,
             bits=self.config.bits,
             progress=self.progress,

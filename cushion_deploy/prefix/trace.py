@@ -82,11 +82,13 @@ class Averaging:
 
     Attributes:
         tokens: number of tokens in the mean.
+        chats: how many of them are the token that every chat begins with.
         found, averaged: both states.
         slack: the largest ``error`` of the averaged prefix, in multiples of that of the token.
     """
 
     tokens: int
+    chats: int
     found: SinkState
     averaged: SinkState
     slack: float

@@ -7,7 +7,7 @@ from typing import Literal
 
 from cushion_deploy.report.document import Engine, ParityRow, Report
 from cushion_deploy.report.document.measurements import Magnitudes
-from cushion_deploy.report.document.prefix import Averaging, Choice, Search, Tuning
+from cushion_deploy.report.document.prefix import Averaging, Choice, Tuning
 from cushion_deploy.report.render.formatting import (
     listing,
     model_name,
@@ -151,22 +151,39 @@ def prefix_sentence(report: Report) -> str:
         f"The prefix is {plural(length, 'token')} long. "
         f"Its {'key and value are' if length == 1 else 'keys and values are'} constants in the graph, "
         "placed before every text. They act as the attention sink, so that no token of the text has to."
-        f"{_averaged(report.search)}"
+        f"{_averaged(report)}"
     )
 
 
-def _averaged(found: Search) -> str:
-    if found.averaging is None or not found.averaging.kept:
+def _averaged(report: Report) -> str:
+    found = report.search
+    if found is None or found.averaging is None or not found.averaging.kept:
         return ""
+    mean = f"the mean over {first_tokens(found.averaging)}, each as the first one"
+    if ships_tuned(report):
+        return f" Tuning began with {mean}."
     each = "" if len(found.token_ids) == 1 else " at the first position"
-    return f" Those{each} are the mean over {found.averaging.tokens:,} tokens of text, each as the first one."
+    return f" Those{each} are {mean}."
+
+
+def ships_tuned(report: Report) -> bool:
+    """Return whether the prefix that ships was changed by tuning."""
+    if report.tuning is None or not report.tuning.kept_step:
+        return False
+    return report.choice is None or report.choice.shipped != UNTUNED
+
+
+def first_tokens(averaging: Averaging) -> str:
+    """Say over which tokens a mean was taken."""
+    chats = f", {averaging.chats:,} of them the one that every chat begins with" if averaging.chats else ""
+    return f"{averaging.tokens:,} tokens{chats}"
 
 
 def averaging_sentence(averaging: Averaging) -> str:
     """State what the mean at the first position changes, compared with the token that was found."""
     verdict = "kept" if averaging.kept else "not kept"
     return (
-        f"The mean of {averaging.tokens:,} first tokens at the first position, instead of the token found there, was "
+        f"The mean of {first_tokens(averaging)}, each as the first one, instead of the token found there, was "
         f"{verdict}: from position 16 on, the unquantized model behind it diverges from the original by "
         f"{_nats(averaging.averaged.later)} nats per token instead of {_nats(averaging.found.later)}, and the "
         f"objective is {number(averaging.averaged.error, 4)} instead of {number(averaging.found.error, 4)}, where "

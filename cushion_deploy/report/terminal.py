@@ -90,7 +90,9 @@ def _prefix(report: Report) -> Text:
     pairs = zip(report.search.tokens, report.search.token_ids, strict=True)
     tokens = [Text(f"{visible(token)} ({token_id})") for token, token_id in pairs]
     if report.search.averaging and report.search.averaged:
-        tokens[0] = Text(f"the mean of {report.search.averaging.tokens:,} first tokens, in place of ").append(tokens[0])
+        begin = "trained from " if statements.ships_tuned(report) else ""
+        mean = f"{begin}the mean of {report.search.averaging.tokens:,} first tokens, in place of "
+        tokens[0] = Text(mean).append(tokens[0])
     return Text("  ").join(tokens)
 
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cushion_deploy.core.graphs import GraphContract
-from cushion_deploy.engines.onnxruntime.kernels import UINT8_WEIGHTS
-from cushion_deploy.engines.onnxruntime.settings import SESSION_CONFIG
+from cushion_deploy.engines.onnxruntime.kernels import SESSION_CONFIG, UINT8_WEIGHTS
 
 GENAI_NAME = "genai_config.json"
 EVERYWHERE = {**SESSION_CONFIG, UINT8_WEIGHTS: "1"}

@@ -44,7 +44,7 @@ class Search(Stage[FoundPrefix]):
     """
 
     name: ClassVar[str] = "search"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     text: Node[Corpus]
@@ -72,19 +72,20 @@ class Search(Stage[FoundPrefix]):
         return FoundPrefix(read_prefix(folder / PREFIX_FILE), SearchTrace.from_json(read_json(folder / TRACE)))
 
     def seconds(self, speed: Speed) -> float:
-        """Sum the text without candidates, the screen, the rungs of the candidates and the audit."""
+        """Sum the text without candidates, the screen, the rungs of the candidates, the audit and the average."""
         from cushion_deploy.prefix.average import WINDOW, WINDOWS
         from cushion_deploy.prefix.search import FINALISTS, KEEP, RUNGS
 
         config, vocabulary = self.search, speed.spec.vocab_size
+        windows = WINDOWS * WINDOW * (speed.layers + 2 * speed.compared + 2 * speed.scored)
+        averaged = config.average_tokens * speed.screened + windows if config.average_tokens else 0.0
         if config.mode == "exhaustive":
             # The last step finds nothing.
-            return (1 + speed.search_steps) * vocabulary * (config.text_tokens + 1) * speed.scored
+            return (1 + speed.search_steps) * vocabulary * (config.text_tokens + 1) * speed.scored + averaged
         screened = min(config.screen_tokens or vocabulary, vocabulary) * speed.depth * speed.screened
         candidates = config.random_candidates + config.screen_candidates + config.gradient_candidates
         filtered = candidates * (RUNGS[0] + KEEP[0] * RUNGS[1]) * speed.depth * speed.scored
         exact = (FINALISTS + config.audit_tokens) * config.text_tokens * speed.scored
-        averaged = WINDOWS * WINDOW * (speed.layers + 2 * speed.compared) if config.average_tokens else 0.0
         return 3 * config.text_tokens * speed.scored + speed.search_steps * (screened + filtered + exact) + averaged
 
 

@@ -131,8 +131,9 @@ def held_out_windows(model: TorchRunner, text: Corpus, count: int, window: int |
     pieces = other_pieces(*_calibration_cut(model, text, count, window), most)
     ids = np.concatenate(pieces)
     positions = model.spec.max_positions
-    length = min(WINDOW, len(ids), positions - positions // 8)
-    found: IntArray = ids[: len(ids) // length * length].reshape(-1, length)
+    count = -(-len(ids) // min(WINDOW, positions - positions // 8))
+    length = len(ids) // count
+    found: IntArray = ids[: count * length].reshape(count, length)
     return found
 
 

@@ -49,9 +49,8 @@ def introduction(study: Study) -> list[str]:
     ]
     if study.prefix.token_ids:
         tokens = listing([f"`{_code(token)}`" for token in study.prefix.tokens])
-        how = "tuned after the search" if study.prefix.tuned else "as the search found it, without tuning"
-        if study.prefix.averaged:
-            how += "; its first position is the mean of many first tokens of text"
+        mean = ", with the mean of many first tokens at its first position" if study.prefix.averaged else ""
+        how = f"tuned after the search{mean}" if study.prefix.tuned else f"as the search found it{mean}, without tuning"
         lines.append(f"The prefix is {plural(len(study.prefix.tokens), 'token')} long, {tokens}, {how}.")
     else:
         lines.append("There is no prefix: the search found no sink that justifies one, or the recipe disables it.")

@@ -57,7 +57,7 @@ class Bench:
     files: dict[str, int]
     ratios: dict[str, Comparison]
     not_run: dict[str, str] = field(default_factory=dict)
-    kernels: str = field(default_factory=kernels_in_words)
+    kernels: str = ""
 
     @property
     def verdicts(self) -> tuple[str, ...]:
@@ -132,7 +132,13 @@ def bench_bundle(
             session.close()
     memory |= {name: peak_memory(graph, workload, threads) for name, graph in graphs.items()}
     return Bench(
-        workload, times, memory, {name: g.size for name, g in graphs.items()}, _ratios(times, workload), not_run
+        workload,
+        times,
+        memory,
+        {name: g.size for name, g in graphs.items()},
+        _ratios(times, workload),
+        not_run,
+        kernels_in_words(),
     )
 
 

@@ -118,7 +118,7 @@ def diagnose(pipeline: Pipeline, run: Run) -> Diagnosis:
         prefix_allowed=allowed,
         likely_prefix=names,
         largest_residual=_largest_residual(model, whole),
-        damage=examine_damage(trial, likely_prefix(model, likely, corpus, recipe), f"the prefix {''.join(names)!r}"),
+        damage=examine_damage(trial, averaged_prefix(model, likely, corpus, recipe), f"the prefix {''.join(names)!r}"),
         resources=estimate_build(pipeline, run, windows),
         engines=availabilities(),
     )
@@ -166,13 +166,13 @@ def best_common_token(
     return candidates[best], scores[best] / before if before else 1.0
 
 
-def likely_prefix(model: TorchRunner, tokens: tuple[int, ...], corpus: IntArray, recipe: Recipe) -> Prefix:
-    """Return the prefix of some tokens, its first position averaged as a search averages it.
+def averaged_prefix(model: TorchRunner, tokens: tuple[int, ...], corpus: IntArray, recipe: Recipe) -> Prefix:
+    """Return the prefix of some tokens, its first position averaged unless that costs too much of the error.
 
-    Only the quantization error is compared here; a search also demands that the unquantized model is closer to itself.
+    A search compares on more text, and also demands that the unquantized model is closer to itself.
     """
     found, config = model.compute_prefix(tokens), recipe.search
-    if not found.length or model.bare_tokens or not config.average_tokens:
+    if not found.length or model.bare_tokens or config.seed_tokens or not config.average_tokens:
         return found
     averaged = averaged_sink(model, found, first_tokens(model, corpus, config, recipe.seed))
     text = draw_text(corpus, min(config.text_tokens, RELIEF_TOKENS, len(corpus)), recipe.seed, 0)

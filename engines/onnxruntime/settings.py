@@ -6,15 +6,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from cushion_deploy.engines.onnxruntime.kernels import exact_kernels
+from cushion_deploy.engines.onnxruntime.kernels import SESSION_CONFIG, exact_kernels
 from cushion_deploy.errors import MissingDependency, UsageError
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
-SESSION_CONFIG = {
-    # Softmax over masked positions produces subnormals, which made one call up to 30 times slower.
-    "session.set_denormal_as_zero": "1",
-}
-"""Config entries of every session on every machine."""
 CHUNK = 128
 """Most prompt tokens in one call by default."""
 _INSTALL_GPU = "pip uninstall onnxruntime, then pip install 'cushion-deploy[gpu]'"

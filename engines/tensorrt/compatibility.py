@@ -36,6 +36,10 @@ def mismatches(artifact: EngineArtifact, graph: ExportedGraph, version: str, gpu
     found = []
     here = gpus[0].partition(" ")[0]
     rebuild = f"`cushion-deploy engine BUNDLE --engine {artifact.engine} --targets {here} --output NEW`"
+    if refused := FLAVOURS[artifact.engine].refused.get(here):
+        # No plan of this library runs here, whatever it was compiled from.
+        fix = f"{here} is {refused}; or run the bundle with --engine onnxruntime"
+        return [Mismatch(f"the plan is for {', '.join(artifact.targets)} and this device is {gpus[0]}", fix)]
     expected = vars(replace(graph.lineage, graph=artifact.lineage.graph))
     for part in artifact.lineage.differences(expected):
         found.append(Mismatch(f"the plan was compiled from {part} than this bundle's", f"run {rebuild}"))
@@ -58,9 +62,7 @@ def mismatches(artifact: EngineArtifact, graph: ExportedGraph, version: str, gpu
     device = artifact.details.get("device") or ""
     if here not in artifact.targets or device not in ("", gpus[0]):
         compiled_for = device or ", ".join(artifact.targets)
-        refused = FLAVOURS[artifact.engine].refused.get(here)
-        fix = f"{here} is {refused}" if refused else f"run {rebuild}"
-        found.append(Mismatch(f"the plan is for {compiled_for} and this device is {gpus[0]}", fix))
+        found.append(Mismatch(f"the plan is for {compiled_for} and this device is {gpus[0]}", f"run {rebuild}"))
     return found
 
 

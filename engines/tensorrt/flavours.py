@@ -75,7 +75,8 @@ class Flavour:
                 raise UsageError(
                     f"{self.product} builds only for the device here, {gpus[0] if gpus else 'and there is none'}, "
                     f"not for {name}",
-                    hint=f"omit --targets and build on a machine with {name}, or ahead of time with tensorrt-rtx",
+                    hint=f"omit --targets and build on a machine with {name}"
+                    + (", or ahead of time with tensorrt-rtx" if name in RTX.targets else ""),
                 )
             return (here,)
         chosen = chosen or set(self.default_targets)

@@ -95,14 +95,32 @@ def test_the_closer_prefix_is_kept_unless_its_error_is_larger_by_a_quarter(
     assert prefix.digest == (averaged if trace.kept else found).digest
 
 
+def test_the_mean_does_not_depend_on_how_many_run_at_once(
+    planted_model: TorchRunner, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = planted_model.compute_prefix((97,))
+    whole = averaged_sink(planted_model, found, plain_ids[:50])
+    monkeypatch.setattr("cushion_deploy.prefix.average.ROWS", 7)
+    parts = averaged_sink(planted_model, found, plain_ids[:50])
+    np.testing.assert_allclose(parts.keys, whole.keys, atol=1e-6)
+    np.testing.assert_allclose(parts.values, whole.values, atol=1e-6)
+
+
+def test_a_text_too_short_to_compare_keeps_the_token(planted_model: TorchRunner, plain_ids: IntArray) -> None:
+    found = planted_model.compute_prefix((97,))
+    prefix, trace = average_first_position(planted_model, found, plain_ids[:16], plain_ids[:8])
+    assert (trace.found.later, trace.averaged.later) == (None, None)
+    assert prefix is found
+
+
 def test_what_is_kept_is_decided_by_both_numbers_and_never_by_what_is_not_finite() -> None:
     closer, farther, costly = SinkState(0.1, 7.0), SinkState(0.2, 7.0), SinkState(0.1, 9.0)
-    assert Averaging(4, farther, closer, SLACK).kept
-    assert not Averaging(4, closer, farther, SLACK).kept
-    assert not Averaging(4, farther, costly, SLACK).kept
+    assert Averaging(4, 0, farther, closer, SLACK).kept
+    assert not Averaging(4, 0, closer, farther, SLACK).kept
+    assert not Averaging(4, 0, farther, costly, SLACK).kept
     for missing in (SinkState.of(np.nan, 7.0), SinkState.of(0.1, np.inf)):
-        assert not Averaging(4, farther, missing, SLACK).kept
-        assert Averaging(4, missing, closer, SLACK).kept
+        assert not Averaging(4, 0, farther, missing, SLACK).kept
+        assert Averaging(4, 0, missing, closer, SLACK).kept
 
 
 def test_an_average_that_leaves_the_sink_to_the_text_is_not_kept(
@@ -119,9 +137,12 @@ def test_an_average_that_leaves_the_sink_to_the_text_is_not_kept(
 
 def test_a_search_averages_over_its_text_but_never_a_seed(planted_model: TorchRunner, plain_ids: IntArray) -> None:
     small = Search(text_tokens=48, random_candidates=8, screen_candidates=8, audit_tokens=0, average_tokens=40)
-    _, trace = PrefixSearch(planted_model, plain_ids, small).run()
+    prefix, trace = PrefixSearch(planted_model, plain_ids, small).run()
     assert trace.averaging is not None
-    assert trace.averaging.tokens == 40
+    assert (trace.averaging.tokens, trace.averaging.chats) == (40, 0)
+    tokens = first_tokens(planted_model, plain_ids, small, seed=0)
+    averaged = averaged_sink(planted_model, planted_model.compute_prefix(trace.token_ids), tokens)
+    assert trace.averaged == trace.averaging.kept == (prefix.digest == averaged.digest)
     assert SearchTrace.from_json(trace.to_json()) == trace
     for settings in ({"average_tokens": 0}, {"seed_tokens": ("a",)}):
         prefix, trace = PrefixSearch(planted_model, plain_ids, small.model_copy(update=settings)).run()

@@ -148,6 +148,7 @@ _DATA: dict[str, Any] = {
         ],
         "averaging": {
             "tokens": 512,
+            "chats": 128,
             "found": {"later": 0.0106, "error": 3120011.0},
             "averaged": {"later": 0.0047, "error": 2910000.0},
             "slack": 1.25,

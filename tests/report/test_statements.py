@@ -117,15 +117,21 @@ def test_an_empty_prefix_is_a_result_and_is_said_in_words(data: dict[str, Any]) 
 
 
 def test_an_averaged_first_position_is_told_with_both_divergences(data: dict[str, Any]) -> None:
+    mean = "the mean over 512 tokens, 128 of them the one that every chat begins with, each as the first one"
+    report = Report.model_validate(data)
+    assert f"Tuning began with {mean}." in prefix_sentence(report)
+    told = " ".join(" ".join(summary_lines(report)).split())
+    assert "trained from the mean of 512 first tokens, in place of" in told
+    data["tuning"] = None
     report = Report.model_validate(data)
     assert report.search is not None
     assert report.search.averaging is not None
-    assert "Those at the first position are the mean over 512 tokens of text" in prefix_sentence(report)
+    assert f"Those at the first position are {mean}." in prefix_sentence(report)
     sentence = averaging_sentence(report.search.averaging)
     assert "was kept" in sentence
     assert "0.0047 nats per token instead of 0.0106" in sentence
     told = " ".join(" ".join(summary_lines(report)).split())
-    assert "the mean of 512 first tokens, in place of" in told
+    assert "prefix the mean of 512 first tokens, in place of" in told
     data["search"]["averaging"]["kept"] = False
     report = Report.model_validate(data)
     assert "mean" not in prefix_sentence(report)

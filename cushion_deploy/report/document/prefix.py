@@ -79,11 +79,13 @@ class Averaging(StrictModel):
 
     Attributes:
         tokens: number of tokens in the mean.
+        chats: how many of them are the beginning-of-sequence token, with which every chat begins.
         slack: the largest objective of the mean, in multiples of that of the token.
         kept: whether the prefix has the mean.
     """
 
     tokens: Count
+    chats: Count
     found: SinkState
     averaged: SinkState
     slack: float

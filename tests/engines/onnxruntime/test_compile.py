@@ -23,7 +23,8 @@ from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime import coverage as coverage_file
 from cushion_deploy.engines.onnxruntime.coverage import read_coverage
 from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
-from cushion_deploy.engines.onnxruntime.settings import SESSION_CONFIG, session_config
+from cushion_deploy.engines.onnxruntime.kernels import SESSION_CONFIG
+from cushion_deploy.engines.onnxruntime.settings import session_config
 from cushion_deploy.errors import CheckFailed, ExitCode, MissingDependency
 
 STRICT = CompileOptions()

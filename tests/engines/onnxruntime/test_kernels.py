@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +14,13 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from cushion_deploy.engines.onnxruntime import kernels
-from cushion_deploy.engines.onnxruntime.kernels import UINT8_WEIGHTS, adds_exactly, exact_kernels, kernels_in_words
+from cushion_deploy.engines.onnxruntime.kernels import (
+    UINT8_WEIGHTS,
+    WAYS,
+    adds_exactly,
+    exact_kernels,
+    kernels_in_words,
+)
 from cushion_deploy.engines.onnxruntime.one_linear import one_linear
 from cushion_deploy.errors import CheckFailed
 
@@ -46,14 +54,39 @@ def test_the_bytes_are_a_valid_model_of_one_linear(shape: tuple[int, int]) -> No
     np.testing.assert_array_equal(found, x @ weights.astype(np.float32))
 
 
-def test_onnx_runtime_multiplies_it_in_the_integer_kernel(tmp_path: Any) -> None:
+@pytest.mark.parametrize("value", WAYS)
+def test_onnx_runtime_multiplies_it_in_the_integer_kernel(value: str, tmp_path: Any) -> None:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(UINT8_WEIGHTS, value)
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     ort.InferenceSession(one_linear(np.ones((64, 8), np.int8)), options, providers=["CPUExecutionProvider"])
-    assert "MatMulIntegerToFloat" in {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    optimized = onnx.load(tmp_path / "optimized.onnx").graph
+    (product,) = (node for node in optimized.node if node.op_type == "MatMulIntegerToFloat")
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in optimized.initializer}
+    assert stored[product.input[4]].dtype == np.uint8, "the zero point of the activation"
+
+
+def test_sessions_still_flush_subnormals_in_a_process_that_tried_its_kernels_first(tiny: Any) -> None:
+    """ONNX Runtime applies it to the calling thread only through the first session, which is now that of the test."""
+    code = (
+        "import sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from cushion_deploy.engines.onnxruntime.kernels import exact_kernels\n"
+        "from cushion_deploy.engines.onnxruntime.settings import SessionSettings, session_options\n"
+        "import onnxruntime\n"
+        "exact_kernels()\n"
+        "options = session_options(SessionSettings(threads=1))\n"
+        "onnxruntime.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(float(np.array([1e-39], np.float32)[0] * np.float32(0.5)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny.plain.path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert float(done.stdout) == 0.0
 
 
 @pytest.mark.usefixtures("untried")
@@ -83,7 +116,7 @@ def exact(codes: Any, weights: Any) -> np.ndarray:
 def test_a_processor_that_saturates_gets_uint8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_products", products_with({"0": saturating, "1": exact}))
     assert exact_kernels() == {UINT8_WEIGHTS: "1"}
-    assert "saturate on this processor" in kernels_in_words()
+    assert "in which uint8 activations x int8 weights was not" in kernels_in_words()
 
 
 @pytest.mark.usefixtures("untried")
