@@ -12,10 +12,6 @@ demo: $(VENV)/.demo $(MODEL)
 	$(BIN)/cushion-deploy build --model $(MODEL) --precision w8a8 --output demo
 	@echo; echo "== INT8 as it ships: $(PROMPT) ..."
 	@$(BIN)/cushion-deploy generate demo "$(PROMPT)" --max-new-tokens 48
-	@echo; echo "== the same model and prompt, INT8 without a prefix"
-	@$(BIN)/cushion-deploy build --model $(MODEL) --precision w8a8 --output demo-without-prefix --prefix never \
-	    --engine onnxruntime --set evaluation.max_tokens=512 --quiet >/dev/null
-	@$(BIN)/cushion-deploy generate demo-without-prefix "$(PROMPT)" --max-new-tokens 48
 
 test: $(VENV)/.test $(VENV)/optimum/.done $(MODEL)
 	$(MAKE) --no-print-directory lint types imports unit
@@ -57,4 +53,4 @@ $(MODEL): bench/fetch_model.py
 	$(PYTHON) bench/fetch_model.py $@
 
 clean:
-	rm -rf $(VENV) .models .cushion-work demo demo-without-prefix
+	rm -rf $(VENV) .models .cushion-work demo
