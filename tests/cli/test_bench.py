@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from cushion_deploy.engines.onnxruntime.kernels import UINT8_WEIGHTS, WAYS
 from cushion_deploy.engines.onnxruntime.session import open_session
+from cushion_deploy.engines.onnxruntime.settings import session_config
 from cushion_deploy.engines.probe import probe
 from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.errors import UsageError
@@ -30,6 +32,7 @@ def test_a_bundle_beside_its_float_twin(cli: Any, planted_bundle: Any) -> None:
         assert row["peak_memory_bytes"] > row["file_bytes"] > 0
     assert set(found["int8_against_float"]["onnxruntime"]) == {"prefill", "decode"}
     assert "times as fast in prefill" in found["verdicts"][0]
+    assert found["kernels"].startswith(WAYS[session_config()[UINT8_WEIGHTS]])
 
 
 def test_without_the_twin_the_model_is_not_needed(cli: Any, planted_bundle: Any, tmp_path: Any) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from cushion_deploy.engines.onnxruntime.kernels import UINT8_WEIGHTS, WAYS
+from cushion_deploy.engines.onnxruntime.settings import session_config
 from cushion_deploy.store import verify_bundle
 
 
@@ -35,6 +37,7 @@ def test_a_plan_for_a_bundle_that_has_none(cli: Any, planted_bundle: Any, tmp_pa
     files = verify_bundle(tmp_path / "e").files
     assert {"engines/onnxruntime/engine.json", "engines/tensorrt-rtx/sm86+sm89.engine"} <= set(files)
     shown = cli("inspect", tmp_path / "e", "--json").json
+    assert shown["onnxruntime on this machine"].startswith(WAYS[session_config()[UINT8_WEIGHTS]])
     assert shown["engines"] == ["onnxruntime", "tensorrt-rtx"]
     rows = {row["engine"]: row for row in cli("report", tmp_path / "e", "--json").json["engines"]}
     assert rows["tensorrt-rtx"]["targets"] == ["sm86", "sm89"]
