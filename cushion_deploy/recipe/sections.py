@@ -115,7 +115,7 @@ class Search(Section):
         ge=0,
         le=1,
         description="Share of those tokens that is the beginning-of-sequence token, if every chat of the model begins "
-        "with it: more is less visible to chats, and more visible to other text.",
+        "with it: more is less visible to chats, and more visible to text, which decides whether the mean is kept.",
     )
     batch_positions: int = Field(default=2048, ge=1, description="Token positions per forward pass; bounds memory.")
 
