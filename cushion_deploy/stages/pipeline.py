@@ -168,7 +168,8 @@ class Pipeline:
     def _choice(self) -> Choose:
         config, names = self.recipe.calibration, tuple(self.candidates)
         quantizations = tuple(branch.quantization for branch in self.candidates.values())
-        return Choose(self.model, names, quantizations, self.text, config.windows, config.window)
+        chat = ReadChat(self.files, self.text)
+        return Choose(self.model, names, quantizations, self.text, config.windows, config.window, chat)
 
     def shipped(self, part: Callable[[Branch], Node[T]]) -> Node[T]:
         """Return a part of the branch that ships."""
