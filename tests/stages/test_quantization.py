@@ -13,8 +13,8 @@ from one_run import OneRun
 from cushion_deploy.core.artifacts import SMOOTHING_FILE, write_smoothing
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import HEAD_SITE
-from cushion_deploy.evaluate.chat import ANSWER_TOKENS
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.evaluate.chat import ANSWER_TOKENS
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.recipe import Recipe
