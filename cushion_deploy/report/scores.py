@@ -50,9 +50,10 @@ def chat_sentence(chat: Chat | None) -> str:
     if chat.missing:
         return f"Chats were not measured: {one_line(chat.missing)}."
     return (
-        f"Chats are {plural(chat.prompts, 'prompt')} of {plural(chat.tokens, 'token')}, a passage as the message "
-        f"of a user in the model's chat template, with the first {plural(chat.answer_tokens, 'token')} that the original model "
-        "answers; nobody reads what a model predicts within a prompt. Standard errors are of the mean over prompts."
+        f"Chats are {plural(chat.prompts, 'prompt')} of {plural(chat.tokens, 'token')}, a passage as the message of a "
+        "user in the model's chat template, with what the original model answers in "
+        f"{plural(chat.answer_tokens, 'token')}; nobody reads what a model predicts within a prompt. Standard errors are "
+        "those of the mean over prompts."
     )
 
 

@@ -189,7 +189,7 @@ def test_chats_have_rows_of_their_own(report: Report) -> None:
         assert text in page
         assert text in "\n".join(summary_lines(report))
     assert "Chats are 16 prompts of 63 tokens" in page
-    assert "and the first 32 tokens that the original model answers" in page
+    assert "with what the original model answers in 32 tokens" in page
 
 
 def test_why_no_chat_was_measured_is_said(data: dict[str, Any]) -> None:
