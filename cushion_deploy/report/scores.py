@@ -52,8 +52,8 @@ def chat_sentence(chat: Chat | None) -> str:
     return (
         f"Chats are {plural(chat.prompts, 'prompt')} of {plural(chat.tokens, 'token')}, a passage as the message of a "
         "user in the model's chat template, with what the original model answers in "
-        f"{plural(chat.answer_tokens, 'token')}; nobody reads what a model predicts within a prompt. Standard errors are "
-        "those of the mean over prompts."
+        f"{plural(chat.answer_tokens, 'token')}; nobody reads what a model predicts within a prompt. Standard errors "
+        "are those of the mean over prompts."
     )
 
 
