@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.cli.generation_options import generation_options, make_params
 from cushion_deploy.errors import UsageError
-from cushion_deploy.runtime import SamplingParams, load
+from cushion_deploy.runtime import load
 
 
 @click.command("generate")
@@ -18,40 +19,7 @@ from cushion_deploy.runtime import SamplingParams, load
 @click.argument("prompt", required=False)
 @click.option("--chat", is_flag=True, help="Apply the chat template to the prompt as a user message.")
 @click.option("--system", help="System message; requires --chat.")
-@click.option(
-    "--max-new-tokens", type=int, default=128, show_default=True, help="Maximum number of tokens to generate."
-)
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="Sampling temperature; 0 for greedy decoding."
-)
-@click.option(
-    "--top-k", type=int, default=0, show_default=True, help="Sample from the k most probable tokens; 0 for all."
-)
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Sample from the most probable tokens whose probabilities sum to this value.",
-)
-@click.option(
-    "--min-p",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Drop tokens below this fraction of the highest probability.",
-)
-@click.option(
-    "--repetition-penalty",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Values above 1 make tokens that have already occurred less probable.",
-)
-@click.option("--seed", type=int, help="Random seed.")
-@click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
-@click.option("--engine", default="onnxruntime", show_default=True, help=f"Engine to run on: {', '.join(ENGINES)}.")
-@click.option("--threads", type=int, help="Threads of an engine on the CPU. Default: one per physical core.")
+@generation_options(max_new_tokens=128)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming text.")
 def command(
     bundle: Path,
@@ -59,30 +27,27 @@ def command(
     chat: bool,
     system: str | None,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
     stop: tuple[str, ...],
+    draft: str | None,
     engine: str,
     threads: int | None,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Generate text from PROMPT with BUNDLE. Without PROMPT, the prompt is read from stdin."""
     if prompt is None:
         prompt = sys.stdin.read()
     if system and not chat:
         raise UsageError("--system was given without --chat", hint="add --chat")
-    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    params = make_params(sampling)
     generator = load(bundle, engine, threads)
+    options: dict[str, Any] = {"params": params, "max_new_tokens": max_new_tokens, "stop": stop, "draft": draft}
     if chat:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
-        events = generator.stream_chat(messages, params=params, max_new_tokens=max_new_tokens, stop=stop)
+        events = generator.stream_chat(messages, **options)
     else:
-        events = generator.stream(prompt, params=params, max_new_tokens=max_new_tokens, stop=stop)
+        events = generator.stream(prompt, **options)
         if not as_json:
             click.echo(prompt, nl=False)
     text, ids = "", []
