@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cushion_deploy.cli.generation_options import generation_options, make_params
+from cushion_deploy.cli.output import require_parent
 from cushion_deploy.errors import UsageError
-from cushion_deploy.runtime import load
+from cushion_deploy.runtime import TextGenerator, TokenEvent, load, open_bundle
+from cushion_deploy.runtime.answers import Settings, finished, make_jobs, write_answers
+from cushion_deploy.runtime.draft import make_draft
+from cushion_deploy.runtime.engine import open_engine
+from cushion_deploy.runtime.requests import read_requests
 
 
 @click.command("generate")
@@ -21,6 +27,16 @@ from cushion_deploy.runtime import load
 @click.option("--system", help="System message; requires --chat.")
 @generation_options(max_new_tokens=128)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming text.")
+@click.option(
+    "--input",
+    "requests",
+    type=click.Path(path_type=Path),
+    help='JSON Lines with one {"prompt": ...} or {"messages": [...]} each; requires --output.',
+)
+@click.option(
+    "--output", "answers", type=click.Path(path_type=Path), help="JSON Lines file for the answers, which is continued."
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Prompts of --input to run at once. Default: 1.")
 def command(
     bundle: Path,
     prompt: str | None,
@@ -32,24 +48,44 @@ def command(
     engine: str,
     threads: int | None,
     as_json: bool,
+    requests: Path | None,
+    answers: Path | None,
+    batch: int | None,
     **sampling: Any,
 ) -> None:
-    """Generate text from PROMPT with BUNDLE. Without PROMPT, the prompt is read from stdin."""
+    """Generate text from PROMPT with BUNDLE. Without PROMPT, the prompt is read from stdin.
+
+    With --input, every line of a file is answered and the answers are written to --output, in the same order. The same
+    command continues an interrupted run behind the last complete answer.
+    """
+    params = make_params(sampling)
+    if requests or answers:
+        _refuse_with_input(prompt=prompt, chat=chat, system=system, draft=draft, json=as_json)
+        settings = Settings(params, max_new_tokens, stop, engine)
+        _answer_file(bundle, requests, answers, settings, threads, batch or 1)
+        return
+    if batch:
+        raise UsageError("--batch was given without --input", hint="add --input prompts.jsonl --output answers.jsonl")
     if prompt is None:
         prompt = sys.stdin.read()
     if system and not chat:
         raise UsageError("--system was given without --chat", hint="add --chat")
-    params = make_params(sampling)
+    make_draft(draft)  # an unknown name is an error before the bundle is read
     generator = load(bundle, engine, threads)
     options: dict[str, Any] = {"params": params, "max_new_tokens": max_new_tokens, "stop": stop, "draft": draft}
     if chat:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
-        events = generator.stream_chat(messages, **options)
-    else:
-        events = generator.stream(prompt, **options)
-        if not as_json:
-            click.echo(prompt, nl=False)
+        _print(generator.stream_chat(messages, **options), as_json)
+        return
+    events = generator.stream(prompt, **options)
+    if not as_json:
+        click.echo(prompt, nl=False)
+    _print(events, as_json)
+
+
+def _print(events: Iterator[TokenEvent], as_json: bool) -> None:
+    """Stream the text of events, or print all of them as one JSON object."""
     text, ids = "", []
     for event in events:
         text += event.text
@@ -66,3 +102,33 @@ def command(
         # The first token is part of the prefill.
         rate = (last.usage.new_tokens - 1) / max(last.usage.decode_seconds, 1e-9)
         click.echo(f"[{last.usage.new_tokens} tokens, {rate:.1f} tokens/s, {last.finish_reason}]", err=True)
+
+
+def _refuse_with_input(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise UsageError(
+                f"{'PROMPT' if name == 'prompt' else f'--{name}'} cannot be combined with --input",
+                hint='leave it out; a line {"messages": [...]} of the input applies the chat template',
+            )
+
+
+def _answer_file(
+    path: Path, requests: Path | None, answers: Path | None, settings: Settings, threads: int | None, batch: int
+) -> None:
+    if requests is None or answers is None:
+        raise UsageError(
+            f"{'--output' if answers else '--input'} was given without {'--input' if answers else '--output'}",
+            hint="give both: --input prompts.jsonl --output answers.jsonl",
+        )
+    require_parent(answers)
+    lines = read_requests(requests)
+    bundle = open_bundle(path)
+    jobs = make_jobs(bundle, lines, settings)
+    done, _ = finished(answers, jobs)
+    if done < len(jobs):
+        generator = TextGenerator(bundle, open_engine(bundle, settings.engine, threads))
+        for count in write_answers(generator, jobs, settings, answers, batch):
+            if sys.stderr.isatty():
+                click.echo(f"\r{count} of {len(jobs)} answers", nl=False, err=True)
+    click.echo(f"{answers}: {len(jobs)} answers, {done} of them from an earlier run")

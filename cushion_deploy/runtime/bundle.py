@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract, PrefixMode
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.runtime.chat import ChatTemplate
+from cushion_deploy.runtime.chat import ChatTemplate, Message, encode_chat, encode_prompt
 from cushion_deploy.store import BundleManifest, hash_file, verify_bundle
 from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.manifest import read_json
@@ -75,6 +75,15 @@ class Bundle:
                 hint="give a plain prompt to `generate` instead of messages",
             )
         return self.chat_template
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation; raises UsageError if the model has no chat template."""
+        rendered = self.require_chat_template().render(messages)
+        return encode_chat(self.tokenizer, rendered, self.bos_token_id, keep_bos=self.keep_bos)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a plain text."""
+        return encode_prompt(self.tokenizer, text, self.bos_token_id, keep_bos=self.keep_bos)
 
 
 def open_bundle(path: Path | str) -> Bundle:

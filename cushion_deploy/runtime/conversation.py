@@ -71,7 +71,7 @@ class Conversation:
                 self.turns += [asked, {"role": "assistant", "content": said}]
 
     def _events(self, messages: list[dict[str, Any]]) -> Iterator[TokenEvent]:
-        limit, length = context_limit(self.generator.session.contract), len(self.generator.encode_chat(messages))
+        limit, length = context_limit(self.generator.session.contract), len(self.generator.bundle.encode_chat(messages))
         if length >= limit:
             raise UsageError(
                 f"the conversation has {length} tokens, and the model has positions for {limit} with an answer",

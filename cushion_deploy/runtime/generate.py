@@ -142,6 +142,38 @@ class StopStrings:
         return next((n for n in range(longest, 0, -1) if self._held.endswith(string[:n])), 0)
 
 
+class TextStream:
+    """The text of an answer, token by token, and the reason why it ends.
+
+    Args:
+        tokenizer, prompt_ids: what the text continues.
+        stop_ids, stop_strings, max_new_tokens: see :func:`generate`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop_ids: Collection[int],
+        stop_strings: Collection[str],
+        max_new_tokens: int,
+    ) -> None:
+        """Start behind the prompt; raises UsageError if a stop string is empty."""
+        self._detokenizer, self._stops = Detokenizer(tokenizer, prompt_ids), StopStrings(stop_strings)
+        self._stop_ids, self._left = frozenset(stop_ids), max_new_tokens
+
+    def push(self, token: int) -> tuple[str, FinishReason | None]:
+        """Return the text that became final with a token, and why the answer ends with it, if it does."""
+        self._left -= 1
+        ended = token in self._stop_ids
+        text, stopped = ("", False) if ended else self._stops.push(self._detokenizer.push(token))
+        if stopped:
+            return text, "stop"
+        if ended or not self._left:
+            return text + self._stops.flush(), "eos" if ended else "length"
+        return text, None
+
+
 def generate(
     session: DecoderSession,
     tokenizer: Tokenizer,
@@ -175,15 +207,14 @@ def generate(
         CheckFailed: while iterating, if a logit is NaN or infinite.
     """
     check_request(session.contract, prompt_ids, max_new_tokens)
-    sampler, stops = Sampler(params or SamplingParams()), StopStrings(stop_strings)
+    sampler = Sampler(params or SamplingParams())
+    stream = TextStream(tokenizer, prompt_ids, stop_ids, stop_strings, max_new_tokens)
     # An inner generator, so that the checks above run at the call and not at the first event.
     return _events(
         lambda: Decoding(cache or PromptCache(session), sampler, prompt_ids, draft),
-        Detokenizer(tokenizer, prompt_ids),
+        stream,
         len(prompt_ids),
         max_new_tokens,
-        frozenset(stop_ids),
-        stops,
     )
 
 
@@ -203,25 +234,15 @@ def check_request(contract: GraphContract, prompt_ids: Sequence[int], max_new_to
 
 
 def _events(
-    start: Callable[[], Decoding],
-    detokenizer: Detokenizer,
-    prompt_tokens: int,
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-    stops: StopStrings,
+    start: Callable[[], Decoding], stream: TextStream, prompt_tokens: int, max_new_tokens: int
 ) -> Iterator[TokenEvent]:
     decoding = start()
     began = perf_counter()
     token = decoding.first()
     prefill_seconds, decode_seconds = perf_counter() - began, 0.0
     for count in range(1, max_new_tokens + 1):
-        ended = token in stop_ids
-        text, stopped = ("", False) if ended else stops.push(detokenizer.push(token))
-        reason: FinishReason | None = "eos" if ended else "stop" if stopped else None
-        if reason is None and count == max_new_tokens:
-            reason = "length"
+        text, reason = stream.push(token)
         if reason is not None:
-            text += "" if stopped else stops.flush()
             drafts = decoding.cached, decoding.drafted, decoding.accepted
             usage = Usage(prompt_tokens, count, prefill_seconds, decode_seconds, *drafts)
             yield TokenEvent(token, text, reason, usage)

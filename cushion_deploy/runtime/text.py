@@ -10,7 +10,7 @@ from pathlib import Path
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.runtime.bundle import Bundle, open_bundle
-from cushion_deploy.runtime.chat import Message, encode_chat, encode_prompt
+from cushion_deploy.runtime.chat import Message
 from cushion_deploy.runtime.draft import make_draft
 from cushion_deploy.runtime.engine import open_engine
 from cushion_deploy.runtime.generate import FinishReason, TokenEvent, Usage, generate
@@ -54,7 +54,7 @@ class TextGenerator:
         draft: str | None = None,
     ) -> Iterator[TokenEvent]:
         """Continue a plain text and yield events; see :func:`~cushion_deploy.runtime.generate`."""
-        return self._run(self.encode_prompt(prompt), params, max_new_tokens, stop, draft)
+        return self._run(self.bundle.encode_prompt(prompt), params, max_new_tokens, stop, draft)
 
     def stream_chat(
         self,
@@ -70,16 +70,7 @@ class TextGenerator:
 
         With ``reuse``, what the conversation and the cache of the last call have in common is not computed again.
         """
-        return self._run(self.encode_chat(messages), params, max_new_tokens, stop, draft, reuse=reuse)
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation; raises UsageError if the model has no chat template."""
-        rendered = self.bundle.require_chat_template().render(messages)
-        return encode_chat(self.bundle.tokenizer, rendered, self.bundle.bos_token_id, keep_bos=self.bundle.keep_bos)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Return the token ids of a plain text."""
-        return encode_prompt(self.bundle.tokenizer, text, self.bundle.bos_token_id, keep_bos=self.bundle.keep_bos)
+        return self._run(self.bundle.encode_chat(messages), params, max_new_tokens, stop, draft, reuse=reuse)
 
     def generate(
         self,

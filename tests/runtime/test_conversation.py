@@ -56,7 +56,7 @@ def test_a_message_without_an_answer_is_forgotten(talk: Conversation) -> None:
 
 def test_an_answer_takes_the_positions_that_are_left(talk: Conversation) -> None:
     talk.max_new_tokens = 10**6
-    used = len(talk.generator.encode_chat([*talk.messages, {"role": "user", "content": "a"}]))
+    used = len(talk.generator.bundle.encode_chat([*talk.messages, {"role": "user", "content": "a"}]))
     events = list(talk.answer("a"))
     assert (len(events), events[-1].finish_reason) == (93 - used, "length")
 
