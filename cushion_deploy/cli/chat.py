@@ -16,6 +16,7 @@ from cushion_deploy.runtime import load
 from cushion_deploy.runtime.conversation import Conversation
 from cushion_deploy.runtime.draft import make_draft
 from cushion_deploy.runtime.generate import Usage
+from cushion_deploy.runtime.hub import local_bundle
 
 HELP = """/system TEXT  set the system message; without TEXT, remove it
 /reset        forget the conversation, except for the system message
@@ -42,13 +43,13 @@ def command(
 ) -> None:
     """Talk with the model of BUNDLE, one message per line.
 
-    Answers are streamed; each message is answered with all earlier ones in view. In a terminal, Ctrl-C stops an answer
-    and /help lists the commands. If stdin is no terminal, each line is a message, stdout has the answers only, and the
-    first error ends the program.
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub. Answers are streamed; each message is
+    answered with all earlier ones in view. In a terminal, Ctrl-C stops an answer and /help lists the commands. If stdin
+    is no terminal, each line is a message, stdout has the answers only, and the first error ends the program.
     """
     params = make_params(sampling)
     make_draft(draft)  # an unknown name is an error before the bundle is read
-    generator = load(bundle, engine, threads)
+    generator = load(local_bundle(bundle), engine, threads)
     generator.bundle.require_chat_template()
     talk = Conversation(generator, system, params, max_new_tokens, stop, draft)
     if sys.stdin.isatty():

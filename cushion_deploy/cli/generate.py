@@ -17,6 +17,7 @@ from cushion_deploy.runtime import TextGenerator, TokenEvent, load, open_bundle
 from cushion_deploy.runtime.answers import Settings, finished, make_jobs, write_answers
 from cushion_deploy.runtime.draft import make_draft
 from cushion_deploy.runtime.engine import open_engine
+from cushion_deploy.runtime.hub import local_bundle
 from cushion_deploy.runtime.requests import read_requests
 
 
@@ -55,6 +56,8 @@ def command(
 ) -> None:
     """Generate text from PROMPT with BUNDLE. Without PROMPT, the prompt is read from stdin.
 
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub, which is fetched into its cache.
+
     With --input, every line of a file is answered and the answers are written to --output, in the same order. The same
     command continues an interrupted run behind the last complete answer.
     """
@@ -71,7 +74,7 @@ def command(
     if system and not chat:
         raise UsageError("--system was given without --chat", hint="add --chat")
     make_draft(draft)  # an unknown name is an error before the bundle is read
-    generator = load(bundle, engine, threads)
+    generator = load(local_bundle(bundle), engine, threads)
     options: dict[str, Any] = {"params": params, "max_new_tokens": max_new_tokens, "stop": stop, "draft": draft}
     if chat:
         messages = [{"role": "system", "content": system}] if system else []
@@ -123,7 +126,7 @@ def _answer_file(
         )
     require_parent(answers)
     lines = read_requests(requests)
-    bundle = open_bundle(path)
+    bundle = open_bundle(local_bundle(path))
     jobs = make_jobs(bundle, lines, settings)
     done, _ = finished(answers, jobs)
     if done < len(jobs):

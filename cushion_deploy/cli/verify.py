@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.runtime.hub import local_bundle
 from cushion_deploy.store import changed_documents, verify_bundle
 
 
@@ -16,8 +17,10 @@ from cushion_deploy.store import changed_documents, verify_bundle
 def command(bundle: Path, as_json: bool) -> None:
     """Verify that BUNDLE contains exactly the files in its manifest, byte for byte. Exit code 4 if it does not.
 
-    A README, a licence and the files of git and the hub are named, and not compared.
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub, which is fetched into its cache. A
+    README, a licence and the files of git and the hub are named, and not compared.
     """
+    bundle = local_bundle(bundle)
     manifest = verify_bundle(bundle)
     if as_json:
         click.echo(json.dumps(manifest.to_json()))
