@@ -270,4 +270,4 @@ class Pipeline:
         calibration = self.shipped(lambda each: each.calibration)
         found = calibration, branch.tuning, self.choice, quantization, graph, compiled, self.evaluation, parity
         report = AssembleReport(recipe, self.files, self.text, self.search, *found)
-        return Publish(recipe, self.files, quantization, graph, compiled, report, output)
+        return Publish(recipe, self.files, quantization, graph, compiled, report, self.source, output)

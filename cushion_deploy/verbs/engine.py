@@ -10,7 +10,10 @@ from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UntrustedArtifact, UsageError, require_modules
+from cushion_deploy.modeling.origin import origin_of_card
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.report import Report
+from cushion_deploy.report.card import CARD_NAME, model_card
 from cushion_deploy.report.document import REPORT_JSON, read_report
 from cushion_deploy.report.document import Engine as EngineRow
 from cushion_deploy.report.write import write_report
@@ -23,7 +26,16 @@ from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.report import engine_row
 from cushion_deploy.stages.run import Run
-from cushion_deploy.store import hash_file, place, publish, recover, require_publishable, staging_area
+from cushion_deploy.store import (
+    changed_documents,
+    hash_file,
+    place,
+    publish,
+    recover,
+    require_publishable,
+    staging_area,
+)
+from cushion_deploy.store.snapshot import is_document
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 
 _OF_A_PLAN = re.compile(r"float16 graph|graph with a static cache")
@@ -66,7 +78,8 @@ def add_engine(
             _copy(bundle, staged, replaced=own)
             compiled.place(staged)
             checked = artifact.lineage.graph in _graphs_checked(bundle)
-            _update_report(artifact, staged / "report", checked=checked)
+            report = _update_report(artifact, staged / "report", checked=checked)
+            _update_card(bundle, report, staged)
             # The recipe in a bundle states the limits that its plans were compiled with.
             published = dict(bundle.manifest.recipe)
             if "limits" in artifact.details:
@@ -87,9 +100,9 @@ def _engine_graph(recipe: Recipe, bundle: Bundle, engine: Engine, options: Compi
 
 
 def _copy(bundle: Bundle, staged: Path, replaced: str) -> None:
-    """Copy all files of a bundle except those of one engine; raises UntrustedArtifact if one has changed."""
+    """Copy all files of a bundle but documents and those of one engine; raises UntrustedArtifact if one has changed."""
     for name, entry in bundle.manifest.files.items():
-        if name.startswith(replaced):
+        if name.startswith(replaced) or is_document(name):
             continue
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         place(bundle.path / name, staged / name, link=False)
@@ -104,7 +117,7 @@ def _graphs_checked(bundle: Bundle) -> set[str]:
     return {bundle.graph.digest, *(read_engine(bundle, name).lineage.graph for name in names)}
 
 
-def _update_report(artifact: EngineArtifact, folder: Path, *, checked: bool) -> None:
+def _update_report(artifact: EngineArtifact, folder: Path, *, checked: bool) -> Report:
     """Add an engine to the report in ``folder``, or replace the same engine there.
 
     Checks of graphs behind plans are removed if none of them covers the graph of this plan.
@@ -113,4 +126,16 @@ def _update_report(artifact: EngineArtifact, folder: Path, *, checked: bool) -> 
     others = [engine for engine in report.engines if engine.engine != artifact.engine]
     rows = (*others, EngineRow.model_validate(engine_row(artifact)))
     parity = tuple(row for row in report.parity if checked or not _OF_A_PLAN.search(row.rung))
-    write_report(report.model_copy(update={"engines": rows, "parity": parity}), folder)
+    updated = report.model_copy(update={"engines": rows, "parity": parity})
+    write_report(updated, folder)
+    return updated
+
+
+def _update_card(bundle: Bundle, report: Report, staged: Path) -> None:
+    """Write the model card of a report, with the origin that the card of the bundle states; an edited one is kept."""
+    card = bundle.path / CARD_NAME
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if CARD_NAME not in changed_documents(bundle.path, bundle.manifest):
+        text = model_card(report, origin_of_card(text))
+    if text:
+        (staged / CARD_NAME).write_text(text, encoding="utf-8", newline="\n")

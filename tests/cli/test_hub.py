@@ -59,6 +59,8 @@ def test_a_push_is_one_commit_of_exactly_the_bundle(hub: FakeHub, pushed: Any, t
     found = remote(hub)
     assert {name: found[name] for name in found if name != ".gitattributes"} == files
     assert hub.repositories[NAME].private
+    # huggingface_hub lets the hub validate a model card before it commits it.
+    assert hub.cards == [files["README.md"].decode()]
     assert pushed["commit"] == hub.repositories[NAME].commits[1][0]
 
 
