@@ -20,8 +20,10 @@ from cushion_deploy.store import place
 
 LINKED_BYTES = 64 << 20
 """Engine files of at least this size are hard-linked from the work folder; smaller ones may be edited, so copied."""
-COMPILE_SECONDS: Mapping[Product, float] = {"report": 2e-8, "plan": 8e-8, "nothing": 0.0}
+COMPILE_SECONDS: Mapping[Product, float] = {"report": 2e-8, "blob": 4e-8, "plan": 8e-8, "nothing": 0.0}
 """Seconds per parameter, by what the engine compiles."""
+GRAPH_BYTES: Mapping[Product, int] = {"report": 0, "blob": 2, "plan": 4, "nothing": 0}
+"""Bytes per parameter that stay on disk, by what the engine compiles."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Compile(Stage[CompiledEngine]):
         return 2 * inputs.get(self.graph).size
 
     def disk(self, spec: ModelSpec) -> int:
-        """Return the size of two graphs for a plan; an engine that runs the graph itself adds only a description."""
-        return 4 * spec.parameters if ENGINES[self.engine].compiles_to == "plan" else 0
+        """Return the size of two graphs for a plan and of one for a blob; a report is only a description."""
+        return GRAPH_BYTES[ENGINES[self.engine].compiles_to] * spec.parameters
 
     def seconds(self, speed: Speed) -> float:
         """Count every parameter: a plan is built, a graph only opened."""
