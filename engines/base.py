@@ -86,6 +86,8 @@ class Engine(Protocol):
     def compile(self, graph: ExportedGraph, folder: Path, options: CompileOptions) -> EngineArtifact:
         """Compile ``graph`` into the empty ``folder``, count the linears in INT8, and write ``engine.json``.
 
+        Nothing is executed: ``ran`` is False, and ``details["not_run"]`` says so. The stage that compiles runs it.
+
         Raises:
             MissingDependency: the library or the GPU that it needs is missing.
             UsageError: an unknown target, a limit that cannot be met, or an engine that compiles nothing.

@@ -10,8 +10,11 @@ from cushion_deploy.engines.registry import find_engine
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.runtime.bundle import Bundle
 
+DEFAULT_ENGINE = "onnxruntime"
+"""The engine on which every bundle runs: ONNX Runtime on the CPU."""
 
-def open_engine(bundle: Bundle, engine: str = "onnxruntime", threads: int | None = None) -> DecoderSession:
+
+def open_engine(bundle: Bundle, engine: str = DEFAULT_ENGINE, threads: int | None = None) -> DecoderSession:
     """Open a session of a bundle on one of its engines.
 
     Args:

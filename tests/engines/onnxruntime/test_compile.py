@@ -161,7 +161,8 @@ def test_engine_json_is_the_artifact(tiny_graphs, tmp_path: Path) -> None:
     assert again.engine == "onnxruntime"
     assert again.targets == ("cpu",)
     assert again.files == ("engine.json",)
-    assert again.ran
+    assert not again.ran
+    assert again.details["not_run"] == "not run: compilation executes nothing"
     assert (again.lineage, again.versions) == (Lineage(graph=graph.digest), {"onnxruntime": ort.__version__})
     assert again.details["machine"] == platform.machine()
     assert again.details["session_config"] == session_config()
