@@ -61,6 +61,14 @@ def state_names(contract: GraphContract) -> list[str]:
     return [past + _present(past) for past in past_names(contract)]
 
 
+def name_of(port: Any) -> str:
+    """Return the name of an input or output in the graph.
+
+    OpenVINO may add that of the node behind it, such as ``head/Gemm_2316`` beside ``logits``; ours have no slash.
+    """
+    return min(port.names, key=lambda name: ("/" in name, name), default="")
+
+
 def _present(past: str) -> str:
     return past.replace("past_key_values", "present")
 
@@ -69,9 +77,9 @@ def _require_contract(model: Any, contract: GraphContract, path: Path) -> None:
     element = {"float32": "f32", "int8": "i8"}.get(contract.cache_dtype, contract.cache_dtype)
     past = f"{element} [?,{contract.num_kv_heads},?,{contract.head_dim}]"
     expected = {**dict.fromkeys(past_names(contract), past), **dict.fromkeys(INPUTS, "i64 [?,?]")}
-    found = {port.any_name: _described(port) for port in model.inputs}
+    found = {name_of(port): _described(port) for port in model.inputs}
     wanted = {**{_present(name): past for name in past_names(contract)}, "logits": contract.vocab_size}
-    outputs = {port.any_name: _described(port) for port in model.outputs}
+    outputs = {name_of(port): _described(port) for port in model.outputs}
     if "logits" in outputs:
         outputs["logits"] = model.output("logits").get_partial_shape()[2].get_length()
     for described, needed in ((found, expected), (outputs, wanted)):

@@ -23,7 +23,7 @@ from cushion_deploy.core.session import (
 )
 from cushion_deploy.engines.openvino.kernels import require_exact
 from cushion_deploy.engines.openvino.library import import_openvino
-from cushion_deploy.engines.openvino.model import LOGITS_START, compile_graph, import_blob, state_names
+from cushion_deploy.engines.openvino.model import LOGITS_START, compile_graph, import_blob, name_of, state_names
 from cushion_deploy.errors import UntrustedArtifact
 
 CHUNK = 256
@@ -82,13 +82,11 @@ class OpenVinoSession:
         self._prefix, self._kv = prefix, kv
         first_caches(contract, prefix, 1, kv)
         self._tensor = import_openvino().Tensor
-        inputs = {name for port in compiled.inputs for name in port.names}
+        inputs = {name_of(port) for port in compiled.inputs}
         self._can_skip_head = LOGITS_START in inputs
         self._request = compiled.create_infer_request()
         self._states = _states_in_order(self._request, contract)
-        vocabulary = {
-            name: port.get_partial_shape()[-1].get_length() for port in compiled.outputs for name in port.names
-        }
+        vocabulary = {name_of(port): port.get_partial_shape()[-1].get_length() for port in compiled.outputs}
         if inputs - {LOGITS_START} != {*INPUTS} or vocabulary != {"logits": contract.vocab_size}:
             raise UntrustedArtifact(
                 f"the compiled model is not that of the graph: its inputs are {', '.join(sorted(inputs))}, "

@@ -194,3 +194,28 @@ except MissingDependency as e:
     print(e.hint, "openvino_telemetry" in sys.modules)
 """
     assert python(code) == "pip install 'cushion-deploy[openvino]' False"
+
+
+def test_an_output_has_the_name_of_the_graph_even_if_openvino_adds_another(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from cushion_deploy.engines.openvino.library import core
+    from cushion_deploy.engines.openvino.model import name_of
+
+    values = {"w": np.ones((4, 3), np.float32), "flat": np.array([-1, 4]), "back": np.array([1, -1, 3])}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Reshape", ["x", "flat"], ["rows"], "head/Reshape_1"),
+            helper.make_node("Gemm", ["rows", "w"], ["head/Gemm_2"], "head/Gemm_2"),
+            helper.make_node("Reshape", ["head/Gemm_2", "back"], ["logits"], "head/Reshape_3"),
+        ],
+        "head",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "sequence", 4])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "sequence", 3])],
+        [numpy_helper.from_array(array, name) for name, array in values.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "g.onnx")
+    compiled = core().compile_model(core().read_model(tmp_path / "g.onnx"), "CPU")
+    assert "head/Gemm_2" in compiled.outputs[0].names
+    assert name_of(compiled.outputs[0]) == "logits"
