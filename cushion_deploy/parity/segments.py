@@ -90,7 +90,7 @@ class SegmentRun:
             logits ``[1, n, vocab]``, the codes that each segment computes for the Site at its end, and the
             ``present.*`` tensors without the free slots of a static cache.
         """
-        feed = {name: _as_run(value) for name, value in (past or first_past(self.graph)).items()}
+        feed = {name: as_run(value) for name, value in (past or first_past(self.graph)).items()}
         before = next(iter(feed.values())).shape[2]
         feed.update(token_inputs(ids, before))
         if capacity := self.graph.contract.cache_capacity:
@@ -114,8 +114,11 @@ class SegmentRun:
         return self.cached[site] if site in self.cached else self.scales.scales[site]
 
 
-def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: Kernels) -> Any:
-    """Return an ONNX Runtime session of a copy of the graph, changed by ``edit``; the graph itself is not changed."""
+def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: Kernels, *, rounded: bool = True) -> Any:
+    """Return an ONNX Runtime session of a copy of the graph, changed by ``edit``; the graph itself is not changed.
+
+    A 16-bit graph runs in float32, see :func:`widen`, after the change; ``rounded`` says whether results are rounded.
+    """
     import onnx_ir as ir
     import onnxruntime as ort
 
@@ -132,9 +135,9 @@ def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: K
         place(data, Path(name) / data.name, link=True)
         path = Path(name) / graph.path.name
         model = ir.load(graph.path)
-        if graph.contract.dtype != "float32":
-            widen(model, graph.contract.dtype)
         edit(model)
+        if graph.contract.dtype != "float32":
+            widen(model, graph.contract.dtype, rounded=rounded)
         ir.save(model, path)
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
@@ -166,7 +169,7 @@ def first_past(graph: ExportedGraph) -> dict[str, npt.NDArray[Any]]:
     return dict(zip(past_names(graph.contract), first, strict=True))
 
 
-def _as_run(cache: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def as_run(cache: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return a cache as a graph here takes it: INT8 codes, or float32, in which 16-bit graphs run too."""
     return cache if cache.dtype == np.int8 else cache.astype(np.float32, copy=False)
 
