@@ -91,7 +91,7 @@ class Parity(Stage[ParityResult]):
     """
 
     name: ClassVar[str] = "parity"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     graph: Node[ExportedGraph]

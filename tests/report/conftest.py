@@ -241,6 +241,21 @@ _DATA: dict[str, Any] = {
             "details": {},
         },
     ],
+    "plan_type": {
+        "dtype": "float16",
+        "wanted": "auto",
+        "margin": 2.0,
+        "corpus": "WikiText-2 train",
+        "tokens": 16384,
+        "values": [
+            {"part": part, "tensor": tensor, "value": value, "token": token, "token_id": i, "position": position}
+            for part, tensor, value, token, i, position in (
+                ("prefix", "a key", 12.5, "\n", 198, -1),
+                ("layers.11.mlp", "residual", 1871.25, " ", 216, 77),
+                ("head", "MatMul", 44.0, "the", 260, 3),
+            )
+        ],
+    },
     "stages": [
         {"stage": stage, "seconds": seconds, "reused": reused, "ran_on": "cpu, float32" if stage != "load" else ""}
         for stage, seconds, reused in (
