@@ -118,8 +118,8 @@ def segment_rung(rung: str, reference: TorchReference, run: SegmentRun) -> list[
 def plan_rung(rung: str, reference: TorchReference, run: SegmentRun, plan: SegmentRun) -> list[ParityCheck]:
     """Compare the graph of a plan with the bundle's graph ``run`` Site by Site, from identical codes.
 
-    This checks structure and constants of the graph, not the arithmetic of a GPU. A text longer than a static cache is
-    truncated.
+    This checks structure, constants and range of the graph (the result of every operator is rounded to its type), not
+    the arithmetic of a GPU. A text longer than a static cache is truncated.
     """
     identical, largest, of_logits = PLAN_LIMITS[plan.graph.contract.dtype]
     room = plan.room
@@ -132,7 +132,11 @@ def plan_rung(rung: str, reference: TorchReference, run: SegmentRun, plan: Segme
     share = distance.maximum / max(float(np.abs(logits).max()), 1e-30)
     metric = "max |logit difference| / max |logit|"
     logit_check = ParityCheck(rung, metric, share, of_logits, "at most", note=distance.words())
-    return _segment_checks(logit_check, distances, identical, largest)
+    checks = _segment_checks(logit_check, distances, identical, largest)
+    if plan.not_finite:
+        note = f"not finite at {plan.not_finite}: a value before it exceeds the range of {plan.graph.contract.dtype}"
+        checks[0] = replace(checks[0], note=f"{note}; {checks[0].note}")
+    return checks
 
 
 def engine_rung(

@@ -171,9 +171,10 @@ class Parity(Stage[ParityResult]):
         return 4 * spec.parameters
 
     def seconds(self, speed: Speed) -> float:
-        """Sum fake-quant and engine on the evaluation text, greedy decoding, and opening and running cut graphs."""
-        texts = self.cut.tokens * (speed.quantized + speed.compared) + 2 * speed.swap
-        greedy = GREEDY_POSITIONS * speed.compared
+        """Sum fake-quant and engines on the evaluation text, greedy decoding, and opening and running cut graphs."""
+        engines = 1 + len(self.engines)
+        texts = self.cut.tokens * (speed.quantized + engines * speed.compared) + 2 * speed.swap
+        greedy = engines * GREEDY_POSITIONS * speed.compared
         return texts + greedy + GRAPH_SECONDS * speed.spec.parameters
 
 

@@ -14,6 +14,7 @@ from cushion_deploy.core.host import installed_versions
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
+from cushion_deploy.core.value_range import ValueRange
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
@@ -30,6 +31,7 @@ from cushion_deploy.stages.evaluate import Evaluate
 from cushion_deploy.stages.export import Export, engine_form
 from cushion_deploy.stages.load import DescribeModel, Load, compute_dtype
 from cushion_deploy.stages.parity import GraphsOfPlans, Parity
+from cushion_deploy.stages.plan_type import ChoosePlanType, MeasureRange, PlanGraph
 from cushion_deploy.stages.publish import Publish
 from cushion_deploy.stages.quantization import AssembleQuantization, WithoutPrefix
 from cushion_deploy.stages.report import AssembleReport
@@ -168,7 +170,8 @@ class Pipeline:
     def _choice(self) -> Choose:
         config, names = self.recipe.calibration, tuple(self.candidates)
         quantizations = tuple(branch.quantization for branch in self.candidates.values())
-        return Choose(self.model, names, quantizations, self.text, config.windows, config.window)
+        chat = ReadChat(self.files, self.text)
+        return Choose(self.model, names, quantizations, self.text, config.windows, config.window, chat)
 
     def shipped(self, part: Callable[[Branch], Node[T]]) -> Node[T]:
         """Return a part of the branch that ships."""
@@ -235,7 +238,17 @@ class Pipeline:
         """Return the graph that an engine compiles: the bundle's ``graph``, or an export in another form."""
         plans = self.recipe.tensorrt
         wanted = engine_form(self.form, ENGINES[engine], plans.dtype, plans.max_context)
+        if wanted[0].dtype == "float16":
+            return PlanGraph(self.plan_type(quantization), self.graph(quantization, *wanted))
         return graph if wanted == (self.form, 0) else self.graph(quantization, *wanted)
+
+    def plan_type(self, quantization: Node[Quantization], measured: Node[ValueRange] | None = None) -> ChoosePlanType:
+        """Return the floating-point type of plans, chosen from values that were ``measured`` before or will be."""
+        wanted, config = self.recipe.tensorrt.dtype, self.recipe.calibration
+        if wanted in ("bfloat16", "float32"):
+            return ChoosePlanType(wanted, None)
+        observed = replace(self.form, dtype="float16"), self.text, config.windows, config.window
+        return ChoosePlanType(wanted, measured or MeasureRange(self.model, quantization, *observed))
 
     def parity(
         self,
@@ -272,8 +285,9 @@ class Pipeline:
         compiled = tuple(Compile.of(plan, name, options) for plan, name in zip(plans, engines, strict=True))
         parity = self.parity(quantization, graph, plans, _other_engines(compiled, plans))
         calibration = self.shipped(lambda each: each.calibration)
-        found = calibration, branch.tuning, self.choice, quantization, graph, compiled, self.evaluation, parity
-        report = AssembleReport(recipe, self.files, self.text, self.search, *found)
+        plan_type = self.plan_type(quantization) if any(ENGINES[e].compiles_to == "plan" for e in engines) else None
+        found = calibration, branch.tuning, self.choice, quantization, graph, plan_type, compiled
+        report = AssembleReport(recipe, self.files, self.text, self.search, *found, self.evaluation, parity)
         return Publish(recipe, self.files, quantization, graph, compiled, report, output)
 
 

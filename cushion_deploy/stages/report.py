@@ -15,6 +15,7 @@ from cushion_deploy.core.host import cpu_description, installed_versions, peak_m
 from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.core.value_range import MARGIN, PlanType
 from cushion_deploy.families import get_family
 from cushion_deploy.prefix.trace import SearchTrace, TuningTrace
 from cushion_deploy.recipe import Recipe
@@ -43,8 +44,9 @@ class AssembleReport(Derived[Report]):
 
     Attributes:
         recipe: every setting.
-        files, text, search, calibration, tuning, choice, quantization, graph, engines, evaluation, parity: what to
-            report; ``search``, ``tuning`` and ``choice`` are None if the recipe disables them.
+        files, text, search, calibration, tuning, choice, quantization, graph, plan_type, engines, evaluation, parity:
+            what to report; ``search``, ``tuning`` and ``choice`` are None if the recipe disables them, ``plan_type`` if
+            no plan is compiled.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class AssembleReport(Derived[Report]):
     choice: Node[Choice] | None
     quantization: Node[Quantization]
     graph: Node[ExportedGraph]
+    plan_type: Node[PlanType] | None
     engines: tuple[Node[CompiledEngine], ...]
     evaluation: Node[dict[str, Any]]
     parity: Node[ParityResult]
@@ -91,6 +94,7 @@ class AssembleReport(Derived[Report]):
             "kv_cache": _kv_cache(spec, kv, evaluation["float_cache"]) if kv else None,
             "export": self._export(inputs.get(self.graph), quantization, spec, parity),
             "parity": [c.to_json() for c in parity.report.checks],
+            "plan_type": plan_type_row(inputs.get(self.plan_type)) if self.plan_type else None,
             "engines": [engine_row(found, scores.get(found.engine)) for found in engines],
             "stages": merge_times(inputs.run.times),
             "environment": {
@@ -159,6 +163,12 @@ def model_row(spec: ModelSpec) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "weights_digest": spec.weights_digest,
     }
+
+
+def plan_type_row(found: PlanType) -> dict[str, Any]:
+    """Return the description of the type of plans in a report, JSON-ready."""
+    measured = found.measured.to_json() if found.measured else {}
+    return {"dtype": found.dtype, "wanted": found.wanted, "margin": MARGIN, **measured}
 
 
 def engine_row(artifact: EngineArtifact, score: EngineScore | None = None) -> dict[str, Any]:

@@ -72,7 +72,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "evaluation": {"data": None, "window": None, "max_tokens": None},
     "parity": {"data": None, "tokens": 256, "decode_tokens": 16},
-    "tensorrt": {"dtype": "float16", "max_batch": 1, "max_context": 2048, "max_prefill": 512},
+    "tensorrt": {"dtype": "auto", "max_batch": 1, "max_context": 2048, "max_prefill": 512},
 }
 
 
