@@ -71,6 +71,7 @@ EXTRAS: dict[str, str] = {
     "junitparser": "build",
     "psutil": "build",
     "onnxruntime": "cpu",
+    "openvino": "openvino",
     "jinja2": "report",
     "matplotlib": "report",
 }

@@ -28,7 +28,7 @@ from cushion_deploy.engines.registry import choose_engines, compiling_engines
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
-from cushion_deploy.stages.compile import compile_options
+from cushion_deploy.stages.compile import CompiledEngine, compile_options
 from cushion_deploy.store import MANIFEST_NAME
 from cushion_deploy.verbs.engine import add_engine
 
@@ -141,4 +141,4 @@ def _compile_graph(
             hint=f"write one with `cushion-deploy export --dtype {wanted}`",
         )
     with elapsed(report, f"compiling for {engine.name}"), new_folder(output) as staged:
-        return engine.compile(graph, staged, options)
+        return CompiledEngine(engine.compile(graph, staged, options), staged).tried(graph)

@@ -180,6 +180,16 @@ def dtype_option(
     )
 
 
+def engine_option(help_text: str) -> Callable[[F], F]:
+    """Return an option for the engine to run on."""
+    return click.option("--engine", metavar="NAME", help=f"{help_text} Default: onnxruntime, on the CPU.")
+
+
+def engines_option(help_text: str) -> Callable[[F], F]:
+    """Return an option for the engines to run on."""
+    return click.option("--engine", "engines", multiple=True, metavar="NAMES", help=f"Comma-separated. {help_text}")
+
+
 def plan_options(function: F) -> F:
     """Add the options of TensorRT plans, which default to the settings of the recipe: type, optimization profiles."""
     for option in (

@@ -1,4 +1,4 @@
-"""Prompts at the begin of a chat: passages of a text as the user's message, in the model's chat template."""
+"""Prompts of a chat: passages of a text as the user's message, in the model's chat template."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cushion_deploy.runtime.bundle import TextFiles
 from cushion_deploy.runtime.chat import ChatTemplate, encode_chat
 from cushion_deploy.store.digests import digest_json
 
-PROMPTS, MESSAGE_TOKENS = 8, 32
-"""Prompts, and tokens of each message that are scored in addition to what the template puts before it."""
+PROMPTS, MESSAGE_TOKENS, ANSWER_TOKENS = 8, 32, 32
+"""Prompts, tokens of each message, and tokens of the answer that the original model gives."""
 PASSAGE = 400
-"""Characters of a passage: more than the scored tokens take."""
+"""Characters of a passage: more than the tokens of a message take."""
 TODAY = datetime(2025, 1, 1)
 """The date for templates that state one, so that prompts are the same on every day."""
 
@@ -26,25 +26,27 @@ class ChatPrompts:
     """Prompts of equal length.
 
     Attributes:
-        ids: int64 ``[prompts, length]``, without a beginning-of-sequence token.
+        ids: int64 ``[prompts, length]``, without a beginning-of-sequence token; an answer follows.
         begin: that token if the template begins with it; a prefix takes its place.
+        ends: tokens that end an answer.
         missing: why there are no prompts; empty if there are.
     """
 
     ids: IntArray
     begin: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
     missing: str = ""
 
     @property
     def digest(self) -> str:
         """SHA-256 over everything."""
-        return digest_json([self.ids.tolist(), list(self.begin), self.missing])
+        return digest_json([self.ids.tolist(), list(self.begin), list(self.ends), self.missing])
 
 
 def chat_prompts(files: TextFiles, text: str) -> ChatPrompts:
     """Return prompts with passages of a text, spread over it, as the user's message.
 
-    Each ends within the message, ``MESSAGE_TOKENS`` behind what the template puts before it.
+    Each message has ``MESSAGE_TOKENS`` tokens between what the template puts before and behind it.
     """
     if files.chat_template is None:
         return _none("the model has no chat template")
@@ -55,11 +57,14 @@ def chat_prompts(files: TextFiles, text: str) -> ChatPrompts:
         return _none(error.message)
     begin = () if files.bos_token_id is None or rows[0][:1] != [files.bos_token_id] else (files.bos_token_id,)
     rows = [row[len(begin) :] for row in rows]
-    header = _common([*rows, other[len(begin) :]])
-    length = min(header + MESSAGE_TOKENS, *map(len, rows))
-    if length < 2:
+    alike = [*rows, other[len(begin) :]]
+    before = _common(alike)
+    behind = min(_common([row[::-1] for row in alike]), *(len(row) - before for row in alike))
+    message = min(MESSAGE_TOKENS, *(len(row) - before - behind for row in rows))
+    if before + message + behind < 2:
         return _none("the chat template makes no prompt of two tokens")
-    return ChatPrompts(np.array([row[:length] for row in rows], dtype=np.int64), begin)
+    prompts = [row[: before + message] + row[len(row) - behind :] for row in rows]
+    return ChatPrompts(np.array(prompts, dtype=np.int64), begin, files.eos_token_ids)
 
 
 def _none(reason: str) -> ChatPrompts:

@@ -1,15 +1,17 @@
-"""Text drawn from the model itself, for calibration without any data."""
+"""Text of the model itself: documents drawn for calibration without any data, and answers to prompts."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
+from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.progress import Progress, silent
-from cushion_deploy.modeling.past_key_values import reserved_cache
+from cushion_deploy.modeling.past_key_values import keys_values, reserved_cache
 from cushion_deploy.modeling.runner import TorchRunner
 
 STEPS_TIMED = 5
@@ -35,6 +37,31 @@ def sample_text(model: TorchRunner, seed: int, progress: Progress = silent) -> t
         ids = torch.cat([ids, new], dim=1)
         progress("sampling text", step + 1, length)
     return tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+@torch.inference_mode()
+def answer_greedily(model: TorchRunner, ids: IntArray, count: int, barred: Collection[int] = ()) -> IntArray:
+    """Return the most probable continuation of each row behind what precedes a text without a prefix.
+
+    Args:
+        model: the model, not quantized.
+        ids: int64 ``[rows, length]``, at least one token each.
+        count: number of tokens.
+        barred: tokens that are never chosen, such as those that end an answer.
+
+    Returns:
+        int64 ``[rows, count]``.
+    """
+    past, new = model.past(model.no_prefix()), model.tensor(ids)
+    found, never = [], model.tensor(sorted(barred)).long()
+    for _ in range(count):
+        output = model.run(new, past, head=False, keep_cache=True)
+        past = keys_values(output.past_key_values, past.kept)
+        logits = model.head_logits(output.last_hidden_state[:, -1])
+        new = logits.index_fill(-1, never, -torch.inf).argmax(-1, keepdim=True)
+        found.append(new)
+    answers: IntArray = model.array(torch.cat(found, dim=1))
+    return answers
 
 
 @torch.inference_mode()

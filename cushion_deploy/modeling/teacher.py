@@ -118,10 +118,14 @@ class Fidelity:
     losses: FloatArray
     divergences: FloatArray
 
+    def part(self, positions: slice) -> Fidelity:
+        """Return the predictions that are made at some positions of every window."""
+        return Fidelity(self.losses[:, positions], self.divergences[:, positions])
+
     @property
     def later(self) -> Fidelity:
         """The predictions that are made from position 16 on; none if the windows are shorter than 18 tokens."""
-        return Fidelity(self.losses[:, BEGIN:], self.divergences[:, BEGIN:])
+        return self.part(slice(BEGIN, None))
 
     @property
     def divergence(self) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.onnxruntime.session import open_session
+from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.parity.checks import ParityCheck
 from cushion_deploy.parity.ladder import (
@@ -41,7 +43,10 @@ class Climb:
         plans: other graphs that engines were compiled from.
         tokens: number of tokens to decode one by one.
         progress: receives progress.
-        engine: the losses of the engine on the windows of the reference, set when :meth:`rungs` ends.
+        engines: opens a session of each other engine, by name; what it raises as CushionError is why it did not run.
+        engine: the losses of ONNX Runtime on the windows of the reference, set when :meth:`rungs` ends.
+        scores: those of the other engines that ran, by name.
+        not_run: why the others did not, by name.
     """
 
     model: TorchRunner
@@ -52,7 +57,10 @@ class Climb:
     plans: tuple[ExportedGraph, ...]
     tokens: int
     progress: Progress = silent
+    engines: Mapping[str, Callable[[], DecoderSession]] = field(default_factory=dict)
     engine: TextScore | None = None
+    scores: dict[str, TextScore] = field(default_factory=dict)
+    not_run: dict[str, str] = field(default_factory=dict)
 
     def rungs(self) -> Iterator[list[ParityCheck]]:
         """Yield the checks of every rung, in order."""
@@ -61,6 +69,8 @@ class Climb:
         yield from self._float_graph()
         yield from self._canonical_graph()
         yield from self._engine()
+        for name, opened in self.engines.items():
+            yield from self._other_engine(name, opened)
 
     def _constants(self, graph: ExportedGraph) -> Iterator[list[ParityCheck]]:
         from cushion_deploy.parity.reference import linear_codes
@@ -105,6 +115,20 @@ class Climb:
         session = open_session(self.graph)
         rung = "onnxruntime engine against fake-quant"
         checks, self.engine = engine_rung(rung, self.reference, session, self.progress, segments)
+        yield checks
+
+    def _other_engine(self, name: str, opened: Callable[[], DecoderSession]) -> Iterator[list[ParityCheck]]:
+        """Compare an engine with fake-quant, with the limits of ONNX Runtime."""
+        try:
+            session = opened()
+            try:
+                rung = f"{name} engine against fake-quant"
+                checks, self.scores[name] = engine_rung(rung, self.reference, session, self.progress)
+            finally:
+                session.close()
+        except CushionError as e:
+            self.not_run[name] = e.message
+            return
         yield checks
 
 

@@ -36,25 +36,24 @@ def perplexity_rows(measured: Perplexity) -> list[tuple[str, list[str]]]:
 
 
 def chat_rows(chat: Chat | None) -> list[tuple[str, list[str]]]:
-    """Return the rows of the four-column table for the begin of a chat."""
-    if chat is None or chat.divergence is None:
+    """Return the rows of the four-column table for chats."""
+    if chat is None or chat.answer is None or chat.prompt is None:
         return []
-    rows = _divergences("KL, begin of a chat", chat.divergence, chat.divergence_stderr)
-    if chat.kl_after_16 is not None and chat.tokens >= LATER_WINDOW:
-        rows += _divergences("  from position 16 on", chat.kl_after_16, chat.kl_after_16_stderr)
-    return rows
+    answer = _divergences("KL, answers in chats", chat.answer, chat.answer_stderr)
+    return answer + _divergences("  their prompts", chat.prompt, chat.prompt_stderr)
 
 
 def chat_sentence(chat: Chat | None) -> str:
-    """State how the begin of a chat was measured, or why it was not; empty if it was not tried."""
+    """State how chats were measured, or why they were not; empty if it was not tried."""
     if chat is None:
         return ""
     if chat.missing:
-        return f"The begin of a chat was not measured: {one_line(chat.missing)}."
+        return f"Chats were not measured: {one_line(chat.missing)}."
     return (
-        f"The begin of a chat is measured on {plural(chat.prompts, 'prompt')} of {plural(chat.tokens, 'token')}: the "
-        "model's chat template and the begin of a passage as the user's message. Its standard errors are those of the "
-        "mean over prompts."
+        f"Chats are {plural(chat.prompts, 'prompt')} of {plural(chat.tokens, 'token')}, a passage as the message of a "
+        "user in the model's chat template, with what the original model answers in "
+        f"{plural(chat.answer_tokens, 'token')}; nobody reads what a model predicts within a prompt. Standard errors "
+        "are those of the mean over prompts."
     )
 
 

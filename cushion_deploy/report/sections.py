@@ -225,6 +225,9 @@ def _engine_row(report: Report, engine: Engine) -> tuple[Text, ...]:
     covered = ", ".join(filter(None, (statements.coverage(engine), plans.attention_words(report, engine))))
     status = Span("run", "passed") if engine.ran else Span(statements.not_run_reason(engine), "incomplete")
     note = (" ", Span(engine.note, "quiet")) if engine.ran and engine.note else ()
+    if engine.perplexity is not None:
+        stderr = "" if engine.stderr is None else f" ± {engine.stderr:.2f}"
+        note = (" ", Span(f"perplexity {engine.perplexity:.2f}{stderr}", "quiet"), *note)
     return engine.engine, ", ".join(engine.targets), covered, (status, *note)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from cushion_deploy.report.document import Engine, ParityRow, Report
 from cushion_deploy.report.document.measurements import Magnitudes
-from cushion_deploy.report.document.prefix import Averaging, Choice, Tuning
+from cushion_deploy.report.document.prefix import Averaging, Choice, ChoiceCandidate, Tuning
 from cushion_deploy.report.render.formatting import (
     listing,
     model_name,
@@ -115,16 +115,21 @@ def choice_sentence(choice: Choice) -> str:
     """State with which numbers the model was chosen that ships; empty if there was nothing to choose."""
     if not choice.candidates:
         return ""
-    scores = [
-        f"{one_line(row.name)} {_nats(row.kl_after_16)} nats per token and perplexity {perplexity(row.perplexity)}"
-        for row in choice.candidates
-    ]
-    measure = "divergence" if choice.reason == "kl_after_16" else "perplexity, because the divergences are too close,"
+    chats = f" and on {choice.answer_tokens:,} of answers in chats," if choice.answer_tokens else ""
+    measure = "divergence" if choice.reason == "divergence" else "perplexity, because the divergences are too close,"
     return (
-        f"Judged by its {measure} on {choice.tokens:,} predictions from position 16 on, of text that was not "
-        f"calibrated on, each with smoothing and scales of its own, the quantized model ships "
+        f"Judged by its {measure} on {choice.tokens:,} predictions of text that was not calibrated on, from position "
+        f"16 on,{chats} each with smoothing and scales of its own, the quantized model ships "
         f"{one_line(choice.shipped)}: "
-        f"{listing(scores)}."
+        f"{listing([_candidate_words(row) for row in choice.candidates])}."
+    )
+
+
+def _candidate_words(row: ChoiceCandidate) -> str:
+    answer = "" if row.answer is None else f", {_nats(row.answer)} in answers"
+    return (
+        f"{one_line(row.name)} {_nats(row.kl_after_16)} nats per token{answer} and perplexity "
+        f"{perplexity(row.perplexity)}"
     )
 
 

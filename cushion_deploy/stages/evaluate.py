@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.evaluate.chat import MESSAGE_TOKENS, PROMPTS, ChatPrompts
+from cushion_deploy.evaluate.chat import ANSWER_TOKENS, MESSAGE_TOKENS, PROMPTS, ChatPrompts
 from cushion_deploy.stages.base import Node, Speed, Stage
-from cushion_deploy.stages.chat import ChatWindows, chat_scores
+from cushion_deploy.stages.chat import ChatFidelity, ChatWindows, chat_scores
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.scores import DIVERGENCES, scores_of
 from cushion_deploy.stages.windows import Cut, evaluation_windows
@@ -38,11 +38,11 @@ class Evaluate(Stage[dict[str, Any]]):
         no_prefix: what precedes a text if there is no prefix.
         text: the evaluation text.
         cut: how the text is cut into windows.
-        chat: prompts at the begin of a chat.
+        chat: prompts of chats.
     """
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     quantization: Node[Quantization]
@@ -64,7 +64,7 @@ class Evaluate(Stage[dict[str, Any]]):
         teacher = Teacher(model)
         teacher.remember(windows, inputs.progress)
         prompts = inputs.get(self.chat)
-        chat = None if prompts.missing else ChatWindows.of(teacher, prompts, inputs.progress)
+        chat = ChatWindows.of(teacher, prompts, inputs.progress)
         measure = _Columns(model, teacher, windows, chat, inputs)
         four = measure.four(quantization, inputs.get(self.bare))
         columns = {name: scores_of(found.text) for name, found in four.items()}
@@ -81,7 +81,8 @@ class Evaluate(Stage[dict[str, Any]]):
             "chat": {
                 "prompts": len(prompts.ids),
                 "tokens": prompts.ids.shape[1],
-                "missing": prompts.missing,
+                "answer_tokens": chat.answer if chat else 0,
+                "missing": prompts.missing or ("" if chat else "the model has too few positions for an answer"),
                 **(chat_scores(chats) if chats else {}),
             },
             "magnitudes": {
@@ -102,16 +103,17 @@ class Evaluate(Stage[dict[str, Any]]):
     def seconds(self, speed: Speed) -> float:
         """Sum the pass of the original model, and a column in floating point and a quantized one for each prefix."""
         prefixes = 1 + min(speed.search_steps, 1)
-        tokens = self.cut.tokens + 2 * PROMPTS * MESSAGE_TOKENS
-        return tokens * speed.layers + prefixes * (tokens * (speed.compared + speed.quantized) + speed.swap)
+        tokens = self.cut.tokens + PROMPTS * (2 * MESSAGE_TOKENS + ANSWER_TOKENS)
+        columns = prefixes * (tokens * (speed.compared + speed.quantized) + speed.swap)
+        return tokens * speed.layers + columns + ANSWER_TOKENS * speed.decode_step
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Scores on the text and on the prompts of a chat; None if there are no prompts."""
+    """Scores on the text and on chats; None if there are none."""
 
     text: Fidelity
-    chat: Fidelity | None
+    chat: ChatFidelity | None
 
 
 @dataclass(frozen=True)
@@ -149,5 +151,5 @@ class _Columns:
     def _compare(self, model: TorchRunner, prefix: Prefix, name: str) -> _Found:
         progress = self.inputs.progress
         text = self.teacher.compare(model, prefix, self.windows, progress, f"perplexity: {name}")
-        chat = self.chat.compare(model, prefix, progress, f"begin of a chat: {name}") if self.chat else None
+        chat = self.chat.compare(model, prefix, progress, f"chats: {name}") if self.chat else None
         return _Found(text, chat)

@@ -25,7 +25,7 @@ from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.calibrate import Calibrate, CalibrateCache
 from cushion_deploy.stages.chat import ReadChat
 from cushion_deploy.stages.choose import Choose, Chosen
-from cushion_deploy.stages.compile import Compile
+from cushion_deploy.stages.compile import Compile, EngineToRun, OpenCompiled
 from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.evaluate import Evaluate
 from cushion_deploy.stages.export import Export, engine_form
@@ -170,7 +170,8 @@ class Pipeline:
     def _choice(self) -> Choose:
         config, names = self.recipe.calibration, tuple(self.candidates)
         quantizations = tuple(branch.quantization for branch in self.candidates.values())
-        return Choose(self.model, names, quantizations, self.text, config.windows, config.window)
+        chat = ReadChat(self.files, self.text)
+        return Choose(self.model, names, quantizations, self.text, config.windows, config.window, chat)
 
     def shipped(self, part: Callable[[Branch], Node[T]]) -> Node[T]:
         """Return a part of the branch that ships."""
@@ -250,9 +251,13 @@ class Pipeline:
         return ChoosePlanType(wanted, measured or MeasureRange(self.model, quantization, *observed))
 
     def parity(
-        self, quantization: Node[Quantization], graph: Node[ExportedGraph], plans: tuple[Node[ExportedGraph], ...]
+        self,
+        quantization: Node[Quantization],
+        graph: Node[ExportedGraph],
+        plans: tuple[Node[ExportedGraph], ...],
+        engines: tuple[Node[EngineToRun | None], ...] = (),
     ) -> Parity:
-        """Return the parity stage of a graph, including the graphs behind the given plans."""
+        """Return the parity stage of a graph, including the graphs behind the given plans and the given engines."""
         recipe = self.recipe
         text = self.corpus(recipe.parity.data or recipe.evaluation.data, "evaluation")
         # The content of the texts is an input; their location is not.
@@ -260,7 +265,8 @@ class Pipeline:
         versions = installed_versions(("onnxruntime", "onnxruntime-gpu"))
         runtime = ", ".join(f"{name} {version}" for name, version in versions.items())
         graphs = graph, self.form, GraphsOfPlans(graph, plans)
-        return Parity(self.exact_model, quantization, *graphs, text, self.evaluation_text, *settings, runtime)
+        texts = text, self.evaluation_text
+        return Parity(self.exact_model, quantization, *graphs, *texts, *settings, runtime, engines)
 
     @property
     def evaluation(self) -> Evaluate:
@@ -277,9 +283,17 @@ class Pipeline:
         graph = self.graph(quantization)
         plans = tuple(self.engine_graph(quantization, graph, engine) for engine in engines)
         compiled = tuple(Compile.of(plan, name, options) for plan, name in zip(plans, engines, strict=True))
-        parity = self.parity(quantization, graph, plans)
+        parity = self.parity(quantization, graph, plans, _other_engines(compiled, plans))
         calibration = self.shipped(lambda each: each.calibration)
         plan_type = self.plan_type(quantization) if any(ENGINES[e].compiles_to == "plan" for e in engines) else None
         found = calibration, branch.tuning, self.choice, quantization, graph, plan_type, compiled
         report = AssembleReport(recipe, self.files, self.text, self.search, *found, self.evaluation, parity)
         return Publish(recipe, self.files, quantization, graph, compiled, report, output)
+
+
+def _other_engines(
+    compiled: tuple[Compile, ...], graphs: tuple[Node[ExportedGraph], ...]
+) -> tuple[Node[EngineToRun | None], ...]:
+    """Return the engines that run what they compiled; ONNX Runtime on the CPU is on every ladder anyway."""
+    pairs = zip(compiled, graphs, strict=True)
+    return tuple(OpenCompiled(c, graph) for c, graph in pairs if ENGINES[c.engine].compiles_to != "report")

@@ -25,7 +25,7 @@ from cushion_deploy.stages.calibrate import CalibratedScales
 from cushion_deploy.stages.choose import Choice
 from cushion_deploy.stages.compile import CompiledEngine
 from cushion_deploy.stages.load import ModelFiles
-from cushion_deploy.stages.parity import ParityResult
+from cushion_deploy.stages.parity import EngineScore, ParityResult
 from cushion_deploy.stages.run import Inputs, StageTime
 from cushion_deploy.stages.search import FoundPrefix
 from cushion_deploy.stages.tune import TunedPrefix
@@ -34,7 +34,7 @@ from cushion_deploy.store.manifest import tool_version
 
 PACKAGES = (
     *("torch", "transformers", "onnx-ir", "numpy"),
-    *("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt"),
+    *("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx-cu13", "tensorrt"),
 )
 
 
@@ -72,6 +72,7 @@ class AssembleReport(Derived[Report]):
         quantization, evaluation = inputs.get(self.quantization), inputs.get(self.evaluation)
         trace = inputs.get(self.tuning).trace if self.tuning else None
         kv = quantization.kv_scales
+        engines, scores = [inputs.get(engine).artifact for engine in self.engines], parity.engines
         data = {
             "schema": 1,
             "tool": {"version": tool_version()},
@@ -94,7 +95,7 @@ class AssembleReport(Derived[Report]):
             "export": self._export(inputs.get(self.graph), quantization, spec, parity),
             "parity": [c.to_json() for c in parity.report.checks],
             "plan_type": plan_type_row(inputs.get(self.plan_type)) if self.plan_type else None,
-            "engines": [engine_row(inputs.get(engine).artifact) for engine in self.engines],
+            "engines": [engine_row(found, scores.get(found.engine)) for found in engines],
             "stages": merge_times(inputs.run.times),
             "environment": {
                 "python": platform.python_version(),
@@ -170,8 +171,8 @@ def plan_type_row(found: PlanType) -> dict[str, Any]:
     return {"dtype": found.dtype, "wanted": found.wanted, "margin": MARGIN, **measured}
 
 
-def engine_row(artifact: EngineArtifact) -> dict[str, Any]:
-    """Return the description of an engine in a report, JSON-ready."""
+def engine_row(artifact: EngineArtifact, score: EngineScore | None = None) -> dict[str, Any]:
+    """Return the description of an engine in a report, with its score on the parity ladder, JSON-ready."""
     return {
         "engine": artifact.engine,
         "targets": artifact.targets,
@@ -179,6 +180,8 @@ def engine_row(artifact: EngineArtifact) -> dict[str, Any]:
         "int8_linears": artifact.int8_linears,
         "fused_attention": artifact.fused_attention,
         "ran": artifact.ran,
+        "perplexity": score.perplexity if score else None,
+        "stderr": score.stderr if score else None,
         "note": str(artifact.details.get("not_run", "")).removeprefix("not run: "),
         "details": {name: value for name, value in artifact.details.items() if name != "command"},
     }

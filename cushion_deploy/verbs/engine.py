@@ -18,7 +18,7 @@ from cushion_deploy.report.document import Engine as EngineRow
 from cushion_deploy.report.document import PlanType as PlanTypeRow
 from cushion_deploy.report.write import write_report
 from cushion_deploy.runtime.bundle import Bundle, verify_graph
-from cushion_deploy.runtime.engine import read_engine
+from cushion_deploy.runtime.engine import DEFAULT_ENGINE, read_engine
 from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.export import engine_form
@@ -124,12 +124,15 @@ def _graphs_checked(bundle: Bundle) -> set[str]:
 def _update_report(artifact: EngineArtifact, plan_type: PlanType | None, folder: Path, *, checked: bool) -> None:
     """Add an engine and the type of its plan to the report in ``folder``, or replace the same engine there.
 
-    Checks of graphs behind plans are removed if none of them covers the graph of this plan.
+    Checks of graphs behind plans are removed if none of them covers the graph of this plan, and so are those of an
+    engine that is replaced.
     """
     report = read_report(folder / REPORT_JSON)
     others = [engine for engine in report.engines if engine.engine != artifact.engine]
     rows = (*others, EngineRow.model_validate(engine_row(artifact)))
     parity = tuple(row for row in report.parity if checked or not _OF_A_PLAN.search(row.rung))
+    if artifact.engine != DEFAULT_ENGINE:
+        parity = tuple(row for row in parity if not row.rung.startswith(f"{artifact.engine} engine "))
     changes: dict[str, Any] = {"engines": rows, "parity": parity}
     if plan_type:
         changes["plan_type"] = PlanTypeRow.model_validate(plan_type_row(plan_type))

@@ -70,6 +70,10 @@ class OnnxRuntime:
     def require_runnable(self, artifact: EngineArtifact, graph: ExportedGraph) -> None:
         """Accept any artifact: there is no plan, and opening a session checks the provider."""
 
+    def reads(self, artifact: EngineArtifact) -> bool:
+        """Return False: it runs ``model.onnx``."""
+        return False
+
     def open(self, graph: ExportedGraph, plan: bytes = b"", *, threads: int | None = None) -> OnnxRuntimeSession:
         """Open a session of ``model.onnx`` on the provider."""
         return open_session(graph, threads=threads, provider=self.provider)

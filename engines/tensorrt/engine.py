@@ -75,6 +75,10 @@ class TensorRt:
         install = f"pip install 'cushion-deploy[{self.flavour.extra},cuda]'"
         require_runnable(artifact, graph, probe(self.flavour.module), install)
 
+    def reads(self, artifact: EngineArtifact) -> bool:
+        """Return True: it runs the plan."""
+        return True
+
     def open(self, graph: ExportedGraph, plan: bytes = b"", *, threads: int | None = None) -> TensorRtSession:
         """Deserialize a plan and open a session on the first GPU; ``threads`` does not apply to it."""
         prefix, kv = cached_prefix(graph), cached_scales(graph)

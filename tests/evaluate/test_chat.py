@@ -1,4 +1,4 @@
-"""Prompts at the begin of a chat, against what transformers makes of the same conversations."""
+"""Prompts of chats, against what transformers makes of the same conversations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def with_template(files: TextFiles, source: str) -> TextFiles:
     return replace(files, chat_template=ChatTemplate(source, files.chat_template.special_tokens))
 
 
-def test_prompts_are_conversations_cut_within_the_message(files: TextFiles, tiny_folder: Path) -> None:
+def test_prompts_are_conversations_whose_message_is_cut(files: TextFiles, tiny_folder: Path) -> None:
     found = chat_prompts(files, TEXT)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     tokenizer.chat_template = TEMPLATE
@@ -41,22 +41,25 @@ def test_prompts_are_conversations_cut_within_the_message(files: TextFiles, tiny
     assert all(row[0] == BOS for row in rows)
     assert (found.begin, found.missing) == ((BOS,), "")
     assert len(found.ids) == PROMPTS
-    length = found.ids.shape[1]
-    expected = {tuple(row[1 : length + 1]) for row in rows}
-    assert {tuple(row) for row in found.ids.tolist()} < expected
+    # A message of another kind tells where the template ends and the message begins, and where it goes on.
+    other = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=True, return_dict=False)
+    header, footer = (
+        next(i for i, (a, b) in enumerate(zip(one, another, strict=False)) if a != b)
+        for one, another in ((rows[0], other), (rows[0][::-1], other[::-1]))
+    )
+    assert footer > 0
+    expected = [row[1 : header + MESSAGE_TOKENS] + row[-footer:] for row in rows]
+    assert {tuple(row) for row in found.ids.tolist()} < set(map(tuple, expected))
     # Spread over the text: the first and the last paragraph are among them, and the heading is too short.
-    assert found.ids[0].tolist() == rows[0][1 : length + 1]
-    assert found.ids[-1].tolist() == rows[-1][1 : length + 1]
-    # A message of another kind tells where the template ends and the message begins.
-    ends = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=True, return_dict=False)
-    header = next(i for i, (a, b) in enumerate(zip(rows[0], ends, strict=False)) if a != b) - 1
-    assert length == header + MESSAGE_TOKENS
+    assert found.ids[0].tolist() == expected[0]
+    assert found.ids[-1].tolist() == expected[-1]
+    assert found.ends == files.eos_token_ids
 
 
 def test_a_template_without_bos_has_none_before_its_prompts(files: TextFiles) -> None:
     found = chat_prompts(with_template(files, "[{{ messages[0].content }}]"), TEXT)
     assert found.begin == ()
-    assert found.ids.shape[1] == 1 + MESSAGE_TOKENS
+    assert found.ids.shape[1] == 1 + MESSAGE_TOKENS + 1
 
 
 def test_the_same_prompts_on_every_day(files: TextFiles) -> None:
@@ -88,3 +91,4 @@ def test_prompts_are_identified_by_their_tokens(files: TextFiles) -> None:
     assert found.digest == chat_prompts(files, TEXT).digest
     assert found.digest != replace(found, ids=found.ids + 1).digest
     assert found.digest != replace(found, begin=()).digest
+    assert found.digest != replace(found, ends=(3,)).digest

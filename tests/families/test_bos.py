@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.progress import silent
 from cushion_deploy.evaluate.chat import ChatPrompts
 from cushion_deploy.modeling import sample
@@ -24,9 +25,9 @@ BOS = 1
 IDS = np.random.default_rng(4).integers(3, 320, (2, 20))
 
 
-def expected(module: Any, before: tuple[int, ...]) -> torch.Tensor:
-    """Return transformers' own log probabilities of the windows behind some tokens."""
-    ids = torch.cat([torch.tensor([before] * 2, dtype=torch.int64), torch.from_numpy(IDS)], dim=1)
+def expected(module: Any, before: tuple[int, ...], windows: IntArray = IDS) -> torch.Tensor:
+    """Return transformers' own log probabilities of two windows behind some tokens."""
+    ids = torch.cat([torch.tensor([before] * 2, dtype=torch.int64), torch.from_numpy(windows)], dim=1)
     with torch.inference_mode():
         return torch.log_softmax(module(input_ids=ids, use_cache=False).logits[:, len(before) : -1], -1)
 
@@ -45,11 +46,13 @@ def test_the_original_model_is_asked_behind_its_bos(
 def test_at_the_begin_of_a_chat_it_is_there_once(load_variant: Any, oracle: Any) -> None:
     model = load_variant("gemma2")
     chat = ChatWindows.of(Teacher(model), ChatPrompts(IDS, (BOS,)), silent)
-    p, q = expected(oracle("gemma2"), (BOS,)), expected(oracle("gemma2"), (BOS, 7))
+    assert chat is not None
+    p, q = expected(oracle("gemma2"), (BOS,), chat.ids), expected(oracle("gemma2"), (BOS, 7), chat.ids)
     # transformers lets sliding windows move past any token.
     prefix = replace(model.compute_prefix((BOS, 7)), slides=True)
     found = chat.compare(model, prefix, silent, "")
-    np.testing.assert_allclose(found.divergences, (p.exp() * (p - q)).sum(-1).numpy(), rtol=5e-3, atol=1e-5)
+    divergences = np.concatenate([found.prompt.divergences, found.answer.divergences], axis=1)
+    np.testing.assert_allclose(divergences, (p.exp() * (p - q)).sum(-1).numpy(), rtol=5e-3, atol=1e-5)
 
 
 def test_text_is_drawn_behind_it(load_variant: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,10 +107,11 @@ _DATA: dict[str, Any] = {
     "chat": {
         "prompts": 16,
         "tokens": 63,
-        "divergence": {"fp": 0.0, "fp_prefix": 0.021, "quantized": 0.5, "quantized_prefix": 0.044},
-        "divergence_stderr": {"fp": 0.0, "fp_prefix": 0.003, "quantized": 0.02, "quantized_prefix": 0.0055},
-        "kl_after_16": {"fp": 0.0, "fp_prefix": 0.0099, "quantized": 0.4, "quantized_prefix": 0.033},
-        "kl_after_16_stderr": {"fp": 0.0, "fp_prefix": 0.0011, "quantized": 0.02, "quantized_prefix": 0.0044},
+        "answer_tokens": 32,
+        "answer": {"fp": 0.0, "fp_prefix": 0.0099, "quantized": 0.4, "quantized_prefix": 0.033},
+        "answer_stderr": {"fp": 0.0, "fp_prefix": 0.0011, "quantized": 0.02, "quantized_prefix": 0.0044},
+        "prompt": {"fp": 0.0, "fp_prefix": 0.021, "quantized": 0.5, "quantized_prefix": 0.044},
+        "prompt_stderr": {"fp": 0.0, "fp_prefix": 0.003, "quantized": 0.02, "quantized_prefix": 0.0055},
         "missing": "",
     },
     "search": {
@@ -170,8 +171,9 @@ _DATA: dict[str, Any] = {
     },
     "choice": {
         "shipped": "with prefix",
-        "reason": "kl_after_16",
+        "reason": "divergence",
         "tokens": 1912,
+        "answer_tokens": 256,
         "candidates": [
             {
                 "name": "without prefix",
@@ -179,6 +181,8 @@ _DATA: dict[str, Any] = {
                 "divergence": 0.0198,
                 "kl_after_16": 0.0195,
                 "kl_after_16_stderr": 0.0006,
+                "answer": 0.0217,
+                "answer_stderr": 0.0022,
             },
             {
                 "name": "with prefix",
@@ -186,6 +190,8 @@ _DATA: dict[str, Any] = {
                 "divergence": 0.035,
                 "kl_after_16": 0.0161,
                 "kl_after_16_stderr": 0.0007,
+                "answer": 0.0116,
+                "answer_stderr": 0.0008,
             },
         ],
     },
@@ -221,6 +227,8 @@ _DATA: dict[str, Any] = {
             "int8_linears": 210,
             "fused_attention": 30,
             "ran": True,
+            "perplexity": None,
+            "stderr": None,
             "note": "",
             "details": {"kernels": {"MatMulInteger": 120}, "rewrites": {"uint8": 120}},
         },
@@ -231,6 +239,8 @@ _DATA: dict[str, Any] = {
             "int8_linears": 208,
             "fused_attention": 30,
             "ran": False,
+            "perplexity": None,
+            "stderr": None,
             "note": "no NVIDIA GPU on this machine",
             "details": {},
         },

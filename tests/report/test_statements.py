@@ -78,7 +78,9 @@ def test_the_choice_is_said_with_both_numbers_and_what_decided(data: dict[str, A
     said = choice_sentence(report.choice)
     for words in (
         "ships with prefix",
-        "1,912 predictions from position 16 on, of text",
+        "1,912 predictions of text",
+        "and on 256 of answers in chats",
+        "0.0116 in answers",
         "its divergence on",
         "0.0195",
         "0.0161",
@@ -175,18 +177,19 @@ def test_terminal_and_page_show_the_later_divergence_and_the_noise(report: Repor
     assert "treat tokens as independent" in page
 
 
-def test_the_begin_of_a_chat_has_rows_of_its_own(report: Report) -> None:
+def test_chats_have_rows_of_their_own(report: Report) -> None:
     assert chat_rows(report.chat) == [
-        ("KL, begin of a chat", ["0.0000", "0.0210", "0.5000", "0.0440"]),
-        ("standard error", ["± 0.0000", "± 0.0030", "± 0.0200", "± 0.0055"]),
-        ("  from position 16 on", ["0.0000", "0.0099", "0.4000", "0.0330"]),
+        ("KL, answers in chats", ["0.0000", "0.0099", "0.4000", "0.0330"]),
         ("standard error", ["± 0.0000", "± 0.0011", "± 0.0200", "± 0.0044"]),
+        ("  their prompts", ["0.0000", "0.0210", "0.5000", "0.0440"]),
+        ("standard error", ["± 0.0000", "± 0.0030", "± 0.0200", "± 0.0055"]),
     ]
     page = render_html(report_page(report, {}))
-    for text in ("KL, begin of a chat", "± 0.0055", "0.0330"):
+    for text in ("KL, answers in chats", "± 0.0055", "0.0330"):
         assert text in page
         assert text in "\n".join(summary_lines(report))
-    assert "measured on 16 prompts of 63 tokens" in page
+    assert "Chats are 16 prompts of 63 tokens" in page
+    assert "with what the original model answers in 32 tokens" in page
 
 
 def test_why_no_chat_was_measured_is_said(data: dict[str, Any]) -> None:
@@ -194,9 +197,9 @@ def test_why_no_chat_was_measured_is_said(data: dict[str, Any]) -> None:
     report = Report.model_validate(data)
     assert chat_rows(report.chat) == []
     for text in (render_html(report_page(report, {})), " ".join(" ".join(summary_lines(report)).split())):
-        assert "The begin of a chat was not measured: the model has no chat template." in text
+        assert "Chats were not measured: the model has no chat template." in text
     data["chat"] = None
-    assert "begin of a chat" not in render_html(report_page(Report.model_validate(data), {}))
+    assert "Chats" not in render_html(report_page(Report.model_validate(data), {}))
 
 
 def test_a_part_of_a_text_is_said_beside_every_result(data: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from cushion_deploy.core.artifacts import SMOOTHING_FILE, write_smoothing
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import HEAD_SITE
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.evaluate.chat import ANSWER_TOKENS
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.recipe import Recipe
@@ -176,9 +177,11 @@ def test_a_tuned_build_with_float_sites_holds_the_ladder(one_run: MakeRun, tmp_p
     assert 0 < (errors.quantized or 0) < (later.quantized or 0)
     assert report.chat is not None
     assert (report.chat.missing, report.chat.prompts) == ("", 1)
-    assert report.chat.divergence is not None
-    assert report.chat.divergence.fp == pytest.approx(0, abs=1e-5)
-    assert (report.chat.divergence.quantized or 0) > 0
+    assert report.chat.answer_tokens == ANSWER_TOKENS
+    for found in (report.chat.answer, report.chat.prompt):
+        assert found is not None
+        assert found.fp == pytest.approx(0, abs=1e-5)
+        assert (found.quantized or 0) > 0
     assert report.perplexity.engine_stderr is not None
     assert report.perplexity.stderr is not None
     assert report.perplexity.engine_stderr == pytest.approx(report.perplexity.stderr.quantized_prefix, rel=0.1)

@@ -100,7 +100,10 @@ class ParityRow(StrictModel):
 
 
 class Engine(StrictModel):
-    """A compiled engine: its number of INT8 linears, and whether it was run on the machine that built it."""
+    """A compiled engine: its number of INT8 linears, and whether it was run on the machine that built it.
+
+    ``perplexity`` and ``stderr`` are those of the parity ladder; the default engine has them in ``report.perplexity``.
+    """
 
     engine: str
     targets: tuple[str, ...]
@@ -108,6 +111,8 @@ class Engine(StrictModel):
     int8_linears: Count
     fused_attention: Count
     ran: bool
+    perplexity: PositiveFloat | None = None
+    stderr: NonNegativeFloat | None = None
     note: str = ""
     details: FreeForm = Field(default_factory=dict)
 

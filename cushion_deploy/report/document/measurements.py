@@ -58,22 +58,25 @@ class Perplexity(StrictModel):
 
 
 class Chat(StrictModel):
-    """Divergence from the original model at the begin of a chat.
+    """Divergence from the original model in chats.
 
     Attributes:
-        prompts, tokens: number and length of the prompts: the model's chat template and the begin of a user's message.
-        divergence, kl_after_16: as in ``perplexity``. The original model has the beginning-of-sequence token of its
-            template before the prompt, a model with a prefix has the prefix instead.
-        divergence_stderr, kl_after_16_stderr: standard errors of the mean over prompts.
+        prompts, tokens: number and length of the prompts: a user's message in the model's chat template.
+        answer_tokens: tokens of each answer, the most probable ones of the original model.
+        answer: divergence, as in ``perplexity``, of the predictions of the answers' tokens. The original model has the
+            beginning-of-sequence token of its template before the prompt, a model with a prefix has the prefix instead.
+        prompt: the same of the predictions within the prompts, which nobody reads.
+        answer_stderr, prompt_stderr: standard errors of the mean over prompts.
         missing: why there is no divergence; empty if there is.
     """
 
     prompts: Count
     tokens: Count
-    divergence: Columns | None = None
-    divergence_stderr: Columns | None = None
-    kl_after_16: Columns | None = None
-    kl_after_16_stderr: Columns | None = None
+    answer_tokens: Count = 0
+    answer: Columns | None = None
+    answer_stderr: Columns | None = None
+    prompt: Columns | None = None
+    prompt_stderr: Columns | None = None
     missing: str = ""
 
 

@@ -167,24 +167,32 @@ class Tuning(StrictModel):
 
 
 class ChoiceCandidate(StrictModel):
-    """One of the models that were compared, each as it would ship, on held-out text."""
+    """One of the models that were compared, each as it would ship, on held-out text.
+
+    Attributes:
+        answer, answer_stderr: divergence on the original model's answers in chats; None if there are no chats.
+    """
 
     name: str
     perplexity: float | None
     divergence: float | None
     kl_after_16: float | None
     kl_after_16_stderr: float | None
+    answer: float | None = None
+    answer_stderr: float | None = None
 
 
 class Choice(StrictModel):
     """Whether the model ships with the prefix: the name of the candidate that was closer to the original model.
 
     Attributes:
-        reason: ``kl_after_16`` or ``perplexity``, whichever decided; ``only`` if there was no prefix to compare.
-        tokens: number of predictions that were compared.
+        reason: ``divergence`` or ``perplexity``, whichever decided; ``only`` if there was no prefix to compare.
+        tokens: number of predictions of the text that were compared.
+        answer_tokens: number of predictions of answers in chats that were compared as well.
     """
 
     shipped: str
-    reason: Literal["kl_after_16", "perplexity", "only"]
+    reason: Literal["divergence", "perplexity", "only"]
     tokens: Count = 0
+    answer_tokens: Count = 0
     candidates: tuple[ChoiceCandidate, ...] = ()
