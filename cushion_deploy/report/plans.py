@@ -11,7 +11,7 @@ HALF_MAX = 65504.0
 
 def fuses_attention(engine: Engine) -> bool:
     """Whether an engine is made of fused kernels; ONNX Runtime fuses no attention on a CPU."""
-    return not engine.engine.startswith("onnxruntime")
+    return engine.engine.startswith("tensorrt")
 
 
 def attention_words(report: Report, engine: Engine) -> str:

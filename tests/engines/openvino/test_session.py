@@ -53,6 +53,22 @@ def test_only_the_wanted_logits_are_returned(tiny: Any, ids: Any) -> None:
     np.testing.assert_allclose(last, expected[:, -1:], atol=2e-4)
 
 
+def test_head_runs_only_for_wanted_tokens(tiny: Any, ids: Any) -> None:
+    session: Any = open_session(tiny.graph, threads=1, chunk=16)
+    step, heads = session._step, []
+
+    def counted(*arguments: Any) -> Any:
+        found = step(*arguments)
+        heads.append(session._request.get_output_tensor(0).shape[1])
+        return found
+
+    session._step = counted
+    session.run(ids)
+    session.run(ids[:, :20], need_logits="none")
+    session.run(ids[:, :20], need_logits="all")
+    assert heads == [0, 0, 1, 0, 0, 16, 4]
+
+
 def test_left_padded_batch_equals_single_rows(tiny: Any, ids: Any) -> None:
     session: Any = open_session(tiny.graph, threads=1, chunk=4)
     rows = [ids[0, :12], ids[0, 20:25], ids[0, 30:39]]
