@@ -19,6 +19,8 @@ PIECE = 128
 """Tokens in one run; bounds the memory of logits and attention scores."""
 LARGEST = "/largest"
 """Suffix of the outputs that are measured."""
+HEAD = "head/"
+"""Scope of the head in a graph."""
 BOUNDED = frozenset(("Erf", "Sigmoid", "Softmax", "Tanh"))
 """Operators whose results are at most 1."""
 SATURATING = frozenset(("Erf", "Sigmoid", "Tanh"))
@@ -43,7 +45,8 @@ def largest_values(
     """Return the largest value in each part of a graph over windows of text, each behind the prefix of the graph.
 
     Every value that has the type of the graph is measured, but for those that cannot overflow (results of a softmax),
-    that may (the argument of a tanh), and masked scores.
+    that may (the argument of a tanh), and masked scores. The head runs for one token in 128: of a large vocabulary it
+    would be most of the work, and logits are small.
 
     Args:
         graph: a 16-bit graph with a cache that grows.
@@ -57,10 +60,11 @@ def largest_values(
         for name, rows, start in _pieces(session, graph, ids):
             # Rows are tokens, or heads or groups of heads with all tokens in each.
             length = min(PIECE, len(ids) - start)
+            first = start + length - 1 if name.startswith(HEAD) else start
             flat = np.where(np.isfinite(rows), rows, np.float32(np.inf)).reshape(-1)
             index = int(flat.argmax())
             if name not in found or flat[index] > found[name].value:
-                found[name] = Found(float(flat[index]), number, start + index % length)
+                found[name] = Found(float(flat[index]), number, first + index % length)
         progress("measuring the range of values", number + 1, len(windows))
     return _by_part(found, windows, token_text)
 
@@ -100,6 +104,7 @@ def _add_largest(model: Any, dtype: Dtype) -> None:
 
     graph, nodes, element = model.graph, narrow_nodes(model, dtype), ir.DataType[dtype.upper()]
     harmless = _harmless(nodes)
+    _run_head_for_last_token(model)
     blocks = _constant(graph, "measured_blocks", [0, 0, -1])
     last = _constant(graph, "measured_axis", [-1]) if model.opset_imports[""] >= 18 else None
     for node in nodes:
@@ -117,6 +122,22 @@ def _add_largest(model: Any, dtype: Dtype) -> None:
         largest.outputs[0].name, largest.outputs[0].type = f"{value.name}{LARGEST}", ir.TensorType(element)
         graph.extend([*rows, magnitude, largest])
         graph.outputs.append(largest.outputs[0])
+
+
+def _run_head_for_last_token(model: Any) -> None:
+    """Let the head of a graph read the hidden states ``[1, n, hidden]`` of the last token of a run alone."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    head = [node for node in graph if str(node.name).startswith(HEAD)]
+    (hidden,) = {v for n in head for v in n.inputs if v.producer() is not None and v.producer() not in head}
+    limits = (("last", -1), ("end", np.iinfo(np.int64).max), ("axis", 1))
+    last = ir.node("Slice", [hidden, *(_constant(graph, f"measured_slice_{name}", [value]) for name, value in limits)])
+    for node in head:
+        for i, value in enumerate(node.inputs):
+            if value is hidden:
+                node.replace_input_with(i, last.outputs[0])
+    graph.insert_before(head[0], last)
 
 
 def _constant(graph: Any, name: str, values: Sequence[int]) -> Any:

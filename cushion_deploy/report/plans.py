@@ -1,4 +1,4 @@
-"""What is said of the plans of a build: their floating-point type, and how many of their attentions are fused."""
+"""What is said of compiled engines: the floating-point type of plans, and how many attentions are fused."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ HALF_MAX = 65504.0
 """Largest finite value of float16."""
 
 
-def is_plan(engine: Engine) -> bool:
-    """Whether an engine is a plan of fused kernels; ONNX Runtime fuses no attention on a CPU."""
-    return not engine.engine.startswith("onnxruntime")
+def fuses_attention(engine: Engine) -> bool:
+    """Whether an engine is made of fused kernels; ONNX Runtime fuses no attention on a CPU."""
+    return engine.engine.startswith("tensorrt")
 
 
 def attention_words(report: Report, engine: Engine) -> str:
-    """Return how many attentions of a plan are fused: ``attention fused 30 of 30``; empty for other engines."""
-    return f"attention fused {engine.fused_attention} of {report.model.layers}" if is_plan(engine) else ""
+    """Return how many attentions of an engine are fused: ``attention fused 30 of 30``; empty for ONNX Runtime."""
+    return f"attention fused {engine.fused_attention} of {report.model.layers}" if fuses_attention(engine) else ""
 
 
 def attention_warning(report: Report, engine: Engine) -> str:
-    """Return a warning about a plan without any fused attention; empty if there is one."""
-    if not is_plan(engine) or engine.fused_attention or not report.model.layers:
+    """Return a warning about an engine without any fused attention; empty if there is one."""
+    if not fuses_attention(engine) or engine.fused_attention or not report.model.layers:
         return ""
     why = " (no float32 plan has one)" if engine.details.get("dtype") == "float32" else ""
     return (
