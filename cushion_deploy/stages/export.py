@@ -100,4 +100,5 @@ def engine_form(form: GraphForm, engine: Engine, dtype: Dtype, context: int) -> 
         context: longest context in tokens, without the prefix.
     """
     in_place = engine.in_place_cache and form.prefix == "cache" and form.cache == "growing"
-    return replace(form, dtype=dtype if dtype in engine.dtypes else engine.dtypes[0]), context if in_place else 0
+    found = dtype if dtype in engine.dtypes else engine.dtypes[0]
+    return replace(form, dtype=found, gathers_codes=engine.gathers_codes), context if in_place else 0
