@@ -67,6 +67,11 @@ class Engine(Protocol):
         """Whether it updates a static cache in place (KVCacheUpdate); a growing cache is copied at every step."""
         ...
 
+    @property
+    def gathers_codes(self) -> bool:
+        """Whether it runs a Gather of INT8 codes; if not, rows of an INT8 embedding are gathered behind a DQ."""
+        ...
+
     def version(self) -> str:
         """Return the version of the library; raises MissingDependency if it is not installed."""
         ...

@@ -248,6 +248,11 @@ class Export(Section):
     """What the ONNX graph looks like."""
 
     quantize_head: bool = Field(default=False, description="Quantize the output head (lm_head) to INT8 as well.")
+    embedding: Literal["int8", "float"] = Field(
+        default="float",
+        description="Store the token embedding, and with it a tied head, as INT8 codes with one scale per row (int8) "
+        "or in floating point (float).",
+    )
     keep_float: Names = Field(
         default=(),
         description="Sites to keep in floating point, by name, or auto:N for the N most sensitive ones.",

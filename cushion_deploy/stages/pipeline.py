@@ -13,7 +13,7 @@ from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.host import installed_versions
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.value_range import ValueRange
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import ENGINES
@@ -127,7 +127,7 @@ class Pipeline:
     @property
     def scheme(self) -> QuantScheme:
         """The recipe's scheme with every Site quantized, before ``export.keep_float`` is applied."""
-        return replace(PRECISIONS[self.recipe.precision], quantize_head=self.recipe.export.quantize_head)
+        return self.recipe.scheme
 
     def smoothing(self, prefix: Node[Prefix]) -> Smooth | None:
         """Return the smoothing stage behind a prefix; None if the recipe disables smoothing."""

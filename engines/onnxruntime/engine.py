@@ -44,6 +44,11 @@ class OnnxRuntime:
         """Its caches grow."""
         return False
 
+    @property
+    def gathers_codes(self) -> bool:
+        """Gather reads any type."""
+        return True
+
     def version(self) -> str:
         """Return the version of ONNX Runtime; raises MissingDependency if it is not installed."""
         return installed_version(self.provider)

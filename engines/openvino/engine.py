@@ -36,6 +36,11 @@ class OpenVino:
         return ("float32",)
 
     @property
+    def gathers_codes(self) -> bool:
+        """Whether the rows of an INT8 embedding are gathered as codes: it runs the graph of the bundle."""
+        return True
+
+    @property
     def in_place_cache(self) -> bool:
         """Its caches grow."""
         return False

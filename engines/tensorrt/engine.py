@@ -45,6 +45,11 @@ class TensorRt:
         found = probe(self.flavour.module)
         return found.importable and self.flavour.has_cache_update(found.version)
 
+    @property
+    def gathers_codes(self) -> bool:
+        """TensorRT accepts an INT8 constant in front of a DQ only."""
+        return False
+
     def version(self) -> str:
         """Return the version of the library; raises MissingDependency if it is missing or too old."""
         return self._library().version

@@ -64,6 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "calibration": {"data": None, "estimator": "percentile", "percentile": 99.9995, "windows": 32, "window": None},
     "export": {
         "quantize_head": False,
+        "embedding": "float",
         "keep_float": [],
         "opset": None,
         "prefix": "baked",
