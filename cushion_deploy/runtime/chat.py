@@ -16,6 +16,10 @@ Message = Mapping[str, Any]
 """``role`` and ``content``, and any other key that the template reads."""
 
 
+_MESSAGE = 'give {"role": "user", "content": "..."}'
+_CONTENT = 'give the content as text, null, or a list of {"type": "text", "text": "..."}'
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A chat template in Jinja2, rendered in a sandbox because it comes with the model and is not trusted.
@@ -36,8 +40,11 @@ class ChatTemplate:
             add_generation_prompt: end with the header of the assistant's turn.
             variables: further variables of the template, such as ``tools``.
 
+        The content of a message is text, null (rendered as no text), or a list of parts whose texts are joined.
+
         Raises:
-            UsageError: there is no message, or the template is invalid or rejects the messages.
+            UsageError: there is no message, a content is of another kind, or the template is invalid, recurses without
+                end or rejects the messages.
             MissingDependency: jinja2 is not installed.
         """
         if not messages:
@@ -46,18 +53,64 @@ class ChatTemplate:
             import jinja2
         except ImportError as e:
             raise MissingDependency("chat templates need jinja2", hint="pip install 'cushion-deploy[chat]'") from e
+        plain = [plain_message(message, number) for number, message in enumerate(messages, 1)]
         names = {**self.special_tokens, "tools": None, "documents": None, **variables}
         try:
             return str(
                 _environment()
                 .from_string(self.source)
-                .render(messages=list(messages), add_generation_prompt=add_generation_prompt, **names)
+                .render(messages=plain, add_generation_prompt=add_generation_prompt, **names)
             )
+        except RecursionError as e:
+            raise UsageError(
+                "the chat template calls itself without end, or is nested too deeply",
+                hint="replace chat_template.jinja of the model by one that ends, and build the bundle again",
+            ) from e
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
             raise UsageError(
                 f"the chat template rejects these messages: {e}",
                 hint="each message is an object with `role` and `content`, in the order that the model was trained on",
             ) from e
+
+
+def plain_message(message: Message, number: int) -> dict[str, Any]:
+    """Return a message with its content as text, which is what templates of text models expect.
+
+    Args:
+        message: a message; without ``content``, as some with tool calls are, it stays as it is.
+        number: its place in the conversation, from 1, for errors.
+
+    Raises:
+        UsageError: it is not an object, or its content is neither text, null nor a list of text parts.
+    """
+    if not isinstance(message, Mapping):
+        raise UsageError(f"message {number} is {_kind(message)}, expected an object", hint=_MESSAGE)
+    if "content" not in message:
+        return dict(message)
+    return {**message, "content": _plain_content(message["content"], number)}
+
+
+def _plain_content(content: Any, number: int) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise UsageError(f"the content of message {number} is {_kind(content)}", hint=_CONTENT)
+    return "".join(_part_text(part, number) for part in content)
+
+
+def _part_text(part: Any, number: int) -> str:
+    if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+        kind = repr(part.get("type"))[:40] if isinstance(part, Mapping) else _kind(part)
+        raise UsageError(f"message {number} has a part of type {kind}, and this model reads text only", hint=_CONTENT)
+    if not isinstance(part.get("text"), str):
+        raise UsageError(f"message {number} has a text part without text", hint=_CONTENT)
+    return str(part["text"])
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def _environment() -> Any:
@@ -101,12 +154,24 @@ def _environment() -> Any:
 def encode_chat(
     tokenizer: Tokenizer, rendered: str, bos_token_id: int | None = None, *, keep_bos: bool = True
 ) -> list[int]:
-    """Return the token ids of a rendered chat template, which contains every special token itself.
+    """Return the token ids of a rendered chat template, which contains the special tokens itself.
+
+    Where a template leaves out the beginning-of-sequence token that the tokenizer puts before every text, it is added,
+    as llama.cpp does: many templates were written for training code that tokenizes the rendered text. (The method
+    ``apply_chat_template`` of transformers does not add it.)
 
     Without ``keep_bos`` the beginning-of-sequence token is removed, because the prefix takes its place.
     """
     ids = list(tokenizer.encode(rendered, add_special_tokens=False).ids)
-    return ids if keep_bos else _without_bos(ids, bos_token_id)
+    if not keep_bos:
+        return _without_bos(ids, bos_token_id)
+    if bos_token_id is not None and ids[:1] != [bos_token_id] and _adds_bos(tokenizer, bos_token_id):
+        return [bos_token_id, *ids]
+    return ids
+
+
+def _adds_bos(tokenizer: Tokenizer, bos_token_id: int) -> bool:
+    return list(tokenizer.encode("").ids[:1]) == [bos_token_id]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, bos_token_id: int | None, *, keep_bos: bool = True) -> list[int]:

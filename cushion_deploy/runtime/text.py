@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.runtime.bundle import Bundle, open_bundle
-from cushion_deploy.runtime.chat import Message, encode_chat, encode_prompt
+from cushion_deploy.runtime.chat import Message
+from cushion_deploy.runtime.draft import make_draft
 from cushion_deploy.runtime.engine import open_engine
 from cushion_deploy.runtime.generate import FinishReason, TokenEvent, Usage, generate
+from cushion_deploy.runtime.prompt_cache import PromptCache
 from cushion_deploy.runtime.sampling import SamplingParams
 
 
@@ -32,6 +35,11 @@ class TextGenerator:
     bundle: Bundle
     session: DecoderSession
 
+    @cached_property
+    def cache(self) -> PromptCache:
+        """The tokens in the cache of the session."""
+        return PromptCache(self.session)
+
     def close(self) -> None:
         """Free the memory of the engine; the generator cannot be used afterwards."""
         self.session.close()
@@ -43,10 +51,10 @@ class TextGenerator:
         params: SamplingParams | None = None,
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
+        draft: str | None = None,
     ) -> Iterator[TokenEvent]:
         """Continue a plain text and yield events; see :func:`~cushion_deploy.runtime.generate`."""
-        ids = encode_prompt(self.bundle.tokenizer, prompt, self.bundle.bos_token_id, keep_bos=self.bundle.keep_bos)
-        return self._run(ids, params, max_new_tokens, stop)
+        return self._run(self.bundle.encode_prompt(prompt), params, max_new_tokens, stop, draft)
 
     def stream_chat(
         self,
@@ -55,11 +63,14 @@ class TextGenerator:
         params: SamplingParams | None = None,
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
+        draft: str | None = None,
+        reuse: bool = False,
     ) -> Iterator[TokenEvent]:
-        """Answer a conversation and yield events; raises UsageError if the model has no chat template."""
-        rendered = self.bundle.require_chat_template().render(messages)
-        ids = encode_chat(self.bundle.tokenizer, rendered, self.bundle.bos_token_id, keep_bos=self.bundle.keep_bos)
-        return self._run(ids, params, max_new_tokens, stop)
+        """Answer a conversation and yield events; raises UsageError if the model has no chat template.
+
+        With ``reuse``, what the conversation and the cache of the last call have in common is not computed again.
+        """
+        return self._run(self.bundle.encode_chat(messages), params, max_new_tokens, stop, draft, reuse=reuse)
 
     def generate(
         self,
@@ -68,9 +79,10 @@ class TextGenerator:
         params: SamplingParams | None = None,
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
+        draft: str | None = None,
     ) -> Generation:
         """Continue a plain text and return the whole generation."""
-        return _collect(self.stream(prompt, params=params, max_new_tokens=max_new_tokens, stop=stop))
+        return _collect(self.stream(prompt, params=params, max_new_tokens=max_new_tokens, stop=stop, draft=draft))
 
     def chat(
         self,
@@ -79,13 +91,25 @@ class TextGenerator:
         params: SamplingParams | None = None,
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
+        draft: str | None = None,
     ) -> Generation:
         """Answer a conversation and return the whole generation."""
-        return _collect(self.stream_chat(messages, params=params, max_new_tokens=max_new_tokens, stop=stop))
+        return _collect(
+            self.stream_chat(messages, params=params, max_new_tokens=max_new_tokens, stop=stop, draft=draft)
+        )
 
     def _run(
-        self, ids: Sequence[int], params: SamplingParams | None, max_new_tokens: int, stop: Collection[str]
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None,
+        max_new_tokens: int,
+        stop: Collection[str],
+        draft: str | None,
+        *,
+        reuse: bool = False,
     ) -> Iterator[TokenEvent]:
+        if not reuse:
+            self.cache.clear()
         return generate(
             self.session,
             self.bundle.tokenizer,
@@ -94,6 +118,8 @@ class TextGenerator:
             max_new_tokens,
             stop_ids=self.bundle.eos_token_ids,
             stop_strings=stop,
+            cache=self.cache,
+            draft=make_draft(draft),
         )
 
 

@@ -288,7 +288,7 @@ class Pipeline:
         plan_type = self.plan_type(quantization) if any(ENGINES[e].compiles_to == "plan" for e in engines) else None
         found = calibration, branch.tuning, self.choice, quantization, graph, plan_type, compiled
         report = AssembleReport(recipe, self.files, self.text, self.search, *found, self.evaluation, parity)
-        return Publish(recipe, self.files, quantization, graph, compiled, report, output)
+        return Publish(recipe, self.files, quantization, graph, compiled, report, self.source, output)
 
 
 def _other_engines(

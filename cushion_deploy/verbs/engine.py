@@ -12,7 +12,10 @@ from cushion_deploy.core.value_range import PlanType, ValueRange
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UntrustedArtifact, UsageError, require_modules
+from cushion_deploy.modeling.origin import origin_of_card
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.report import Report
+from cushion_deploy.report.card import CARD_NAME, model_card
 from cushion_deploy.report.document import REPORT_JSON, read_report
 from cushion_deploy.report.document import Engine as EngineRow
 from cushion_deploy.report.document import PlanType as PlanTypeRow
@@ -27,7 +30,16 @@ from cushion_deploy.stages.plan_type import PlanGraph
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.report import engine_row, plan_type_row
 from cushion_deploy.stages.run import Run
-from cushion_deploy.store import hash_file, place, publish, recover, require_publishable, staging_area
+from cushion_deploy.store import (
+    changed_documents,
+    hash_file,
+    place,
+    publish,
+    recover,
+    require_publishable,
+    staging_area,
+)
+from cushion_deploy.store.snapshot import is_document
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 
 _OF_A_PLAN = re.compile(r"float16 graph|graph with a static cache")
@@ -71,7 +83,9 @@ def add_engine(
             _copy(bundle, staged, replaced=own)
             compiled.place(staged)
             checked = artifact.lineage.graph in _graphs_checked(bundle)
-            _update_report(artifact, run.get(plan_type) if plan_type else None, staged / "report", checked=checked)
+            chosen = run.get(plan_type) if plan_type else None
+            report = _update_report(artifact, chosen, staged / "report", checked=checked)
+            _update_card(bundle, report, staged)
             # The recipe in a bundle states the limits that its plans were compiled with.
             published = dict(bundle.manifest.recipe)
             if "limits" in artifact.details:
@@ -104,9 +118,9 @@ def _measured(bundle: Bundle) -> ValueRange | None:
 
 
 def _copy(bundle: Bundle, staged: Path, replaced: str) -> None:
-    """Copy all files of a bundle except those of one engine; raises UntrustedArtifact if one has changed."""
+    """Copy all files of a bundle but documents and those of one engine; raises UntrustedArtifact if one has changed."""
     for name, entry in bundle.manifest.files.items():
-        if name.startswith(replaced):
+        if name.startswith(replaced) or is_document(name):
             continue
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         place(bundle.path / name, staged / name, link=False)
@@ -121,7 +135,7 @@ def _graphs_checked(bundle: Bundle) -> set[str]:
     return {bundle.graph.digest, *(read_engine(bundle, name).lineage.graph for name in names)}
 
 
-def _update_report(artifact: EngineArtifact, plan_type: PlanType | None, folder: Path, *, checked: bool) -> None:
+def _update_report(artifact: EngineArtifact, plan_type: PlanType | None, folder: Path, *, checked: bool) -> Report:
     """Add an engine and the type of its plan to the report in ``folder``, or replace the same engine there.
 
     Checks of graphs behind plans are removed if none of them covers the graph of this plan, and so are those of an
@@ -136,4 +150,16 @@ def _update_report(artifact: EngineArtifact, plan_type: PlanType | None, folder:
     changes: dict[str, Any] = {"engines": rows, "parity": parity}
     if plan_type:
         changes["plan_type"] = PlanTypeRow.model_validate(plan_type_row(plan_type))
-    write_report(report.model_copy(update=changes), folder)
+    updated = report.model_copy(update=changes)
+    write_report(updated, folder)
+    return updated
+
+
+def _update_card(bundle: Bundle, report: Report, staged: Path) -> None:
+    """Write the model card of a report, with the origin that the card of the bundle states; an edited one is kept."""
+    card = bundle.path / CARD_NAME
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if CARD_NAME not in changed_documents(bundle.path, bundle.manifest):
+        text = model_card(report, origin_of_card(text))
+    if text:
+        (staged / CARD_NAME).write_text(text, encoding="utf-8", newline="\n")

@@ -57,6 +57,52 @@ def test_ids_equal_transformers_and_hold_one_bos(tokenizer: Any) -> None:
     assert got.count(1) == 1
 
 
+def test_bos_is_added_where_the_template_leaves_it_out_and_the_tokenizer_adds_it(
+    tokenizer: Any, fallback_tokenizer: Any
+) -> None:
+    assert encode_chat(tokenizer, "fox", 1) == tokenizer.encode("fox").ids
+    assert encode_chat(tokenizer, "<s>fox", 1) == tokenizer.encode("fox").ids
+    assert encode_chat(fallback_tokenizer, "fox", 1) == fallback_tokenizer.encode("fox").ids
+    assert encode_chat(tokenizer, "fox", None) == tokenizer.encode("fox", add_special_tokens=False).ids
+
+
+CONTENTS = {
+    "null": (None, ""),
+    "parts": ([{"type": "text", "text": "Où "}, {"text": "est-ce?"}], "Où est-ce?"),
+    "no part": ([], ""),
+}
+
+
+@pytest.mark.parametrize(("content", "text"), CONTENTS.values(), ids=CONTENTS)
+def test_content_that_is_null_or_in_parts_renders_as_its_text(content: Any, text: str) -> None:
+    template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}|{{ m.name }}{% endfor %}")
+    given = [{"role": "user", "content": content, "name": "Ada"}, {"role": "assistant"}]
+    assert template.render(given) == f"<user>{text}|Ada<assistant>|"
+
+
+@pytest.mark.parametrize(
+    ("message", "match"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "message 2 has a part of type 'image"),
+        ({"role": "user", "content": ["hi"]}, "message 2 has a part of type str"),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, "message 2 has a text part without text"),
+        ({"role": "user", "content": 3}, "content of message 2 is int"),
+        ("hi", "message 2 is str"),
+    ],
+)
+def test_content_of_another_kind_is_refused_by_the_number_of_its_message(message: Any, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        ChatTemplate("{{ messages[1].content }}").render([MESSAGES[0], message])
+
+
+@pytest.mark.parametrize(
+    "source", ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"]
+)
+def test_a_template_without_end_is_an_error(source: str) -> None:
+    with pytest.raises(UsageError, match="without end, or is nested too deeply"):
+        ChatTemplate(source).render(MESSAGES)
+
+
 def test_plain_prompt_gets_bos_once(tokenizer: Any) -> None:
     plain = tokenizer.encode("fox", add_special_tokens=False).ids
     assert encode_prompt(tokenizer, "fox", 1) == [1, *plain]
