@@ -36,7 +36,7 @@ class Bundle:
         tokenizer: tokenizer of the model, without padding and truncation.
         chat_template: chat template; None for a model that was not trained to chat.
         bos_token_id: beginning-of-sequence token; None if the model has none.
-        eos_token_ids: tokens that end a generation.
+        eos_token_ids: tokens that end a generation, as the configurations and the tokenizer name them.
         keep_bos: whether a prompt keeps the beginning-of-sequence token that its tokenizer or template adds; False if
             the prefix takes the place of that token.
     """
@@ -215,9 +215,12 @@ def _bos(tokenizer: Tokenizer, special: Mapping[str, str], config: Mapping[str, 
 def _eos(
     tokenizer: Tokenizer, special: Mapping[str, str], generation: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[int, ...]:
+    # All of them end an answer: a model that chats often names the end of a text in its configuration, and the end of
+    # a turn in its tokenizer. Those that transformers ends at come first.
+    found: dict[int, None] = {}
     for source in (generation, config):
         value = source.get("eos_token_id")
         if value is not None:
-            return tuple(sorted({int(v) for v in (value if isinstance(value, list) else [value])}))
-    found = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
-    return () if found is None else (int(found),)
+            found.update(dict.fromkeys(sorted(int(v) for v in (value if isinstance(value, list) else [value]))))
+    named = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    return tuple(found) if named is None else tuple({**found, int(named): None})

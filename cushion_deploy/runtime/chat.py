@@ -36,8 +36,11 @@ class ChatTemplate:
             add_generation_prompt: end with the header of the assistant's turn.
             variables: further variables of the template, such as ``tools``.
 
+        Content that is null or a list of text parts, as clients of the OpenAI API send it, becomes a string, because
+        most templates put it into the prompt as Python writes it.
+
         Raises:
-            UsageError: there is no message, or the template is invalid or rejects the messages.
+            UsageError: there is no message, a part is no text, or the template is invalid or rejects the messages.
             MissingDependency: jinja2 is not installed.
         """
         if not messages:
@@ -46,18 +49,42 @@ class ChatTemplate:
             import jinja2
         except ImportError as e:
             raise MissingDependency("chat templates need jinja2", hint="pip install 'cushion-deploy[chat]'") from e
+        plain = [_with_plain_content(message) for message in messages]
         names = {**self.special_tokens, "tools": None, "documents": None, **variables}
         try:
             return str(
                 _environment()
                 .from_string(self.source)
-                .render(messages=list(messages), add_generation_prompt=add_generation_prompt, **names)
+                .render(messages=plain, add_generation_prompt=add_generation_prompt, **names)
             )
+        except RecursionError as e:
+            raise UsageError(
+                "the chat template calls itself without end", hint="correct chat_template.jinja and build again"
+            ) from e
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
             raise UsageError(
                 f"the chat template rejects these messages: {e}",
                 hint="each message is an object with `role` and `content`, in the order that the model was trained on",
             ) from e
+
+
+def _with_plain_content(message: Message) -> Message:
+    content = message.get("content") if isinstance(message, Mapping) else ""
+    if isinstance(content, str) or "content" not in message:
+        return message
+    if content is None:
+        return {**message, "content": ""}
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            found = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise UsageError(
+                f"a message has content of type {found!r}, and this model reads only text",
+                hint='give `content` as a string, or as a list of {"type": "text", "text": ...}',
+            )
+        texts.append(text)
+    return {**message, "content": "".join(texts)}
 
 
 def _environment() -> Any:
@@ -107,6 +134,17 @@ def encode_chat(
     """
     ids = list(tokenizer.encode(rendered, add_special_tokens=False).ids)
     return ids if keep_bos else _without_bos(ids, bos_token_id)
+
+
+def begin_as_text(tokenizer: Tokenizer, ids: list[int], bos_token_id: int | None) -> list[int]:
+    """Return the token ids of a chat behind the beginning-of-sequence token, if the tokenizer puts it before any text.
+
+    Some templates leave it out. A model whose texts all begin with it has its attention sink there, so scales were
+    calibrated for texts that begin with it.
+    """
+    if bos_token_id is None or ids[:1] == [bos_token_id]:
+        return ids
+    return [bos_token_id, *ids] if list(tokenizer.encode("").ids)[:1] == [bos_token_id] else ids
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, bos_token_id: int | None, *, keep_bos: bool = True) -> list[int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.runtime.bundle import Bundle, open_bundle
-from cushion_deploy.runtime.chat import Message, encode_chat, encode_prompt
+from cushion_deploy.runtime.chat import Message, begin_as_text, encode_chat, encode_prompt
 from cushion_deploy.runtime.engine import open_engine
 from cushion_deploy.runtime.generate import FinishReason, TokenEvent, Usage, generate
 from cushion_deploy.runtime.sampling import SamplingParams
@@ -45,8 +46,7 @@ class TextGenerator:
         stop: Collection[str] = (),
     ) -> Iterator[TokenEvent]:
         """Continue a plain text and yield events; see :func:`~cushion_deploy.runtime.generate`."""
-        ids = encode_prompt(self.bundle.tokenizer, prompt, self.bundle.bos_token_id, keep_bos=self.bundle.keep_bos)
-        return self._run(ids, params, max_new_tokens, stop)
+        return self._run(prompt_ids(self.bundle, prompt), params, max_new_tokens, stop)
 
     def stream_chat(
         self,
@@ -57,9 +57,7 @@ class TextGenerator:
         stop: Collection[str] = (),
     ) -> Iterator[TokenEvent]:
         """Answer a conversation and yield events; raises UsageError if the model has no chat template."""
-        rendered = self.bundle.require_chat_template().render(messages)
-        ids = encode_chat(self.bundle.tokenizer, rendered, self.bundle.bos_token_id, keep_bos=self.bundle.keep_bos)
-        return self._run(ids, params, max_new_tokens, stop)
+        return self._run(chat_ids(self.bundle, messages), params, max_new_tokens, stop)
 
     def generate(
         self,
@@ -95,6 +93,28 @@ class TextGenerator:
             stop_ids=self.bundle.eos_token_ids,
             stop_strings=stop,
         )
+
+
+def prompt_ids(bundle: Bundle, prompt: str) -> list[int]:
+    """Return the token ids of a plain text as the bundle was calibrated for."""
+    return encode_prompt(bundle.tokenizer, prompt, bundle.bos_token_id, keep_bos=bundle.keep_bos)
+
+
+def chat_ids(bundle: Bundle, messages: Sequence[Message], **variables: Any) -> list[int]:
+    """Return the token ids of a conversation in the model's chat template, up to where the answer begins.
+
+    Args:
+        bundle: the bundle.
+        messages: the conversation.
+        variables: further variables of the template, such as ``tools``.
+
+    Raises:
+        UsageError: the model has no chat template, or the template rejects the messages.
+        MissingDependency: jinja2 is not installed.
+    """
+    rendered = bundle.require_chat_template().render(messages, **variables)
+    ids = encode_chat(bundle.tokenizer, rendered, bundle.bos_token_id, keep_bos=bundle.keep_bos)
+    return begin_as_text(bundle.tokenizer, ids, bundle.bos_token_id) if bundle.keep_bos else ids
 
 
 def load(path: Path | str, engine: str = "onnxruntime", threads: int | None = None) -> TextGenerator:

@@ -70,9 +70,11 @@ def test_generation_config_decides_what_ends_a_text(changed: Callable[..., Path]
     assert open_bundle(changed(**{"generation_config.json": '{"eos_token_id": [9, 2, 7]}'})).eos_token_ids == (2, 7, 9)
 
 
-def test_config_and_then_the_tokenizer_name_the_end(changed: Callable[..., Path]) -> None:
+def test_whatever_the_configurations_and_the_tokenizer_name_ends_an_answer(changed: Callable[..., Path]) -> None:
     out = changed(**{"generation_config.json": None, "config.json": '{"eos_token_id": 4}'})
-    assert open_bundle(out).eos_token_ids == (4,)
+    assert open_bundle(out).eos_token_ids == (4, 2)
+    out = changed(**{"generation_config.json": '{"eos_token_id": [9, 7]}', "config.json": '{"eos_token_id": 4}'})
+    assert open_bundle(out).eos_token_ids == (7, 9, 4, 2)
     assert open_bundle(changed(**{"generation_config.json": "{}", "config.json": "{}"})).eos_token_ids == (2,)
 
 
