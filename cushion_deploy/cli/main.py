@@ -30,6 +30,7 @@ VERBS = {
     "study": "Reproduce the tables and figures of the paper for a model.",
     "verify": "Compare every file of a bundle with the manifest.",
     "generate": "Generate text with a bundle.",
+    "serve": "Serve a bundle through the OpenAI API, with a chat page.",
     "report": "Show the report of a bundle.",
     "inspect": "Show the contents of a bundle, prefix or scales file.",
     "clean": "Empty a work folder.",
