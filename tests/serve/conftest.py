@@ -97,10 +97,9 @@ def serve(bundle_path: Path) -> Iterator[Callable[..., Served]]:
             settings: EngineSettings | None = None,
             drain: float = 5,
             change: Any = lambda session: session,
+            path: Path = bundle_path,
         ) -> Served:
-            return stack.enter_context(
-                running(bundle_path, app or AppSettings(), settings or EngineSettings(), drain, change)
-            )
+            return stack.enter_context(running(path, app or AppSettings(), settings or EngineSettings(), drain, change))
 
         yield start
 
