@@ -20,7 +20,7 @@ from cushion_deploy.serve.api.chat_models import ChatRequest
 from cushion_deploy.serve.api.completions import CompletionForm, CompletionRequest, completion_sequences
 from cushion_deploy.serve.api.limits import Limits
 from cushion_deploy.serve.api.parameters import require_model
-from cushion_deploy.serve.api.stream import stream
+from cushion_deploy.serve.api.stream import EventStream
 from cushion_deploy.serve.api.token_text import TokenText
 from cushion_deploy.serve.constraints import Grammars
 from cushion_deploy.serve.engine import Engine
@@ -117,7 +117,7 @@ def _add_api(app: FastAPI, engine: Engine, timeout: float | None) -> None:
 
 async def _answer(answer: Answer, form: CompletionForm | ChatForm, streamed: bool | None, request: Request) -> Response:
     if streamed:
-        return stream(form.chunks(answer))
+        return EventStream(form.chunks(answer), answer.cancel)
     await answer.collect(partial(_disconnected, request.receive))
     return JSONResponse(form.whole(answer))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from time import monotonic
 
 import numpy as np
@@ -19,6 +19,7 @@ from cushion_deploy.serve.request import Delivery, EndReason, SequenceRequest
 from cushion_deploy.serve.rows import Rows
 from cushion_deploy.serve.sequence import Sequence
 
+_LOG = logging.getLogger(__name__)
 Deliver = Callable[[Delivery], None]
 """Receives the deliveries of a sequence, in the thread of the scheduler; must not block or raise."""
 
@@ -49,7 +50,7 @@ class Job:
 
     def __init__(self, key: int, sequence: Sequence, deliver: Deliver) -> None:
         self.key, self.sequence, self.deliver = key, sequence, deliver
-        self.cancelled = False
+        self.cancelled = self.opened = False
         self.submitted = monotonic()
         self.last_token = self.submitted
         timeout = sequence.request.timeout
@@ -198,19 +199,21 @@ class Scheduler:
 
     def _admit(self) -> None:
         while len(self._running) < self.rows.capacity:
-            # Only the queue is shared with other threads; what follows may copy a cache.
             with self._changed:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
                 self._running.append(job)
-            self._guarded([job], partial(self._open, job))
 
     def _open(self, job: Job) -> None:
+        job.opened = True
         job.fed = job.sequence.cached_tokens = self.rows.open(job.key, job.sequence.request.prompt_ids)
         self._observer.admitted(monotonic() - job.submitted, job.sequence.usage)
 
     def _prefill(self, job: Job) -> None:
+        if not job.opened:
+            # Not before its turn: the prompts before it may begin as it does, as those of its own choices do.
+            self._open(job)
         prompt = job.sequence.request.prompt_ids
         chunk = prompt[job.fed : job.fed + self.limits.chunk]
         last = job.fed + len(chunk) == len(prompt)
@@ -257,6 +260,8 @@ class Scheduler:
         try:
             work()
         except Exception as e:
+            if not isinstance(e, CushionError):
+                _LOG.exception("the engine failed")
             error = e if isinstance(e, CushionError) else _engine_error(e)
             for job in [job for job in jobs if job in self._running]:
                 self._finish(job, Delivery(end="error", usage=job.sequence.usage, error=error))

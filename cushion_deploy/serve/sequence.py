@@ -30,6 +30,8 @@ class Sequence:
         self.new_ids: list[int] = []
         self._history = list(request.prompt_ids)
         self._stop_ids = stop_ids
+        self._biased = np.array(list(request.logit_bias), dtype=np.int64)
+        self._bias = np.array(list(request.logit_bias.values()), dtype=np.float32)
         self._sampler = Sampler(request.sampling)
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         self._stops = StopStrings(request.stop)
@@ -76,8 +78,8 @@ class Sequence:
         if penalized:
             ids, counts = np.unique(np.array(self.new_ids), return_counts=True)
             logits[ids] -= (r.frequency_penalty * counts + r.presence_penalty).astype(logits.dtype)
-        for token, bias in r.logit_bias.items():
-            logits[token] += bias
+        if r.logit_bias:
+            logits[self._biased] += self._bias
         return r.constraint.forbid(logits) if r.constraint is not None else logits
 
     def _logprob(self, logits: FloatArray, token: int) -> TokenLogprob:

@@ -115,6 +115,15 @@ def test_a_second_turn_pays_only_its_new_tokens(tiny: Any, tokenizer: Any, desk:
     assert usage.cached_tokens == 4 + len(desk.tokens(first)) - 1
 
 
+def test_the_choices_of_a_prompt_compute_it_once(tiny: Any, tokenizer: Any) -> None:
+    desk = Desk(BatchedRows(tiny.session(), 4, KvPool(1 << 22)), tokenizer, Limits(chunk=8))
+    prompt = list(range(10, 40))
+    jobs = desk.submit(*[request(prompt, 3, sampling=SamplingParams(1.0, seed=i)) for i in range(4)])
+    desk.run()
+    usages = [desk.got[job.key][-1].usage for job in jobs]
+    assert [usage.cached_tokens for usage in usages if usage] == [0, 29, 29, 29]
+
+
 def test_a_long_prompt_delays_others_by_one_chunk_at_a_time(tiny: Any, tokenizer: Any) -> None:
     desk = Desk(BatchedRows(tiny.session(), 3, KvPool(0)), tokenizer, Limits(chunk=8))
     (short,) = desk.submit(request([5, 6], 30))

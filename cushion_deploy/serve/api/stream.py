@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from cushion_deploy.serve.api.errors import ApiError
 
@@ -18,12 +19,26 @@ def event(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def stream(chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
-    """Return an answer that sends each chunk as an event, then ``[DONE]``.
+class EventStream(StreamingResponse):
+    """An answer that sends each chunk as an event, then ``[DONE]``.
 
     The status is sent before the first chunk, so an error after it is an event, as the API has it, and ends the stream.
+
+    Args:
+        chunks: the chunks.
+        ended: is called when the answer was sent or the client has gone, even if no chunk was ever asked for.
     """
-    return StreamingResponse(_events(chunks), media_type="text/event-stream", headers=HEADERS)
+
+    def __init__(self, chunks: AsyncIterator[dict[str, Any]], ended: Callable[[], None]) -> None:
+        self._ended = ended
+        super().__init__(_events(chunks), media_type="text/event-stream", headers=HEADERS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:

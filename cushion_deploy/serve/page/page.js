@@ -100,7 +100,8 @@ async function answer() {
       note.textContent = error.message;
     }
   }
-  messages.push({ role: "assistant", content: text });
+  // An answer that failed before its first character is no turn of the conversation.
+  if (text || note.className === "note") messages.push({ role: "assistant", content: text });
   setRunning(null);
 }
 
@@ -116,10 +117,9 @@ function send() {
 /** Drop the last answer and ask for another one. */
 function retry() {
   if (running || !messages.length) return;
-  if (messages.at(-1).role === "assistant") {
-    messages.pop();
-    $("messages").lastElementChild.remove();
-  }
+  if (messages.at(-1).role === "assistant") messages.pop();
+  const shown = $("messages").lastElementChild;
+  if (shown.className === "assistant") shown.remove();
   answer();
 }
 
