@@ -111,8 +111,13 @@ class Grammars:
         """Check a grammar, and return so many constraints that begin with it.
 
         Raises:
-            UsageError: the grammar or the schema in it is invalid or not supported.
+            UsageError: the grammar or the schema in it is invalid or not supported, or the model names no end token.
         """
+        if not self._end_ids:
+            raise UsageError(
+                "this model names no token that ends a text, so no grammar can end it",
+                hint="add eos_token_id to its generation_config.json and build again",
+            )
         tokenizer = self._read()
         problem = LLMatcher.validate_grammar(grammar, tokenizer)
         if problem and not problem.startswith("WARNING"):

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cushion_deploy.core.dtypes import FloatArray
-from cushion_deploy.errors import CheckFailed, CushionError
+from cushion_deploy.errors import CheckFailed, CushionError, UsageError
 from cushion_deploy.serve.observer import Observer
 from cushion_deploy.serve.request import Delivery, EndReason, SequenceRequest
 from cushion_deploy.serve.rows import Rows
@@ -122,12 +122,17 @@ class Scheduler:
 
         Raises:
             Refused: the queue is full, or the server shuts down.
-            UsageError: a stop string is empty.
+            UsageError: a stop string is empty, or there are more sequences than the queue takes.
         """
         sequences = [Sequence(request, self._tokenizer, self._stop_ids) for request in requests]
         with self._changed:
             if self._draining:
                 raise Refused("the server is shutting down", hint="ask another server", retry=False)
+            if len(requests) > self.limits.queue:
+                raise UsageError(
+                    f"{len(requests)} sequences are asked for at once, the queue takes {self.limits.queue}",
+                    hint="ask for fewer prompts or choices, or start the server with a longer --queue",
+                )
             if len(self._waiting) + len(requests) > self.limits.queue:
                 raise Refused(
                     f"{len(self._waiting)} sequences are waiting, at most {self.limits.queue} may",
@@ -251,9 +256,16 @@ class Scheduler:
             held = job in self._running
             (self._running if held else self._waiting).remove(job)
         if held:
-            self.rows.close(job.key)
+            self._close(job)
         self._observer.finished(delivery.end or "error", monotonic() - job.submitted)
         job.deliver(delivery)
+
+    def _close(self, job: Job) -> None:
+        try:
+            self.rows.close(job.key)
+        except Exception:
+            # Its tokens are not kept for reuse; nothing else depends on it.
+            _LOG.exception("a row could not be kept")
 
     def _guarded(self, jobs: list[Job], work: Callable[[], None]) -> None:
         """Run a step; an error of the engine ends the sequences in it, and no others."""

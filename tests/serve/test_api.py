@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openai
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from cushion_deploy.runtime import SamplingParams
 
@@ -257,3 +258,13 @@ def test_text_arrives_in_whole_characters(served: Any, generator: Any) -> None:
     pieces = [json.loads(line[6:])["choices"][0]["text"] for line in lines[:-2]]
     events = generator.stream(prompt, params=SamplingParams(2, seed=1), max_new_tokens=30)
     assert [p for p in pieces if p] == [e.text for e in events if e.text]
+
+
+class Animal(BaseModel):
+    legs: Literal[2, 4]
+    tame: bool
+
+
+def test_the_helper_that_parses_answers_works(client: openai.OpenAI) -> None:
+    got = client.chat.completions.parse(messages=MESSAGES, response_format=Animal, **GREEDY)
+    assert isinstance(got.choices[0].message.parsed, Animal)

@@ -215,3 +215,29 @@ def test_a_failure_of_the_engine_is_a_500_and_the_next_request_works(serve: Any)
         served.client().completions.create(**LONG)
     failing["now"] = False
     assert served.client().completions.create(**LONG).choices[0].text
+
+
+def test_an_engine_thread_that_ends_is_seen_and_leaves_nobody_waiting(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(change=Slow)
+    stream = iter(served.client().completions.create(**LONG, stream=True))
+    next(stream)
+
+    def broken() -> bool:
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda arguments: None)
+        patch.setattr(served.engine.scheduler, "step", broken)
+        with pytest.raises(openai.APIError, match="engine has stopped"):
+            list(stream)
+        served.engine._thread.join(5)
+    assert [served.get(path).status_code for path in ("/health", "/ready")] == [503, 503]
+    assert served.post("/v1/completions", json=LONG).status_code == 503
+
+
+def test_more_sequences_than_the_queue_takes_are_refused_for_good(serve: Any) -> None:
+    served = serve(settings=EngineSettings(limits=Limits(queue=3)))
+    with pytest.raises(openai.BadRequestError, match="queue takes 3"):
+        served.client().completions.create(**{**LONG, "n": 4})

@@ -40,6 +40,7 @@ def chat_sequences(
         max_new_tokens=body.new_tokens,
         top_logprobs=body.wanted_logprobs,
         timeout=timeout,
+        param="messages",
         constraints=_constraints(grammars, body),
     )
 

@@ -63,7 +63,9 @@ def completion_sequences(engine: Engine, body: CompletionRequest, timeout: float
         limit = body.max_tokens or DEFAULT_TOKENS
         if body.max_tokens is None:
             limit = min(limit, max(engine.context_limit - len(ids), 1))
-        found += sequences(engine, body, ids, max_new_tokens=limit, top_logprobs=body.logprobs, timeout=timeout)
+        found += sequences(
+            engine, body, ids, max_new_tokens=limit, top_logprobs=body.logprobs, timeout=timeout, param="prompt"
+        )
     return found
 
 

@@ -111,6 +111,7 @@ def sequences(
     max_new_tokens: int | None,
     top_logprobs: int | None,
     timeout: float | None,
+    param: str,
     constraints: Sequence[Constraint] = (),
 ) -> list[SequenceRequest]:
     """Return the sequences of one prompt, one for each choice.
@@ -122,6 +123,7 @@ def sequences(
         max_new_tokens: most tokens; None for as many as the model has positions for.
         top_logprobs: see :class:`~cushion_deploy.serve.request.SequenceRequest`.
         timeout: seconds until a sequence is cut off.
+        param: field of the request that holds the prompt, for errors.
         constraints: one for each choice, or none.
 
     Raises:
@@ -129,13 +131,13 @@ def sequences(
     """
     free = engine.context_limit - len(prompt_ids)
     if not prompt_ids:
-        raise ApiError(400, "the prompt has no token; give a prompt that is not empty", param="prompt")
+        raise ApiError(400, "the prompt has no token; give a prompt that is not empty", param=param)
     if free < (max_new_tokens or 1):
         raise ApiError(
             400,
             f"this model has {engine.context_limit} positions; the prompt takes {len(prompt_ids)} of them and "
             f"{max_new_tokens or 1} tokens are asked for. Shorten the prompt or ask for fewer tokens.",
-            param="messages",
+            param=param,
             code="context_length_exceeded",
         )
     return [

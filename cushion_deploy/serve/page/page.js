@@ -153,6 +153,7 @@ async function connect() {
     server = await read("/proof", settings.key.value);
     $("model").textContent = document.title = server.model;
     $("status").textContent = `${server.engine} · ${server.context.toLocaleString("en")} tokens of context`;
+    settings.max_tokens.value = Math.min(settings.max_tokens.value, Math.floor(server.context / 2));
     if (!server.chat) $("input").placeholder = "Text to continue (this model was not trained to chat)";
     showReport(server.report, server.engine);
   } catch (error) {
