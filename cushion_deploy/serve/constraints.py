@@ -60,7 +60,8 @@ class GrammarConstraint:
 
     def _failure(self) -> CheckFailed:
         return CheckFailed(
-            f"the grammar of the answer failed: {self._matcher.get_error():.200}", hint="simplify the schema"
+            f"the grammar of the answer failed: {self._matcher.get_error().partition(chr(10))[0]:.200}",
+            hint="simplify the schema",
         )
 
 
@@ -121,7 +122,11 @@ class Grammars:
         tokenizer = self._read()
         problem = LLMatcher.validate_grammar(grammar, tokenizer)
         if problem and not problem.startswith("WARNING"):
-            raise UsageError(f"the schema cannot be used: {problem:.300}", hint="simplify or correct it")
+            raise _bad_schema(problem)
+        first = LLMatcher(tokenizer, grammar)
+        first.compute_bitmask()
+        if first.is_error():
+            raise _bad_schema(f"nothing satisfies it ({first.get_error().partition(chr(10))[0]})")
         return [GrammarConstraint(tokenizer, grammar) for _ in range(count)]
 
     def _read(self) -> LLTokenizer:
@@ -132,7 +137,14 @@ class Grammars:
 
 
 def _json_grammar(schema: Mapping[str, Any]) -> str:
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))
+    try:
+        return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))
+    except (ValueError, RecursionError) as e:
+        raise _bad_schema(str(e)) from e
+
+
+def _bad_schema(problem: str) -> UsageError:
+    return UsageError(f"the schema cannot be used: {problem:.300}", hint="simplify or correct it")
 
 
 def _call_schema(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from cushion_deploy.serve.request import Delivery
 from cushion_deploy.serve.scheduler import Refused
 
 RETRY_SECONDS = 1
+_TYPE_NAME = re.compile(r"[A-Z]|(str|int|float|literal|list)(\[|$)")
+"""What pydantic puts into the place of an error to say which type of a union it means."""
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -112,14 +115,16 @@ def install(app: FastAPI) -> None:
 
 def _from_validation(errors: Sequence[Any]) -> ApiError:
     first = errors[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    where = [str(part) for part in first["loc"] if part != "body" and not _TYPE_NAME.match(str(part))]
     param = ".".join(where) or None
     if first["type"] == "extra_forbidden":
         return unsupported(param or "", f"unknown or unsupported parameter: '{param}'")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if first["type"] == "value_error":
+        return ApiError(400, str(first["ctx"]["error"]), param=param, code="invalid_value")
     if param is None:
         return ApiError(400, "the body must be a JSON object, with the header Content-Type: application/json")
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"])
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ApiError(400, f"'{param}': {message}", param=param, code=code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -59,7 +60,12 @@ class GenerationParameters(ApiModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _whole_numbers(cls, data: Any) -> Any:
+    def _plain_values(cls, data: Any) -> Any:
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            # JSON can write it, but it is no text: nothing can be made of it, not even an error that quotes it.
+            raise ValueError("a text holds half of a surrogate pair, which is no character") from None
         # In strict mode a float field takes 1, but an int field does not take 1.0, which JSON does not tell apart.
         if isinstance(data, dict):
             return {k: int(v) if isinstance(v, float) and v.is_integer() and k in _INTEGERS else v
