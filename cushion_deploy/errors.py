@@ -72,6 +72,10 @@ EXTRAS: dict[str, str] = {
     "psutil": "build",
     "onnxruntime": "cpu",
     "openvino": "openvino",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "llguidance": "serve",
     "jinja2": "report",
     "matplotlib": "report",
 }
