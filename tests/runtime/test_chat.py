@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cushion_deploy.errors import MissingDependency, UsageError
-from cushion_deploy.runtime.chat import ChatTemplate, begin_as_text, encode_chat, encode_prompt
+from cushion_deploy.runtime.chat import ChatTemplate, encode_chat, encode_prompt
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 MESSAGES = [
@@ -161,30 +161,3 @@ def test_behind_a_prefix_that_begins_with_bos_no_text_brings_it_again(tokenizer:
         assert encode_chat(tokenizer, text, 1, keep_bos=False) == plain
     assert encode_chat(tokenizer, "<s>fox", 1) == [1, *plain]
     assert encode_prompt(tokenizer, "fox", None, keep_bos=False) == [1, *plain]
-
-
-def test_content_of_parts_or_null_is_text() -> None:
-    template = ChatTemplate("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "fox"}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}, {"role": "tool"}]
-    assert template.render(messages) == "[the fox][][]"
-
-
-@pytest.mark.parametrize(
-    "content", [[{"type": "image_url", "image_url": "x"}], [{"type": "text"}], ["x"], 7, {"type": "image"}]
-)
-def test_content_that_is_no_text_is_an_error(content: object) -> None:
-    with pytest.raises(UsageError, match="reads only text"):
-        ChatTemplate("{{ messages[0].content }}").render([{"role": "user", "content": content}])
-
-
-def test_a_template_that_calls_itself_is_an_error() -> None:
-    with pytest.raises(UsageError, match="calls itself without end"):
-        ChatTemplate("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}").render(MESSAGES)
-
-
-def test_a_chat_begins_as_every_text_does(tokenizer: Any, fallback_tokenizer: Any) -> None:
-    assert begin_as_text(tokenizer, [5, 6], 1) == [1, 5, 6]
-    assert begin_as_text(tokenizer, [1, 5, 6], 1) == [1, 5, 6]
-    assert begin_as_text(fallback_tokenizer, [5, 6], 1) == [5, 6]
-    assert begin_as_text(tokenizer, [5, 6], None) == [5, 6]
