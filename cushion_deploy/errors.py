@@ -71,6 +71,11 @@ EXTRAS: dict[str, str] = {
     "junitparser": "build",
     "psutil": "build",
     "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "llguidance": "serve",
     "jinja2": "report",
     "matplotlib": "report",
 }

@@ -96,6 +96,11 @@ def test_it_owns_one_name_and_one_file_of_optimum_and_carries_what_is_no_python(
     templates = [p.name for p in render.iterdir() if p.suffix in (".j2", ".css")]
     assert len(templates) == 2
     assert {f"cushion_deploy/report/render/{t}" for t in templates} <= set(names)
+    page = [
+        p.name for p in (ROOT / "cushion_deploy" / "serve" / "page").iterdir() if p.suffix in (".html", ".css", ".js")
+    ]
+    assert len(page) == 4
+    assert {f"cushion_deploy/serve/page/{name}" for name in page} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -5,7 +5,9 @@ Shapes in comments: B batch, S new tokens, T tokens in the cache after the step,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +75,66 @@ class DecoderSession(Protocol):
     def close(self) -> None:
         """Free what the garbage collector does not: device memory."""
         ...
+
+
+@dataclass(frozen=True)
+class HeldCache:
+    """A cache that was taken out of a session; only a session of the same graph can run it. Never altered in place.
+
+    Attributes:
+        values: keys and values in the order of :func:`past_names`, ``[rows, K, prefix slots + length, D]`` each, in a
+            type of the engine; empty if there is no token.
+        rows: B.
+        length: tokens of each row, padding included.
+        nbytes: bytes of all values.
+    """
+
+    values: tuple[Any, ...] = ()
+    rows: int = 0
+    length: int = 0
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class RowSlice:
+    """The tokens from ``begin`` to ``end`` of one row of a cache."""
+
+    cache: HeldCache
+    row: int
+    begin: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.end - self.begin
+
+
+@runtime_checkable
+class BatchSession(DecoderSession, Protocol):
+    """A session whose caches can be exchanged and put together row by row, as continuous batching needs."""
+
+    def hold(self) -> HeldCache:
+        """Take the cache out, which copies nothing; the session is empty afterwards."""
+        ...
+
+    def restore(self, cache: HeldCache) -> None:
+        """Continue with a cache of this session, in place of its present one; copies nothing."""
+        ...
+
+    def gather(self, slices: Sequence[RowSlice]) -> HeldCache:
+        """Copy rows into one cache, each behind zeros that pad it on the left to the longest; the prefix stays first.
+
+        A step after it needs a mask with 0 for the padding. Raises UsageError if there is no row or an empty one.
+        """
+        ...
+
+
+def held_bytes(contract: GraphContract, rows: int, length: int) -> int:
+    """Return the bytes of the keys and values of a cache, the slots of its prefix included."""
+    slots = contract.prefix_slots + length
+    a_token = 2 * contract.num_layers * contract.num_kv_heads * contract.head_dim * CACHE_BYTES[contract.cache_dtype]
+    return rows * slots * a_token
 
 
 def context_limit(contract: GraphContract) -> int:

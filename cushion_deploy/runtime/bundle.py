@@ -76,9 +76,14 @@ class Bundle:
             )
         return self.chat_template
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation; raises UsageError if the model has no chat template."""
-        rendered = self.require_chat_template().render(messages)
+    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Return the token ids of a conversation; raises UsageError if the model has no chat template.
+
+        Args:
+            messages: the conversation.
+            variables: further variables of the template, such as ``tools``.
+        """
+        rendered = self.require_chat_template().render(messages, **variables)
         return encode_chat(self.tokenizer, rendered, self.bos_token_id, keep_bos=self.keep_bos)
 
     def encode_prompt(self, text: str) -> list[int]:

@@ -5,6 +5,7 @@ Shapes in comments: B batch, S new tokens, T tokens in the cache after the step,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.session import (
     INPUTS,
+    HeldCache,
     NeedLogits,
+    RowSlice,
     cached_prefix,
     cached_scales,
     checked_inputs,
     first_caches,
+    held_bytes,
     past_names,
     require_kept,
 )
@@ -71,7 +75,7 @@ def open_session(
 
 
 class OnnxRuntimeSession:
-    """A decoder graph in ONNX Runtime (implements ``DecoderSession``).
+    """A decoder graph in ONNX Runtime (implements ``BatchSession``).
 
     Keys and values stay in memory of ONNX Runtime between steps; only token ids and logits cross to numpy.
 
@@ -163,6 +167,35 @@ class OnnxRuntimeSession:
             kept = self.contract.prefix_slots + length
             self._cache = [self._value(np.ascontiguousarray(v.numpy()[:, :, :kept])) for v in self._cache]
             self._length = length
+
+    def hold(self) -> HeldCache:
+        """Take the cache out; a step writes new values, so what was taken out is never altered."""
+        values, length = tuple(self._cache), self._length
+        self.reset()
+        if not length:
+            return HeldCache()
+        rows = values[0].shape()[0]
+        return HeldCache(values, rows, length, held_bytes(self.contract, rows, length))
+
+    def restore(self, cache: HeldCache) -> None:
+        """Continue with a cache that :meth:`hold` or :meth:`gather` returned."""
+        self._cache, self._length = list(cache.values), cache.length
+
+    def gather(self, slices: Sequence[RowSlice]) -> HeldCache:
+        """Copy rows into one cache, padded on the left with zeros; see ``BatchSession.gather``."""
+        if not slices or min(s.length for s in slices) < 1:
+            raise UsageError("a row without a token cannot be batched", hint="feed its prompt before gathering it")
+        c, longest = self.contract, max(s.length for s in slices)
+        slots, values = c.prefix_slots, []
+        for i in range(len(self._past_names)):
+            arrays = [s.cache.values[i].numpy() for s in slices]
+            shape = (len(slices), c.num_kv_heads, slots + longest, c.head_dim)
+            joined = np.zeros(shape, dtype=arrays[0].dtype)
+            for row, s, array in zip(joined, slices, arrays, strict=True):
+                row[:, :slots] = array[s.row, :, :slots]
+                row[:, slots + longest - s.length :] = array[s.row, :, slots + s.begin : slots + s.end]
+            values.append(self._value(joined))
+        return HeldCache(tuple(values), len(slices), longest, held_bytes(c, len(slices), longest))
 
     def run(
         self,

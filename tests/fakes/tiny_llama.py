@@ -103,10 +103,8 @@ def tokenizer() -> Tokenizer:
     return byte_level_tokenizer()
 
 
-@pytest.fixture(scope="session")
-def hf_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """Return a Hugging Face folder of a random Llama; large weights make its choices distinct."""
-    folder: Path = tmp_path_factory.mktemp("hf")
+def write_llama(folder: Path, tokenizer: Tokenizer, positions: int = 96) -> Path:
+    """Write a random Llama as a Hugging Face folder; large weights make its choices distinct."""
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=64,
@@ -114,7 +112,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=96,
+        max_position_embeddings=positions,
         initializer_range=0.2,
         bos_token_id=1,
         eos_token_id=2,
@@ -127,6 +125,12 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """Return the folder of a random Llama with 96 positions."""
+    return write_llama(tmp_path_factory.mktemp("hf"), tokenizer)
 
 
 @pytest.fixture(scope="session", params=["baked", "cache"])

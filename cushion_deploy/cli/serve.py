@@ -1,0 +1,115 @@
+"""`serve`: an OpenAI-compatible server for a bundle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.errors import UsageError, require_modules
+
+KEY_VARIABLE = "CUSHION_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@click.command("serve")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 for a free one.")
+@click.option("--engine", default="onnxruntime", show_default=True, help=f"Engine to run on: {', '.join(ENGINES)}.")
+@click.option("--threads", type=int, help="Threads of an engine on the CPU. Default: one per physical core.")
+@click.option("--model-name", help="Name of the model for clients. Default: the name of the folder.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    help=f"File with the key that requests must carry. Default: the variable {KEY_VARIABLE}; without it no key.",
+)
+@click.option("--allow-anonymous", is_flag=True, help="Listen beyond this machine without a key.")
+@click.option("--allowed-host", multiple=True, help="Host name that requests may be sent to; repeatable.")
+@click.option("--cors-origin", multiple=True, help="Origin whose pages may call the API; repeatable. Default: none.")
+@click.option("--max-rows", type=click.IntRange(1), default=8, show_default=True, help="Most sequences in one batch.")
+@click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Most sequences that wait.")
+@click.option(
+    "--prefill-chunk", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens between two steps."
+)
+@click.option(
+    "--kv-pool-mib", type=click.IntRange(0), default=512, show_default=True, help="Memory for keys and values to reuse."
+)
+@click.option(
+    "--request-timeout", type=click.FloatRange(min=1), default=600, show_default=True, help="Seconds for an answer."
+)
+@click.option(
+    "--max-body-kib", type=click.IntRange(1), default=4096, show_default=True, help="Largest body of a request."
+)
+@click.option(
+    "--drain-timeout", type=click.FloatRange(min=0), default=20, show_default=True, help="Seconds to end on SIGTERM."
+)
+def command(
+    bundle: Path,
+    host: str,
+    port: int,
+    engine: str,
+    threads: int | None,
+    model_name: str | None,
+    api_key_file: Path | None,
+    allow_anonymous: bool,
+    allowed_host: tuple[str, ...],
+    cors_origin: tuple[str, ...],
+    max_rows: int,
+    queue: int,
+    prefill_chunk: int,
+    kv_pool_mib: int,
+    request_timeout: float,
+    max_body_kib: int,
+    drain_timeout: float,
+) -> None:
+    """Serve BUNDLE through the OpenAI API, with a chat page at `/`."""
+    require_modules("fastapi", "uvicorn", "prometheus_client", "llguidance")
+    key = _api_key(api_key_file)
+    local = host in LOOPBACK
+    if key is None and not local and not allow_anonymous:
+        raise UsageError(
+            f"{host} can be reached from other machines, and there is no API key",
+            hint=f"set {KEY_VARIABLE} or give --api-key-file; --allow-anonymous serves everyone",
+        )
+    from cushion_deploy.runtime import open_bundle
+    from cushion_deploy.runtime.engine import open_engine
+    from cushion_deploy.serve.app import AppSettings, create_app
+    from cushion_deploy.serve.engine import Engine, EngineSettings
+    from cushion_deploy.serve.metrics import Metrics
+    from cushion_deploy.serve.scheduler import Limits
+    from cushion_deploy.serve.server import Server, bind, run, url
+
+    hosts = (*(LOOPBACK if local else ()), *allowed_host)
+    http = AppSettings(hosts, key, cors_origin, max_body_kib << 10, request_seconds=request_timeout)
+    settings = EngineSettings(max_rows, Limits(queue, prefill_chunk), kv_pool_mib << 20)
+    # Before the bundle is read, because a port in use is found at once.
+    with bind(host, port) as listener:
+        opened, metrics = open_bundle(bundle), Metrics()
+        session = open_engine(opened, engine, threads)
+        worker = Engine(model_name or bundle.resolve().name, opened, session, engine, settings, metrics)
+        server = Server(create_app(worker, metrics, http), worker, drain_timeout)
+        click.echo(f"serving {worker.name} on {url(listener)} with {engine}, {_batching(worker.batches, max_rows)}")
+        run(server, listener)
+    click.echo("stopped")
+
+
+def _batching(batches: bool, rows: int) -> str:
+    return f"up to {rows} sequences in one batch" if batches else "one sequence at a time: this engine cannot batch"
+
+
+def _api_key(file: Path | None) -> str | None:
+    if file is None:
+        key = os.environ.get(KEY_VARIABLE)
+        source = f"the variable {KEY_VARIABLE}"
+    else:
+        try:
+            key = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UsageError(f"{file} cannot be read: {e}", hint="give a text file with the key") from e
+        source = str(file)
+    if key is not None and (not key.isascii() or not key.isprintable() or not key.strip()):
+        raise UsageError(f"the key in {source} is empty or no ASCII text", hint="give a key of one line")
+    return key

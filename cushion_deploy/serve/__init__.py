@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server for a bundle; `cushion-deploy serve` starts it."""
