@@ -30,7 +30,8 @@ def site_costs(
         windows: text int64 ``[count, length]``.
         progress: where to report the number of Sites done.
     """
-    model, scheme = model.folded(quantization.smoothing), quantization.scheme
+    # The embedding is no Site: quantized, it would be part of every cost.
+    model, scheme = model.folded(quantization.smoothing), replace(quantization.scheme, int8_embedding=False)
     sites = list(quantized_sites(model, scheme))
     teacher = Teacher(model, quantization.prefix)
     teacher.remember(windows)

@@ -71,6 +71,7 @@ EXTRAS: dict[str, str] = {
     "junitparser": "build",
     "psutil": "build",
     "onnxruntime": "cpu",
+    "openvino": "openvino",
     "fastapi": "serve",
     "uvicorn": "serve",
     "prometheus_client": "serve",

@@ -12,9 +12,10 @@ from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.session import DecoderSession
 
-Product = Literal["plan", "report", "nothing"]
-"""What :meth:`Engine.compile` writes: a plan, which then runs instead of ``model.onnx``; a report on how ``model.onnx``
-runs; or nothing, for an engine that runs ``model.onnx`` unseen."""
+Product = Literal["plan", "blob", "report", "nothing"]
+"""What :meth:`Engine.compile` writes: a plan, which then runs instead of ``model.onnx``; a blob, which spares compiling
+``model.onnx`` again on machines like this one; a report on how ``model.onnx`` runs; or nothing, for an engine that runs
+``model.onnx`` unseen."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Engine(Protocol):
         """Whether it updates a static cache in place (KVCacheUpdate); a growing cache is copied at every step."""
         ...
 
+    @property
+    def gathers_codes(self) -> bool:
+        """Whether it runs a Gather of INT8 codes; if not, rows of an INT8 embedding are gathered behind a DQ."""
+        ...
+
     def version(self) -> str:
         """Return the version of the library; raises MissingDependency if it is not installed."""
         ...
@@ -84,6 +90,8 @@ class Engine(Protocol):
 
     def compile(self, graph: ExportedGraph, folder: Path, options: CompileOptions) -> EngineArtifact:
         """Compile ``graph`` into the empty ``folder``, count the linears in INT8, and write ``engine.json``.
+
+        Nothing is executed: ``ran`` is False, and ``details["not_run"]`` says so. The stage that compiles runs it.
 
         Raises:
             MissingDependency: the library or the GPU that it needs is missing.
@@ -105,13 +113,21 @@ class Engine(Protocol):
         """
         ...
 
+    def reads(self, artifact: EngineArtifact) -> bool:
+        """Return whether :meth:`open` should get the bytes of what was compiled.
+
+        False for an engine that runs ``model.onnx``, and for a blob of another machine or version; True for any plan,
+        which has passed :meth:`require_runnable`. Raises MissingDependency if the library is missing.
+        """
+        ...
+
     def open(self, graph: ExportedGraph, plan: bytes = b"", *, threads: int | None = None) -> DecoderSession:
         """Open a session.
 
         Args:
             graph: graph of a verified bundle, or one just written; the prefix and scales of its cache lie beside it.
-            plan: the compiled plan, if the engine has one. Deserializing a plan runs machine code from it: pass only
-                bytes whose digest is in a verified manifest, or that were compiled just now.
+            plan: the compiled plan or blob, if the engine has one. Deserializing a plan runs machine code from it: pass
+                only bytes whose digest is in a verified manifest, or that were compiled just now.
             threads: threads of an engine on the CPU; None for one per physical core.
 
         Raises:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cushion_deploy.engines.base import Engine
 from cushion_deploy.engines.onnxruntime import settings as providers
 from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
+from cushion_deploy.engines.openvino.engine import OpenVino
 from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.engines.tensorrt.flavours import RTX, STANDARD
 from cushion_deploy.errors import MissingDependency, unknown_choice
@@ -17,6 +18,7 @@ _ENGINES: tuple[Engine, ...] = (
     OnnxRuntime(providers.CUDA),
     OnnxRuntime(providers.TENSORRT),
     OnnxRuntime(providers.TENSORRT_RTX),
+    OpenVino(),
     TensorRt(RTX),
     TensorRt(STANDARD),
 )

@@ -22,6 +22,7 @@ from cushion_deploy.export.activations import add_activation
 from cushion_deploy.export.attention import Attention, is_one_operator
 from cushion_deploy.export.baked_prefix import BakedPrefix
 from cushion_deploy.export.builder import DTYPES, GraphBuilder
+from cushion_deploy.export.embedding import Embedding
 from cushion_deploy.export.kv_cache import GrowingCache, Int8Cache, KvCache, StaticCache
 from cushion_deploy.export.linear import PackedLinear, add_linear
 from cushion_deploy.export.masks import AttentionMasks
@@ -51,6 +52,9 @@ class DecoderGraph:
         self.sites = self.family.linears(spec, head=True)
         scales, scheme = quantization.scales, quantization.scheme
         self.scales = scales.of(scheme.of(self.sites)) if scales else {}
+        int8 = scheme.int8_embedding and form.quantized
+        gathers = int8 and form.gathers_codes and form.dtype == "float32"
+        self.embedding = Embedding(self.g, weights, f"{self.family.embedding}.weight", int8, gathers)
         self.kv_scales = quantization.kv_scales
         self.kept = quantization.prefix.kept
         self.rotations = quantization.smoothing.rotations if quantization.smoothing else {}
@@ -94,7 +98,7 @@ class DecoderGraph:
         """Return the first hidden states ``[B, S, hidden]``; ``positions`` count the prefix."""
         g, family = self.g, self.family
         g.scope("embedding")
-        x = g.op("Gather", self._embedding(), ids, axis=0)
+        x = self.embedding.rows(ids)
         if family.scaled_embedding:
             x = g.op("Mul", x, g.scalar(math.sqrt(self.spec.hidden_size)))
         x = self._project(family.embedding_in, x)
@@ -227,21 +231,17 @@ class DecoderGraph:
         return g.to_float32(logits)
 
     def _head(self, x: ir.Value) -> ir.Value:
-        """Return logits of the graph's type; a tied head in floating point reads the stored embedding."""
-        g, spec = self.g, self.spec
-        tied = spec.tied_head or f"{self.family.head}.weight" not in self.weights.names()
-        if tied and HEAD_SITE not in self.scales:
-            rows = g.op("Reshape", x, g.ints(-1, spec.embedding_size or spec.hidden_size))
-            scores = g.op("Gemm", rows, self._embedding(), transB=1)
-            shape = g.op("Concat", g.op("Shape", x, start=0, end=2), g.ints(spec.vocab_size), axis=0)
-            # allowzero, because logits_start may leave no rows.
-            return g.op("Reshape", scores, shape, allowzero=int(self._has_logits_start))
-        path = self.family.embedding if tied else self.family.head
-        packed = PackedLinear(HEAD_SITE, (path,), self.weights)
-        return add_linear(g, x, packed, self.scales.get(HEAD_SITE), DTYPES[self.form.scale_dtype])
-
-    def _embedding(self) -> ir.Value:
-        return self._tensor(f"{self.family.embedding}.weight")
+        """Return logits of the graph's type; a tied head reads the stored embedding."""
+        tied = self.spec.tied_head or f"{self.family.head}.weight" not in self.weights.names()
+        scale, scale_dtype = self.scales.get(HEAD_SITE), DTYPES[self.form.scale_dtype]
+        if tied and scale is None:
+            # logits_start may leave no tokens.
+            return self.embedding.scores(x, may_be_empty=self._has_logits_start)
+        packed = PackedLinear(HEAD_SITE, (self.family.embedding if tied else self.family.head,), self.weights)
+        # Scales of another type than float32 are for comparisons only; the embedding has none of that type.
+        shared = tied and self.embedding.gathers_codes and scale_dtype == ir.DataType.FLOAT
+        stored = self.embedding.transposed_codes() if shared else None
+        return add_linear(self.g, x, packed, scale, scale_dtype, stored)
 
     def _tensor(self, name: str, dtype: ir.DataType | None = None, offset: float = 0.0) -> ir.Value:
         """Return a tensor of the model plus ``offset`` as an initializer, of the graph's type unless given."""

@@ -72,6 +72,7 @@ def export_graph(
         opset=form.effective_opset,
         digest="",
         lineage=quantization.lineage,
+        int8_embedding=form.quantized and quantization.scheme.int8_embedding,
     )
     rules = tuple(check_exported(graph, form.scale_dtype))
     _write_beside(graph, quantization)
@@ -93,7 +94,8 @@ def check_exported(graph: ExportedGraph, scale_dtype: Dtype = "float32") -> dict
     if not graph.quantized and not cache:
         return {}
     sites = set(graph.sites) if graph.quantized else set()
-    return check_graph(ir.load(graph.path), sites, cache, DTYPES[scale_dtype])
+    model, embedding = ir.load(graph.path), graph.int8_embedding
+    return check_graph(model, sites, cache, DTYPES[scale_dtype], int8_embedding=embedding)
 
 
 def _write_beside(graph: ExportedGraph, quantization: Quantization) -> None:

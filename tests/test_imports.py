@@ -40,7 +40,7 @@ def test_the_runtime_needs_numpy_and_tokenizers_alone() -> None:
 
 def test_the_table_of_engines_loads_no_engine() -> None:
     found = loaded("import cushion_deploy.engines.registry")
-    assert not found & {"torch", "transformers", "onnxruntime", "tensorrt_rtx"}
+    assert not found & {"torch", "transformers", "onnxruntime", "openvino", "tensorrt_rtx"}
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_the_table_of_engines_loads_no_engine() -> None:
 def test_help_loads_nothing_heavy(verb: str) -> None:
     arguments = [verb, "--help"] if verb else ["--help"]
     found = loaded(f"from cushion_deploy.cli.main import run\nassert run({arguments!r}) == 0")
-    assert not found & {*HEAVY, "onnxruntime", "tensorrt_rtx"}
+    assert not found & {*HEAVY, "onnxruntime", "openvino", "tensorrt_rtx"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import compute_options, compute_settings, make_run, run_options
+from cushion_deploy.cli.options import compute_options, compute_settings, engines_option, make_run, names, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.render.formatting import size
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Number of timed rounds.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of every engine. Default: one per physical core.")
+@engines_option("Engines beside ONNX Runtime on the CPU. Default: those that the bundle was built for.")
 @compute_options
 @run_options
 def command(
@@ -37,6 +38,7 @@ def command(
     batch: int,
     rounds: int,
     threads: int | None,
+    engines: tuple[str, ...],
     device: str | None,
     compute_dtype: str | None,
     work_dir: Path,
@@ -55,7 +57,7 @@ def command(
     with progress(quiet) as report:
         workload = Workload(prompt, decoded, batch, rounds)
         run = make_run(work_dir, report)
-        found = bench_bundle(recipe, run, opened, workload, threads=threads, twin=not no_float)
+        found = bench_bundle(recipe, run, opened, workload, threads=threads, twin=not no_float, engines=names(engines))
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(_lines(found)))
 
 

@@ -19,15 +19,16 @@ from cushion_deploy.cli.options import (
 )
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
-from cushion_deploy.core.dtypes import Dtype
+from cushion_deploy.core.dtypes import PlanDtype
 from cushion_deploy.core.engine_artifact import EngineArtifact
+from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import choose_engines, compiling_engines
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
-from cushion_deploy.stages.compile import compile_options
+from cushion_deploy.stages.compile import CompiledEngine, compile_options
 from cushion_deploy.store import MANIFEST_NAME
 from cushion_deploy.verbs.engine import add_engine
 
@@ -53,7 +54,7 @@ def command(
     max_batch: int | None,
     max_context: int | None,
     max_prefill: int | None,
-    plan_dtype: Dtype | None,
+    plan_dtype: PlanDtype | None,
     allow_float_linears: int,
     model: str | None,
     output: Path,
@@ -68,7 +69,7 @@ def command(
     floating-point type, a static cache), it is exported from the original model.
     """
     (engine,) = choose_engines([name])
-    if plan_dtype and plan_dtype not in engine.dtypes:
+    if plan_dtype and plan_dtype not in ("auto", *engine.dtypes):
         raise UsageError(
             f"engine '{name}' compiles {', '.join(engine.dtypes)} graphs, not {plan_dtype}", hint="omit --plan-dtype"
         )
@@ -91,13 +92,21 @@ def command(
                 require_new_folder(output)
             recipe = Recipe.from_bundle(bundle.manifest.recipe).merged(changes)
             artifact = add_engine(recipe, make_run(work_dir, report), bundle, engine, options(recipe), output)
+            layers = bundle.graph.contract.num_layers
         else:
-            artifact = _compile_graph(folder, engine, options(Recipe().merged(changes)), plan_dtype, output, report)
+            graph = read_graph(folder)
+            artifact = _compile_graph(graph, engine, options(Recipe().merged(changes)), plan_dtype, output, report)
+            layers = graph.contract.num_layers
     if as_json:
         click.echo(json.dumps(artifact.to_json()))
         return
-    fused = f", {artifact.fused_attention} fused attention kernels" if artifact.details.get("limits") else ""
+    is_plan = bool(artifact.details.get("limits"))
+    fused = f", attention fused {artifact.fused_attention} of {layers}" if is_plan else ""
     click.echo(f"{artifact.engine}: {artifact.summary}{fused}")
+    if is_plan and not artifact.fused_attention:
+        click.echo(
+            "warning: no attention is a fused kernel: every layer writes all scores to memory and reads them again"
+        )
     if not artifact.form[1] and artifact.details.get("prefix_mode") == "cache":
         click.echo("the cache grows: only a float cache is updated in place, and only if the library has KVCacheUpdate")
     if not artifact.ran:
@@ -113,18 +122,23 @@ def command(
 
 
 def _compile_graph(
-    folder: Path, engine: Engine, options: CompileOptions, dtype: Dtype | None, output: Path, report: Progress
+    graph: ExportedGraph,
+    engine: Engine,
+    options: CompileOptions,
+    dtype: PlanDtype | None,
+    output: Path,
+    report: Progress,
 ) -> EngineArtifact:
     require_new_folder(output)
-    graph = read_graph(folder)
     # A folder from `export` has no manifest; the digest of its graph is verified before an engine reads the graph.
     verify_graph(graph)
     found = graph.contract.dtype
-    if found not in engine.dtypes or (dtype and dtype != found):
-        wanted = dtype or engine.dtypes[0]
+    if found not in engine.dtypes or (dtype and dtype not in ("auto", found)):
+        wanted = dtype if dtype and dtype != "auto" else engine.dtypes[0]
         raise UsageError(
-            f"engine '{engine.name}' was asked to compile a {wanted} graph, but the one in {folder} is {found}",
+            f"engine '{engine.name}' was asked to compile a {wanted} graph, but the one in {graph.path.parent} "
+            f"is {found}",
             hint=f"write one with `cushion-deploy export --dtype {wanted}`",
         )
     with elapsed(report, f"compiling for {engine.name}"), new_folder(output) as staged:
-        return engine.compile(graph, staged, options)
+        return CompiledEngine(engine.compile(graph, staged, options), staged).tried(graph)

@@ -12,6 +12,7 @@ import click
 from cushion_deploy.cli.options import (
     compute_options,
     compute_settings,
+    engine_option,
     make_shared_run,
     names,
     run_options,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     metavar="NAMES",
     help="Comma-separated: fp, fp-prefix, quantized, quantized-prefix, engine. Default: all.",
 )
+@engine_option("Engine of the column 'engine'.")
 @click.option("--model", metavar="MODEL", help="Original model of the bundle. Default: from its recipe.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings; only for a model.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine. Default: one per physical core.")
@@ -76,6 +78,7 @@ def command(
     batch_size: int | None,
     chat_template: bool,
     columns: str | None,
+    engine: str | None,
     model: str | None,
     recipe: Path | None,
     threads: int | None,
@@ -93,6 +96,7 @@ def command(
     """
     from cushion_deploy.evaluate.batches import BATCH
     from cushion_deploy.evaluate.zeroshot import TaskSuite
+    from cushion_deploy.runtime.engine import DEFAULT_ENGINE
     from cushion_deploy.verbs.eval import Scored, choose_columns, evaluate_columns
 
     bundle = _open(target, model, recipe)
@@ -105,6 +109,8 @@ def command(
         settings = settings.merged(compute_settings(device, compute_dtype))
     settings = settings.merged(scored_text(settings, window, max_tokens))
     chosen = choose_columns(names([columns] if columns else []), bundle)
+    if engine and "engine" not in chosen:
+        raise UsageError("--engine was given, but the column 'engine' is not evaluated", hint="add it to --columns")
     wanted = names(tasks)
     of_tasks = {"--limit": limit, "--task-data": task_data, "--batch-size": batch_size}
     given = [name for name, value in of_tasks.items() if value is not None] + ["--chat-template"] * chat_template
@@ -114,7 +120,7 @@ def command(
     texts: Sequence[str | None] = data or ([] if wanted else [settings.evaluation.data])
     with progress(quiet) as report_progress:
         run = make_shared_run(work_dir, report_progress, settings)
-        scored = Scored(texts, suite, limit, threads, batch_size or BATCH, chat_template)
+        scored = Scored(texts, suite, limit, threads, batch_size or BATCH, chat_template, engine or DEFAULT_ENGINE)
         found = evaluate_columns(settings, run, bundle, chosen, scored)
     if not run.processes.leads:
         pass
@@ -129,9 +135,11 @@ def command(
 def table(found: Evaluation) -> list[str]:
     """Return the scores as lines: a row per text or task, a column per way to run the model, then the agreement."""
     from cushion_deploy.report.render.formatting import extent
+    from cushion_deploy.runtime.engine import DEFAULT_ENGINE
     from cushion_deploy.verbs.columns import COLUMNS
 
-    rows = [["", *(COLUMNS[c] for c in found.columns)]]
+    headings = COLUMNS if found.engine == DEFAULT_ENGINE else {**COLUMNS, "engine": found.engine}
+    rows = [["", *(headings[c] for c in found.columns)]]
     for name, texts in found.texts.items():
         first = texts[found.columns[0]]
         part = extent(first.tokens, first.window, found.text_tokens[name])

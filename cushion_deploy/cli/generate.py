@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.cli.generation_options import generation_options, make_params
+from cushion_deploy.cli.output import require_parent
 from cushion_deploy.errors import UsageError
-from cushion_deploy.runtime import SamplingParams, load
+from cushion_deploy.runtime import TextGenerator, TokenEvent, load, open_bundle
+from cushion_deploy.runtime.answers import Settings, finished, make_jobs, write_answers
+from cushion_deploy.runtime.draft import make_draft
+from cushion_deploy.runtime.engine import open_engine
+from cushion_deploy.runtime.hub import local_bundle
+from cushion_deploy.runtime.requests import read_requests
 
 
 @click.command("generate")
@@ -18,73 +26,69 @@ from cushion_deploy.runtime import SamplingParams, load
 @click.argument("prompt", required=False)
 @click.option("--chat", is_flag=True, help="Apply the chat template to the prompt as a user message.")
 @click.option("--system", help="System message; requires --chat.")
-@click.option(
-    "--max-new-tokens", type=int, default=128, show_default=True, help="Maximum number of tokens to generate."
-)
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="Sampling temperature; 0 for greedy decoding."
-)
-@click.option(
-    "--top-k", type=int, default=0, show_default=True, help="Sample from the k most probable tokens; 0 for all."
-)
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Sample from the most probable tokens whose probabilities sum to this value.",
-)
-@click.option(
-    "--min-p",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Drop tokens below this fraction of the highest probability.",
-)
-@click.option(
-    "--repetition-penalty",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Values above 1 make tokens that have already occurred less probable.",
-)
-@click.option("--seed", type=int, help="Random seed.")
-@click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
-@click.option("--engine", default="onnxruntime", show_default=True, help=f"Engine to run on: {', '.join(ENGINES)}.")
-@click.option("--threads", type=int, help="Threads of an engine on the CPU. Default: one per physical core.")
+@generation_options(max_new_tokens=128)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming text.")
+@click.option(
+    "--input",
+    "requests",
+    type=click.Path(path_type=Path),
+    help='JSON Lines with one {"prompt": ...} or {"messages": [...]} each; requires --output.',
+)
+@click.option(
+    "--output", "answers", type=click.Path(path_type=Path), help="JSON Lines file for the answers, which is continued."
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Prompts of --input to run at once. Default: 1.")
 def command(
     bundle: Path,
     prompt: str | None,
     chat: bool,
     system: str | None,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
     stop: tuple[str, ...],
+    draft: str | None,
     engine: str,
     threads: int | None,
     as_json: bool,
+    requests: Path | None,
+    answers: Path | None,
+    batch: int | None,
+    **sampling: Any,
 ) -> None:
-    """Generate text from PROMPT with BUNDLE. Without PROMPT, the prompt is read from stdin."""
+    """Generate text from PROMPT with BUNDLE. Without PROMPT, the prompt is read from stdin.
+
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub, which is fetched into its cache.
+
+    With --input, every line of a file is answered and the answers are written to --output, in the same order. The same
+    command continues an interrupted run behind the last complete answer.
+    """
+    params = make_params(sampling)
+    if requests or answers:
+        _refuse_with_input(prompt=prompt, chat=chat, system=system, draft=draft, json=as_json)
+        settings = Settings(params, max_new_tokens, stop, engine)
+        _answer_file(bundle, requests, answers, settings, threads, batch or 1)
+        return
+    if batch:
+        raise UsageError("--batch was given without --input", hint="add --input prompts.jsonl --output answers.jsonl")
     if prompt is None:
         prompt = sys.stdin.read()
     if system and not chat:
         raise UsageError("--system was given without --chat", hint="add --chat")
-    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    generator = load(bundle, engine, threads)
+    make_draft(draft)  # an unknown name is an error before the bundle is read
+    generator = load(local_bundle(bundle), engine, threads)
+    options: dict[str, Any] = {"params": params, "max_new_tokens": max_new_tokens, "stop": stop, "draft": draft}
     if chat:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
-        events = generator.stream_chat(messages, params=params, max_new_tokens=max_new_tokens, stop=stop)
-    else:
-        events = generator.stream(prompt, params=params, max_new_tokens=max_new_tokens, stop=stop)
-        if not as_json:
-            click.echo(prompt, nl=False)
+        _print(generator.stream_chat(messages, **options), as_json)
+        return
+    events = generator.stream(prompt, **options)
+    if not as_json:
+        click.echo(prompt, nl=False)
+    _print(events, as_json)
+
+
+def _print(events: Iterator[TokenEvent], as_json: bool) -> None:
+    """Stream the text of events, or print all of them as one JSON object."""
     text, ids = "", []
     for event in events:
         text += event.text
@@ -101,3 +105,33 @@ def command(
         # The first token is part of the prefill.
         rate = (last.usage.new_tokens - 1) / max(last.usage.decode_seconds, 1e-9)
         click.echo(f"[{last.usage.new_tokens} tokens, {rate:.1f} tokens/s, {last.finish_reason}]", err=True)
+
+
+def _refuse_with_input(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise UsageError(
+                f"{'PROMPT' if name == 'prompt' else f'--{name}'} cannot be combined with --input",
+                hint='leave it out; a line {"messages": [...]} of the input applies the chat template',
+            )
+
+
+def _answer_file(
+    path: Path, requests: Path | None, answers: Path | None, settings: Settings, threads: int | None, batch: int
+) -> None:
+    if requests is None or answers is None:
+        raise UsageError(
+            f"{'--output' if answers else '--input'} was given without {'--input' if answers else '--output'}",
+            hint="give both: --input prompts.jsonl --output answers.jsonl",
+        )
+    require_parent(answers)
+    lines = read_requests(requests)
+    bundle = open_bundle(local_bundle(path))
+    jobs = make_jobs(bundle, lines, settings)
+    done, _ = finished(answers, jobs)
+    if done < len(jobs):
+        generator = TextGenerator(bundle, open_engine(bundle, settings.engine, threads))
+        for count in write_answers(generator, jobs, settings, answers, batch):
+            if sys.stderr.isatty():
+                click.echo(f"\r{count} of {len(jobs)} answers", nl=False, err=True)
+    click.echo(f"{answers}: {len(jobs)} answers, {done} of them from an earlier run")

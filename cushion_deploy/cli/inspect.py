@@ -90,6 +90,10 @@ def _kernels_here() -> dict[str, str]:
         return {"onnxruntime on this machine": error.message}
 
 
+def _token(tokenizer: Any, token_id: int) -> str:
+    return f"{token_id} {tokenizer.id_to_token(token_id)}"
+
+
 def _bundle(path: Path) -> dict[str, Any]:
     from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.runtime.engine import read_engine
@@ -108,6 +112,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "prefix positions": contract.prefix_length,
         "key/value cache": contract.cache_dtype,
         "longest context": contract.max_positions - contract.prefix_length,
+        "end tokens": [_token(bundle.tokenizer, i) for i in bundle.eos_token_ids],
         "engines": engines,
         **{name: read_engine(bundle, name).summary for name in engines},
         **_kernels_here(),

@@ -30,6 +30,8 @@ VERBS = {
     "study": "Reproduce the tables and figures of the paper for a model.",
     "verify": "Compare every file of a bundle with the manifest.",
     "generate": "Generate text with a bundle.",
+    "chat": "Talk with a bundle in the terminal.",
+    "push": "Put a bundle on the Hugging Face hub.",
     "serve": "Serve a bundle through the OpenAI API, with a chat page.",
     "report": "Show the report of a bundle.",
     "inspect": "Show the contents of a bundle, prefix or scales file.",

@@ -164,17 +164,30 @@ def split_targets(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(target.strip() for text in given for target in text.split(",") if target.strip())
 
 
-def dtype_option(flag: str, name: str, help_text: str, default: str | None = None) -> Callable[[F], F]:
-    """Return an option for the type of a graph, whose value is the long name of a type."""
+def dtype_option(
+    flag: str, name: str, help_text: str, default: str | None = None, *, auto: bool = False
+) -> Callable[[F], F]:
+    """Return an option for the type of a graph, whose value is the long name of a type, or ``auto`` if allowed."""
+    more = ["auto"] if auto else []
     return click.option(
         *(flag, name),
-        type=click.Choice([*DTYPES, *DTYPES.values()]),
-        metavar="fp16|bf16|fp32",
+        type=click.Choice([*more, *DTYPES, *DTYPES.values()]),
+        metavar="|".join((*more, "fp16", "bf16", "fp32")),
         default=default,
         show_default=default is not None,
         callback=lambda _, __, value: DTYPES.get(value, value),
         help=help_text,
     )
+
+
+def engine_option(help_text: str) -> Callable[[F], F]:
+    """Return an option for the engine to run on."""
+    return click.option("--engine", metavar="NAME", help=f"{help_text} Default: onnxruntime, on the CPU.")
+
+
+def engines_option(help_text: str) -> Callable[[F], F]:
+    """Return an option for the engines to run on."""
+    return click.option("--engine", "engines", multiple=True, metavar="NAMES", help=f"Comma-separated. {help_text}")
 
 
 def plan_options(function: F) -> F:
@@ -185,7 +198,13 @@ def plan_options(function: F) -> F:
         ),
         click.option("--max-context", type=int, help="Maximum context of TensorRT profiles. Default: from the recipe."),
         click.option("--max-batch", type=int, help="Maximum batch of TensorRT profiles. Default: from the recipe."),
-        dtype_option("--plan-dtype", "plan_dtype", "Type of TensorRT plans. Default: from the recipe, fp16."),
+        dtype_option(
+            "--plan-dtype",
+            "plan_dtype",
+            "Type of TensorRT plans: auto is fp16 where the values measured on the calibration text fit, else bf16. "
+            "Default: from the recipe, auto.",
+            auto=True,
+        ),
     ):
         function = option(function)
     return function

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.cli.options import compute_options, compute_settings, make_run, run_options
+from cushion_deploy.cli.options import compute_options, compute_settings, engines_option, make_run, names, run_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode
@@ -21,6 +21,7 @@ from cushion_deploy.recipe import Recipe
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML for CI.")
 @click.option("--baseline", type=click.Path(path_type=Path), help="Also fail if a check is worse than in this file.")
 @click.option("--write-baseline", type=click.Path(path_type=Path), help="Write the value of every check to this file.")
+@engines_option("Engines on the ladder besides ONNX Runtime on the CPU. Default: those that the bundle was built for.")
 @click.option("--reuse", is_flag=True, help="Use the stored result of an earlier run, if there is one.")
 @compute_options
 @run_options
@@ -32,6 +33,7 @@ def command(
     junit: Path | None,
     baseline: Path | None,
     write_baseline: Path | None,
+    engines: tuple[str, ...],
     work_dir: Path,
     reuse: bool,
     device: str | None,
@@ -41,7 +43,7 @@ def command(
     """Run the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 if a check fails."""
     from cushion_deploy.parity import baseline as baselines
     from cushion_deploy.runtime.bundle import open_bundle
-    from cushion_deploy.verbs.parity import check_bundle
+    from cushion_deploy.verbs.parity import check_bundle, engines_to_run
 
     opened = open_bundle(bundle)
     overrides = {"model": model, "evaluation.data": eval_data, "parity.data": eval_data}
@@ -52,7 +54,9 @@ def command(
     earlier = baselines.read_baseline(baseline) if baseline else ()
     with progress(quiet) as report_progress:
         run = make_run(work_dir, report_progress)
-        report = check_bundle(recipe, run, opened.path, opened.graph, reuse=reuse)
+        report = check_bundle(
+            recipe, run, opened.path, opened.graph, engines_to_run(opened, names(engines)), reuse=reuse
+        )
     if write_baseline:
         baselines.write_baseline(report, write_baseline)
     report = baselines.compare_baseline(report, earlier)

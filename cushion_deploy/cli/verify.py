@@ -7,14 +7,20 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.store import verify_bundle
+from cushion_deploy.runtime.hub import local_bundle
+from cushion_deploy.store import changed_documents, verify_bundle
 
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(bundle: Path, as_json: bool) -> None:
-    """Verify that BUNDLE contains exactly the files in its manifest, byte for byte. Exit code 4 if it does not."""
+    """Verify that BUNDLE contains exactly the files in its manifest, byte for byte. Exit code 4 if it does not.
+
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub, which is fetched into its cache. A
+    README, a licence and the files of git and the hub are named, and not compared.
+    """
+    bundle = local_bundle(bundle)
     manifest = verify_bundle(bundle)
     if as_json:
         click.echo(json.dumps(manifest.to_json()))
@@ -22,3 +28,6 @@ def command(bundle: Path, as_json: bool) -> None:
     size = sum(entry.size for entry in manifest.files.values())
     click.echo(f"{bundle}: {len(manifest.files)} files, {size / 1e6:.1f} MB, all unchanged since publication")
     click.echo(f"manifest {manifest.digest}")
+    if changed := changed_documents(bundle, manifest):
+        words = ", ".join(f"{name} ({what})" for name, what in changed.items())
+        click.echo(f"not compared, because no run reads them: {words}")

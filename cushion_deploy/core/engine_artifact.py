@@ -29,7 +29,7 @@ class EngineArtifact:
         linears: linears expected in INT8, counted before packing.
         int8_linears: linears found in INT8 in the compiled engine, counted the same way.
         fused_attention: fused attention kernels found.
-        ran: whether the engine was executed where it was compiled.
+        ran: whether the engine was executed where it was compiled: what happened, not what could happen.
         details: engine-specific facts (kernel counts, rewrites, options, why it did not run).
         lineage: the graph that the engine was compiled from, and the digests behind that graph.
         versions: versions of the distributions that compiled it.

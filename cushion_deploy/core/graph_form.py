@@ -40,6 +40,8 @@ class GraphForm:
         opset: opset of the default domain; ignored for a static cache, which uses :data:`STATIC_OPSET`.
         scale_dtype: type of the scales and of quantized products. Only float32 is for deployment: a float16 accumulator
             can overflow.
+        gathers_codes: whether a float32 graph gathers the rows of an INT8 embedding as codes. False, and in 16-bit
+            graphs, it gathers them from the dequantized table.
 
     Raises:
         UsageError: a value is out of range, or two values exclude each other.
@@ -52,6 +54,7 @@ class GraphForm:
     prefix: PrefixMode = "baked"
     opset: int = MIN_OPSET
     scale_dtype: Dtype = "float32"
+    gathers_codes: bool = True
 
     def __post_init__(self) -> None:
         for what, value, known in (

@@ -74,6 +74,7 @@ class ExportedGraph:
         opset: ONNX opset of the default domain.
         digest: SHA-256 over all files.
         lineage: digests of the model, prefix, smoothing, scales and scheme.
+        int8_embedding: whether the token embedding is stored as INT8 codes with one scale per row.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class ExportedGraph:
     opset: int
     digest: str
     lineage: Lineage
+    int8_embedding: bool = False
 
     @property
     def linears(self) -> int:
@@ -103,12 +105,14 @@ class ExportedGraph:
         return sum(file.stat().st_size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict; the path is its file name only, and default values of the cache are omitted."""
+        """Return a JSON-ready dict; the path is its file name only; defaults of cache and embedding are omitted."""
         data = {**asdict(self), "path": self.path.name, "parents": self.lineage.to_json()}
         del data["lineage"]
         for form in ("cache_capacity", "quantized_cache"):
             if not data["contract"][form]:
                 del data["contract"][form]
+        if not self.int8_embedding:
+            del data["int8_embedding"]
         return data
 
     @classmethod

@@ -43,6 +43,8 @@ class QuantScheme:
             be smaller); 0 for one scale per output channel.
         smoothing: whether the scheme is meant for a model with SmoothQuant factors folded in.
         float_sites: Sites whose input and weights stay in floating point.
+        int8_embedding: whether the token embedding is stored as INT8 codes with one scale per row. A tied head reads
+            the same codes; unless ``quantize_head`` quantizes its input too, its products are in floating point.
     """
 
     name: str = "w8a8"
@@ -54,6 +56,7 @@ class QuantScheme:
     weight_group: int = 0
     smoothing: bool = False
     float_sites: tuple[Site, ...] = ()
+    int8_embedding: bool = False
 
     def __post_init__(self) -> None:
         for what, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
@@ -199,6 +202,7 @@ def describe(scheme: QuantScheme) -> str:
     ]
     parts += ["SmoothQuant"] if scheme.smoothing else []
     parts += [] if scheme.quantize_head else ["head in floating point"]
+    parts += ["INT8 embedding"] if scheme.int8_embedding else []
     parts += [f"{len(scheme.float_sites)} Sites in floating point"] if scheme.float_sites else []
     verdict = "deployable" if scheme.deployable else f"evaluation only: {scheme.why_not_deployable}"
     return f"{'; '.join(parts)} ({verdict})"

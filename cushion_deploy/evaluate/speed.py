@@ -22,9 +22,11 @@ from cushion_deploy.core.graphs import ExportedGraph, GraphContract
 from cushion_deploy.core.host import own_peak_memory
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.session import DecoderSession, context_limit
-from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.probe import child_environment, package_root
+from cushion_deploy.engines.registry import find_engine
 from cushion_deploy.errors import CheckFailed, UsageError
+from cushion_deploy.runtime.bundle import open_bundle
+from cushion_deploy.runtime.engine import DEFAULT_ENGINE, open_engine
 
 LATENCIES = (50, 90, 99)
 """Reported percentiles of the decode step latency."""
@@ -131,8 +133,21 @@ def compare(ours: Times, theirs: Times, workload: Workload) -> Comparison:
     )
 
 
-def peak_memory(graph: ExportedGraph, workload: Workload, threads: int | None = None) -> int:
-    """Return the peak resident bytes of a fresh process that runs a graph in ONNX Runtime.
+def peak_memory(
+    graph: ExportedGraph,
+    workload: Workload,
+    threads: int | None = None,
+    engine: str = DEFAULT_ENGINE,
+    bundle: Path | None = None,
+) -> int:
+    """Return the peak resident bytes of a fresh process that runs a graph on an engine.
+
+    Args:
+        graph: the graph.
+        workload: its prompt and batch.
+        threads: threads of the engine.
+        engine: an engine on the CPU.
+        bundle: the bundle of the graph, which then runs as it is deployed; None for a graph of no bundle.
 
     Raises:
         CheckFailed: the process fails.
@@ -142,6 +157,8 @@ def peak_memory(graph: ExportedGraph, workload: Workload, threads: int | None = 
         "graph": graph.to_json(),
         "workload": asdict(workload),
         "threads": threads,
+        "engine": engine,
+        "bundle": str(bundle.resolve()) if bundle else None,
     }
     done = subprocess.run(
         [sys.executable, "-m", "cushion_deploy.evaluate.speed"],
@@ -162,7 +179,11 @@ def _child() -> None:
     request = json.loads(sys.stdin.read())
     graph = ExportedGraph.from_json(request["graph"], Path(request["folder"]))
     workload = Workload(**request["workload"])
-    session = open_session(graph, threads=request["threads"])
+    engine, threads = request["engine"], request["threads"]
+    if request["bundle"]:
+        session = open_engine(open_bundle(request["bundle"]), engine, threads)
+    else:
+        session = find_engine(engine).open(graph, threads=threads)
     session.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64))
     session.run(np.zeros((workload.batch, 1), dtype=np.int64))
     print(own_peak_memory())

@@ -7,7 +7,8 @@ between passes: each is read from the checkpoint when it is its turn, folded and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -100,6 +101,7 @@ class PlacedWeights(Mapping[str, Tensor]):
         self._streamed: dict[nn.Module, StreamedLayer] = {}
         self._unloaded = False
         self._rotations: list[RemovableHandle] = []
+        self._original_embedding: weakref.ref[nn.Parameter] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor in the current state, on the device."""
@@ -187,11 +189,11 @@ class PlacedWeights(Mapping[str, Tensor]):
         before = self.state
         self.state = replace(before, quantized={**before.quantized, **formats})
         try:
-            self._replace(formats)
+            self._replace(formats.keys())
             yield
         finally:
             self.state = before
-            self._replace(formats)
+            self._replace(formats.keys())
 
     def plan(self, memory: int) -> list[str]:
         """Return the paths of the layers that do not fit into ``memory`` bytes, the last ones of the model.
@@ -295,14 +297,33 @@ class PlacedWeights(Mapping[str, Tensor]):
             return f"{self._family.embedding}.weight"
         return name
 
+    def _embedding(self, current: nn.Parameter) -> nn.Parameter:
+        """Return the embedding as it is in the current state; ``current`` is the one of the state before.
+
+        Not in place: a teacher keeps the original embedding as its head. While a teacher does, that one is used again,
+        because memory would otherwise hold it twice from then on.
+        """
+        name = f"{self._family.embedding}.weight"
+        if name in self.state.quantized:
+            self._original_embedding = weakref.ref(current)
+        elif self._original_embedding is not None:
+            original, self._original_embedding = self._original_embedding(), None
+            if original is not None:
+                return original
+        return nn.Parameter(self[name], requires_grad=False)
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _replace(self, names: Mapping[str, Any] | frozenset[str]) -> None:
+    def _replace(self, names: Set[str]) -> None:
         """Replace tensors of the module by what they are in the current state.
 
         Never in inference mode, whatever the caller is in: tuning takes gradients through these weights.
         """
-        for name in sorted(names):
+        embedding, head = f"{self._family.embedding}.weight", f"{self._family.head}.weight"
+        if embedding in names and self._stored_name(head) == embedding:
+            names = {*names, head}
+        # The embedding first, because a tied head becomes what it is then.
+        for name in sorted(names, key=lambda name: (name != embedding, name)):
             path, _, attribute = name.rpartition(".")
             owner = self._module.get_submodule(path)
             if getattr(owner, attribute).is_meta:
@@ -311,7 +332,9 @@ class PlacedWeights(Mapping[str, Tensor]):
                 tied: nn.Parameter = self._module.get_parameter(self._stored_name(name))
                 setattr(owner, attribute, tied)
                 continue
-            if path == self._family.head:
+            if name == embedding:
+                setattr(owner, attribute, self._embedding(getattr(owner, attribute)))
+            elif name == head:
                 # Not in place: a tied head is the embedding, and a teacher keeps the original head.
                 setattr(owner, attribute, nn.Parameter(self[name], requires_grad=False))
             else:

@@ -67,17 +67,23 @@ def quantized_sites(model: TorchRunner, scheme: QuantScheme) -> dict[Site, tuple
 
 @contextmanager
 def quantized_weights(
-    model: TorchRunner, sites: Mapping[Site, tuple[nn.Linear, ...]], bits: int = 8, group: int = 0
+    model: TorchRunner,
+    sites: Mapping[Site, tuple[nn.Linear, ...]],
+    bits: int = 8,
+    group: int = 0,
+    *,
+    int8_embedding: bool = False,
 ) -> Iterator[None]:
     """Replace the weights of the linears of these Sites by their dequantized codes; restored on exit.
 
-    A tied head is quantized without changing the embedding.
+    A tied head is quantized without changing the embedding; a quantized embedding changes a tied head.
 
     Args:
         model: the model.
         sites: the Sites whose linears are quantized.
         bits: bits of the codes.
         group: input features that share a scale; 0 for one scale per output channel.
+        int8_embedding: whether the token embedding becomes INT8 codes with one scale per row.
     """
     paths = model.family.linears(model.spec, head=True)
     formats = {
@@ -85,6 +91,8 @@ def quantized_weights(
         for site in sites
         for i, path in enumerate(paths[site])
     }
+    if int8_embedding:
+        formats[f"{model.family.embedding}.weight"] = WeightFormat("embedding")
     with model.quantized(formats):
         yield
 
@@ -138,7 +146,10 @@ def simulated(
                 return (codes * scale if zero is None else (codes - zero) * scale).to(x.dtype)
 
             stack.enter_context(replaced(model, transform, sites))
-        stack.enter_context(quantized_weights(model, sites, scheme.weight_bits, scheme.weight_group))
+        weights = quantized_weights(
+            model, sites, scheme.weight_bits, scheme.weight_group, int8_embedding=scheme.int8_embedding
+        )
+        stack.enter_context(weights)
         if kv is not None:
             stack.enter_context(quantized_cache(model, kv, on_codes))
         yield

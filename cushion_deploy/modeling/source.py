@@ -31,8 +31,20 @@ TOKENIZER_FILES = (
 """The tokenizer in all its layouts."""
 GENERATION_FILES = ("generation_config.json", "chat_template*.j*", "additional_chat_templates/*.jinja")
 """Files that decide how text is generated, not what the model computes for given token ids."""
-_HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES, *GENERATION_FILES]
+_HUB_FILES = [
+    "README.md",
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *TOKENIZER_FILES,
+    *GENERATION_FILES,
+]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether a text has the form of a hub id, ``org/name``."""
+    return _HUB_ID.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.parity.blame import SiteInputs
 from cushion_deploy.parity.ladder import GREEDY_TOKENS, TorchReference
 from cushion_deploy.parity.segments import SiteCodes
-from cushion_deploy.parity.stored_values import LinearWeights
+from cushion_deploy.parity.stored_values import LinearWeights, Table
 
 PROMPT_TOKENS = 32
 
@@ -68,6 +68,12 @@ def float_inputs(model: TorchRunner, prefix: Prefix, ids: IntArray) -> SiteInput
     with observed(model, lambda site, x: found.__setitem__(site, model.array(x))):
         model.run(model.tensor(ids), model.past(prefix))
     return {site: found[site] for site in model.sites}
+
+
+def embedding_codes(model: TorchRunner) -> Table:
+    """Return codes and scales of the token embedding as fake-quant uses them."""
+    codes, scale = weight_codes(model.placed[f"{model.family.embedding}.weight"].float(), "embedding")
+    return model.array(codes).astype(np.int8), model.array(scale)[:, 0]
 
 
 def linear_codes(model: TorchRunner, scheme: QuantScheme) -> Iterator[LinearWeights]:

@@ -27,7 +27,7 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.session import first_caches, past_names
 from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.onnxruntime.settings import session_config
-from cushion_deploy.parity.bfloat16 import emulate_bfloat16
+from cushion_deploy.parity.rounding import widen
 from cushion_deploy.store import place
 
 SiteCodes = dict[Site, npt.NDArray[np.int8]]
@@ -42,8 +42,13 @@ class SegmentRun:
     what attention reads.
 
     ``literal`` kernels run every node as the ONNX specification defines it, without optimization; ``fused`` kernels are
-    the integer kernels of the ONNX Runtime engine.
+    the integer kernels of the ONNX Runtime engine. In a 16-bit graph the result of every operator is rounded.
+
+    Attributes:
+        not_finite: the first Site of the last run whose input has NaN or infinity; None for none.
     """
+
+    not_finite: Site | None = None
 
     def __init__(self, graph: ExportedGraph, scales: ActivationScales, kernels: Kernels) -> None:
         """Cut the graph; a session of it is opened when it runs."""
@@ -85,7 +90,7 @@ class SegmentRun:
             logits ``[1, n, vocab]``, the codes that each segment computes for the Site at its end, and the
             ``present.*`` tensors without the free slots of a static cache.
         """
-        feed: dict[str, npt.NDArray[Any]] = dict(past or first_past(self.graph))
+        feed = {name: as_run(value) for name, value in (past or first_past(self.graph)).items()}
         before = next(iter(feed.values())).shape[2]
         feed.update(token_inputs(ids, before))
         if capacity := self.graph.contract.cache_capacity:
@@ -95,8 +100,12 @@ class SegmentRun:
             feed[f"{site}.forced"] = dequantize(forced, self._step(site))
         names = [output.name for output in self.session.get_outputs()]
         out = dict(zip(names, self.session.run(names, feed), strict=True))
-        computed = {site: quantize(out[f"{site}.input"], self._step(site)) for site in codes if site in self.sites}
-        computed |= {site: computed[site].swapaxes(1, 2) for site in self.cached}
+        inputs = {site: out[f"{site}.input"] for site in codes if site in self.sites}
+        self.not_finite = next((site for site, x in inputs.items() if not np.isfinite(x).all()), None)
+        computed = {}
+        for site, x in inputs.items():
+            found = _codes(x, self._step(site), feed[f"{site}.forced"])
+            computed[site] = found.swapaxes(1, 2) if site in self.cached else found
         end = before + ids.shape[1]
         present = {name: value[:, :, :end] for name, value in out.items() if name.startswith("present.")}
         return out["logits"], computed, present
@@ -105,8 +114,11 @@ class SegmentRun:
         return self.cached[site] if site in self.cached else self.scales.scales[site]
 
 
-def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: Kernels) -> Any:
-    """Return an ONNX Runtime session of a copy of the graph, changed by ``edit``; the graph itself is not changed."""
+def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: Kernels, *, rounded: bool = True) -> Any:
+    """Return an ONNX Runtime session of a copy of the graph, changed by ``edit``; the graph itself is not changed.
+
+    A 16-bit graph runs in float32, see :func:`widen`, after the change; ``rounded`` says whether results are rounded.
+    """
     import onnx_ir as ir
     import onnxruntime as ort
 
@@ -119,15 +131,14 @@ def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: K
     for key, value in (LITERAL_CONFIG if kernels == "literal" else session_config()).items():
         options.add_session_config_entry(key, value)
     with tempfile.TemporaryDirectory(prefix="cushion-parity-") as name:
-        data, emulated = graph.files[1], graph.contract.dtype == "bfloat16"
-        # A copy, not a link, if onnx_ir reads it: it rejects external data with a second hard link as an attack.
-        place(data, Path(name) / data.name, link=not emulated)
+        data = graph.files[1]
+        place(data, Path(name) / data.name, link=True)
         path = Path(name) / graph.path.name
         model = ir.load(graph.path)
-        if emulated:
-            emulate_bfloat16(model)
         edit(model)
-        ir.save(model, path, external_data="emulated.data" if emulated else None)
+        if graph.contract.dtype != "float32":
+            widen(model, graph.contract.dtype, rounded=rounded)
+        ir.save(model, path)
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -156,6 +167,20 @@ def first_past(graph: ExportedGraph) -> dict[str, npt.NDArray[Any]]:
     prefix = read_cached_prefix(graph)
     first = first_caches(graph.contract, prefix, 1, read_cached_scales(graph))
     return dict(zip(past_names(graph.contract), first, strict=True))
+
+
+def as_run(cache: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a cache as a graph here takes it: INT8 codes, or float32, in which 16-bit graphs run too."""
+    return cache if cache.dtype == np.int8 else cache.astype(np.float32, copy=False)
+
+
+def _codes(x: FloatArray, step: FloatArray | float, expected: FloatArray) -> npt.NDArray[np.int8]:
+    """Return the codes of ``x``; what is not finite, which saturation may hide, gets a code far from ``expected``."""
+    finite = np.isfinite(x)
+    if finite.all():
+        return quantize(x, step)
+    codes = quantize(np.where(finite, x, np.float32(0)), step)
+    return np.where(finite, codes, np.where(expected < 0, np.int8(127), np.int8(-128)))
 
 
 def _add_slots(feed: dict[str, npt.NDArray[Any]], before: int, capacity: int) -> None:

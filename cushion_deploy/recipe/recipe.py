@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from cushion_deploy.core.schemes import PRECISIONS
+from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.recipe.sections import (
     ROTATIONS,
@@ -73,6 +73,16 @@ class Recipe(Section):
         if value not in PRECISIONS:
             raise unknown_choice("precision", value, sorted(PRECISIONS))
         return value
+
+    @property
+    def scheme(self) -> QuantScheme:
+        """The scheme with every Site quantized, before ``export.keep_float`` is applied."""
+        export = self.export
+        return replace(
+            PRECISIONS[self.precision],
+            quantize_head=export.quantize_head,
+            int8_embedding=export.embedding == "int8",
+        )
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

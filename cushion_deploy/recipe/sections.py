@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cushion_deploy.core.dtypes import Dtype
+from cushion_deploy.core.dtypes import PlanDtype
 from cushion_deploy.core.graphs import PrefixMode
 from cushion_deploy.core.kv_scales import KvGranularity
 from cushion_deploy.core.scales import Estimator
@@ -248,6 +248,11 @@ class Export(Section):
     """What the ONNX graph looks like."""
 
     quantize_head: bool = Field(default=False, description="Quantize the output head (lm_head) to INT8 as well.")
+    embedding: Literal["int8", "float"] = Field(
+        default="float",
+        description="Store the token embedding, and with it a tied head, as INT8 codes with one scale per row (int8) "
+        "or in floating point (float).",
+    )
     keep_float: Names = Field(
         default=(),
         description="Sites to keep in floating point, by name, or auto:N for the N most sensitive ones.",
@@ -308,10 +313,11 @@ class Parity(Section):
 class TensorRt(Section):
     """Floating-point type and optimization profiles of TensorRT plans."""
 
-    dtype: Dtype = Field(
-        default="float16",
+    dtype: PlanDtype = Field(
+        default="auto",
         description="Floating-point type of plans: float16, bfloat16 (for residual streams beyond the range of "
-        "float16) or float32 (without fused attention).",
+        "float16), float32 (without fused attention), or float16 where the values measured on the calibration text "
+        "fit and bfloat16 otherwise (auto).",
     )
     max_batch: int = Field(default=1, ge=1, description="Maximum batch size of the optimization profiles.")
     max_context: int = Field(

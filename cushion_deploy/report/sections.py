@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import groupby
 
-from cushion_deploy.report import scores, statements
-from cushion_deploy.report.document import Engine, ParityRow, Report
+from cushion_deploy.report import plans, scores, statements
+from cushion_deploy.report.document import Engine, ParityRow, PlanType, Report
 from cushion_deploy.report.document.prefix import Search, SearchStep, Tuning, TuningState
 from cushion_deploy.report.provenance import json_block, names_and_values
 from cushion_deploy.report.render.drawing import Drawing
@@ -193,9 +193,13 @@ def engines(report: Report) -> Blocks:
     """Return the INT8 coverage of every engine, and whether it was run."""
     blocks: Blocks = [Paragraph(statements.engines_sentence(report))]
     if report.engines:
-        rows = tuple(_engine_row(engine) for engine in report.engines)
+        rows = tuple(_engine_row(report, engine) for engine in report.engines)
         blocks.append(Table(("engine", "targets", "coverage", "on this machine"), rows, align="llll"))
+    if report.plan_type is not None:
+        blocks += _plan_type(report.plan_type)
     for engine in report.engines:
+        if warning := plans.attention_warning(report, engine):
+            blocks.append(Paragraph((Span(warning, "incomplete"),)))
         if fused := statements.fused_attention_sentence(report, engine):
             blocks.append(Paragraph(f"{engine.engine}: {fused}", note=True))
         if engine.details:
@@ -203,12 +207,27 @@ def engines(report: Report) -> Blocks:
     return blocks
 
 
-def _engine_row(engine: Engine) -> tuple[Text, ...]:
-    covered = statements.coverage(engine)
-    if engine.fused_attention:
-        covered += f", {plural(engine.fused_attention, 'fused attention kernel')}"
+def _plan_type(found: PlanType) -> Blocks:
+    """Return which type plans have and why, and the largest value in each part of the graph."""
+    blocks: Blocks = [Paragraph(f"Floating-point type of plans: {plans.type_sentence(found)}")]
+    if found.values:
+        rows = tuple(
+            ((Span(v.part, "code"),), v.tensor, number(v.value), (Span(v.token, "token"),), f"{v.position}")
+            for v in found.values
+        )
+        table = Table(("part", "tensor", "largest magnitude", "token", "position"), rows, align="llrlr")
+        note = f"Measured on {plural(found.tokens, 'token')} of {found.corpus}; -1 is in the prefix."
+        blocks.append(Details("Largest value in each part of the graph", (Paragraph(note, note=True), table)))
+    return blocks
+
+
+def _engine_row(report: Report, engine: Engine) -> tuple[Text, ...]:
+    covered = ", ".join(filter(None, (statements.coverage(engine), plans.attention_words(report, engine))))
     status = Span("run", "passed") if engine.ran else Span(statements.not_run_reason(engine), "incomplete")
     note = (" ", Span(engine.note, "quiet")) if engine.ran and engine.note else ()
+    if engine.perplexity is not None:
+        stderr = "" if engine.stderr is None else f" ± {engine.stderr:.2f}"
+        note = (" ", Span(f"perplexity {engine.perplexity:.2f}{stderr}", "quiet"), *note)
     return engine.engine, ", ".join(engine.targets), covered, (status, *note)
 
 

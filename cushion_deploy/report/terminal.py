@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cushion_deploy.report import scores, statements
+from cushion_deploy.report import plans, scores, statements
 from cushion_deploy.report.document import Engine, ParityRow, Report
 from cushion_deploy.report.render.formatting import duration
 from cushion_deploy.report.render.printable import one_line, visible
@@ -36,7 +36,11 @@ def summary(report: Report) -> RenderableType:
     # Where something else than the prefix of the last column ships, that needs its numbers: the table is of other text.
     if report.choice is not None and report.choice.shipped in (statements.WITHOUT, statements.UNTUNED):
         parts.append(_labelled("", Text(statements.choice_sentence(report.choice))))
-    parts += [_labelled("engine" if not i else "", _engine(e)) for i, e in enumerate(report.engines)]
+    parts += [_labelled("engine" if not i else "", _engine(report, e)) for i, e in enumerate(report.engines)]
+    if report.plan_type is not None:
+        parts.append(_labelled("plans", Text(plans.type_sentence(report.plan_type))))
+    warnings = (plans.attention_warning(report, engine) for engine in report.engines)
+    parts += [_labelled("", Text(warning, style="yellow")) for warning in warnings if warning]
     if report.kv_cache is not None:
         parts.append(_labelled("cache", Text(statements.cache_sentence(report))))
         fused = (statements.fused_attention_sentence(report, engine) for engine in report.engines)
@@ -96,9 +100,10 @@ def _prefix(report: Report) -> Text:
     return Text("  ").join(tokens)
 
 
-def _engine(engine: Engine) -> Text:
+def _engine(report: Report, engine: Engine) -> Text:
     name = one_line(f"{engine.engine} ({', '.join(engine.targets)})")
-    text = Text(f"{name}: {statements.coverage(engine)}")
+    fused = plans.attention_words(report, engine)
+    text = Text(f"{name}: {', '.join(filter(None, (statements.coverage(engine), fused)))}")
     return text if engine.ran else text.append(f"; {statements.not_run_reason(engine)}", style="yellow")
 
 

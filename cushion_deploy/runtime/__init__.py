@@ -6,6 +6,7 @@ from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
 from cushion_deploy.runtime.bundle import Bundle, open_bundle
 from cushion_deploy.runtime.generate import Detokenizer, TokenEvent, Usage, generate
+from cushion_deploy.runtime.prompt_cache import PromptCache
 from cushion_deploy.runtime.sampling import SamplingParams
 from cushion_deploy.runtime.text import Generation, TextGenerator, load
 
@@ -15,6 +16,7 @@ __all__ = [
     "Detokenizer",
     "Generation",
     "OnnxRuntimeSession",
+    "PromptCache",
     "SamplingParams",
     "TextGenerator",
     "TokenEvent",

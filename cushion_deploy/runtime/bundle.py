@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract, PrefixMode
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.runtime.chat import ChatTemplate
+from cushion_deploy.runtime.chat import ChatTemplate, Message, encode_chat, encode_prompt
 from cushion_deploy.store import BundleManifest, hash_file, verify_bundle
 from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.manifest import read_json
@@ -36,7 +36,7 @@ class Bundle:
         tokenizer: tokenizer of the model, without padding and truncation.
         chat_template: chat template; None for a model that was not trained to chat.
         bos_token_id: beginning-of-sequence token; None if the model has none.
-        eos_token_ids: tokens that end a generation, as the configurations and the tokenizer name them.
+        eos_token_ids: tokens that end a generation: all that generation_config.json, config.json or the tokenizer name.
         keep_bos: whether a prompt keeps the beginning-of-sequence token that its tokenizer or template adds; False if
             the prefix takes the place of that token.
     """
@@ -75,6 +75,20 @@ class Bundle:
                 hint="give a plain prompt to `generate` instead of messages",
             )
         return self.chat_template
+
+    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Return the token ids of a conversation; raises UsageError if the model has no chat template.
+
+        Args:
+            messages: the conversation.
+            variables: further variables of the template, such as ``tools``.
+        """
+        rendered = self.require_chat_template().render(messages, **variables)
+        return encode_chat(self.tokenizer, rendered, self.bos_token_id, keep_bos=self.keep_bos)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a plain text."""
+        return encode_prompt(self.tokenizer, text, self.bos_token_id, keep_bos=self.keep_bos)
 
 
 def open_bundle(path: Path | str) -> Bundle:
@@ -215,12 +229,10 @@ def _bos(tokenizer: Tokenizer, special: Mapping[str, str], config: Mapping[str, 
 def _eos(
     tokenizer: Tokenizer, special: Mapping[str, str], generation: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[int, ...]:
-    # All of them end an answer: a model that chats often names the end of a text in its configuration, and the end of
-    # a turn in its tokenizer. Those that transformers ends at come first.
-    found: dict[int, None] = {}
+    """Return every token that any file of the model names as an end; a chat may end with another one than a text."""
+    found: set[int] = set()
     for source in (generation, config):
         value = source.get("eos_token_id")
-        if value is not None:
-            found.update(dict.fromkeys(sorted(int(v) for v in (value if isinstance(value, list) else [value]))))
-    named = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
-    return tuple(found) if named is None else tuple({**found, int(named): None})
+        found |= {int(v) for v in (value if isinstance(value, list) else [value]) if v is not None}
+    of_tokenizer = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    return tuple(sorted(found if of_tokenizer is None else {*found, int(of_tokenizer)}))

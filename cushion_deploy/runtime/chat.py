@@ -16,6 +16,10 @@ Message = Mapping[str, Any]
 """``role`` and ``content``, and any other key that the template reads."""
 
 
+_MESSAGE = 'give {"role": "user", "content": "..."}'
+_CONTENT = 'give the content as text, null, or a list of {"type": "text", "text": "..."}'
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A chat template in Jinja2, rendered in a sandbox because it comes with the model and is not trusted.
@@ -36,11 +40,11 @@ class ChatTemplate:
             add_generation_prompt: end with the header of the assistant's turn.
             variables: further variables of the template, such as ``tools``.
 
-        Content that is null or a list of text parts, as clients of the OpenAI API send it, becomes a string, because
-        most templates put it into the prompt as Python writes it.
+        The content of a message is text, null (rendered as no text), or a list of parts whose texts are joined.
 
         Raises:
-            UsageError: there is no message, a part is no text, or the template is invalid or rejects the messages.
+            UsageError: there is no message, a content is of another kind, or the template is invalid, recurses without
+                end or rejects the messages.
             MissingDependency: jinja2 is not installed.
         """
         if not messages:
@@ -49,7 +53,7 @@ class ChatTemplate:
             import jinja2
         except ImportError as e:
             raise MissingDependency("chat templates need jinja2", hint="pip install 'cushion-deploy[chat]'") from e
-        plain = [_with_plain_content(message) for message in messages]
+        plain = [plain_message(message, number) for number, message in enumerate(messages, 1)]
         names = {**self.special_tokens, "tools": None, "documents": None, **variables}
         try:
             return str(
@@ -59,7 +63,8 @@ class ChatTemplate:
             )
         except RecursionError as e:
             raise UsageError(
-                "the chat template calls itself without end", hint="correct chat_template.jinja and build again"
+                "the chat template calls itself without end, or is nested too deeply",
+                hint="replace chat_template.jinja of the model by one that ends, and build the bundle again",
             ) from e
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
             raise UsageError(
@@ -68,23 +73,44 @@ class ChatTemplate:
             ) from e
 
 
-def _with_plain_content(message: Message) -> Message:
-    content = message.get("content") if isinstance(message, Mapping) else ""
-    if isinstance(content, str) or "content" not in message:
-        return message
+def plain_message(message: Message, number: int) -> dict[str, Any]:
+    """Return a message with its content as text, which is what templates of text models expect.
+
+    Args:
+        message: a message; without ``content``, as some with tool calls are, it stays as it is.
+        number: its place in the conversation, from 1, for errors.
+
+    Raises:
+        UsageError: it is not an object, or its content is neither text, null nor a list of text parts.
+    """
+    if not isinstance(message, Mapping):
+        raise UsageError(f"message {number} is {_kind(message)}, expected an object", hint=_MESSAGE)
+    if "content" not in message:
+        return dict(message)
+    return {**message, "content": _plain_content(message["content"], number)}
+
+
+def _plain_content(content: Any, number: int) -> str:
     if content is None:
-        return {**message, "content": ""}
-    texts = []
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            found = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise UsageError(
-                f"a message has content of type {found!r}, and this model reads only text",
-                hint='give `content` as a string, or as a list of {"type": "text", "text": ...}',
-            )
-        texts.append(text)
-    return {**message, "content": "".join(texts)}
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise UsageError(f"the content of message {number} is {_kind(content)}", hint=_CONTENT)
+    return "".join(_part_text(part, number) for part in content)
+
+
+def _part_text(part: Any, number: int) -> str:
+    if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+        kind = repr(part.get("type"))[:40] if isinstance(part, Mapping) else _kind(part)
+        raise UsageError(f"message {number} has a part of type {kind}, and this model reads text only", hint=_CONTENT)
+    if not isinstance(part.get("text"), str):
+        raise UsageError(f"message {number} has a text part without text", hint=_CONTENT)
+    return str(part["text"])
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def _environment() -> Any:
@@ -128,23 +154,24 @@ def _environment() -> Any:
 def encode_chat(
     tokenizer: Tokenizer, rendered: str, bos_token_id: int | None = None, *, keep_bos: bool = True
 ) -> list[int]:
-    """Return the token ids of a rendered chat template, which contains every special token itself.
+    """Return the token ids of a rendered chat template, which contains the special tokens itself.
+
+    Where a template leaves out the beginning-of-sequence token that the tokenizer puts before every text, it is added,
+    as llama.cpp does: many templates were written for training code that tokenizes the rendered text. (The method
+    ``apply_chat_template`` of transformers does not add it.)
 
     Without ``keep_bos`` the beginning-of-sequence token is removed, because the prefix takes its place.
     """
     ids = list(tokenizer.encode(rendered, add_special_tokens=False).ids)
-    return ids if keep_bos else _without_bos(ids, bos_token_id)
+    if not keep_bos:
+        return _without_bos(ids, bos_token_id)
+    if bos_token_id is not None and ids[:1] != [bos_token_id] and _adds_bos(tokenizer, bos_token_id):
+        return [bos_token_id, *ids]
+    return ids
 
 
-def begin_as_text(tokenizer: Tokenizer, ids: list[int], bos_token_id: int | None) -> list[int]:
-    """Return the token ids of a chat behind the beginning-of-sequence token, if the tokenizer puts it before any text.
-
-    Some templates leave it out. A model whose texts all begin with it has its attention sink there, so scales were
-    calibrated for texts that begin with it.
-    """
-    if bos_token_id is None or ids[:1] == [bos_token_id]:
-        return ids
-    return [bos_token_id, *ids] if list(tokenizer.encode("").ids)[:1] == [bos_token_id] else ids
+def _adds_bos(tokenizer: Tokenizer, bos_token_id: int) -> bool:
+    return list(tokenizer.encode("").ids[:1]) == [bos_token_id]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, bos_token_id: int | None, *, keep_bos: bool = True) -> list[int]:

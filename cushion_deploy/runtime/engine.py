@@ -10,8 +10,11 @@ from cushion_deploy.engines.registry import find_engine
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.runtime.bundle import Bundle
 
+DEFAULT_ENGINE = "onnxruntime"
+"""The engine on which every bundle runs: ONNX Runtime on the CPU."""
 
-def open_engine(bundle: Bundle, engine: str = "onnxruntime", threads: int | None = None) -> DecoderSession:
+
+def open_engine(bundle: Bundle, engine: str = DEFAULT_ENGINE, threads: int | None = None) -> DecoderSession:
     """Open a session of a bundle on one of its engines.
 
     Args:
@@ -22,20 +25,27 @@ def open_engine(bundle: Bundle, engine: str = "onnxruntime", threads: int | None
     Raises:
         UsageError: an unknown engine, or one that the bundle was not built for.
         MissingDependency: the library of the engine, or its GPU, is missing.
-        CheckFailed: the plan was compiled for another library version or GPU.
+        CheckFailed: the plan was compiled for another library version, GPU or graph.
         UntrustedArtifact: the plan is not the one in the manifest; no library has read a byte of it then.
     """
     chosen = find_engine(engine)
-    if chosen.compiles_to != "plan":
+    # Only a plan is needed to run: without a blob, model.onnx is compiled when it is opened.
+    if chosen.compiles_to != "plan" and not (chosen.compiles_to == "blob" and is_built_for(bundle, engine)):
         return chosen.open(bundle.graph, threads=threads)
     artifact = read_engine(bundle, engine)
     chosen.require_runnable(artifact, bundle.graph)
-    return chosen.open(bundle.graph, _read_plan(bundle, artifact), threads=threads)
+    plan = _read_plan(bundle, artifact) if chosen.reads(artifact) else b""
+    return chosen.open(bundle.graph, plan, threads=threads)
+
+
+def is_built_for(bundle: Bundle, engine: str) -> bool:
+    """Return whether a bundle contains what was compiled for an engine."""
+    return f"engines/{engine}/{ENGINE_FILE}" in bundle.manifest.files
 
 
 def read_engine(bundle: Bundle, engine: str) -> EngineArtifact:
     """Return ``engine.json`` of one of a bundle's engines; raises UsageError if the bundle was not built for it."""
-    if f"engines/{engine}/{ENGINE_FILE}" not in bundle.manifest.files:
+    if not is_built_for(bundle, engine):
         raise UsageError(f"{bundle.path} was not built for engine '{engine}'", hint=f"build it with --engine {engine}")
     folder = bundle.path / "engines" / engine
     artifact = read_artifact(folder)
@@ -45,7 +55,7 @@ def read_engine(bundle: Bundle, engine: str) -> EngineArtifact:
 
 
 def _read_plan(bundle: Bundle, artifact: EngineArtifact) -> bytes:
-    """Return the bytes of a plan after comparing their digest with the manifest.
+    """Return the bytes of a plan or blob after comparing their digest with the manifest.
 
     The bundle was verified when it was opened. Comparing again what was read here means that the bytes deserialized
     are the verified ones, even if the file changed in between.

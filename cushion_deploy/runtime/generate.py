@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-import numpy as np
 from tokenizers import Tokenizer
 
-from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.graphs import GraphContract
 from cushion_deploy.core.session import DecoderSession, context_limit
 from cushion_deploy.errors import UsageError
+from cushion_deploy.runtime.decoding import Decoding
+from cushion_deploy.runtime.draft import Draft
+from cushion_deploy.runtime.prompt_cache import PromptCache
 from cushion_deploy.runtime.sampling import Sampler, SamplingParams
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -23,12 +25,25 @@ _LONGEST_HOLD = 256
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of a generation, and the seconds of wall time in engine and sampler."""
+    """Token counts of a generation, and the seconds of wall time in engine and sampler.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        new_tokens: generated tokens, including the one that ended the text.
+        prefill_seconds: until the first token.
+        decode_seconds: from there on.
+        cached_tokens: tokens of the prompt that were in the cache and not computed again.
+        drafted_tokens: tokens that a draft guessed.
+        accepted_tokens: tokens that it guessed right.
+    """
 
     prompt_tokens: int
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,38 @@ class StopStrings:
         return next((n for n in range(longest, 0, -1) if self._held.endswith(string[:n])), 0)
 
 
+class TextStream:
+    """The text of an answer, token by token, and the reason why it ends.
+
+    Args:
+        tokenizer, prompt_ids: what the text continues.
+        stop_ids, stop_strings, max_new_tokens: see :func:`generate`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop_ids: Collection[int],
+        stop_strings: Collection[str],
+        max_new_tokens: int,
+    ) -> None:
+        """Start behind the prompt; raises UsageError if a stop string is empty."""
+        self._detokenizer, self._stops = Detokenizer(tokenizer, prompt_ids), StopStrings(stop_strings)
+        self._stop_ids, self._left = frozenset(stop_ids), max_new_tokens
+
+    def push(self, token: int) -> tuple[str, FinishReason | None]:
+        """Return the text that became final with a token, and why the answer ends with it, if it does."""
+        self._left -= 1
+        ended = token in self._stop_ids
+        text, stopped = ("", False) if ended else self._stops.push(self._detokenizer.push(token))
+        if stopped:
+            return text, "stop"
+        if ended or not self._left:
+            return text + self._stops.flush(), "eos" if ended else "length"
+        return text, None
+
+
 def generate(
     session: DecoderSession,
     tokenizer: Tokenizer,
@@ -136,11 +183,13 @@ def generate(
     *,
     stop_ids: Collection[int] = (),
     stop_strings: Collection[str] = (),
+    cache: PromptCache | None = None,
+    draft: Draft | None = None,
 ) -> Iterator[TokenEvent]:
     """Yield one event per generated token; the last carries the finish reason and the usage.
 
-    The session is reset first. Invalid arguments raise at the call, not at the first event. A character that the last
-    token left incomplete is dropped.
+    Without ``cache`` the session is reset first. Invalid arguments raise at the call, not at the first event. A
+    character that the last token left incomplete is dropped.
 
     Args:
         session: decoder session.
@@ -150,63 +199,55 @@ def generate(
         max_new_tokens: most tokens to generate, at least 1.
         stop_ids: tokens that end the generation; their text is not emitted.
         stop_strings: texts that end the generation; neither they nor what follows is emitted.
+        cache: the session with the tokens in its cache; those that the prompt begins with are not computed again.
+        draft: guesses tokens that are then fed together; a new one for each generation.
 
     Raises:
         UsageError: an empty prompt, or a context longer than the model has positions for.
         CheckFailed: while iterating, if a logit is NaN or infinite.
     """
+    check_request(session.contract, prompt_ids, max_new_tokens)
+    sampler = Sampler(params or SamplingParams())
+    stream = TextStream(tokenizer, prompt_ids, stop_ids, stop_strings, max_new_tokens)
+    # An inner generator, so that the checks above run at the call and not at the first event.
+    return _events(
+        lambda: Decoding(cache or PromptCache(session), sampler, prompt_ids, draft),
+        stream,
+        len(prompt_ids),
+        max_new_tokens,
+    )
+
+
+def check_request(contract: GraphContract, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
+    """Check that a prompt and its answer fit a model; raises UsageError if not, or if either is empty."""
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}", hint="ask for at least one token")
     if not prompt_ids:
         raise UsageError("the prompt has no token", hint="give a prompt that is not empty")
-    limit = context_limit(session.contract)
+    limit = context_limit(contract)
     if len(prompt_ids) + max_new_tokens > limit:
         raise UsageError(
             f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones are more than the {limit} that the model "
             "has positions for",
             hint=f"shorten the prompt, or ask for at most {max(limit - len(prompt_ids), 0)} new tokens",
         )
-    sampler, stops = Sampler(params or SamplingParams()), StopStrings(stop_strings)
-    # An inner generator, so that the checks above run at the call and not at the first event.
-    return _events(session, tokenizer, list(prompt_ids), sampler, max_new_tokens, frozenset(stop_ids), stops)
 
 
 def _events(
-    session: DecoderSession,
-    tokenizer: Tokenizer,
-    history: list[int],
-    sampler: Sampler,
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-    stops: StopStrings,
+    start: Callable[[], Decoding], stream: TextStream, prompt_tokens: int, max_new_tokens: int
 ) -> Iterator[TokenEvent]:
-    prompt_tokens = len(history)
-    detokenizer = Detokenizer(tokenizer, history)
-    session.reset()
+    decoding = start()
     began = perf_counter()
-    token = sampler.next(_feed(session, history), history)
+    token = decoding.first()
     prefill_seconds, decode_seconds = perf_counter() - began, 0.0
     for count in range(1, max_new_tokens + 1):
-        history.append(token)
-        ended = token in stop_ids
-        text, stopped = ("", False) if ended else stops.push(detokenizer.push(token))
-        reason: FinishReason | None = "eos" if ended else "stop" if stopped else None
-        if reason is None and count == max_new_tokens:
-            reason = "length"
+        text, reason = stream.push(token)
         if reason is not None:
-            text += "" if stopped else stops.flush()
-            yield TokenEvent(token, text, reason, Usage(prompt_tokens, count, prefill_seconds, decode_seconds))
+            drafts = decoding.cached, decoding.drafted, decoding.accepted
+            usage = Usage(prompt_tokens, count, prefill_seconds, decode_seconds, *drafts)
+            yield TokenEvent(token, text, reason, usage)
             return
         yield TokenEvent(token, text)
         began = perf_counter()
-        token = sampler.next(_feed(session, [token]), history)
+        token = decoding.next(max_new_tokens - count)
         decode_seconds += perf_counter() - began
-
-
-def _feed(session: DecoderSession, ids: list[int]) -> FloatArray:
-    """Return the logits after the last of ``ids``, ``[vocab]``."""
-    logits = session.run(np.asarray([ids], dtype=np.int64), need_logits="last")
-    if logits is None:
-        raise TypeError("the session returned no logits for need_logits='last'")
-    last: FloatArray = logits[0, -1]
-    return last

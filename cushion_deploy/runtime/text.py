@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.runtime.bundle import Bundle, open_bundle
-from cushion_deploy.runtime.chat import Message, begin_as_text, encode_chat, encode_prompt
+from cushion_deploy.runtime.chat import Message
+from cushion_deploy.runtime.draft import make_draft
 from cushion_deploy.runtime.engine import open_engine
 from cushion_deploy.runtime.generate import FinishReason, TokenEvent, Usage, generate
+from cushion_deploy.runtime.prompt_cache import PromptCache
 from cushion_deploy.runtime.sampling import SamplingParams
 
 
@@ -33,6 +35,11 @@ class TextGenerator:
     bundle: Bundle
     session: DecoderSession
 
+    @cached_property
+    def cache(self) -> PromptCache:
+        """The tokens in the cache of the session."""
+        return PromptCache(self.session)
+
     def close(self) -> None:
         """Free the memory of the engine; the generator cannot be used afterwards."""
         self.session.close()
@@ -44,9 +51,10 @@ class TextGenerator:
         params: SamplingParams | None = None,
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
+        draft: str | None = None,
     ) -> Iterator[TokenEvent]:
         """Continue a plain text and yield events; see :func:`~cushion_deploy.runtime.generate`."""
-        return self._run(prompt_ids(self.bundle, prompt), params, max_new_tokens, stop)
+        return self._run(self.bundle.encode_prompt(prompt), params, max_new_tokens, stop, draft)
 
     def stream_chat(
         self,
@@ -55,9 +63,14 @@ class TextGenerator:
         params: SamplingParams | None = None,
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
+        draft: str | None = None,
+        reuse: bool = False,
     ) -> Iterator[TokenEvent]:
-        """Answer a conversation and yield events; raises UsageError if the model has no chat template."""
-        return self._run(chat_ids(self.bundle, messages), params, max_new_tokens, stop)
+        """Answer a conversation and yield events; raises UsageError if the model has no chat template.
+
+        With ``reuse``, what the conversation and the cache of the last call have in common is not computed again.
+        """
+        return self._run(self.bundle.encode_chat(messages), params, max_new_tokens, stop, draft, reuse=reuse)
 
     def generate(
         self,
@@ -66,9 +79,10 @@ class TextGenerator:
         params: SamplingParams | None = None,
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
+        draft: str | None = None,
     ) -> Generation:
         """Continue a plain text and return the whole generation."""
-        return _collect(self.stream(prompt, params=params, max_new_tokens=max_new_tokens, stop=stop))
+        return _collect(self.stream(prompt, params=params, max_new_tokens=max_new_tokens, stop=stop, draft=draft))
 
     def chat(
         self,
@@ -77,13 +91,25 @@ class TextGenerator:
         params: SamplingParams | None = None,
         max_new_tokens: int = 128,
         stop: Collection[str] = (),
+        draft: str | None = None,
     ) -> Generation:
         """Answer a conversation and return the whole generation."""
-        return _collect(self.stream_chat(messages, params=params, max_new_tokens=max_new_tokens, stop=stop))
+        return _collect(
+            self.stream_chat(messages, params=params, max_new_tokens=max_new_tokens, stop=stop, draft=draft)
+        )
 
     def _run(
-        self, ids: Sequence[int], params: SamplingParams | None, max_new_tokens: int, stop: Collection[str]
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None,
+        max_new_tokens: int,
+        stop: Collection[str],
+        draft: str | None,
+        *,
+        reuse: bool = False,
     ) -> Iterator[TokenEvent]:
+        if not reuse:
+            self.cache.clear()
         return generate(
             self.session,
             self.bundle.tokenizer,
@@ -92,29 +118,9 @@ class TextGenerator:
             max_new_tokens,
             stop_ids=self.bundle.eos_token_ids,
             stop_strings=stop,
+            cache=self.cache,
+            draft=make_draft(draft),
         )
-
-
-def prompt_ids(bundle: Bundle, prompt: str) -> list[int]:
-    """Return the token ids of a plain text as the bundle was calibrated for."""
-    return encode_prompt(bundle.tokenizer, prompt, bundle.bos_token_id, keep_bos=bundle.keep_bos)
-
-
-def chat_ids(bundle: Bundle, messages: Sequence[Message], **variables: Any) -> list[int]:
-    """Return the token ids of a conversation in the model's chat template, up to where the answer begins.
-
-    Args:
-        bundle: the bundle.
-        messages: the conversation.
-        variables: further variables of the template, such as ``tools``.
-
-    Raises:
-        UsageError: the model has no chat template, or the template rejects the messages.
-        MissingDependency: jinja2 is not installed.
-    """
-    rendered = bundle.require_chat_template().render(messages, **variables)
-    ids = encode_chat(bundle.tokenizer, rendered, bundle.bos_token_id, keep_bos=bundle.keep_bos)
-    return begin_as_text(bundle.tokenizer, ids, bundle.bos_token_id) if bundle.keep_bos else ids
 
 
 def load(path: Path | str, engine: str = "onnxruntime", threads: int | None = None) -> TextGenerator:

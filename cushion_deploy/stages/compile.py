@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from cushion_deploy.core.engine_artifact import EngineArtifact, read_artifact
+import numpy as np
+
+from cushion_deploy.core.engine_artifact import ENGINE_FILE, EngineArtifact, read_artifact, write_artifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.progress import elapsed
+from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.base import CompileOptions, Product
 from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.errors import CushionError, MissingDependency
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.stages.base import Node, Speed, Stage
+from cushion_deploy.stages.base import Derived, Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.store import place
 
 LINKED_BYTES = 64 << 20
 """Engine files of at least this size are hard-linked from the work folder; smaller ones may be edited, so copied."""
-COMPILE_SECONDS: Mapping[Product, float] = {"report": 2e-8, "plan": 8e-8, "nothing": 0.0}
+COMPILE_SECONDS: Mapping[Product, float] = {"report": 2e-8, "blob": 4e-8, "plan": 8e-8, "nothing": 0.0}
 """Seconds per parameter, by what the engine compiles."""
+GRAPH_BYTES: Mapping[Product, int] = {"report": 0, "blob": 2, "plan": 4, "nothing": 0}
+"""Bytes per parameter that stay on disk, by what the engine compiles."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,35 @@ class CompiledEngine:
     artifact: EngineArtifact
     folder: Path
 
+    def open(self, graph: ExportedGraph) -> DecoderSession:
+        """Open a session of what was compiled from ``graph``; see :meth:`Engine.open` for the errors."""
+        engine = ENGINES[self.artifact.engine]
+        engine.require_runnable(self.artifact, graph)
+        plans = [name for name in self.artifact.files if name != ENGINE_FILE]
+        plan = (self.folder / plans[0]).read_bytes() if engine.reads(self.artifact) else b""
+        return engine.open(graph, plan)
+
+    def tried(self, graph: ExportedGraph) -> EngineArtifact:
+        """Run a prompt of two tokens and one step, and return and write the description that says what happened.
+
+        An engine whose device is missing, or that fails, was not run: the description has the reason. Nothing is raised
+        for it, because a plan for another device is a valid result.
+        """
+        artifact = self.artifact
+        details = {name: value for name, value in artifact.details.items() if name != "not_run"}
+        try:
+            session = self.open(graph)
+            session.run(np.zeros((1, 2), dtype=np.int64), need_logits="none")
+            session.run(np.zeros((1, 1), dtype=np.int64))
+            session.close()
+        except CushionError as e:
+            known = artifact.details.get("not_run") if isinstance(e, MissingDependency) else None
+            found = replace(artifact, ran=False, details={**details, "not_run": known or f"not run: {e.message}"})
+        else:
+            found = replace(artifact, ran=True, details=details)
+        write_artifact(found, self.folder)
+        return found
+
     def place(self, bundle: Path) -> None:
         """Place the engine's files in a bundle that is being written."""
         target = bundle / "engines" / self.artifact.engine
@@ -38,6 +73,44 @@ class CompiledEngine:
         for name in self.artifact.files:
             file = self.folder / name
             place(file, target / name, link=file.stat().st_size >= LINKED_BYTES)
+
+
+@dataclass(frozen=True)
+class EngineToRun:
+    """An engine that the parity ladder opens, besides ONNX Runtime on the CPU.
+
+    Attributes:
+        name: name of the engine.
+        digest: identifies what was compiled, and whether it ran.
+        open: opens a session; raises CushionError if the engine does not run here.
+    """
+
+    name: str
+    digest: str
+    open: Callable[[], DecoderSession]
+
+
+@dataclass(frozen=True)
+class OpenCompiled(Derived[EngineToRun | None]):
+    """A compiled engine for the parity ladder; None if it did not run where it was compiled.
+
+    Attributes:
+        compiled: the engine.
+        graph: the graph that it was compiled from.
+    """
+
+    compiled: Node[CompiledEngine]
+    graph: Node[ExportedGraph]
+
+    def make(self, inputs: Inputs) -> EngineToRun | None:
+        """Return how to open it."""
+        compiled, graph = inputs.get(self.compiled), inputs.get(self.graph)
+        artifact = compiled.artifact
+        return EngineToRun(artifact.engine, artifact.key, lambda: compiled.open(graph)) if artifact.ran else None
+
+    def digest_of(self, artifact: EngineToRun | None) -> str:
+        """Return the digest of the engine; empty for None."""
+        return artifact.digest if artifact else ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +125,7 @@ class Compile(Stage[CompiledEngine]):
     """
 
     name: ClassVar[str] = "engine"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     graph: Node[ExportedGraph]
     engine: str
     engine_version: str
@@ -69,9 +142,11 @@ class Compile(Stage[CompiledEngine]):
         return f"{self.name}-{self.engine}"
 
     def run(self, inputs: Inputs, out: Path) -> None:
-        """Write the engine's files; raises CheckFailed if too few linears run in INT8."""
+        """Write the engine's files, and run it if it can; raises CheckFailed if too few linears run in INT8."""
+        graph = inputs.get(self.graph)
         with elapsed(inputs.progress, f"compiling for {self.engine}"):
-            ENGINES[self.engine].compile(inputs.get(self.graph), out, self.options)
+            artifact = ENGINES[self.engine].compile(graph, out, self.options)
+            CompiledEngine(artifact, out).tried(graph)
 
     def read(self, folder: Path) -> CompiledEngine:
         """Return the engine."""
@@ -82,8 +157,8 @@ class Compile(Stage[CompiledEngine]):
         return 2 * inputs.get(self.graph).size
 
     def disk(self, spec: ModelSpec) -> int:
-        """Return the size of two graphs for a plan; an engine that runs the graph itself adds only a description."""
-        return 4 * spec.parameters if ENGINES[self.engine].compiles_to == "plan" else 0
+        """Return the size of two graphs for a plan and of one for a blob; a report is only a description."""
+        return GRAPH_BYTES[ENGINES[self.engine].compiles_to] * spec.parameters
 
     def seconds(self, speed: Speed) -> float:
         """Count every parameter: a plan is built, a graph only opened."""

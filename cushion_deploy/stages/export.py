@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from cushion_deploy.core.dtypes import Dtype
+from cushion_deploy.core.dtypes import Dtype, PlanDtype
 from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
@@ -90,14 +90,16 @@ class Export(Stage[ExportedGraph]):
         return EXPORT_SECONDS * speed.spec.parameters
 
 
-def engine_form(form: GraphForm, engine: Engine, dtype: Dtype, context: int) -> tuple[GraphForm, int]:
+def engine_form(form: GraphForm, engine: Engine, dtype: PlanDtype, context: int) -> tuple[GraphForm, int]:
     """Return the form of the graph that an engine compiles, and its ``in_place_context``.
 
     Args:
         form: the form of the bundle's graph.
         engine: the engine.
-        dtype: requested floating-point type; an engine that does not compile it uses the first type that it supports.
+        dtype: requested floating-point type; an engine that does not compile it uses the first type that it supports,
+            and so it does for ``auto``.
         context: longest context in tokens, without the prefix.
     """
     in_place = engine.in_place_cache and form.prefix == "cache" and form.cache == "growing"
-    return replace(form, dtype=dtype if dtype in engine.dtypes else engine.dtypes[0]), context if in_place else 0
+    found: Dtype = next((known for known in engine.dtypes if known == dtype), engine.dtypes[0])
+    return replace(form, dtype=found, gathers_codes=engine.gathers_codes), context if in_place else 0

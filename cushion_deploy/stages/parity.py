@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,7 @@ from cushion_deploy.core.sites import Site
 from cushion_deploy.parity.checks import ParityCheck, ParityReport
 from cushion_deploy.recipe import Parity as ParitySettings
 from cushion_deploy.stages.base import Derived, Node, Speed, Stage
+from cushion_deploy.stages.compile import EngineToRun
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.windows import Cut, evaluation_windows
 from cushion_deploy.store import require_space
@@ -35,13 +36,29 @@ GRAPH_SECONDS = 15e-8
 
 
 @dataclass(frozen=True)
+class EngineScore:
+    """Perplexity of an engine with its standard error; None if it is not finite."""
+
+    perplexity: float | None
+    stderr: float | None
+
+
+@dataclass(frozen=True)
 class ParityResult:
-    """The parity report, the engine's own perplexity with its standard error, and the float twin's size in bytes."""
+    """Result of the parity ladder.
+
+    Attributes:
+        report: the checks.
+        engine_perplexity, engine_stderr: perplexity of ONNX Runtime on the CPU.
+        float_bytes: size of the float twin.
+        engines: scores of the other engines that ran, by name.
+    """
 
     report: ParityReport
     engine_perplexity: float | None
     engine_stderr: float | None
     float_bytes: int
+    engines: Mapping[str, EngineScore] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,10 +105,11 @@ class Parity(Stage[ParityResult]):
         parity: the recipe's section of the same name.
         cut: how the text for perplexity is cut into windows.
         runtime: version of ONNX Runtime.
+        engines: other engines; each one that runs here gets its own rung.
     """
 
     name: ClassVar[str] = "parity"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     graph: Node[ExportedGraph]
@@ -102,6 +120,7 @@ class Parity(Stage[ParityResult]):
     parity: ParitySettings
     cut: Cut
     runtime: str
+    engines: tuple[Node[EngineToRun | None], ...] = ()
 
     def run(self, inputs: Inputs, out: Path) -> None:
         """Write every check; the float twin is deleted afterwards."""
@@ -128,10 +147,16 @@ class Parity(Stage[ParityResult]):
         form = replace(self.form.float_twin, opset=graph.opset)
         twin = export_graph(original.spec, original.weights, quantization.float_twin, form, folder)
         tokens = min(self.parity.decode_tokens, ids.shape[1] // 2)
-        climb = Climb(model, quantization, reference, graph, twin, plans, tokens, inputs.progress)
+        engines = {engine.name: engine.open for engine in map(inputs.get, self.engines) if engine}
+        climb = Climb(model, quantization, reference, graph, twin, plans, tokens, inputs.progress, engines)
         checks = tuple(check for rung in climb.rungs() for check in rung)
+        unchecked = tuple(f"{name} was not run: {reason}" for name, reason in climb.not_run.items())
         return {
-            "parity": ParityReport(checks, corpus.name, int(ids.size)).to_json(),
+            "parity": ParityReport(checks, corpus.name, int(ids.size), unchecked).to_json(),
+            "engines": {
+                name: {"perplexity": finite(score.perplexity), "stderr": finite(score.stderr)}
+                for name, score in climb.scores.items()
+            },
             "engine_perplexity": finite(climb.engine.perplexity) if climb.engine else None,
             "engine_stderr": finite(climb.engine.stderr) if climb.engine else None,
             "float_bytes": twin.size,
@@ -146,9 +171,10 @@ class Parity(Stage[ParityResult]):
         return 4 * spec.parameters
 
     def seconds(self, speed: Speed) -> float:
-        """Sum fake-quant and engine on the evaluation text, greedy decoding, and opening and running cut graphs."""
-        texts = self.cut.tokens * (speed.quantized + speed.compared) + 2 * speed.swap
-        greedy = GREEDY_POSITIONS * speed.compared
+        """Sum fake-quant and engines on the evaluation text, greedy decoding, and opening and running cut graphs."""
+        engines = 1 + len(self.engines)
+        texts = self.cut.tokens * (speed.quantized + engines * speed.compared) + 2 * speed.swap
+        greedy = engines * GREEDY_POSITIONS * speed.compared
         return texts + greedy + GRAPH_SECONDS * speed.spec.parameters
 
 
@@ -167,8 +193,9 @@ def read_result(data: dict[str, Any]) -> ParityResult:
         )
         for c in report["checks"]
     ]
-    found = ParityReport(tuple(checks), report["corpus"], report["tokens"])
-    return ParityResult(found, data["engine_perplexity"], data["engine_stderr"], data["float_bytes"])
+    found = ParityReport(tuple(checks), report["corpus"], report["tokens"], tuple(report["unchecked"]))
+    engines = {name: EngineScore(**score) for name, score in data["engines"].items()}
+    return ParityResult(found, data["engine_perplexity"], data["engine_stderr"], data["float_bytes"], engines)
 
 
 def distinct_graphs(graphs: Sequence[ExportedGraph], graph: ExportedGraph) -> tuple[ExportedGraph, ...]:

@@ -13,7 +13,8 @@ from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.host import installed_versions
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.value_range import ValueRange
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
@@ -24,12 +25,13 @@ from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.calibrate import Calibrate, CalibrateCache
 from cushion_deploy.stages.chat import ReadChat
 from cushion_deploy.stages.choose import Choose, Chosen
-from cushion_deploy.stages.compile import Compile
+from cushion_deploy.stages.compile import Compile, EngineToRun, OpenCompiled
 from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.evaluate import Evaluate
 from cushion_deploy.stages.export import Export, engine_form
 from cushion_deploy.stages.load import DescribeModel, Load, compute_dtype
 from cushion_deploy.stages.parity import GraphsOfPlans, Parity
+from cushion_deploy.stages.plan_type import ChoosePlanType, MeasureRange, PlanGraph
 from cushion_deploy.stages.publish import Publish
 from cushion_deploy.stages.quantization import AssembleQuantization, WithoutPrefix
 from cushion_deploy.stages.report import AssembleReport
@@ -125,7 +127,7 @@ class Pipeline:
     @property
     def scheme(self) -> QuantScheme:
         """The recipe's scheme with every Site quantized, before ``export.keep_float`` is applied."""
-        return replace(PRECISIONS[self.recipe.precision], quantize_head=self.recipe.export.quantize_head)
+        return self.recipe.scheme
 
     def smoothing(self, prefix: Node[Prefix]) -> Smooth | None:
         """Return the smoothing stage behind a prefix; None if the recipe disables smoothing."""
@@ -236,12 +238,26 @@ class Pipeline:
         """Return the graph that an engine compiles: the bundle's ``graph``, or an export in another form."""
         plans = self.recipe.tensorrt
         wanted = engine_form(self.form, ENGINES[engine], plans.dtype, plans.max_context)
+        if wanted[0].dtype == "float16":
+            return PlanGraph(self.plan_type(quantization), self.graph(quantization, *wanted))
         return graph if wanted == (self.form, 0) else self.graph(quantization, *wanted)
 
+    def plan_type(self, quantization: Node[Quantization], measured: Node[ValueRange] | None = None) -> ChoosePlanType:
+        """Return the floating-point type of plans, chosen from values that were ``measured`` before or will be."""
+        wanted, config = self.recipe.tensorrt.dtype, self.recipe.calibration
+        if wanted in ("bfloat16", "float32"):
+            return ChoosePlanType(wanted, None)
+        observed = replace(self.form, dtype="float16"), self.text, config.windows, config.window
+        return ChoosePlanType(wanted, measured or MeasureRange(self.model, quantization, *observed))
+
     def parity(
-        self, quantization: Node[Quantization], graph: Node[ExportedGraph], plans: tuple[Node[ExportedGraph], ...]
+        self,
+        quantization: Node[Quantization],
+        graph: Node[ExportedGraph],
+        plans: tuple[Node[ExportedGraph], ...],
+        engines: tuple[Node[EngineToRun | None], ...] = (),
     ) -> Parity:
-        """Return the parity stage of a graph, including the graphs behind the given plans."""
+        """Return the parity stage of a graph, including the graphs behind the given plans and the given engines."""
         recipe = self.recipe
         text = self.corpus(recipe.parity.data or recipe.evaluation.data, "evaluation")
         # The content of the texts is an input; their location is not.
@@ -249,7 +265,8 @@ class Pipeline:
         versions = installed_versions(("onnxruntime", "onnxruntime-gpu"))
         runtime = ", ".join(f"{name} {version}" for name, version in versions.items())
         graphs = graph, self.form, GraphsOfPlans(graph, plans)
-        return Parity(self.exact_model, quantization, *graphs, text, self.evaluation_text, *settings, runtime)
+        texts = text, self.evaluation_text
+        return Parity(self.exact_model, quantization, *graphs, *texts, *settings, runtime, engines)
 
     @property
     def evaluation(self) -> Evaluate:
@@ -266,8 +283,17 @@ class Pipeline:
         graph = self.graph(quantization)
         plans = tuple(self.engine_graph(quantization, graph, engine) for engine in engines)
         compiled = tuple(Compile.of(plan, name, options) for plan, name in zip(plans, engines, strict=True))
-        parity = self.parity(quantization, graph, plans)
+        parity = self.parity(quantization, graph, plans, _other_engines(compiled, plans))
         calibration = self.shipped(lambda each: each.calibration)
-        found = calibration, branch.tuning, self.choice, quantization, graph, compiled, self.evaluation, parity
-        report = AssembleReport(recipe, self.files, self.text, self.search, *found)
-        return Publish(recipe, self.files, quantization, graph, compiled, report, output)
+        plan_type = self.plan_type(quantization) if any(ENGINES[e].compiles_to == "plan" for e in engines) else None
+        found = calibration, branch.tuning, self.choice, quantization, graph, plan_type, compiled
+        report = AssembleReport(recipe, self.files, self.text, self.search, *found, self.evaluation, parity)
+        return Publish(recipe, self.files, quantization, graph, compiled, report, self.source, output)
+
+
+def _other_engines(
+    compiled: tuple[Compile, ...], graphs: tuple[Node[ExportedGraph], ...]
+) -> tuple[Node[EngineToRun | None], ...]:
+    """Return the engines that run what they compiled; ONNX Runtime on the CPU is on every ladder anyway."""
+    pairs = zip(compiled, graphs, strict=True)
+    return tuple(OpenCompiled(c, graph) for c, graph in pairs if ENGINES[c.engine].compiles_to != "report")

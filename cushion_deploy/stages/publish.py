@@ -11,8 +11,11 @@ from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import PREFIX_FILE
 from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.modeling.origin import read_origin
+from cushion_deploy.modeling.source import ModelSource
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import Report, write_report
+from cushion_deploy.report.card import CARD_NAME, model_card
 from cushion_deploy.runtime.bundle import CONTRACT_NAME, TEXT_NAME
 from cushion_deploy.runtime.genai import GENAI_NAME, genai_config
 from cushion_deploy.stages.base import Derived, Node
@@ -29,6 +32,7 @@ class Publish(Derived[Report]):
     Attributes:
         recipe: stored in the manifest.
         files, quantization, graph, engines, report: the contents of the bundle.
+        source: the original model, whose name and licence the model card repeats.
         output: the folder of the bundle.
     """
 
@@ -38,6 +42,7 @@ class Publish(Derived[Report]):
     graph: Node[ExportedGraph]
     engines: tuple[Node[CompiledEngine], ...]
     report: Node[Report]
+    source: ModelSource
     output: Path
 
     def make(self, inputs: Inputs) -> Report:
@@ -61,6 +66,8 @@ class Publish(Derived[Report]):
                 inputs.get(engine).place(staged)
             (staged / "report").mkdir()
             write_report(report, staged / "report")
+            card = model_card(report, read_origin(self.source))
+            (staged / CARD_NAME).write_text(card, encoding="utf-8", newline="\n")
             lineage = replace(graph.lineage, graph=graph.digest)
             publish(staged, self.output, self.recipe.model_dump(mode="json"), lineage.to_json())
         return report

@@ -85,7 +85,7 @@ def read_quantization(bundle: Path, graph: ExportedGraph, scheme: QuantScheme) -
     smoothing = read_smoothing(bundle / SMOOTHING_FILE) if scales.lineage.smoothing else None
     kept = [s for s in scales.scales if s not in graph.sites and (s != HEAD_SITE or scheme.quantize_head)]
     prefix, kv = read_prefix(bundle / PREFIX_FILE), read_cached_scales(graph)
-    scheme = replace(scheme, float_sites=tuple(kept))
+    scheme = replace(scheme, float_sites=tuple(kept), int8_embedding=graph.int8_embedding)
     try:
         return Quantization(prefix, scheme, scales, smoothing, kv)
     except UsageError as e:

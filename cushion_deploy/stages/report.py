@@ -15,6 +15,7 @@ from cushion_deploy.core.host import cpu_description, installed_versions, peak_m
 from cushion_deploy.core.kv_scales import KvScales
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.core.value_range import MARGIN, PlanType
 from cushion_deploy.families import get_family
 from cushion_deploy.prefix.trace import SearchTrace, TuningTrace
 from cushion_deploy.recipe import Recipe
@@ -24,7 +25,7 @@ from cushion_deploy.stages.calibrate import CalibratedScales
 from cushion_deploy.stages.choose import Choice
 from cushion_deploy.stages.compile import CompiledEngine
 from cushion_deploy.stages.load import ModelFiles
-from cushion_deploy.stages.parity import ParityResult
+from cushion_deploy.stages.parity import EngineScore, ParityResult
 from cushion_deploy.stages.run import Inputs, StageTime
 from cushion_deploy.stages.search import FoundPrefix
 from cushion_deploy.stages.tune import TunedPrefix
@@ -33,7 +34,7 @@ from cushion_deploy.store.manifest import tool_version
 
 PACKAGES = (
     *("torch", "transformers", "onnx-ir", "numpy"),
-    *("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt"),
+    *("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx-cu13", "tensorrt"),
 )
 
 
@@ -43,8 +44,9 @@ class AssembleReport(Derived[Report]):
 
     Attributes:
         recipe: every setting.
-        files, text, search, calibration, tuning, choice, quantization, graph, engines, evaluation, parity: what to
-            report; ``search``, ``tuning`` and ``choice`` are None if the recipe disables them.
+        files, text, search, calibration, tuning, choice, quantization, graph, plan_type, engines, evaluation, parity:
+            what to report; ``search``, ``tuning`` and ``choice`` are None if the recipe disables them, ``plan_type`` if
+            no plan is compiled.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class AssembleReport(Derived[Report]):
     choice: Node[Choice] | None
     quantization: Node[Quantization]
     graph: Node[ExportedGraph]
+    plan_type: Node[PlanType] | None
     engines: tuple[Node[CompiledEngine], ...]
     evaluation: Node[dict[str, Any]]
     parity: Node[ParityResult]
@@ -69,6 +72,7 @@ class AssembleReport(Derived[Report]):
         quantization, evaluation = inputs.get(self.quantization), inputs.get(self.evaluation)
         trace = inputs.get(self.tuning).trace if self.tuning else None
         kv = quantization.kv_scales
+        engines, scores = [inputs.get(engine).artifact for engine in self.engines], parity.engines
         data = {
             "schema": 1,
             "tool": {"version": tool_version()},
@@ -90,7 +94,8 @@ class AssembleReport(Derived[Report]):
             "kv_cache": _kv_cache(spec, kv, evaluation["float_cache"]) if kv else None,
             "export": self._export(inputs.get(self.graph), quantization, spec, parity),
             "parity": [c.to_json() for c in parity.report.checks],
-            "engines": [engine_row(inputs.get(engine).artifact) for engine in self.engines],
+            "plan_type": plan_type_row(inputs.get(self.plan_type)) if self.plan_type else None,
+            "engines": [engine_row(found, scores.get(found.engine)) for found in engines],
             "stages": merge_times(inputs.run.times),
             "environment": {
                 "python": platform.python_version(),
@@ -160,8 +165,14 @@ def model_row(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def engine_row(artifact: EngineArtifact) -> dict[str, Any]:
-    """Return the description of an engine in a report, JSON-ready."""
+def plan_type_row(found: PlanType) -> dict[str, Any]:
+    """Return the description of the type of plans in a report, JSON-ready."""
+    measured = found.measured.to_json() if found.measured else {}
+    return {"dtype": found.dtype, "wanted": found.wanted, "margin": MARGIN, **measured}
+
+
+def engine_row(artifact: EngineArtifact, score: EngineScore | None = None) -> dict[str, Any]:
+    """Return the description of an engine in a report, with its score on the parity ladder, JSON-ready."""
     return {
         "engine": artifact.engine,
         "targets": artifact.targets,
@@ -169,6 +180,8 @@ def engine_row(artifact: EngineArtifact) -> dict[str, Any]:
         "int8_linears": artifact.int8_linears,
         "fused_attention": artifact.fused_attention,
         "ran": artifact.ran,
+        "perplexity": score.perplexity if score else None,
+        "stderr": score.stderr if score else None,
         "note": str(artifact.details.get("not_run", "")).removeprefix("not run: "),
         "details": {name: value for name, value in artifact.details.items() if name != "command"},
     }

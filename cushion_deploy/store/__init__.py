@@ -12,6 +12,7 @@ from cushion_deploy.store.manifest import (
     SCHEMA,
     BundleManifest,
     FileEntry,
+    changed_documents,
     read_manifest,
     verify_bundle,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "BundleManifest",
     "FileEntry",
     "StageStore",
+    "changed_documents",
     "hash_file",
     "hash_files",
     "place",

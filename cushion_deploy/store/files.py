@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.store.snapshot import stat_file
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +43,18 @@ def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
     return {path: hash_file(path) for path in paths}
 
 
-def list_files(folder: Path) -> dict[str, int]:
+def list_files(folder: Path, blobs: Path | None = None) -> dict[str, int]:
     """Return every file below a folder as relative POSIX path to size in bytes, sorted by path.
 
     Empty folders hold no bytes and are not listed.
 
+    Args:
+        folder: where to look.
+        blobs: a folder whose files count as those that link to them; see :func:`~.snapshot.blobs_of`.
+
     Raises:
-        UntrustedArtifact: the folder contains a symbolic link or a special file (pipe, socket, device) at any depth.
+        UntrustedArtifact: the folder contains another symbolic link or a special file (pipe, socket, device) at any
+            depth.
         OSError: a folder cannot be read.
     """
     found: dict[str, int] = {}
@@ -58,7 +64,7 @@ def list_files(folder: Path) -> dict[str, int]:
         with os.scandir(folder / prefix) as entries:
             for entry in entries:
                 relative = prefix + entry.name
-                info = entry.stat(follow_symlinks=False)
+                info = stat_file(folder / relative, blobs)
                 if stat.S_ISDIR(info.st_mode):
                     pending.append(relative + "/")
                 elif stat.S_ISREG(info.st_mode):

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.files import hash_file, list_files
+from cushion_deploy.store.snapshot import blobs_of, is_document, stat_file
 
 MANIFEST_NAME = "cushion.json"
 SCHEMA = 1
@@ -189,15 +190,27 @@ def measure_files(folder: Path) -> dict[str, FileEntry]:
     return {path: FileEntry(hash_file(folder / path), size) for path, size in list_files(folder).items()}
 
 
-def check_files(folder: Path, files: Mapping[str, FileEntry], manifest_name: str) -> None:
+def check_files(
+    folder: Path,
+    files: Mapping[str, FileEntry],
+    manifest_name: str,
+    blobs: Path | None = None,
+    ignored: Callable[[str], bool] = lambda _: False,
+) -> None:
     """Check that a folder contains exactly ``files`` and the manifest, byte for byte.
 
     Every path that is opened comes from listing the folder, never from the manifest.
 
+    Args:
+        folder, files, manifest_name: what to compare.
+        blobs: where the links of the folder may point; see :func:`~.snapshot.blobs_of`.
+        ignored: whether a path may be there with any content, or be absent.
+
     Raises:
         UntrustedArtifact: the message names the first file that is extra, missing, or has another size or content.
     """
-    found = list_files(folder)
+    found = {path: size for path, size in list_files(folder, blobs).items() if not ignored(path)}
+    files = {path: entry for path, entry in files.items() if not ignored(path)}
     found.pop(manifest_name, None)
     for path in found:
         if path not in files:
@@ -236,7 +249,7 @@ def read_json(path: Path) -> tuple[bytes, Any]:
     """
     name = path.name
     try:
-        info = os.lstat(path)
+        info = stat_file(path, blobs_of(path.parent))
     except FileNotFoundError as e:
         raise UntrustedArtifact(
             f"{path.parent} has no {name}", hint=f"point to a folder that `{TOOL} build` has written"
@@ -272,7 +285,8 @@ def read_manifest(bundle: Path) -> BundleManifest:
 def verify_bundle(path: Path) -> BundleManifest:
     """Verify a bundle against its manifest: exact set of files, sizes, SHA-256, plain files only, no pickles.
 
-    Call it before any other byte of the bundle is used.
+    Call it before any other byte of the bundle is used. In a snapshot of the hub's cache, links into its ``blobs/``
+    count as files. Documents that nothing reads may be added, edited or absent; :func:`changed_documents` names them.
 
     Raises:
         UsageError: the path does not exist or is not a folder.
@@ -289,10 +303,22 @@ def verify_bundle(path: Path) -> BundleManifest:
                     f"{name!r} in {path} has the suffix of a pickle, which can run code when it is loaded",
                     hint="a bundle never contains such files; build it again",
                 )
-        check_files(path, manifest.files, MANIFEST_NAME)
+        check_files(path, manifest.files, MANIFEST_NAME, blobs_of(path), is_document)
     except OSError as e:
         raise UsageError(
             f"cannot read {os.fsdecode(e.filename) if e.filename else path}: {e.strerror}",
             hint="change the permissions of the bundle, or copy it again",
         ) from e
     return manifest
+
+
+def changed_documents(path: Path, manifest: BundleManifest) -> dict[str, str]:
+    """Return the documents of a verified bundle that are not as published, each with what is different."""
+    found = {name: size for name, size in list_files(path, blobs_of(path)).items() if is_document(name)}
+    changed = {name: "added" for name in found if name not in manifest.files}
+    for name, entry in manifest.files.items():
+        if is_document(name) and name not in found:
+            changed[name] = "removed"
+        elif is_document(name) and hash_file(path / name) != entry.sha256:
+            changed[name] = "edited"
+    return dict(sorted(changed.items()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,12 +19,11 @@ from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.kernels import kernels_in_words
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.engines.tensorrt.flavours import FLAVOURS
 from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.speed import Comparison, Times, Workload, compare, peak_memory, time_sessions
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import Bundle
-from cushion_deploy.runtime.engine import open_engine, read_engine
+from cushion_deploy.runtime.engine import DEFAULT_ENGINE, is_built_for, open_engine, read_engine
 from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.export import engine_form
 from cushion_deploy.stages.pipeline import Pipeline
@@ -32,7 +31,7 @@ from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 
-CPU_ENGINE, INT8 = "onnxruntime", "INT8"
+CPU_ENGINE, INT8 = DEFAULT_ENGINE, "INT8"
 FASTER = 1.02
 """Minimum speed ratio that counts as faster; anything below is noise."""
 
@@ -95,7 +94,14 @@ def _verdict(engine: str, ratio: Comparison) -> str:
 
 
 def bench_bundle(
-    recipe: Recipe, run: Run, bundle: Bundle, workload: Workload, *, threads: int | None, twin: bool = True
+    recipe: Recipe,
+    run: Run,
+    bundle: Bundle,
+    workload: Workload,
+    *,
+    threads: int | None,
+    twin: bool = True,
+    engines: Sequence[str] = (),
 ) -> Bench:
     """Time the engines of a verified bundle, each together with a float twin exported from the original model.
 
@@ -106,17 +112,18 @@ def bench_bundle(
         workload: the workload to run.
         threads: threads of every engine on the CPU; None for one per core.
         twin: False skips the float twins; the original model is then not needed.
+        engines: engines to time beside ONNX Runtime on the CPU; empty for those that the bundle was built for.
 
     Raises:
         UsageError: the workload does not fit the model, or the original model is not available.
     """
     workload.check(bundle.contract)
     graphs = {f"{CPU_ENGINE}, {INT8}": bundle.graph}
-    plans, not_run = _open_plans(bundle)
+    plans, not_run = _open_others(bundle, engines, threads)
     sessions: dict[str, DecoderSession] = {}
     try:
         with run.lock() if twin else nullcontext():
-            twins = _Twins(pipeline_of_bundle(recipe, bundle.path), run, bundle) if twin else None
+            twins = _Twins(pipeline_of_bundle(recipe, bundle.path), run, bundle, threads) if twin else None
             if twins:
                 graphs[f"{CPU_ENGINE}, float32"] = twins.graph()
             sessions = {name: open_session(graph, threads=threads) for name, graph in graphs.items()}
@@ -130,7 +137,12 @@ def bench_bundle(
     finally:
         for session in (*sessions.values(), *plans.values()):
             session.close()
-    memory |= {name: peak_memory(graph, workload, threads) for name, graph in graphs.items()}
+    for name in [each for each in times if _in_host_memory(each)]:
+        engine, _, kind = name.partition(", ")
+        graphs[name] = graphs[f"{CPU_ENGINE}, {kind}"]
+        # What is deployed for ONNX Runtime is the graph itself.
+        deployed = bundle.path if kind == INT8 and engine != CPU_ENGINE else None
+        memory[name] = peak_memory(graphs[name], workload, threads, engine, deployed)
     return Bench(
         workload,
         times,
@@ -140,6 +152,12 @@ def bench_bundle(
         not_run,
         kernels_in_words(),
     )
+
+
+def _in_host_memory(name: str) -> bool:
+    """Return whether what was timed under a name runs the bundle's graph, or its twin, in the memory of the CPU."""
+    engine = ENGINES[name.partition(", ")[0]]
+    return engine.name == CPU_ENGINE or engine.compiles_to == "blob"
 
 
 def _ratios(times: Mapping[str, Times], workload: Workload) -> dict[str, Comparison]:
@@ -157,7 +175,7 @@ def _ready(engine: str, plan: DecoderSession, twins: _Twins | None, workload: Wo
     found = {f"{engine}, {INT8}": plan}
     try:
         if twins:
-            dtype, session = twins.plan(engine)
+            dtype, session = twins.open(engine)
             found[f"{engine}, {dtype}"] = session
         for each in found.values():
             each.run(np.zeros((workload.batch, workload.prompt), dtype=np.int64), need_logits="none")
@@ -169,16 +187,25 @@ def _ready(engine: str, plan: DecoderSession, twins: _Twins | None, workload: Wo
     return found
 
 
-def _open_plans(bundle: Bundle) -> tuple[dict[str, DecoderSession], dict[str, str]]:
-    """Open a session for every plan of a bundle that can run here; return the reasons for the others."""
+def _open_others(
+    bundle: Bundle, names: Sequence[str], threads: int | None
+) -> tuple[dict[str, DecoderSession], dict[str, str]]:
+    """Open a session on every engine but ONNX Runtime on the CPU; return the reasons of those that do not run here.
+
+    Raises:
+        CushionError: an engine in ``names`` does not run here.
+    """
     opened: dict[str, DecoderSession] = {}
     reasons: dict[str, str] = {}
-    for engine in FLAVOURS:
-        if f"engines/{engine}/{ENGINE_FILE}" in bundle.manifest.files:
-            try:
-                opened[engine] = open_engine(bundle, engine)
-            except CushionError as e:
-                reasons[engine] = f"not run: {e.message}"
+    for engine in names or [name for name in ENGINES if is_built_for(bundle, name)]:
+        if engine == CPU_ENGINE:
+            continue
+        try:
+            opened[engine] = open_engine(bundle, engine, threads)
+        except CushionError as e:
+            if names:
+                raise
+            reasons[engine] = f"not run: {e.message}"
     return opened, reasons
 
 
@@ -189,6 +216,7 @@ class _Twins:
     pipeline: Pipeline
     run: Run
     bundle: Bundle
+    threads: int | None
 
     def graph(self, form: GraphForm | None = None, in_place_context: int = 0) -> ExportedGraph:
         """Return the graph in floating point, in the form of the bundle's or another."""
@@ -197,7 +225,14 @@ class _Twins:
         twin = Given(replace(quantization.float_twin, smoothing=None))
         return self.run.get(self.pipeline.graph(twin, (form or self.pipeline.form).float_twin, in_place_context))
 
-    def plan(self, engine: str) -> tuple[str, DecoderSession]:
+    def open(self, engine: str) -> tuple[str, DecoderSession]:
+        """Return the type and a session of the same model without INT8 on an engine."""
+        if ENGINES[engine].compiles_to == "plan":
+            return self._plan(engine)
+        graph = self.graph()
+        return graph.contract.dtype, ENGINES[engine].open(graph, threads=self.threads)
+
+    def _plan(self, engine: str) -> tuple[str, DecoderSession]:
         """Compile the same model without INT8 for an engine's targets, within the same limits; return type, session."""
         artifact = read_engine(self.bundle, engine)
         limits, dtype = artifact.details["limits"], artifact.form[0]

@@ -13,7 +13,6 @@ from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.encoding import Encoding
 from cushion_deploy.evaluate.perplexity import score_text
@@ -21,6 +20,7 @@ from cushion_deploy.evaluate.scorer import TORCH_WASTE, Scorer
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.chat import ChatTemplate
+from cushion_deploy.runtime.engine import DEFAULT_ENGINE, open_engine
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
@@ -55,12 +55,14 @@ class Columns:
     Attributes:
         recipe, run, bundle: see :func:`evaluate_columns`.
         threads: threads of the engine.
+        engine: the engine of the column of that name.
     """
 
     recipe: Recipe
     run: Run
     bundle: Bundle | None
     threads: int | None
+    engine: str = DEFAULT_ENGINE
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -80,9 +82,13 @@ class Columns:
     def open(self, column: str) -> Iterator[Column]:
         """Yield what a column is scored with; quantized weights are restored afterwards."""
         if self.bundle is not None and column == "engine":
-            scorer = Scorer(open_session(self.bundle.graph, threads=self.threads))
-            encoding = Encoding.of_bundle(self.bundle)
-            yield Column(scorer, encoding, lambda *args: score_text(scorer.nll, *args).losses)
+            session = open_engine(self.bundle, self.engine, self.threads)
+            try:
+                scorer = Scorer(session)
+                encoding = Encoding.of_bundle(self.bundle)
+                yield Column(scorer, encoding, lambda *args: score_text(scorer.nll, *args).losses)
+            finally:
+                session.close()
         elif column.startswith("quantized"):
             with self._quantized(column) as found:
                 yield found

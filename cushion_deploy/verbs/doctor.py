@@ -252,5 +252,5 @@ def _position_warnings(spec: ModelSpec, recipe: Recipe, found: Diagnosis) -> Ite
     if found.largest_residual > HALF_RESIDUAL:
         yield (
             f"the residual stream reaches {found.largest_residual:,.0f} without a prefix, and the largest float16 "
-            "value is 65,504: if a prefix does not lower it, compile plans with --plan-dtype bf16"
+            "value is 65,504: if a prefix does not lower it, plans are compiled in bfloat16"
         )

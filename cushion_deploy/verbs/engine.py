@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from cushion_deploy.core.engine_artifact import ENGINE_FILE, EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.value_range import PlanType, ValueRange
 from cushion_deploy.engines.base import CompileOptions, Engine
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UntrustedArtifact, UsageError, require_modules
+from cushion_deploy.modeling.origin import origin_of_card
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.report import Report
+from cushion_deploy.report.card import CARD_NAME, model_card
 from cushion_deploy.report.document import REPORT_JSON, read_report
 from cushion_deploy.report.document import Engine as EngineRow
+from cushion_deploy.report.document import PlanType as PlanTypeRow
 from cushion_deploy.report.write import write_report
 from cushion_deploy.runtime.bundle import Bundle, verify_graph
-from cushion_deploy.runtime.engine import read_engine
+from cushion_deploy.runtime.engine import DEFAULT_ENGINE, read_engine
 from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.export import engine_form
 from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.plan_type import PlanGraph
 from cushion_deploy.stages.quantization import read_quantization
-from cushion_deploy.stages.report import engine_row
+from cushion_deploy.stages.report import engine_row, plan_type_row
 from cushion_deploy.stages.run import Run
-from cushion_deploy.store import hash_file, place, publish, recover, require_publishable, staging_area
+from cushion_deploy.store import (
+    changed_documents,
+    hash_file,
+    place,
+    publish,
+    recover,
+    require_publishable,
+    staging_area,
+)
+from cushion_deploy.store.snapshot import is_document
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 
 _OF_A_PLAN = re.compile(r"float16 graph|graph with a static cache")
@@ -60,13 +76,16 @@ def add_engine(
     recover(output)
     require_publishable(output)
     with run.lock():
-        compiled = run.get(Compile.of(_engine_graph(recipe, bundle, engine, options), engine.name, options))
+        graph, plan_type = _engine_graph(recipe, bundle, engine, options)
+        compiled = run.get(Compile.of(graph, engine.name, options))
         artifact, own = compiled.artifact, f"engines/{engine.name}/"
         with staging_area(output) as staged:
             _copy(bundle, staged, replaced=own)
             compiled.place(staged)
             checked = artifact.lineage.graph in _graphs_checked(bundle)
-            _update_report(artifact, staged / "report", checked=checked)
+            chosen = run.get(plan_type) if plan_type else None
+            report = _update_report(artifact, chosen, staged / "report", checked=checked)
+            _update_card(bundle, report, staged)
             # The recipe in a bundle states the limits that its plans were compiled with.
             published = dict(bundle.manifest.recipe)
             if "limits" in artifact.details:
@@ -75,21 +94,33 @@ def add_engine(
     return artifact
 
 
-def _engine_graph(recipe: Recipe, bundle: Bundle, engine: Engine, options: CompileOptions) -> Node[ExportedGraph]:
-    """Return the graph to compile: the bundle's own, or one exported from the original model."""
+def _engine_graph(
+    recipe: Recipe, bundle: Bundle, engine: Engine, options: CompileOptions
+) -> tuple[Node[ExportedGraph], Node[PlanType] | None]:
+    """Return the graph to compile, the bundle's own or one exported from the original model, and the type of a plan."""
     own = Pipeline.form_of(recipe)
     form, context = engine_form(own, engine, recipe.tensorrt.dtype, options.max_context)
     if form == own and not (context and bundle.graph.contract.prefix_slots):
-        return Given(bundle.graph)
+        return Given(bundle.graph), Given(PlanType(form.dtype, form.dtype)) if engine.compiles_to == "plan" else None
     pipeline = pipeline_of_bundle(recipe, bundle.path)
     quantization = Given(read_quantization(bundle.path, bundle.graph, pipeline.scheme))
-    return pipeline.graph(quantization, form, context)
+    export, measured = pipeline.graph(quantization, form, context), _measured(bundle)
+    plan_type = pipeline.plan_type(quantization, Given(measured) if measured else None)
+    return PlanGraph(plan_type, export) if form.dtype == "float16" else export, plan_type
+
+
+def _measured(bundle: Bundle) -> ValueRange | None:
+    """Return the largest values that the bundle's report contains; None if it has none."""
+    found = read_report(bundle.path / "report" / REPORT_JSON).plan_type
+    if found is None or not found.values:
+        return None
+    return ValueRange.from_json(found.model_dump(include={"values", "corpus", "tokens"}))
 
 
 def _copy(bundle: Bundle, staged: Path, replaced: str) -> None:
-    """Copy all files of a bundle except those of one engine; raises UntrustedArtifact if one has changed."""
+    """Copy all files of a bundle but documents and those of one engine; raises UntrustedArtifact if one has changed."""
     for name, entry in bundle.manifest.files.items():
-        if name.startswith(replaced):
+        if name.startswith(replaced) or is_document(name):
             continue
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         place(bundle.path / name, staged / name, link=False)
@@ -104,13 +135,31 @@ def _graphs_checked(bundle: Bundle) -> set[str]:
     return {bundle.graph.digest, *(read_engine(bundle, name).lineage.graph for name in names)}
 
 
-def _update_report(artifact: EngineArtifact, folder: Path, *, checked: bool) -> None:
-    """Add an engine to the report in ``folder``, or replace the same engine there.
+def _update_report(artifact: EngineArtifact, plan_type: PlanType | None, folder: Path, *, checked: bool) -> Report:
+    """Add an engine and the type of its plan to the report in ``folder``, or replace the same engine there.
 
-    Checks of graphs behind plans are removed if none of them covers the graph of this plan.
+    Checks of graphs behind plans are removed if none of them covers the graph of this plan, and so are those of an
+    engine that is replaced.
     """
     report = read_report(folder / REPORT_JSON)
     others = [engine for engine in report.engines if engine.engine != artifact.engine]
     rows = (*others, EngineRow.model_validate(engine_row(artifact)))
     parity = tuple(row for row in report.parity if checked or not _OF_A_PLAN.search(row.rung))
-    write_report(report.model_copy(update={"engines": rows, "parity": parity}), folder)
+    if artifact.engine != DEFAULT_ENGINE:
+        parity = tuple(row for row in parity if not row.rung.startswith(f"{artifact.engine} engine "))
+    changes: dict[str, Any] = {"engines": rows, "parity": parity}
+    if plan_type:
+        changes["plan_type"] = PlanTypeRow.model_validate(plan_type_row(plan_type))
+    updated = report.model_copy(update=changes)
+    write_report(updated, folder)
+    return updated
+
+
+def _update_card(bundle: Bundle, report: Report, staged: Path) -> None:
+    """Write the model card of a report, with the origin that the card of the bundle states; an edited one is kept."""
+    card = bundle.path / CARD_NAME
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if CARD_NAME not in changed_documents(bundle.path, bundle.manifest):
+        text = model_card(report, origin_of_card(text))
+    if text:
+        (staged / CARD_NAME).write_text(text, encoding="utf-8", newline="\n")

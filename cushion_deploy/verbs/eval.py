@@ -18,6 +18,7 @@ from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.evaluate.zeroshot import Metric, TaskScore, TaskSuite, mean_accuracy, run_tasks
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import Bundle
+from cushion_deploy.runtime.engine import DEFAULT_ENGINE
 from cushion_deploy.stages.run import Run
 from cushion_deploy.stages.windows import Cut
 from cushion_deploy.store.json_files import finite
@@ -36,6 +37,7 @@ class Evaluation:
         agreements: the bundle's engine compared with its fake-quantized model; empty unless both ran.
         seconds: wall time by column, loading included.
         chat_template: whether the tasks were asked in the model's chat template.
+        engine: the engine of the column of that name.
     """
 
     columns: tuple[str, ...]
@@ -45,6 +47,7 @@ class Evaluation:
     agreements: tuple[Agreement, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     chat_template: bool = False
+    engine: str = DEFAULT_ENGINE
 
     @property
     def passed(self) -> bool:
@@ -78,6 +81,7 @@ class Evaluation:
             tasks.append({"task": name, "metric": first.metric, "n": first.n, "columns": columns})
         return {
             "columns": list(self.columns),
+            "engine": self.engine,
             "texts": texts,
             "tasks": tasks,
             "chat_template": self.chat_template,
@@ -99,6 +103,7 @@ class Scored:
         threads: threads of the engine.
         batch: contexts of tasks that run together.
         chat: whether tasks are asked in the model's chat template.
+        engine: the engine of the column of that name.
     """
 
     texts: Sequence[str | None] = ()
@@ -107,6 +112,7 @@ class Scored:
     threads: int | None = None
     batch: int = BATCH
     chat: bool = False
+    engine: str = DEFAULT_ENGINE
 
 
 def choose_columns(wanted: Sequence[str], bundle: Bundle | None) -> tuple[str, ...]:
@@ -147,10 +153,10 @@ def evaluate_columns(
     Raises:
         UsageError: a text is too short or too long for the model, or the given model is not the bundle's.
     """
-    found = Evaluation(tuple(columns), chat_template=what.chat)
+    found = Evaluation(tuple(columns), chat_template=what.chat, engine=what.engine)
     in_torch = any(c != "engine" for c in columns)
     with run.lock() if in_torch or "self" in what.texts else nullcontext():
-        opened = Columns(recipe, run, bundle, what.threads)
+        opened = Columns(recipe, run, bundle, what.threads, what.engine)
         # A model that is not built has no prefix. One that is built is cut as in the build, unless it has sliding
         # windows and runs on an engine alone, which does not know them.
         reserved = None if bundle else 0

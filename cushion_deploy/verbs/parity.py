@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,10 @@ from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
 from cushion_deploy.parity.checks import ParityReport
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.runtime.bundle import Bundle
+from cushion_deploy.runtime.engine import DEFAULT_ENGINE, is_built_for, open_engine, read_engine
 from cushion_deploy.stages.base import Given, Node
+from cushion_deploy.stages.compile import EngineToRun
 from cushion_deploy.stages.parity import Parity, read_result
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
@@ -42,13 +46,46 @@ def require_model_of(pipeline: Pipeline, bundle: Path) -> None:
         )
 
 
-def check_bundle(recipe: Recipe, run: Run, bundle: Path, graph: ExportedGraph, *, reuse: bool = False) -> ParityReport:
+def engines_to_run(bundle: Bundle, names: Sequence[str] = ()) -> tuple[EngineToRun, ...]:
+    """Return the engines to put on the parity ladder of a bundle, besides ONNX Runtime on the CPU.
+
+    Args:
+        bundle: a verified bundle.
+        names: engines that have to run; empty for those that the bundle was built for, where each may be missing.
+
+    Raises:
+        UsageError: an unknown engine, or a plan that the bundle does not contain.
+        MissingDependency, CheckFailed: a named engine does not run here.
+    """
+    for name in names:
+        open_engine(bundle, name).close()
+    if not names:
+        built = (name for name in ENGINES if is_built_for(bundle, name))
+        names = [name for name in built if ENGINES[name].compiles_to != "report"]
+    return tuple(_of_bundle(bundle, name) for name in dict.fromkeys(names) if name != DEFAULT_ENGINE)
+
+
+def _of_bundle(bundle: Bundle, name: str) -> EngineToRun:
+    key = read_engine(bundle, name).key if is_built_for(bundle, name) else f"{name} {bundle.graph.digest}"
+    return EngineToRun(name, key, lambda: open_engine(bundle, name))
+
+
+def check_bundle(
+    recipe: Recipe,
+    run: Run,
+    bundle: Path,
+    graph: ExportedGraph,
+    engines: Sequence[EngineToRun] = (),
+    *,
+    reuse: bool = False,
+) -> ParityReport:
     """Return the parity report of a verified bundle.
 
     Args:
         recipe: the recipe of the bundle; its model is the original.
         run: the work folder.
         bundle, graph: the bundle to check, and its graph.
+        engines: see :func:`engines_to_run`.
         reuse: use the result of an earlier run if there is one, and keep this result for later runs.
 
     Raises:
@@ -58,8 +95,9 @@ def check_bundle(recipe: Recipe, run: Run, bundle: Path, graph: ExportedGraph, *
     quantization = Given(read_quantization(bundle, graph, pipeline.scheme))
     with run.lock():
         plans, unchecked = _graphs_behind_plans(pipeline, run, quantization, bundle, graph)
-        report = climb(run, pipeline.parity(quantization, Given(graph), plans), reuse=reuse)
-    return replace(report, unchecked=unchecked)
+        opened = tuple(Given[EngineToRun | None](engine) for engine in engines)
+        report = climb(run, pipeline.parity(quantization, Given(graph), plans, opened), reuse=reuse)
+    return replace(report, unchecked=(*unchecked, *report.unchecked))
 
 
 def climb(run: Run, stage: Parity, *, reuse: bool) -> ParityReport:
@@ -88,8 +126,6 @@ def _graphs_behind_plans(
     unchecked = []
     folders = [bundle / "engines" / name for name in ENGINES]
     for artifact in (read_artifact(folder) for folder in folders if (folder / ENGINE_FILE).is_file()):
-        if "not_run" in artifact.details:
-            unchecked.append(f"the plan of {artifact.engine} itself was {artifact.details['not_run']}")
         if artifact.lineage.graph == graph.digest:
             continue
         dtype, capacity = artifact.form

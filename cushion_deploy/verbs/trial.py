@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
 from cushion_deploy.core.scales import ActivationScales
-from cushion_deploy.core.schemes import PRECISIONS, QuantScheme
+from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.modeling.runner import TorchRunner
@@ -116,7 +116,7 @@ class Trial:
     @property
     def scheme(self) -> QuantScheme:
         """The scheme of the recipe, with every Site quantized."""
-        return replace(PRECISIONS[self.recipe.precision], quantize_head=self.recipe.export.quantize_head)
+        return self.recipe.scheme
 
     def same_as_without(self, prefix: Prefix) -> bool:
         """Return whether a prefix is what precedes every text anyway, and stays in sight anyway."""

@@ -44,6 +44,11 @@ class OnnxRuntime:
         """Its caches grow."""
         return False
 
+    @property
+    def gathers_codes(self) -> bool:
+        """Gather reads any type."""
+        return True
+
     def version(self) -> str:
         """Return the version of ONNX Runtime; raises MissingDependency if it is not installed."""
         return installed_version(self.provider)
@@ -69,6 +74,10 @@ class OnnxRuntime:
 
     def require_runnable(self, artifact: EngineArtifact, graph: ExportedGraph) -> None:
         """Accept any artifact: there is no plan, and opening a session checks the provider."""
+
+    def reads(self, artifact: EngineArtifact) -> bool:
+        """Return False: it runs ``model.onnx``."""
+        return False
 
     def open(self, graph: ExportedGraph, plan: bytes = b"", *, threads: int | None = None) -> OnnxRuntimeSession:
         """Open a session of ``model.onnx`` on the provider."""

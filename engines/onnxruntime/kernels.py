@@ -16,10 +16,9 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from cushion_deploy.core.dtypes import FloatArray
-from cushion_deploy.engines.onnxruntime.one_linear import one_linear
+from cushion_deploy.engines.extreme_codes import extreme_products, extreme_weights, is_exact
+from cushion_deploy.engines.one_linear import one_linear
 from cushion_deploy.errors import CheckFailed
 
 SESSION_CONFIG = {
@@ -31,9 +30,6 @@ flush-to-zero to the calling thread only through the first session of a process.
 UINT8_WEIGHTS = "session.x64quantprecision"
 WAYS = {"0": "uint8 activations x int8 weights", "1": "uint8 activations x uint8 weights"}
 """Values of that setting with what they multiply, the faster one first."""
-ROWS = (1, 2, 5, 16, 33, 130)
-"""Rows of the products: vectors, and matrices below and above the tiles of the kernels."""
-INPUTS, OUTPUTS = 256, 80
 
 
 @lru_cache(maxsize=1)
@@ -61,17 +57,12 @@ def kernels_in_words() -> str:
 
 def adds_exactly(value: str) -> bool:
     """Return whether a linear has the sums of integer arithmetic with a value of :data:`UINT8_WEIGHTS`."""
-    weights = np.random.default_rng(0).choice(np.array([-127, 127], dtype=np.int8), (INPUTS, OUTPUTS))
-    # One column where all products have one sign: the sum is as large as it can be.
-    weights[:, 0] = 127
-    return all(
-        np.array_equal(found, codes.astype(np.int64) @ weights.astype(np.int64))
-        for codes, found in _products(weights, value)
-    )
+    weights = extreme_weights()
+    return all(is_exact(codes, weights, found) for codes, found in _products(weights, value))
 
 
 def _products(weights: Any, value: str) -> Iterator[tuple[Any, FloatArray]]:
-    """Yield codes int8 ``[rows, INPUTS]``, and what ONNX Runtime computes of them with ``weights``."""
+    """Yield codes int8 ``[rows, in]``, and what ONNX Runtime computes of them with ``weights``."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -80,8 +71,4 @@ def _products(weights: Any, value: str) -> Iterator[tuple[Any, FloatArray]]:
     for key, entry in {**SESSION_CONFIG, UINT8_WEIGHTS: value}.items():
         options.add_session_config_entry(key, entry)
     session = ort.InferenceSession(one_linear(weights), options, providers=["CPUExecutionProvider"])
-    rng = np.random.default_rng(1)
-    for rows in ROWS:
-        codes = rng.choice(np.array([-127, 127, 126], dtype=np.int8), (rows, INPUTS))
-        codes[0] = 127
-        yield codes, session.run(None, {"x": codes.astype(np.float32)})[0]
+    yield from extreme_products(lambda codes: session.run(None, {"x": codes})[0])

@@ -45,6 +45,11 @@ class TensorRt:
         found = probe(self.flavour.module)
         return found.importable and self.flavour.has_cache_update(found.version)
 
+    @property
+    def gathers_codes(self) -> bool:
+        """TensorRT accepts an INT8 constant in front of a DQ only."""
+        return False
+
     def version(self) -> str:
         """Return the version of the library; raises MissingDependency if it is missing or too old."""
         return self._library().version
@@ -74,6 +79,10 @@ class TensorRt:
         """Check that a plan can run on this machine; see :func:`.compatibility.require_runnable`."""
         install = f"pip install 'cushion-deploy[{self.flavour.extra},cuda]'"
         require_runnable(artifact, graph, probe(self.flavour.module), install)
+
+    def reads(self, artifact: EngineArtifact) -> bool:
+        """Return True: it runs the plan."""
+        return True
 
     def open(self, graph: ExportedGraph, plan: bytes = b"", *, threads: int | None = None) -> TensorRtSession:
         """Deserialize a plan and open a session on the first GPU; ``threads`` does not apply to it."""

@@ -16,6 +16,7 @@ from cushion_deploy.export.rules.activation_scales import ACTIVATION_SCALES
 from cushion_deploy.export.rules.base import Rule
 from cushion_deploy.export.rules.both_operands import BOTH_OPERANDS
 from cushion_deploy.export.rules.cache_codes import CACHE_CODES
+from cushion_deploy.export.rules.embedding_codes import EMBEDDING_CODES
 from cushion_deploy.export.rules.float_attention import FLOAT_ATTENTION
 from cushion_deploy.export.rules.no_float_twin import NO_FLOAT_TWIN
 from cushion_deploy.export.rules.one_consumer import ONE_CONSUMER
@@ -38,6 +39,7 @@ _RULES: tuple[Rule[Any], ...] = (
     FLOAT_ATTENTION,
     CACHE_CODES,
     NO_FLOAT_TWIN,
+    EMBEDDING_CODES,
 )
 RULES: dict[str, Rule[Any]] = {rule.name: rule for rule in _RULES}
 """Every rule by name, in the order in which violations are reported."""
@@ -48,6 +50,8 @@ def check_graph(
     sites: Collection[Site],
     cache: Collection[Site] = (),
     scale_dtype: ir.DataType = ir.DataType.FLOAT,
+    *,
+    int8_embedding: bool = False,
 ) -> dict[str, int]:
     """Check a finished graph against every rule.
 
@@ -56,7 +60,8 @@ def check_graph(
         sites: Sites that must be quantized, no more and no fewer.
         cache: names of the tensors that must enter an INT8 cache, such as ``layers.3.kv.key``; empty for a cache in
             floating point.
-        scale_dtype: type that all scales must have.
+        scale_dtype: type that all scales of linears must have.
+        int8_embedding: whether the token embedding must be stored as INT8 codes.
 
     Returns:
         Name of each rule to the number of nodes or tensors that it examined; all rules hold.
@@ -64,7 +69,7 @@ def check_graph(
     Raises:
         CheckFailed: the message lists every violation with node, finding and remedy.
     """
-    graph = QuantizedGraph(model, frozenset(sites), frozenset(cache), scale_dtype)
+    graph = QuantizedGraph(model, frozenset(sites), frozenset(cache), scale_dtype, int8_embedding)
     examined: dict[str, int] = {}
     broken: list[str] = []
     for name, rule in RULES.items():

@@ -37,12 +37,14 @@ class QuantizedGraph:
         sites: Sites that must be quantized.
         cache: names of the tensors that must enter an INT8 cache.
         scale_dtype: type that all scales of linears must have.
+        int8_embedding: whether the token embedding must be stored as INT8 codes.
     """
 
     model: ir.Model
     sites: frozenset[Site]
     cache: frozenset[Site] = frozenset()
     scale_dtype: ir.DataType = ir.DataType.FLOAT
+    int8_embedding: bool = False
 
     @cached_property
     def nodes(self) -> list[ir.Node]:
@@ -56,7 +58,27 @@ class QuantizedGraph:
     @cached_property
     def products(self) -> list[ir.Node]:
         """The quantized linears: products outside of attention with a DQ on at least one operand."""
-        return [node for node in self.of(*PRODUCTS) if not is_attention(node) and any(map(dq_of, node.inputs[:2]))]
+        found = [node for node in self.of(*PRODUCTS) if not is_attention(node) and any(map(dq_of, node.inputs[:2]))]
+        return [node for node in found if not self._is_tied_head(node)]
+
+    @cached_property
+    def row_gathers(self) -> list[ir.Node]:
+        """Every Gather of stored INT8 codes: an INT8 embedding has one."""
+        gathers = [(node, stored(node.inputs[0])) for node in self.of("Gather")]
+        return [node for node, tensor in gathers if tensor is not None and tensor.dtype == ir.DataType.INT8]
+
+    @cached_property
+    def table_dqs(self) -> list[ir.Node]:
+        """Every DQ of a stored table that a Gather reads, possibly through a Cast."""
+        nodes = [node for node in self.of(DQ) if stored(node.inputs[0]) is not None]
+        return [node for node in nodes if "Gather" in _readers_behind_cast(node.outputs[0])]
+
+    def _is_tied_head(self, product: ir.Node) -> bool:
+        """Whether a product of a floating-point activation reads the codes of the embedding."""
+        dq, rows = dq_of(product.inputs[1]), {node.inputs[0] for node in self.row_gathers}
+        if dq is None or dq_of(product.inputs[0]) is not None:
+            return False
+        return dq in self.table_dqs or untransposed(dq.inputs[0])[0] in rows
 
     @cached_property
     def weights(self) -> list[QuantizedWeight]:
@@ -66,8 +88,7 @@ class QuantizedGraph:
     @cached_property
     def weight_shapes(self) -> frozenset[tuple[int, ...]]:
         """Shapes of the stored weights, and of their transposes."""
-        codes = [tensor for weight in self.weights if (tensor := stored(weight.dq.inputs[0])) is not None]
-        shapes = {tuple(tensor.shape.numpy()) for tensor in codes}
+        shapes = {shape for weight in self.weights if (shape := shape_of_codes(weight.dq)) is not None}
         return frozenset(shapes | {shape[::-1] for shape in shapes})
 
     @cached_property
@@ -79,7 +100,7 @@ class QuantizedGraph:
     def activations(self) -> list[ir.Node]:
         """Every Q, and every DQ that does not read a stored tensor; without those of the cache."""
         nodes = [n for n in self.of(Q, DQ) if n not in self.cache_nodes]
-        return [n for n in nodes if n.op_type == Q or stored(n.inputs[0]) is None]
+        return [n for n in nodes if n.op_type == Q or stored(untransposed(n.inputs[0])[0]) is None]
 
     @cached_property
     def cached(self) -> list[CachedTensor]:
@@ -108,6 +129,31 @@ def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value is None or value.is_graph_input():
         return None
     return ir.convenience.get_const_tensor(value)
+
+
+def _readers_behind_cast(value: ir.Value) -> list[str]:
+    """Return the operators that read a value, and those that read it through a Cast."""
+    readers = list(value.consumers())
+    for cast in [reader for reader in readers if reader.op_type == "Cast"]:
+        readers += cast.outputs[0].consumers()
+    return [reader.op_type for reader in readers]
+
+
+def untransposed(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+    """Return the value behind a Transpose, and whether there is one."""
+    producer = None if value is None else value.producer()
+    if producer is None or producer.op_type != "Transpose":
+        return value, False
+    return producer.inputs[0], True
+
+
+def shape_of_codes(dq: ir.Node) -> tuple[int, ...] | None:
+    """Return the shape in which a DQ reads stored codes, possibly through a Transpose; None if they are not stored."""
+    value, turned = untransposed(dq.inputs[0])
+    if (tensor := stored(value)) is None:
+        return None
+    shape = tuple(int(size) for size in tensor.shape.numpy())
+    return shape[::-1] if turned else shape
 
 
 def dq_of(value: ir.Value | None) -> ir.Node | None:

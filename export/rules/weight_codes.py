@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from cushion_deploy.export.rules.base import Rule, Violation
-from cushion_deploy.export.rules.quantized_graph import QuantizedGraph, QuantizedWeight, name_of, stored
+from cushion_deploy.export.rules.quantized_graph import QuantizedGraph, QuantizedWeight, name_of, stored, untransposed
 
 
 def _subjects(graph: QuantizedGraph) -> list[QuantizedWeight]:
@@ -15,7 +15,7 @@ def _subjects(graph: QuantizedGraph) -> list[QuantizedWeight]:
 
 
 def _check(graph: QuantizedGraph, weight: QuantizedWeight) -> Iterator[Violation]:
-    tensor = stored(weight.dq.inputs[0])
+    tensor = stored(untransposed(weight.dq.inputs[0])[0])
     if tensor is None:
         yield Violation(name_of(weight.dq), "reads a weight that is not stored", "store the codes as int8 initializer")
     elif tensor.dtype != ir.DataType.INT8:

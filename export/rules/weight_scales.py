@@ -13,6 +13,7 @@ from cushion_deploy.export.rules.quantized_graph import (
     QuantizedWeight,
     attribute_of,
     name_of,
+    shape_of_codes,
     stored,
 )
 
@@ -38,12 +39,12 @@ def _check(graph: QuantizedGraph, weight: QuantizedWeight) -> Iterator[Violation
 
 
 def _along_output_axis(weight: QuantizedWeight, scale: ir.TensorProtocol) -> Iterator[Violation]:
-    codes = stored(weight.dq.inputs[0])
-    if codes is None or len(codes.shape) != 2:
+    shape = shape_of_codes(weight.dq)
+    if shape is None or len(shape) != 2:
         return
     output_axis = 0 if attribute_of(weight.product, "transB", 0) else 1
     axis = attribute_of(weight.dq, "axis", 1) % 2
-    length, expected = scale.shape[0], codes.shape[output_axis]
+    length, expected = scale.shape[0], shape[output_axis]
     if axis != output_axis:
         remedy = f"set axis={output_axis}: otherwise TensorRT silently runs it in floating point"
         yield Violation(name_of(weight.dq), f"scales the contracting axis {axis}", remedy)

@@ -79,7 +79,7 @@ def test_a_plan_runs_beside_its_own_float_twin_or_says_why_not(
         opened.append((engine.name, len(plan) > 1000, graph.contract.dtype, graph.quantized))
         return open_session(graph, threads=1)
 
-    def int8(bundle: Any, engine: str) -> Any:
+    def int8(bundle: Any, engine: str, threads: Any) -> Any:
         session = open_session(bundle.graph, threads=1)
         half = replace(session.contract, dtype="float16")
         calls = {"run": session.run, "reset": session.reset, "close": session.close}

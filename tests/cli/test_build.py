@@ -174,7 +174,7 @@ def test_set_null_stands_over_the_recipe(cli: Any, tmp_path: Path) -> None:
     assert "search.tau is null" in done.err
 
 
-TENSORRT = {"dtype": "float16", "max_batch": 1, "max_context": 2048, "max_prefill": 512}
+TENSORRT = {"dtype": "auto", "max_batch": 1, "max_context": 2048, "max_prefill": 512}
 """Defaults of a recipe."""
 
 
@@ -182,7 +182,7 @@ def test_the_limits_of_tensorrt_are_settings_and_flags_stand_over_them(cli: Any,
     (tmp_path / "r.yaml").write_text("tensorrt: {max_batch: 3, max_context: 96}\n")
     done = cli("build", "--recipe", tmp_path / "r.yaml", "--max-context", 64, "--print-config")
     assert parse_yaml(done.out)["tensorrt"] == {
-        **{"dtype": "float16", "max_batch": 3, "max_context": 64, "max_prefill": 512}
+        **{"dtype": "auto", "max_batch": 3, "max_context": 64, "max_prefill": 512}
     }
     assert cli("build", "--recipe", tmp_path / "r.yaml", "--max-batch", 0, "--print-config").code == 2
 

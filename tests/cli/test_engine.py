@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from cushion_deploy.engines.onnxruntime.kernels import UINT8_WEIGHTS, WAYS
 from cushion_deploy.engines.onnxruntime.settings import session_config
+from cushion_deploy.stages.plan_type import MeasureRange
 from cushion_deploy.store import verify_bundle
 
 
@@ -86,9 +88,36 @@ def test_a_plan_of_another_type_climbs_the_ladder(
     climbed = cli("parity", tmp_path / "e", "--work-dir", tmp_path / "w", "--json")
     assert climbed.code == 0, climbed.err
     (unchecked,) = climbed.json["unchecked"]
-    assert unchecked.startswith("the plan of tensorrt-rtx itself was not run: ")
+    assert unchecked.startswith("tensorrt-rtx was not run: ")
     rungs = {check["rung"] for check in climbed.json["checks"]}
     assert (f"{dtype} graph against the float32 graph" in rungs) == (dtype == "bfloat16")
+
+
+def test_the_type_of_a_plan_is_measured_once_and_reported(
+    cli: Any, planted_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    more = ("--engine", "tensorrt-rtx", "--targets", "sm86", "--max-context", 64, "--max-prefill", 16)
+    done = cli("engine", planted_bundle.bundle, *more, "--work-dir", tmp_path / "w", "-o", tmp_path / "e")
+    assert done.code == 0, done.err
+    assert "sm86; float16, batch 1" in done.out
+    assert re.search(r"22 of 22 linears in INT8, attention fused \d of 3\n", done.out)
+    found = cli("report", tmp_path / "e", "--json").json["plan_type"]
+    assert (found["dtype"], found["wanted"]) == ("float16", "auto")
+    parts = [row["part"] for row in found["values"]]
+    assert [part for part in parts if part.startswith("layers.")] == [
+        f"layers.{i}.{block}" for i in range(3) for block in ("attn", "mlp")
+    ]
+    assert f"of {found['corpus']}" in (tmp_path / "e" / "report" / "report.html").read_text()
+
+    # The bundle now says what was measured, so another plan does not need the calibration text.
+    def again(*_: Any) -> None:
+        raise AssertionError("the values are in the report")
+
+    monkeypatch.setattr(MeasureRange, "run", again)
+    done = cli("engine", tmp_path / "e", *more, "--work-dir", tmp_path / "other", "-o", tmp_path / "f")
+    assert done.code == 0, done.err
+    assert cli("report", tmp_path / "f", "--json").json["plan_type"] == found
 
 
 def test_a_float32_plan_needs_no_model(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:

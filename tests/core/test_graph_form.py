@@ -141,6 +141,7 @@ def test_a_static_cache_decides_the_opset() -> None:
 
 def test_every_field_decides_the_digest() -> None:
     other = {"dtype": "float16", "quantized": False, "prefix": "cache", "opset": 18, "scale_dtype": "float16"}
+    other |= {"gathers_codes": False}
     forms = [GraphForm(), *(GraphForm(**{name: value}) for name, value in other.items())]  # type: ignore[arg-type]
     forms += [GraphForm(cache="int8"), *(GraphForm(cache="static", capacity=n) for n in (8, 9))]
     assert {*other, "cache", "capacity"} == {field.name for field in fields(GraphForm)}

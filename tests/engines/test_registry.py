@@ -10,6 +10,7 @@ from cushion_deploy.core.graphs import ExportedGraph, GraphContract
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
+from cushion_deploy.engines.openvino.engine import OpenVino
 from cushion_deploy.engines.registry import ENGINES, choose_engines, compiling_engines, find_engine
 from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.errors import ExitCode, MissingDependency, UsageError
@@ -17,17 +18,21 @@ from cushion_deploy.errors import ExitCode, MissingDependency, UsageError
 
 @pytest.fixture
 def only_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let TensorRT-RTX be missing."""
+    """Let OpenVINO and TensorRT-RTX be missing."""
 
     def missing(engine: TensorRt) -> None:
         raise MissingDependency("the library is not there", hint=engine.flavour.install)
 
+    def no_openvino(engine: OpenVino) -> None:
+        raise MissingDependency("OpenVINO is not there", hint="install it")
+
+    monkeypatch.setattr(OpenVino, "require", no_openvino)
     monkeypatch.setattr(OnnxRuntime, "require", lambda self: None)
     monkeypatch.setattr(TensorRt, "require", missing)
 
 
 def test_names_are_the_keys() -> None:
-    assert {"onnxruntime", "tensorrt-rtx"} <= set(ENGINES)
+    assert {"onnxruntime", "openvino", "tensorrt-rtx"} <= set(ENGINES)
     assert all(engine.name == name for name, engine in ENGINES.items())
 
 
@@ -66,7 +71,7 @@ def test_an_unknown_engine_lists_the_valid_ones() -> None:
     with pytest.raises(UsageError, match="unknown engine 'tensorflow'") as caught:
         choose_engines(["onnxruntime", "tensorflow"])
     assert caught.value.exit_code == ExitCode.USAGE
-    assert caught.value.hint == "choose one of: onnxruntime, tensorrt, tensorrt-rtx"
+    assert caught.value.hint == "choose one of: onnxruntime, openvino, tensorrt, tensorrt-rtx"
 
 
 @pytest.mark.usefixtures("only_onnxruntime")

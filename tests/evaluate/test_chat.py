@@ -56,9 +56,9 @@ def test_prompts_are_conversations_whose_message_is_cut(files: TextFiles, tiny_f
     assert found.ends == files.eos_token_ids
 
 
-def test_a_template_without_bos_has_none_before_its_prompts(files: TextFiles) -> None:
+def test_a_template_without_bos_has_what_the_tokenizer_puts_before_every_text(files: TextFiles) -> None:
     found = chat_prompts(with_template(files, "[{{ messages[0].content }}]"), TEXT)
-    assert found.begin == ()
+    assert found.begin == (BOS,)
     assert found.ids.shape[1] == 1 + MESSAGE_TOKENS + 1
 
 

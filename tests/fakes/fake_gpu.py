@@ -20,7 +20,7 @@ import onnxruntime as ort
 import torch
 from fake_graphs import FakeGraphs, Status, Work
 
-from cushion_deploy.parity.bfloat16 import emulate_bfloat16
+from cushion_deploy.parity.rounding import widen
 
 BF16 = 16
 TYPES = {
@@ -176,8 +176,8 @@ class RuntimeConfig:
 
 def widened(path: str) -> bytes:
     """Return a bfloat16 graph in float32: ONNX Runtime has no kernels for it on a CPU."""
-    model = ir.load(path)
-    emulate_bfloat16(model)
+    model = ir.external_data.load_to_model(ir.load(path))
+    widen(model, "bfloat16")
     return ir.serde.serialize_model(model).SerializeToString()
 
 

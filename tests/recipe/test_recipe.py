@@ -64,6 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "calibration": {"data": None, "estimator": "percentile", "percentile": 99.9995, "windows": 32, "window": None},
     "export": {
         "quantize_head": False,
+        "embedding": "float",
         "keep_float": [],
         "opset": None,
         "prefix": "baked",
@@ -72,7 +73,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "evaluation": {"data": None, "window": None, "max_tokens": None},
     "parity": {"data": None, "tokens": 256, "decode_tokens": 16},
-    "tensorrt": {"dtype": "float16", "max_batch": 1, "max_context": 2048, "max_prefill": 512},
+    "tensorrt": {"dtype": "auto", "max_batch": 1, "max_context": 2048, "max_prefill": 512},
 }
 
 

@@ -227,6 +227,8 @@ _DATA: dict[str, Any] = {
             "int8_linears": 210,
             "fused_attention": 30,
             "ran": True,
+            "perplexity": None,
+            "stderr": None,
             "note": "",
             "details": {"kernels": {"MatMulInteger": 120}, "rewrites": {"uint8": 120}},
         },
@@ -237,10 +239,27 @@ _DATA: dict[str, Any] = {
             "int8_linears": 208,
             "fused_attention": 30,
             "ran": False,
+            "perplexity": None,
+            "stderr": None,
             "note": "no NVIDIA GPU on this machine",
             "details": {},
         },
     ],
+    "plan_type": {
+        "dtype": "float16",
+        "wanted": "auto",
+        "margin": 2.0,
+        "corpus": "WikiText-2 train",
+        "tokens": 16384,
+        "values": [
+            {"part": part, "tensor": tensor, "value": value, "token": token, "token_id": i, "position": position}
+            for part, tensor, value, token, i, position in (
+                ("prefix", "a key", 12.5, "\n", 198, -1),
+                ("layers.11.mlp", "residual", 1871.25, " ", 216, 77),
+                ("head", "MatMul", 44.0, "the", 260, 3),
+            )
+        ],
+    },
     "stages": [
         {"stage": stage, "seconds": seconds, "reused": reused, "ran_on": "cpu, float32" if stage != "load" else ""}
         for stage, seconds, reused in (

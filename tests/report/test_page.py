@@ -187,3 +187,13 @@ def test_a_calibration_within_the_sliding_windows_is_stated(
 ) -> None:
     data["calibration"]["sliding_window"] = sliding
     assert ("do not reach beyond the model's sliding window" in render(data).text) == said
+
+
+def test_the_largest_values_are_listed_and_a_plan_without_fused_attention_is_warned_about(data: dict[str, Any]) -> None:
+    text = render(data).text
+    assert "Floating-point type of plans: float16: largest value 1,871 of 65,504" in text
+    assert "Measured on 16,384 tokens of WikiText-2 train" in text
+    assert "208 of 210 linears are compiled in INT8, attention fused 30 of 30" in text
+    assert "warning: no attention" not in text
+    data["engines"][1]["fused_attention"] = 0
+    assert "warning: no attention of tensorrt-rtx is a fused kernel" in render(data).text

@@ -66,15 +66,15 @@ def test_one_flipped_bit_is_found_before_anything_is_read(
     assert read == []
 
 
-def test_generation_config_decides_what_ends_a_text(changed: Callable[..., Path]) -> None:
-    assert open_bundle(changed(**{"generation_config.json": '{"eos_token_id": [9, 2, 7]}'})).eos_token_ids == (2, 7, 9)
+def test_every_token_that_some_file_names_ends_a_text(changed: Callable[..., Path]) -> None:
+    # The tokenizer of the bundle names </s>, token 2.
+    changes = {"generation_config.json": '{"eos_token_id": [9, 7]}', "config.json": '{"eos_token_id": 4}'}
+    assert open_bundle(changed(**changes)).eos_token_ids == (2, 4, 7, 9)
 
 
-def test_whatever_the_configurations_and_the_tokenizer_name_ends_an_answer(changed: Callable[..., Path]) -> None:
+def test_a_file_that_names_no_end_changes_nothing(changed: Callable[..., Path]) -> None:
     out = changed(**{"generation_config.json": None, "config.json": '{"eos_token_id": 4}'})
-    assert open_bundle(out).eos_token_ids == (4, 2)
-    out = changed(**{"generation_config.json": '{"eos_token_id": [9, 7]}', "config.json": '{"eos_token_id": 4}'})
-    assert open_bundle(out).eos_token_ids == (7, 9, 4, 2)
+    assert open_bundle(out).eos_token_ids == (2, 4)
     assert open_bundle(changed(**{"generation_config.json": "{}", "config.json": "{}"})).eos_token_ids == (2,)
 
 

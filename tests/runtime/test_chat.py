@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cushion_deploy.errors import MissingDependency, UsageError
-from cushion_deploy.runtime.chat import ChatTemplate, begin_as_text, encode_chat, encode_prompt
+from cushion_deploy.runtime.chat import ChatTemplate, encode_chat, encode_prompt
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 MESSAGES = [
@@ -55,6 +55,52 @@ def test_ids_equal_transformers_and_hold_one_bos(tokenizer: Any) -> None:
     got = encode_chat(tokenizer, ChatTemplate(source, SPECIAL).render(MESSAGES))
     assert got == expected["input_ids"]
     assert got.count(1) == 1
+
+
+def test_bos_is_added_where_the_template_leaves_it_out_and_the_tokenizer_adds_it(
+    tokenizer: Any, fallback_tokenizer: Any
+) -> None:
+    assert encode_chat(tokenizer, "fox", 1) == tokenizer.encode("fox").ids
+    assert encode_chat(tokenizer, "<s>fox", 1) == tokenizer.encode("fox").ids
+    assert encode_chat(fallback_tokenizer, "fox", 1) == fallback_tokenizer.encode("fox").ids
+    assert encode_chat(tokenizer, "fox", None) == tokenizer.encode("fox", add_special_tokens=False).ids
+
+
+CONTENTS = {
+    "null": (None, ""),
+    "parts": ([{"type": "text", "text": "Où "}, {"text": "est-ce?"}], "Où est-ce?"),
+    "no part": ([], ""),
+}
+
+
+@pytest.mark.parametrize(("content", "text"), CONTENTS.values(), ids=CONTENTS)
+def test_content_that_is_null_or_in_parts_renders_as_its_text(content: Any, text: str) -> None:
+    template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}|{{ m.name }}{% endfor %}")
+    given = [{"role": "user", "content": content, "name": "Ada"}, {"role": "assistant"}]
+    assert template.render(given) == f"<user>{text}|Ada<assistant>|"
+
+
+@pytest.mark.parametrize(
+    ("message", "match"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "message 2 has a part of type 'image"),
+        ({"role": "user", "content": ["hi"]}, "message 2 has a part of type str"),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, "message 2 has a text part without text"),
+        ({"role": "user", "content": 3}, "content of message 2 is int"),
+        ("hi", "message 2 is str"),
+    ],
+)
+def test_content_of_another_kind_is_refused_by_the_number_of_its_message(message: Any, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        ChatTemplate("{{ messages[1].content }}").render([MESSAGES[0], message])
+
+
+@pytest.mark.parametrize(
+    "source", ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"]
+)
+def test_a_template_without_end_is_an_error(source: str) -> None:
+    with pytest.raises(UsageError, match="without end, or is nested too deeply"):
+        ChatTemplate(source).render(MESSAGES)
 
 
 def test_plain_prompt_gets_bos_once(tokenizer: Any) -> None:
@@ -115,30 +161,3 @@ def test_behind_a_prefix_that_begins_with_bos_no_text_brings_it_again(tokenizer:
         assert encode_chat(tokenizer, text, 1, keep_bos=False) == plain
     assert encode_chat(tokenizer, "<s>fox", 1) == [1, *plain]
     assert encode_prompt(tokenizer, "fox", None, keep_bos=False) == [1, *plain]
-
-
-def test_content_of_parts_or_null_is_text() -> None:
-    template = ChatTemplate("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "fox"}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}, {"role": "tool"}]
-    assert template.render(messages) == "[the fox][][]"
-
-
-@pytest.mark.parametrize(
-    "content", [[{"type": "image_url", "image_url": "x"}], [{"type": "text"}], ["x"], 7, {"type": "image"}]
-)
-def test_content_that_is_no_text_is_an_error(content: object) -> None:
-    with pytest.raises(UsageError, match="reads only text"):
-        ChatTemplate("{{ messages[0].content }}").render([{"role": "user", "content": content}])
-
-
-def test_a_template_that_calls_itself_is_an_error() -> None:
-    with pytest.raises(UsageError, match="calls itself without end"):
-        ChatTemplate("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}").render(MESSAGES)
-
-
-def test_a_chat_begins_as_every_text_does(tokenizer: Any, fallback_tokenizer: Any) -> None:
-    assert begin_as_text(tokenizer, [5, 6], 1) == [1, 5, 6]
-    assert begin_as_text(tokenizer, [1, 5, 6], 1) == [1, 5, 6]
-    assert begin_as_text(fallback_tokenizer, [5, 6], 1) == [5, 6]
-    assert begin_as_text(tokenizer, [5, 6], None) == [5, 6]

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,9 +26,12 @@ from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.engines.onnxruntime.session import open_session
+from cushion_deploy.errors import CheckFailed
 from cushion_deploy.parity.checks import ParityReport
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.stages.base import Given
+from cushion_deploy.stages.compile import EngineToRun
 from cushion_deploy.stages.parity import distinct_graphs
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.run import Run
@@ -154,3 +158,39 @@ def test_a_bundle_is_checked_with_the_graph_that_its_engine_was_compiled_from(
     # What could not be looked at is told.
     assert len(report.unchecked) == (compiled_from == "another")
     assert all("plan of tensorrt-rtx is not checked" in sentence for sentence in report.unchecked)
+
+
+def engine(name: str, graph: ExportedGraph) -> Given[Any]:
+    """Return an engine for the ladder that runs a graph in ONNX Runtime under another name."""
+    return Given(EngineToRun(name, graph.digest + name, lambda: open_session(graph, threads=1)))
+
+
+def test_another_engine_has_a_rung_and_a_score_and_fails_if_it_computes_something_else(
+    built: Built, tmp_path: Path
+) -> None:
+    model = onnx.load(built.graph.path)
+    for tensor in model.graph.initializer:
+        if tensor.name == "layers.1.mlp.down.scale":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / np.float32(8), tensor.name))
+    path = tmp_path / "other.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="other.onnx.data", size_threshold=256)
+    other = dataclasses.replace(built.graph, path=path)
+
+    def gone() -> Any:
+        raise CheckFailed("the device is gone", hint="look for it")
+
+    missing = Given(EngineToRun("gone", "gone", gone))
+    engines = engine("right", built.graph), engine("wrong", other), missing
+    stage = built.pipeline.parity(Given(built.quantization), Given(built.graph), (), engines)
+    run = built.run()
+    found = run.get(stage)
+    passed = {check.rung: check.passed for check in found.report.checks}
+    assert passed["onnxruntime engine against fake-quant"]
+    assert passed["right engine against fake-quant"]
+    assert not passed["wrong engine against fake-quant"]
+    assert found.report.unchecked == ("gone was not run: the device is gone",)
+    assert set(found.engines) == {"right", "wrong"}
+    assert found.engines["right"].perplexity == found.engine_perplexity
+    # Engines are part of the key, and what was found is read back.
+    assert run.key(stage) != run.key(dataclasses.replace(stage, engines=engines[:2]))
+    assert built.run().get(stage) == found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cushion_deploy.report.document.base import Count, FreeForm, Seconds, StrictModel
+from cushion_deploy.report.document.base import Count, FreeForm, NonNegativeFloat, PositiveFloat, Seconds, StrictModel
 
 
 class Tool(StrictModel):
@@ -99,7 +100,10 @@ class ParityRow(StrictModel):
 
 
 class Engine(StrictModel):
-    """A compiled engine: its number of INT8 linears, and whether it was run on the machine that built it."""
+    """A compiled engine: its number of INT8 linears, and whether it was run on the machine that built it.
+
+    ``perplexity`` and ``stderr`` are those of the parity ladder; the default engine has them in ``report.perplexity``.
+    """
 
     engine: str
     targets: tuple[str, ...]
@@ -107,5 +111,51 @@ class Engine(StrictModel):
     int8_linears: Count
     fused_attention: Count
     ran: bool
+    perplexity: PositiveFloat | None = None
+    stderr: NonNegativeFloat | None = None
     note: str = ""
     details: FreeForm = Field(default_factory=dict)
+
+
+class LargestValue(StrictModel):
+    """The largest magnitude in one part of the float16 graph on the calibration text.
+
+    Attributes:
+        part: scope in the graph, such as ``layers.3.mlp``.
+        tensor: operator that computes it, such as ``residual``.
+        value: the magnitude; null if it is not finite.
+        token, token_id: the token at which it occurs.
+        position: its position in a window; -1 in the prefix.
+    """
+
+    part: str
+    tensor: str
+    value: NonNegativeFloat | None
+    token: str
+    token_id: Count
+    position: int
+
+
+class PlanType(StrictModel):
+    """The floating-point type of plans.
+
+    Attributes:
+        dtype: the type.
+        wanted: the setting of the recipe.
+        margin: factor by which the largest value must be in the range of float16 for an automatic choice of it.
+        corpus, tokens: text that was measured, and its number of tokens.
+        values: the largest value in each part of the graph, in order of computation; empty if the type does not depend
+            on them.
+    """
+
+    dtype: Literal["float32", "float16", "bfloat16"]
+    wanted: Literal["auto", "float32", "float16", "bfloat16"]
+    margin: PositiveFloat
+    corpus: str = ""
+    tokens: Count = 0
+    values: tuple[LargestValue, ...] = ()
+
+    @property
+    def largest(self) -> LargestValue | None:
+        """The largest of all; None if nothing was measured. A value that is not finite is the largest."""
+        return max(self.values, key=lambda v: math.inf if v.value is None else v.value, default=None)

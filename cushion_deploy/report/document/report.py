@@ -8,7 +8,16 @@ from typing import Literal
 from pydantic import AwareDatetime, Field
 
 from cushion_deploy.report.document.base import FreeForm, StrictModel, read_document
-from cushion_deploy.report.document.build import Engine, Environment, Export, Model, ParityRow, Stage, Tool
+from cushion_deploy.report.document.build import (
+    Engine,
+    Environment,
+    Export,
+    Model,
+    ParityRow,
+    PlanType,
+    Stage,
+    Tool,
+)
 from cushion_deploy.report.document.measurements import Calibration, Chat, KvCache, Magnitudes, Perplexity
 from cushion_deploy.report.document.prefix import Choice, Search, Tuning
 
@@ -35,6 +44,7 @@ class Report(StrictModel):
     export: Export | None = None
     parity: tuple[ParityRow, ...] = ()
     engines: tuple[Engine, ...] = ()
+    plan_type: PlanType | None = None
     stages: tuple[Stage, ...] = ()
     environment: Environment | None = None
 

@@ -7,7 +7,6 @@ from time import time
 from typing import Any
 from uuid import uuid4
 
-from cushion_deploy.runtime.text import chat_ids
 from cushion_deploy.serve.api.answer import Answer, Choice
 from cushion_deploy.serve.api.chat_models import ChatRequest, plain_message
 from cushion_deploy.serve.api.parameters import require_model, sequences
@@ -36,7 +35,7 @@ def chat_sequences(
     return sequences(
         engine,
         body,
-        chat_ids(engine.bundle, messages, **variables),
+        engine.bundle.encode_chat(messages, **variables),
         max_new_tokens=body.new_tokens,
         top_logprobs=body.wanted_logprobs,
         timeout=timeout,

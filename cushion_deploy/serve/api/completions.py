@@ -9,7 +9,6 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from cushion_deploy.runtime.text import prompt_ids
 from cushion_deploy.serve.api.answer import Answer, Choice
 from cushion_deploy.serve.api.errors import ApiError, unsupported
 from cushion_deploy.serve.api.parameters import GenerationParameters, as_literal, require_model, sequences
@@ -57,7 +56,7 @@ def completion_sequences(engine: Engine, body: CompletionRequest, timeout: float
         raise ApiError(400, f"{len(prompts)} prompts were given, expected 1 to {MOST_PROMPTS}", param="prompt")
     found = []
     for prompt in prompts:
-        ids = prompt_ids(engine.bundle, prompt) if isinstance(prompt, str) else prompt
+        ids = engine.bundle.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         if any(not 0 <= i < engine.vocab_size for i in ids):
             raise ApiError(400, f"a token id is outside the vocabulary of {engine.vocab_size}", param="prompt")
         limit = body.max_tokens or DEFAULT_TOKENS

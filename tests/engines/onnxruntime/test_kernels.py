@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from cushion_deploy.engines.one_linear import one_linear
 from cushion_deploy.engines.onnxruntime import kernels
 from cushion_deploy.engines.onnxruntime.kernels import (
     UINT8_WEIGHTS,
@@ -21,7 +22,6 @@ from cushion_deploy.engines.onnxruntime.kernels import (
     exact_kernels,
     kernels_in_words,
 )
-from cushion_deploy.engines.onnxruntime.one_linear import one_linear
 from cushion_deploy.errors import CheckFailed
 
 

@@ -27,6 +27,7 @@ def test_a_whole_graph_passes_every_rule_and_all_of_it_is_examined() -> None:
         "float-attention": 2,  # the two products of attention, not the floating-point linear
         "cache-codes": 0,
         "no-float-twin": 6,  # floating-point initializers
+        "embedding-codes": 0,
     }
 
 

@@ -1,0 +1,166 @@
+"""`chat`: a conversation in the terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cushion_deploy.cli.generation_options import generation_options, make_params
+from cushion_deploy.errors import UsageError
+from cushion_deploy.runtime import load
+from cushion_deploy.runtime.conversation import Conversation
+from cushion_deploy.runtime.draft import make_draft
+from cushion_deploy.runtime.generate import Usage
+from cushion_deploy.runtime.hub import local_bundle
+
+HELP = """/system TEXT  set the system message; without TEXT, remove it
+/reset        forget the conversation, except for the system message
+/save FILE    write the conversation to a new file, as one line for `generate --input`
+/help         show this
+/exit         leave, as Ctrl-D does
+A message that begins with a slash is written with two. Ctrl-C stops an answer."""
+PROMPT = "> "
+
+
+@click.command("chat")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--system", help="System message.")
+@generation_options(max_new_tokens=512)
+def command(
+    bundle: Path,
+    system: str | None,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    draft: str | None,
+    engine: str,
+    threads: int | None,
+    **sampling: Any,
+) -> None:
+    """Talk with the model of BUNDLE, one message per line.
+
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub. Answers are streamed; each message is
+    answered with all earlier ones in view. In a terminal, Ctrl-C stops an answer and /help lists the commands. If stdin
+    is no terminal, each line is a message, stdout has the answers only, and the first error ends the program.
+    """
+    params = make_params(sampling)
+    make_draft(draft)  # an unknown name is an error before the bundle is read
+    generator = load(local_bundle(bundle), engine, threads)
+    generator.bundle.require_chat_template()
+    talk = Conversation(generator, system, params, max_new_tokens, stop, draft)
+    if sys.stdin.isatty():
+        _in_terminal(talk)
+    else:
+        _through_a_pipe(talk)
+
+
+def _through_a_pipe(talk: Conversation) -> None:
+    """Read lines until there are no more; an error ends it."""
+    try:
+        for line in sys.stdin:
+            if not _handle(talk, line.rstrip("\r\n")):
+                return
+    except UnicodeDecodeError as e:
+        raise UsageError(f"stdin is not {e.encoding} text: {e.reason}", hint="convert it to UTF-8") from e
+
+
+def _in_terminal(talk: Conversation) -> None:
+    """Read lines until the user leaves; an error is shown and the conversation goes on."""
+    click.echo("/help lists the commands.", err=True)
+    for line in _lines():
+        try:
+            if not _handle(talk, line):
+                return
+        except UsageError as e:
+            click.echo(f"error: {e.message}\n  -> {e.hint}", err=True)
+        except KeyboardInterrupt:
+            click.echo("\n[stopped]", err=True)
+
+
+def _lines() -> Iterator[str]:
+    """Yield lines of the terminal until Ctrl-D; Ctrl-C discards the line."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives `input` a history and editing, where the platform has it)
+    while True:
+        try:
+            yield input(PROMPT)
+        except EOFError:
+            click.echo(err=True)
+            return
+        except KeyboardInterrupt:
+            click.echo("\n[/exit or Ctrl-D leaves]", err=True)
+
+
+def _handle(talk: Conversation, line: str) -> bool:
+    """Run a command or answer a message; return whether to go on."""
+    if not line.strip():
+        return True
+    if line.startswith("/") and not line.startswith("//"):
+        name, _, rest = line[1:].partition(" ")
+        if name not in COMMANDS:
+            raise UsageError(f"there is no command '/{name}'", hint="see /help; write // for a message with a slash")
+        return COMMANDS[name](talk, rest.strip())
+    _answer(talk, line[1:] if line.startswith("//") else line)
+    return True
+
+
+def _answer(talk: Conversation, text: str) -> None:
+    usage = None
+    with closing(talk.answer(text)) as events:
+        for event in events:
+            click.echo(event.text, nl=False)
+            usage, reason = event.usage, event.finish_reason
+    click.echo()
+    if usage and sys.stdin.isatty() and sys.stderr.isatty():
+        click.echo(f"[{_summary(usage)}, {reason}]", err=True)
+
+
+def _summary(usage: Usage) -> str:
+    rate = (usage.new_tokens - 1) / max(usage.decode_seconds, 1e-9)
+    return (
+        f"{usage.new_tokens} tokens, {rate:.1f} tokens/s, "
+        f"{usage.prompt_tokens - usage.cached_tokens} of {usage.prompt_tokens} prompt tokens computed"
+    )
+
+
+def _system(talk: Conversation, text: str) -> bool:
+    talk.system = text or None
+    click.echo("[system message set]" if text else "[system message removed]", err=True)
+    return True
+
+
+def _reset(talk: Conversation, _: str) -> bool:
+    talk.reset()
+    click.echo("[conversation forgotten]", err=True)
+    return True
+
+
+def _save(talk: Conversation, file: str) -> bool:
+    if not file:
+        raise UsageError("/save has no file", hint="write /save conversation.jsonl")
+    talk.save(Path(file).expanduser())
+    click.echo(f"[{len(talk.messages)} messages written to {file}]", err=True)
+    return True
+
+
+def _help(_: Conversation, __: str) -> bool:
+    click.echo(HELP, err=True)
+    return True
+
+
+def _exit(_: Conversation, __: str) -> bool:
+    return False
+
+
+COMMANDS: dict[str, Callable[[Conversation, str], bool]] = {
+    "system": _system,
+    "reset": _reset,
+    "save": _save,
+    "help": _help,
+    "exit": _exit,
+}
+"""Commands of a conversation; each returns whether it goes on."""

@@ -1,0 +1,37 @@
+"""`push`: put a bundle on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from cushion_deploy.errors import UsageError
+from cushion_deploy.runtime.hub import is_hub_name
+from cushion_deploy.store import read_manifest
+from cushion_deploy.verbs.push import push_bundle
+
+
+@click.command("push")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("name")
+@click.option("--private", is_flag=True, help="Create the repository as a private one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the commit as JSON.")
+def command(bundle: Path, name: str, private: bool, as_json: bool) -> None:
+    """Verify BUNDLE and put it on the Hugging Face hub as NAME (org/name), in one commit.
+
+    Log in with `hf auth login` first, or set HF_TOKEN. `generate`, `chat` and `verify` then take NAME.
+    """
+    if not is_hub_name(name):
+        raise UsageError(f"'{name}' is not the name of a repository", hint="give org/name")
+    model = str(read_manifest(bundle).recipe.get("model")) if bundle.is_dir() else ""
+    if Path(model).is_absolute():
+        click.echo(f"note: the recipe in the bundle names the path {model}, and others will read it", err=True)
+    done = push_bundle(bundle, name, private=private)
+    if as_json:
+        click.echo(json.dumps(asdict(done)))
+        return
+    removed = f", {len(done.removed)} of an earlier bundle removed" if done.removed else ""
+    click.echo(f"{name}: {len(done.uploaded)} files{removed}\n{done.url}")

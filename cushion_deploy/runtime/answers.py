@@ -1,0 +1,137 @@
+"""Answers in a JSON Lines file, written batch by batch, so that an interrupted run can be continued."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cushion_deploy.errors import UsageError
+from cushion_deploy.runtime.batch import Row, generate_batch
+from cushion_deploy.runtime.bundle import Bundle
+from cushion_deploy.runtime.generate import check_request
+from cushion_deploy.runtime.requests import Request, RequestId
+from cushion_deploy.runtime.sampling import SamplingParams
+from cushion_deploy.runtime.text import TextGenerator
+from cushion_deploy.store.digests import digest_json
+from cushion_deploy.store.files import disk_errors
+
+_BEGIN = b'{"id": '
+_OTHER = "give the options of the run that wrote it to continue that run, or another --output"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an answer depends on beside its prompt and the bundle."""
+
+    params: SamplingParams
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    engine: str = "onnxruntime"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request as token ids, with a digest of everything that decides its answer."""
+
+    id: RequestId
+    prompt_ids: Sequence[int]
+    digest: str
+
+    def answer(self, row: Row) -> dict[str, Any]:
+        """Return the JSON object of a finished answer; the id comes first."""
+        return {
+            "id": self.id,
+            "text": row.text,
+            "finish_reason": row.finish_reason,
+            "prompt_tokens": len(self.prompt_ids),
+            "new_tokens": row.new_tokens,
+            "request": self.digest,
+        }
+
+
+def make_jobs(bundle: Bundle, requests: Sequence[Request], settings: Settings) -> list[Job]:
+    """Encode all requests and check that the model has positions for them and their answers; no engine is needed.
+
+    Raises:
+        UsageError: the message names file and line of the first request that cannot be met.
+    """
+    decides = [bundle.manifest.digest, settings.to_json()]
+    return [_job(bundle, request, settings.max_new_tokens, decides) for request in requests]
+
+
+def _job(bundle: Bundle, request: Request, max_new_tokens: int, decides: list[Any]) -> Job:
+    try:
+        if request.messages is not None:
+            ids = bundle.encode_chat(request.messages)
+        else:
+            ids = bundle.encode_prompt(request.prompt or "")
+        check_request(bundle.contract, ids, max_new_tokens)
+    except UsageError as e:
+        raise UsageError(f"{request.where}: {e.message}", hint=e.hint) from e
+    return Job(request.id, ids, digest_json([*decides, ids])[:16])
+
+
+def finished(file: Path, jobs: Sequence[Job]) -> tuple[int, int]:
+    """Return how many jobs are answered in a file, and how many bytes their complete lines take.
+
+    A last line that was cut off by an interruption does not count.
+
+    Raises:
+        UsageError: the file has anything but answers to the first of these jobs.
+    """
+    data = file.read_bytes() if file.exists() else b""
+    *lines, rest = data.split(b"\n")
+    if len(lines) > len(jobs) or not (rest.startswith(_BEGIN) or _BEGIN.startswith(rest)):
+        raise UsageError(f"{file} exists and is not an interrupted run of these requests", hint=_OTHER)
+    for number, (line, job) in enumerate(zip(lines, jobs, strict=False), 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or (value.get("id"), value.get("request")) != (job.id, job.digest):
+            raise UsageError(
+                f"{file}:{number} is not the answer to request {job.id!r} with this bundle and these options",
+                hint=_OTHER,
+            )
+    return len(lines), len(data) - len(rest)
+
+
+def write_answers(
+    generator: TextGenerator, jobs: Sequence[Job], settings: Settings, file: Path, batch: int
+) -> Iterator[int]:
+    """Answer the jobs that are not yet in ``file``, in order, and yield the number of answers in it after each batch.
+
+    Every batch is on disk before the next one begins.
+
+    Raises:
+        UsageError: the file has something else in it, or cannot be written.
+    """
+    with disk_errors(file):
+        done, size = finished(file, jobs)
+        with open(file, "r+b" if file.exists() else "xb") as out:
+            out.truncate(size)
+            out.seek(size)
+            for begin in range(done, len(jobs), batch):
+                part = jobs[begin : begin + batch]
+                rows = generate_batch(
+                    generator.session,
+                    generator.bundle.tokenizer,
+                    [job.prompt_ids for job in part],
+                    settings.params,
+                    settings.max_new_tokens,
+                    stop_ids=generator.bundle.eos_token_ids,
+                    stop_strings=settings.stop,
+                )
+                answers = [json.dumps(job.answer(row), ensure_ascii=False) for job, row in zip(part, rows, strict=True)]
+                out.write("".join(f"{line}\n" for line in answers).encode())
+                out.flush()
+                os.fsync(out.fileno())
+                yield begin + len(part)

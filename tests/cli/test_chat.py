@@ -1,0 +1,130 @@
+"""`chat`: through a pipe and in a terminal, with answers that equal the runtime's own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cushion_deploy.runtime import load
+
+# Each token takes a moment, and stderr says when an answer is under way.
+SLOW = """
+import sys, time
+from cushion_deploy.runtime.decoding import Decoding
+from cushion_deploy.cli.main import main
+fast = Decoding.next
+def slow(self, room):
+    print("<token>", file=sys.stderr, flush=True)
+    time.sleep(0.1)
+    return fast(self, room)
+Decoding.next = slow
+main()
+"""
+
+
+@pytest.fixture
+def piped(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    def run(bundle: Path, lines: list[str], *options: object) -> Any:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        return cli("chat", bundle, "--max-new-tokens", 5, *options)
+
+    return run
+
+
+def answers(bundle: Path, texts: list[str], system: str | None = None) -> list[str]:
+    """Return the answers to messages that are asked one after the other, each with a fresh cache."""
+    generator, messages, found = load(bundle), [], []
+    if system:
+        messages.append({"role": "system", "content": system})
+    for text in texts:
+        messages.append({"role": "user", "content": text})
+        found.append(generator.chat(messages, max_new_tokens=5).text)
+        messages.append({"role": "assistant", "content": found[-1]})
+    return found
+
+
+@pytest.mark.parametrize("which", ["tiny_bundle", "planted_bundle"])
+def test_each_line_is_a_message_and_stdout_the_answers(piped: Any, request: Any, which: str) -> None:
+    bundle = request.getfixturevalue(which).bundle
+    done = piped(bundle, ["Hi", "", "And then?"], "--system", "Be kind.")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == "".join(f"{a}\n" for a in answers(bundle, ["Hi", "And then?"], "Be kind."))
+
+
+def test_commands_of_a_conversation(piped: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    lines = ["Hi", "/reset", "/system Be kind.", "//etc", f"/save {file}", "/system", "/help", "/exit", "never asked"]
+    done = piped(planted_bundle.bundle, lines)
+    assert done.code == 0, done.err
+    first, second = answers(planted_bundle.bundle, ["Hi"]), answers(planted_bundle.bundle, ["/etc"], "Be kind.")
+    assert done.out == f"{first[0]}\n{second[0]}\n"
+    assert json.loads(file.read_text())["messages"] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "/etc"},
+        {"role": "assistant", "content": second[0]},
+    ]
+    assert "/save FILE" in done.err
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [(["/quit"], "no command '/quit'"), (["/save"], "/save has no file"), (["word " * 400], "conversation has")],
+)
+def test_an_error_ends_a_pipe(piped: Any, planted_bundle: Any, lines: list[str], words: str) -> None:
+    done = piped(planted_bundle.bundle, [*lines, "Hi"])
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+    assert "  -> " in done.err
+
+
+def test_a_draft_changes_no_answer(piped: Any, planted_bundle: Any) -> None:
+    lines = ["Hi", "Hi", "Hi"]
+    plain = piped(planted_bundle.bundle, lines)
+    assert piped(planted_bundle.bundle, lines, "--draft", "ngram").out == plain.out
+    assert piped(planted_bundle.bundle, lines, "--draft", "medusa").code == 2
+
+
+def test_in_a_terminal_ctrl_c_stops_the_answer_and_errors_do_not_end_it(planted_bundle: Any, tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", SLOW, "chat", str(planted_bundle.bundle), "--max-new-tokens", "100"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+
+        def until(words: str) -> None:
+            while words not in (line := process.stderr.readline()):
+                assert line, "the program has ended"
+
+        try:
+            until("/help lists")
+            os.write(ours, b"/quit\n")
+            until("there is no command '/quit'")
+            os.write(ours, b"Hi\n")
+            for _ in range(5):
+                until("<token>")
+            process.send_signal(signal.SIGINT)
+            until("[stopped]")
+            os.write(ours, f"/save {file}\n".encode())
+            until("2 messages written")
+            os.write(ours, b"/exit\n")
+            process.wait(60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    whole = load(planted_bundle.bundle).chat([{"role": "user", "content": "Hi"}], max_new_tokens=100).text
+    kept = json.loads(file.read_text())["messages"][1]["content"]
+    assert 0 < len(kept) < len(whole)
+    assert whole.startswith(kept)

@@ -1,0 +1,153 @@
+"""Bundles on the hub: pushed in one commit, fetched by their manifest, run by their name. The hub is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hub import FakeHub, Repository, fake_hub
+
+NAME = "org/tiny.bundle"
+CLI = "from cushion_deploy.cli.main import main; main()"
+FOLDER = "from huggingface_hub import snapshot_download as s; print(s(sys.argv[1], local_dir=sys.argv[2]))"
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[FakeHub]:
+    with fake_hub() as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def run(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a function that runs the command line in a process that knows this hub only."""
+    home = tmp_path_factory.mktemp("home")
+    root = str(Path(__file__).parents[2])
+
+    def child(*arguments: object, code: str = CLI, **more: str) -> Any:
+        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        # Xet, through which the real hub takes large files, needs its servers; without it they go through LFS.
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": hub.token}
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **own, **more}
+        command = [sys.executable, "-c", f"import sys\n{code}", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+    return child
+
+
+@pytest.fixture(scope="module")
+def pushed(run: Run, tiny_bundle: Any) -> Any:
+    done = run("push", tiny_bundle.bundle, NAME, "--private", "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def remote(hub: FakeHub, name: str = NAME) -> dict[str, bytes]:
+    return hub.repositories[name].commits[-1][1]
+
+
+def test_a_push_is_one_commit_of_exactly_the_bundle(hub: FakeHub, pushed: Any, tiny_bundle: Any) -> None:
+    folder = tiny_bundle.bundle
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    found = remote(hub)
+    assert {name: found[name] for name in found if name != ".gitattributes"} == files
+    assert hub.repositories[NAME].private
+    # huggingface_hub lets the hub validate a model card before it commits it.
+    assert hub.cards == [files["README.md"].decode()]
+    assert pushed["commit"] == hub.repositories[NAME].commits[1][0]
+
+
+def test_the_name_is_as_good_as_the_folder(hub: FakeHub, pushed: Any, run: Run, cli: Any, tiny_bundle: Any) -> None:
+    options = ("A head attends", "--max-new-tokens", 6, "--json")
+    done = run("generate", NAME, *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["token_ids"] == cli("generate", tiny_bundle.bundle, *options).json["token_ids"]
+    # Once fetched, nothing is fetched again, by commit or offline, and only what the manifest lists was fetched.
+    assert ".gitattributes" not in hub.fetched
+    before = list(hub.fetched)
+    assert run("verify", f"{NAME}@{pushed['commit']}").returncode == 0
+    offline = run("generate", NAME, *options, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert json.loads(offline.stdout)["token_ids"] == json.loads(done.stdout)["token_ids"]
+    assert hub.fetched == before
+
+
+def test_a_folder_fetched_by_the_hubs_own_command_is_a_bundle(pushed: Any, run: Run, tmp_path: Path) -> None:
+    fetched = run(NAME, tmp_path / "local", code=FOLDER)
+    assert fetched.returncode == 0, fetched.stderr
+    assert (tmp_path / "local" / ".gitattributes").is_file()
+    done = run("verify", tmp_path / "local")
+    assert done.returncode == 0, done.stderr
+    assert "not compared, because no run reads them" in done.stdout
+    assert ".gitattributes (added)" in done.stdout
+
+
+def test_a_later_push_removes_what_the_bundle_no_longer_has(
+    hub: FakeHub, pushed: Any, run: Run, tiny_bundle: Any
+) -> None:
+    repository = hub.repositories["org/old"] = Repository()
+    repository.commit({"engines/old/plan.engine": b"x", "LICENSE": b"y", ".gitattributes": b"z"})
+    done = run("push", tiny_bundle.bundle, "org/old")
+    assert done.returncode == 0, done.stderr
+    assert "1 of an earlier bundle removed" in done.stdout
+    assert "names the path" in done.stderr
+    assert set(remote(hub, "org/old")) - set(remote(hub)) == {"LICENSE"}
+
+
+def test_a_damaged_bundle_is_not_sent_and_a_damaged_file_not_run(
+    hub: FakeHub, pushed: Any, run: Run, copy: Path
+) -> None:
+    data = bytearray((copy / "model.onnx").read_bytes())
+    data[100] ^= 1
+    (copy / "model.onnx").write_bytes(data)
+    assert run("push", copy, "org/damaged").returncode == 4
+    assert "org/damaged" not in hub.repositories
+    repository = hub.repositories["org/damaged"] = Repository()
+    repository.commit({**remote(hub), "model.onnx": bytes(data)})
+    done = run("generate", "org/damaged", "a")
+    assert done.returncode == 4
+    assert "model.onnx" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "code", "words"),
+    [
+        (("verify", "org/nowhere"), {}, 2, "does not exist or is not open to you"),
+        (("verify", f"{NAME}@v9"), {}, 2, "no such revision"),
+        (("verify", "org/plain"), {}, 2, "is not a bundle: it has no cushion.json"),
+        (("chat", "org/pickled"), {}, 4, "lists the pickle 'evil.bin'"),
+        (("verify", "org/unreached"), {"HF_ENDPOINT": "http://127.0.0.1:9"}, 3, "the hub cannot be reached"),
+        (("verify", "org/offline"), {"HF_HUB_OFFLINE": "1"}, 3, "the hub cannot be reached"),
+        (("push", "BUNDLE", "org/mine"), {"HF_TOKEN": "hf_wrong"}, 2, "refuses access to 'org/mine' (401)"),
+        (("push", "BUNDLE", "mine"), {}, 2, "'mine' is not the name of a repository"),
+    ],
+)
+def test_what_goes_wrong_is_said(
+    hub: FakeHub, pushed: Any, run: Run, tiny_bundle: Any, arguments: Any, more: dict[str, str], code: int, words: str
+) -> None:
+    for name, files in (("org/plain", {"config.json": b"{}"}), ("org/pickled", pickled(remote(hub)))):
+        hub.repositories[name] = Repository()
+        hub.repositories[name].commit(files)
+    done = run(*[tiny_bundle.bundle if a == "BUNDLE" else a for a in arguments], **more)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "evil.bin" not in hub.fetched
+
+
+def pickled(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return a bundle whose manifest, digest included, lists a pickle."""
+    from cushion_deploy.store import BundleManifest, FileEntry
+
+    data = json.loads(files["cushion.json"])
+    manifest = BundleManifest.from_json(data)
+    listed = {**manifest.files, "evil.bin": FileEntry("0" * 64, 3)}
+    forged = BundleManifest(listed, manifest.recipe, manifest.parents)
+    return {**files, "evil.bin": b"\x80\x04.", "cushion.json": forged.to_bytes()}

@@ -1,0 +1,172 @@
+"""An INT8 embedding: rows and the scores of a tied head come from one tensor of codes, as numpy computes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.numpy import load_file
+
+from cushion_deploy.core.graph_form import GraphForm
+from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.export.write import export_graph
+from cushion_deploy.modeling.simulate import simulated
+
+VOCAB, HIDDEN = 199, 64
+NAME = "model.embed_tokens.weight"
+
+
+def table(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes and scales of the embedding in the checkpoint."""
+    rows = load_file(model.folder / "model.safetensors")[NAME]
+    scales = np.abs(rows).max(axis=1) / np.float32(127)
+    return np.clip(np.rint(rows / scales[:, None]), -128, 127).astype(np.int8), scales
+
+
+@pytest.fixture(scope="module")
+def export(make_model, make_scales, tmp_path_factory):
+    """Return a function that exports a model with an INT8 embedding; its layers are in floating point unless told."""
+
+    def run(
+        *, tied: bool = True, head: bool = False, layers: bool = False, **form: Any
+    ) -> tuple[Any, Quantization, ExportedGraph]:
+        model = make_model(tie_word_embeddings=tied)
+        kept = () if layers else tuple(site for site in model.sites if site != "head")
+        scheme = QuantScheme(quantize_head=head, float_sites=kept, int8_embedding=True)
+        prefix = model.compute_prefix((7, 1, 100))
+        quantization = Quantization(prefix, scheme, make_scales(model, prefix))
+        folder = tmp_path_factory.mktemp("graph")
+        return model, quantization, export_graph(model.spec, model.weights, quantization, GraphForm(**form), folder)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    return np.random.default_rng(3).integers(3, VOCAB, (1, 20))
+
+
+def tensors(graph: ExportedGraph) -> dict[str, np.ndarray]:
+    return {t.name: numpy_helper.to_array(t) for t in onnx.load(graph.path).graph.initializer}
+
+
+@pytest.mark.parametrize(
+    ("head", "form"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"gathers_codes": False}),
+        (False, {"dtype": "float16"}),
+    ],
+)
+def test_codes_and_scales_are_stored_once(head: bool, form: dict[str, Any], export) -> None:
+    model, _, graph = export(head=head, **form)
+    found, (codes, scales) = tensors(graph), table(model)
+    np.testing.assert_array_equal(found[f"{NAME}_codes"], codes)
+    assert found[f"{NAME}_codes"].dtype == np.int8
+    np.testing.assert_array_equal(found[f"{NAME}_scales"], scales)
+    assert found[f"{NAME}_scales"].dtype == np.float32
+    assert [name for name, a in found.items() if a.size == VOCAB * HIDDEN] == [f"{NAME}_codes"]
+    assert [name for name, a in found.items() if a.dtype == np.float32 and a.size == VOCAB] == [f"{NAME}_scales"]
+    onnx.checker.check_model(graph.path, full_check=True)
+
+
+@pytest.mark.parametrize("form", [{"gathers_codes": False}, {"dtype": "float16"}, {"dtype": "bfloat16"}])
+def test_graphs_for_tensorrt_read_codes_behind_a_dq_alone(form: dict[str, Any], export) -> None:
+    _, _, graph = export(**form)
+    nodes = onnx.load(graph.path).graph.node
+    assert [n.op_type for n in nodes if f"{NAME}_codes" in n.input] == ["DequantizeLinear"]
+
+
+def test_an_untied_head_stays_as_it_is(export) -> None:
+    model, _, graph = export(tied=False)
+    weights = load_file(model.folder / "model.safetensors")
+    np.testing.assert_array_equal(tensors(graph)["head.weight"], weights["lm_head.weight"].T)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_those_of_transformers_with_the_rounded_table(
+    tied: bool, export, transformers_logits, runner, ids
+) -> None:
+    model, _, graph = export(tied=tied)
+    codes, scales = table(model)
+    embedding = model.module.get_submodule("model.embed_tokens")
+    original = embedding.weight.clone()
+    prefix = model.compute_prefix((7, 1, 100))
+    past = model.past(prefix)
+    try:
+        embedding.weight.copy_(torch.tensor(codes * scales[:, None]))
+        with torch.inference_mode():
+            expected = model.run(torch.tensor(ids), past).logits.numpy()
+    finally:
+        embedding.weight.copy_(original)
+    logits, _ = literal(runner, graph)(ids)
+    assert np.abs(logits - expected).max() <= 1e-4
+    with torch.inference_mode():
+        unrounded = model.run(torch.tensor(ids), past).logits.numpy()
+    assert np.abs(unrounded - expected).max() > 100 * 1e-4, "rounding must be visible"
+
+
+def literal(runner: Any, graph: ExportedGraph) -> Any:
+    """Return a runner of a graph that executes every node as the ONNX specification defines it."""
+    found, options = runner(graph.path), ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found.session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
+    return found
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_simulation_computes_what_the_graph_computes(
+    head: bool, tied: bool, gathers: bool, export, runner, ids
+) -> None:
+    model, quantization, graph = export(head=head, tied=tied, gathers_codes=gathers)
+    with simulated(model, quantization.scheme, quantization.scales):
+        expected = model.logits(ids, quantization.prefix)
+    logits, _ = literal(runner, graph)(ids)
+    # A code of the head's input that flips at a tie moves logits by its scale times a weight.
+    close = np.abs(logits - expected) <= (0.05 if head else 1e-4)
+    assert close.all()
+
+
+def test_the_float_twin_has_a_float_embedding(export, tmp_path) -> None:
+    model, quantization, _ = export()
+    form = GraphForm(quantized=False)
+    twin = export_graph(model.spec, model.weights, quantization.float_twin, form, tmp_path)
+    assert not twin.int8_embedding
+    assert tensors(twin)[NAME].dtype == np.float32
+
+
+def test_onnxruntime_fuses_the_tied_head_and_no_float_copy_of_the_table_remains(export, runner, ids, tmp_path) -> None:
+    _, _, graph = export()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
+    assert [n.op_type for n in optimized.node].count("MatMulNBits") == 1
+    large = [t for t in optimized.initializer if np.prod(t.dims) >= VOCAB * HIDDEN]
+    assert {t.data_type for t in large} == {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    fused, _ = runner(graph.path)(ids)
+    exact, _ = literal(runner, graph)(ids)
+    # Its activations have 8 bits, in blocks of 32.
+    assert np.abs(fused - exact).max() <= 2**-6 * np.abs(exact).max()
+
+
+def test_a_prompt_may_ask_for_no_logits(export, runner, ids) -> None:
+    _, _, graph = export(layers=True)
+    logits, past = runner(graph.path)(ids, logits_start=np.array([20]))
+    assert logits.shape == (1, 0, VOCAB)
+    whole, _ = runner(graph.path)(ids)
+    last, _ = runner(graph.path)(ids, logits_start=np.array([19]))
+    np.testing.assert_allclose(last[:, 0], whole[:, -1], atol=1e-4)
+    assert past["past_key_values.0.key"].shape[2] == 20
