@@ -152,13 +152,16 @@ def test_a_cancelled_sequence_leaves_at_the_next_step_and_the_others_go_on(tiny:
         assert desk.tokens(job) == expected(tiny, tokenizer, r)[0]
 
 
-def test_a_full_queue_refuses_all_or_nothing(desk: Desk, tiny: Any, tokenizer: Any) -> None:
+def test_a_full_queue_refuses_all_or_nothing(tiny: Any, tokenizer: Any) -> None:
     desk = Desk(SingleRow(tiny.session()), tokenizer, Limits(queue=2))
+    desk.submit(request([5]))
     with pytest.raises(Refused, match="at most 2") as caught:
-        desk.submit(*[request([5])] * 3)
+        desk.submit(request([6]), request([7]))
     assert caught.value.retry
-    assert desk.scheduler.waiting == 0
-    desk.submit(request([5]), request([6]))
+    assert desk.scheduler.waiting == 1
+    desk.submit(request([6]))
+    with pytest.raises(UsageError, match="queue takes 2"):
+        desk.submit(*[request([5])] * 3)
     desk.run()
 
 
