@@ -65,7 +65,7 @@ def command(
     max_body_kib: int,
     drain_timeout: float,
 ) -> None:
-    """Serve BUNDLE through the OpenAI API, with a chat page at `/`."""
+    """Serve BUNDLE (a folder, or org/name of the hub) through the OpenAI API, with a chat page at `/`."""
     require_modules("fastapi", "uvicorn", "prometheus_client", "llguidance")
     key = _api_key(api_key_file)
     local = host in LOOPBACK
@@ -76,6 +76,7 @@ def command(
         )
     from cushion_deploy.runtime import open_bundle
     from cushion_deploy.runtime.engine import open_engine
+    from cushion_deploy.runtime.hub import local_bundle
     from cushion_deploy.serve.app import AppSettings, create_app
     from cushion_deploy.serve.engine import Engine, EngineSettings
     from cushion_deploy.serve.metrics import Metrics
@@ -87,13 +88,19 @@ def command(
     settings = EngineSettings(max_rows, Limits(queue, prefill_chunk), kv_pool_mib << 20)
     # Before the bundle is read, because a port in use is found at once.
     with bind(host, port) as listener:
-        opened, metrics = open_bundle(bundle), Metrics()
+        folder = local_bundle(bundle)
+        opened, metrics = open_bundle(folder), Metrics()
         session = open_engine(opened, engine, threads)
-        worker = Engine(model_name or bundle.resolve().name, opened, session, engine, settings, metrics)
+        worker = Engine(model_name or _name(bundle, folder), opened, session, engine, settings, metrics)
         server = Server(create_app(worker, metrics, http), worker, drain_timeout)
         click.echo(f"serving {worker.name} on {url(listener)} with {engine}, {_batching(worker.batches, max_rows)}")
         run(server, listener)
     click.echo("stopped")
+
+
+def _name(bundle: Path, folder: Path) -> str:
+    """Return the name of a folder, or ``org/name`` of a bundle of the hub, whose folder is named after a commit."""
+    return bundle.resolve().name if folder == bundle else str(bundle).partition("@")[0]
 
 
 def _batching(batches: bool, rows: int) -> str:

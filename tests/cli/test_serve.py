@@ -87,3 +87,18 @@ def test_a_damaged_bundle_is_not_served(cli: Any, copy: Path) -> None:
     with (copy / "model.onnx").open("ab") as file:
         file.write(b"x")
     assert cli("serve", copy, "--port", "0").code == 4
+
+
+def test_a_bundle_of_the_hub_has_its_name_there(cli: Any, planted_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fetch(name: str, revision: str | None = None) -> Path:
+        asked.append((name, revision))
+        return Path(planted_bundle.bundle)
+
+    monkeypatch.setattr("cushion_deploy.runtime.hub.fetch_bundle", fetch)
+    monkeypatch.setattr("cushion_deploy.serve.server.run", lambda server, listener: None)
+    done = cli("serve", "org/name@v1", "--port", "0")
+    assert done.code == 0, done.err
+    assert done.out.startswith("serving org/name on ")
+    assert asked == [("org/name", "v1")]

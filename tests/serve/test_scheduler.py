@@ -152,13 +152,16 @@ def test_a_cancelled_sequence_leaves_at_the_next_step_and_the_others_go_on(tiny:
         assert desk.tokens(job) == expected(tiny, tokenizer, r)[0]
 
 
-def test_a_full_queue_refuses_all_or_nothing(desk: Desk, tiny: Any, tokenizer: Any) -> None:
+def test_a_full_queue_refuses_all_or_nothing(tiny: Any, tokenizer: Any) -> None:
     desk = Desk(SingleRow(tiny.session()), tokenizer, Limits(queue=2))
+    desk.submit(request([5]))
     with pytest.raises(Refused, match="at most 2") as caught:
-        desk.submit(*[request([5])] * 3)
+        desk.submit(request([6]), request([7]))
     assert caught.value.retry
-    assert desk.scheduler.waiting == 0
-    desk.submit(request([5]), request([6]))
+    assert desk.scheduler.waiting == 1
+    desk.submit(request([6]))
+    with pytest.raises(UsageError, match="queue takes 2"):
+        desk.submit(*[request([5])] * 3)
     desk.run()
 
 
@@ -233,3 +236,42 @@ def test_penalties_and_bias_follow_their_definition(tiny: Any, tokenizer: Any) -
 def test_an_empty_stop_string_is_refused_at_once(desk: Desk) -> None:
     with pytest.raises(UsageError, match="stop string is empty"):
         desk.submit(request([5], stop=("",)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_happens_each_sequence_ends_once_with_tokens_of_its_own(
+    tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    session = tiny.session()
+    run, failures = session.run, iter(random.random(10_000) < 0.01)
+
+    def unreliable(*args: Any, **more: Any) -> Any:
+        if next(failures):
+            raise RuntimeError("by chance")
+        return run(*args, **more)
+
+    monkeypatch.setattr(session, "run", unreliable)
+    desk = Desk(BatchedRows(session, 3, KvPool(200_000)), tokenizer, Limits(chunk=5))
+    asked: list[tuple[Job, SequenceRequest]] = []
+    texts = [random.integers(3, 380, 25).tolist() for _ in range(3)]
+    for _ in range(30):
+        text = texts[random.integers(3)][: random.integers(1, 25)] + random.integers(3, 380, 2).tolist()
+        r = request(text, int(random.integers(1, 12)), timeout=None if random.random() < 0.9 else 0.0)
+        asked += [(job, r) for job in desk.submit(r)]
+        for _ in range(int(random.integers(0, 4))):
+            desk.scheduler.step()
+        if random.random() < 0.3:
+            asked[random.integers(len(asked))][0].cancel()
+    desk.run()
+    assert (desk.scheduler.running, desk.scheduler.waiting) == (0, 0)
+    ends = set()
+    for job, r in asked:
+        assert [d.end is not None for d in desk.got[job.key]] == [False] * (len(desk.got[job.key]) - 1) + [True]
+        ends.add(desk.got[job.key][-1].end)
+        whole = expected(tiny, tokenizer, r)
+        tokens = desk.tokens(job)
+        assert tokens == whole[0][: len(tokens)]
+        if desk.got[job.key][-1].end in ("eos", "length"):
+            assert (tokens, desk.text(job)) == whole[:2]
+    assert {"length", "cancelled", "timeout", "error"} <= ends

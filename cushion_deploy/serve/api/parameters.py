@@ -61,16 +61,16 @@ class GenerationParameters(ApiModel):
     @model_validator(mode="before")
     @classmethod
     def _plain_values(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             # JSON can write it, but it is no text: nothing can be made of it, not even an error that quotes it.
             raise ValueError("a text holds half of a surrogate pair, which is no character") from None
-        # In strict mode a float field takes 1, but an int field does not take 1.0, which JSON does not tell apart.
-        if isinstance(data, dict):
-            return {k: int(v) if isinstance(v, float) and v.is_integer() and k in _INTEGERS else v
-                    for k, v in data.items()}  # fmt: skip
-        return data
+        # JSON does not tell 1.0 from 1, and an int field takes only the latter.
+        whole = {k: int(v) for k, v in data.items() if k in _INTEGERS and isinstance(v, float) and v.is_integer()}
+        return {**data, **whole}
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerationParameters:
