@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from cushion_deploy.cli.generation_options import generation_options, make_params
+from cushion_deploy.cli.terminal import echo_generated
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime import load
 from cushion_deploy.runtime.conversation import Conversation
@@ -112,7 +113,7 @@ def _answer(talk: Conversation, text: str) -> None:
     usage = None
     with closing(talk.answer(text)) as events:
         for event in events:
-            click.echo(event.text, nl=False)
+            echo_generated(event.text)
             usage, reason = event.usage, event.finish_reason
     click.echo()
     if usage and sys.stdin.isatty() and sys.stderr.isatty():

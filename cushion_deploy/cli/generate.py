@@ -12,6 +12,7 @@ import click
 
 from cushion_deploy.cli.generation_options import generation_options, make_params
 from cushion_deploy.cli.output import require_parent
+from cushion_deploy.cli.terminal import echo_generated
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime import TextGenerator, TokenEvent, load, open_bundle
 from cushion_deploy.runtime.answers import Settings, finished, make_jobs, write_answers
@@ -94,7 +95,7 @@ def _print(events: Iterator[TokenEvent], as_json: bool) -> None:
         text += event.text
         ids.append(event.token_id)
         if not as_json:
-            click.echo(event.text, nl=False)
+            echo_generated(event.text)
         last = event
     if as_json:
         usage = vars(last.usage) if last.usage else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def hub_errors(name: str) -> Iterator[None]:
     """Turn the errors of huggingface_hub into those of this project; others pass unchanged.
 
     Raises:
-        UsageError: the repository does not exist, is private, or refuses the request.
+        UsageError: the repository does not exist, is private, or refuses the request; or the cache is full.
         MissingDependency: the hub cannot be reached.
     """
     from huggingface_hub import errors
@@ -98,14 +99,25 @@ def hub_errors(name: str) -> Iterator[None]:
         raise UsageError(f"'{name}' on the hub has no such revision", hint="give a branch, a tag or a commit") from e
     except errors.HfHubHTTPError as e:
         raise _refused(name, e) from e
+    except OSError as e:
+        if e.filename is not None:
+            raise UsageError(
+                f"cannot use {os.fsdecode(e.filename)}: {e.strerror}",
+                hint="free some space or change its permissions, or choose another cache with HF_HOME",
+            ) from e
+        raise _unreachable(name, e) from e
     except Exception as e:
         # The classes of a lost connection depend on the version's HTTP library: requests, httpx or httpx2.
-        if isinstance(e, OSError) or type(e).__module__.partition(".")[0].rstrip("2") in ("httpx", "requests"):
-            raise MissingDependency(
-                f"there is no '{name}' on this machine, and the hub cannot be reached ({type(e).__name__})",
-                hint="check the network, or fetch the bundle elsewhere and give its folder",
-            ) from e
+        if type(e).__module__.partition(".")[0].rstrip("2") in ("httpx", "requests"):
+            raise _unreachable(name, e) from e
         raise
+
+
+def _unreachable(name: str, error: Exception) -> MissingDependency:
+    return MissingDependency(
+        f"there is no '{name}' on this machine, and the hub cannot be reached ({type(error).__name__})",
+        hint="check the network, or fetch the bundle elsewhere and give its folder",
+    )
 
 
 def _refused(name: str, error: Any) -> CushionError:

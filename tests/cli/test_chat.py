@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from cushion_deploy.cli.terminal import echo_generated
 from cushion_deploy.runtime import load
 
 # Each token takes a moment, and stderr says when an answer is under way.
@@ -92,6 +93,23 @@ def test_a_draft_changes_no_answer(piped: Any, planted_bundle: Any) -> None:
     plain = piped(planted_bundle.bundle, lines)
     assert piped(planted_bundle.bundle, lines, "--draft", "ngram").out == plain.out
     assert piped(planted_bundle.bundle, lines, "--draft", "medusa").code == 2
+
+
+@pytest.mark.parametrize(
+    ("terminal", "text", "shown"),
+    [
+        (True, "a\tb\n\x1b[2J\x9b2J\r\x07\u202eé中", "a\tb\n\ufffd[2J\ufffd2J\ufffd\ufffd\ufffdé中"),
+        (False, "a\tb\n\x9b2J\r\x07\u202eé中", "a\tb\n\x9b2J\r\x07\u202eé中"),
+    ],
+)
+def test_a_model_does_not_control_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, text: str, shown: str
+) -> None:
+    out = io.StringIO()
+    out.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", out)
+    echo_generated(text)
+    assert out.getvalue() == shown
 
 
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_errors_do_not_end_it(planted_bundle: Any, tmp_path: Path) -> None:

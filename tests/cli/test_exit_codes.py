@@ -255,7 +255,8 @@ def test_generate_without_onnxruntime(cli: Any, tiny_bundle: Any, monkeypatch: p
 
 def test_the_list_of_files_is_complete(tiny_bundle: Any) -> None:
     found = (p.relative_to(tiny_bundle.bundle).as_posix() for p in tiny_bundle.bundle.rglob("*") if p.is_file())
-    assert sorted(found) == sorted(FILES)
+    # Nothing reads the model card, so it may be edited.
+    assert sorted(found) == sorted((*FILES, "README.md"))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -142,6 +142,13 @@ def test_what_goes_wrong_is_said(
     assert "evil.bin" not in hub.fetched
 
 
+def test_a_cache_that_cannot_be_written_is_named(pushed: Any, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("verify", NAME, HF_HOME=str(tmp_path / "file" / "home"))
+    assert done.returncode == 2, done.stderr
+    assert f"cannot use {tmp_path / 'file'}" in done.stderr
+
+
 def pickled(files: dict[str, bytes]) -> dict[str, bytes]:
     """Return a bundle whose manifest, digest included, lists a pickle."""
     from cushion_deploy.store import BundleManifest, FileEntry

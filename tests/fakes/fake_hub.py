@@ -1,6 +1,6 @@
 """A stand-in for the API of the Hugging Face hub on a local port, in memory: what huggingface_hub asks it for.
 
-Routes and fields are those of huggingface_hub 0.34 to 2.4; a request that no route knows is answered with 404 and kept
+Routes and fields are those that huggingface_hub 2.4 uses; a request that no route knows is answered with 404 and kept
 in ``unknown``, so that a test can see that none was made.
 """
 
