@@ -18,7 +18,7 @@ from cushion_deploy.serve.api.answer import Answer
 from cushion_deploy.serve.api.chat import ChatForm, chat_sequences
 from cushion_deploy.serve.api.chat_models import ChatRequest
 from cushion_deploy.serve.api.completions import CompletionForm, CompletionRequest, completion_sequences
-from cushion_deploy.serve.api.limits import Limits
+from cushion_deploy.serve.api.guard import RequestGuard
 from cushion_deploy.serve.api.parameters import require_model
 from cushion_deploy.serve.api.stream import EventStream
 from cushion_deploy.serve.api.token_text import TokenText
@@ -70,7 +70,7 @@ def create_app(engine: Engine, metrics: Metrics, settings: AppSettings | None = 
     _add_operations(app, engine, metrics)
     _add_page(app, engine)
     app.add_middleware(
-        Limits,
+        RequestGuard,
         hosts=settings.hosts,
         api_key=settings.api_key,
         public=[path for path, _ in FILES.values()],

@@ -33,7 +33,7 @@ def host_name(value: str) -> str:
     return value.rpartition(":")[0] if value.count(":") == 1 else value
 
 
-class Limits:
+class RequestGuard:
     """ASGI middleware.
 
     Args:
