@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from cushion_deploy.engines.onnxruntime.kernels import UINT8_WEIGHTS, WAYS
 from cushion_deploy.engines.onnxruntime.settings import session_config
@@ -28,6 +29,20 @@ def test_engine_of_a_bundle(cli: Any, planted_bundle: Any, tmp_path: Path) -> No
     assert cli("generate", tmp_path / "e", "The quick", "--max-new-tokens", "2").code == 0
 
 
+def test_the_card_of_a_bundle_is_written_anew_unless_it_was_edited(cli: Any, copy: Path, tmp_path: Path) -> None:
+    more = ("--engine", "onnxruntime", "--work-dir", tmp_path / "w")
+    card = (copy / "README.md").read_text()
+    licensed = card.replace("---\n", '---\nlicense: "mit"\n', 1)
+    (copy / "README.md").write_text(licensed)
+    assert cli("engine", copy, *more, "--output", tmp_path / "edited").code == 0
+    assert (tmp_path / "edited" / "README.md").read_text() == licensed
+    # It is part of the new bundle now, so its licence is carried over into a new card.
+    assert cli("engine", tmp_path / "edited", *more, "--output", tmp_path / "again").code == 0
+    again = ModelCard.load(tmp_path / "again" / "README.md", ignore_metadata_errors=False)
+    assert again.data.license == "mit"
+    assert "license" not in ModelCard(card).data.to_dict()
+
+
 def test_a_plan_for_a_bundle_that_has_none(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     more = ("--engine", "tensorrt-rtx", "--targets", "sm89,sm86", "--max-context", 64, "--work-dir", tmp_path / "w")
@@ -45,6 +60,8 @@ def test_a_plan_for_a_bundle_that_has_none(cli: Any, planted_bundle: Any, tmp_pa
     assert rows["tensorrt-rtx"]["targets"] == ["sm86", "sm89"]
     assert rows["onnxruntime"]["ran"]
     assert "sm86" in (tmp_path / "e" / "report" / "report.html").read_text()
+    card = ModelCard.load(tmp_path / "e" / "README.md", ignore_metadata_errors=False).data
+    assert {"onnxruntime", "tensorrt"} <= set(card.tags)
     # Nothing to run it on: an exit code of its own, and what to do.
     ran = cli("generate", tmp_path / "e", "The quick", "--engine", "tensorrt-rtx")
     assert ran.code == 3

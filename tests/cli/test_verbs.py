@@ -140,6 +140,7 @@ def test_inspect_shows_a_bundle_a_prefix_and_scales(cli: Any, planted_bundle: An
     assert (shown["linears in the graph"], shown["MatMuls after packing"]) == (22, 13)
     assert shown["files"] == len(verify_bundle(bundle).files)
     assert shown["engines"] == ["onnxruntime"]
+    assert shown["end tokens"] == ["2 </s>"]
     prefix = cli("inspect", bundle / "prefix.safetensors", "--json").json
     assert prefix["token ids"] == report["search"]["token_ids"]
     assert prefix["largest key"] == float(np.abs(load_file(bundle / "prefix.safetensors")["keys"]).max())
