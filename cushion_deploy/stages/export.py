@@ -102,4 +102,5 @@ def engine_form(form: GraphForm, engine: Engine, dtype: PlanDtype, context: int)
     """
     in_place = engine.in_place_cache and form.prefix == "cache" and form.cache == "growing"
     found: Dtype = next((known for known in engine.dtypes if known == dtype), engine.dtypes[0])
-    return replace(form, dtype=found, gathers_codes=engine.gathers_codes), context if in_place else 0
+    gathers_codes = form.gathers_codes and engine.gathers_codes
+    return replace(form, dtype=found, gathers_codes=gathers_codes), context if in_place else 0

@@ -219,7 +219,8 @@ class Pipeline:
         """Return the form of a bundle's graph."""
         export = recipe.export
         cache: CacheForm = "int8" if export.kv_cache == "int8" else "growing"
-        return GraphForm(cache=cache, prefix=export.prefix, opset=export.opset or MIN_OPSET)
+        int8 = export.embedding == "int8"
+        return GraphForm(cache=cache, prefix=export.prefix, opset=export.opset or MIN_OPSET, gathers_codes=int8)
 
     @property
     def form(self) -> GraphForm:
