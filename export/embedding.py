@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.fakequant import Int8Array, quantize_weight, weight_scale
+from cushion_deploy.core.sites import HEAD_SITE
 from cushion_deploy.core.weights import WeightSource, blocks
 from cushion_deploy.export.builder import GraphBuilder
 from cushion_deploy.export.linear import StoredCodes
@@ -76,7 +77,10 @@ class Embedding:
 
     def transposed_codes(self) -> StoredCodes:
         """Return the codes as the weight of a linear, int8 ``[hidden, vocab]``, and their scales ``[vocab]``."""
-        return self.g.op("Transpose", self._codes, perm=[1, 0], name="transposed_codes"), self._scales
+        codes = self.g.op("Transpose", self._codes, perm=[1, 0], name="transposed_codes")
+        # Engines fold the Transpose, and what they run in INT8 is counted by the names of weights.
+        codes.name = f"{HEAD_SITE}.weight_codes"
+        return codes, self._scales
 
     @cached_property
     def _table(self) -> ir.Value:

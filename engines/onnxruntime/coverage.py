@@ -75,7 +75,7 @@ def read_coverage(graph: ExportedGraph) -> Coverage:
 
 def _count(optimized: Any, canonical: Any, sites: set[Site]) -> Coverage:
     coverage = Coverage()
-    values, original = optimized.graph.initializers, canonical.graph.initializers
+    values, original = optimized.graph.initializers, canonical.graph
     for node in optimized.graph:
         coverage.kernels[node.op_type] += 1
         if node.op_type == _INTEGER_MATMUL:
@@ -99,10 +99,18 @@ def _count_integer_matmul(node: Any, values: Any, original: Any, sites: set[Site
     coverage.int8.add(site)
     if weight != f"{site}.weight_codes":
         coverage.rewritten += 1
-        before = original[f"{site}.weight_codes"].const_value.numpy().astype(np.int16)
+        before = _codes(original, f"{site}.weight_codes").astype(np.int16)
         after = values[weight].const_value.numpy().astype(np.int16) - 128
         if not np.array_equal(before, after):
             coverage.changed.append(site)
+
+
+def _codes(graph: Any, name: str) -> Any:
+    """Return codes of the canonical graph: stored, or for a tied head those of the embedding behind a Transpose."""
+    if name in graph.initializers:
+        return graph.initializers[name].const_value.numpy()
+    (transpose,) = (node for node in graph if node.outputs[0].name == name)
+    return transpose.inputs[0].const_value.numpy().T
 
 
 def _is_dequantized(value: Any) -> bool:
