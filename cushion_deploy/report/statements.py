@@ -282,15 +282,16 @@ def parity_sentence(report: Report) -> str:
     if not report.parity:
         return "The parity ladder was not run, so nothing here shows that the engine computes what the model computes."
     failed = failed_checks(report)
+    unchecked = "".join(f" Not checked: {one_line(sentence).rstrip('.')}." for sentence in report.unchecked)
     if not failed:
         total = len(report.parity)
-        return f"All {total} parity checks hold." if total > 1 else "The one parity check holds."
+        return (f"All {total} parity checks hold." if total > 1 else "The one parity check holds.") + unchecked
     first = failed[0]
     site = next((row.site for row in failed if row.site), None)
     where = f" First diverging Site: {one_line(site)}." if site else " No diverging Site was identified."
     return (
         f"{len(failed)} of {plural(len(report.parity), 'parity check')} {'fails' if len(failed) == 1 else 'fail'}, "
-        f"first on rung '{one_line(first.rung)}': {check_summary(first)}.{where}"
+        f"first on rung '{one_line(first.rung)}': {check_summary(first)}.{where}{unchecked}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -54,10 +55,9 @@ class CompiledEngine:
         artifact = self.artifact
         details = {name: value for name, value in artifact.details.items() if name != "not_run"}
         try:
-            session = self.open(graph)
-            session.run(np.zeros((1, 2), dtype=np.int64), need_logits="none")
-            session.run(np.zeros((1, 1), dtype=np.int64))
-            session.close()
+            with closing(self.open(graph)) as session:
+                session.run(np.zeros((1, 2), dtype=np.int64), need_logits="none")
+                session.run(np.zeros((1, 1), dtype=np.int64))
         except CushionError as e:
             known = artifact.details.get("not_run") if isinstance(e, MissingDependency) else None
             found = replace(artifact, ran=False, details={**details, "not_run": known or f"not run: {e.message}"})

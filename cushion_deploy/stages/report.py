@@ -94,6 +94,7 @@ class AssembleReport(Derived[Report]):
             "kv_cache": _kv_cache(spec, kv, evaluation["float_cache"]) if kv else None,
             "export": self._export(inputs.get(self.graph), quantization, spec, parity),
             "parity": [c.to_json() for c in parity.report.checks],
+            "unchecked": list(parity.report.unchecked),
             "plan_type": plan_type_row(inputs.get(self.plan_type)) if self.plan_type else None,
             "engines": [engine_row(found, scores.get(found.engine)) for found in engines],
             "stages": merge_times(inputs.run.times),

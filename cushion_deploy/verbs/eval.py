@@ -170,7 +170,11 @@ def evaluate_columns(
                 continue
             began = time.monotonic()
             with opened.open(name) as column:
-                _score_texts(found, name, column, texts, sliding, run.progress)
+                positions = column.scorer.session.contract.max_positions
+                if bundle:
+                    # A plan may be shorter than its model; every column is scored on the same windows.
+                    positions = bundle.contract.max_positions
+                _score_texts(found, name, column, texts, (positions, sliding), run.progress)
                 # Several processes share the windows of texts; tasks run in the first one.
                 if what.suite is not None and run.processes.leads:
                     from cushion_deploy.evaluate.lm_harness import ScorerLM
@@ -188,10 +192,11 @@ def _score_texts(
     name: str,
     column: Column,
     texts: Sequence[tuple[Corpus, Cut]],
-    sliding: int,
+    fits: tuple[int, int],
     progress: Progress,
 ) -> None:
-    limit, positions = column.scorer.limit, column.scorer.session.contract.max_positions
+    """Score texts in windows that fit the positions and the sliding windows of a model."""
+    limit, (positions, sliding) = column.scorer.limit, fits
     for corpus, cut in texts:
         window = cut.window_in(positions, sliding)
         if window > limit:

@@ -12,7 +12,7 @@ from cushion_deploy.core.engine_artifact import ENGINE_FILE, read_artifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.errors import UsageError
+from cushion_deploy.errors import MissingDependency, UsageError
 from cushion_deploy.parity.checks import ParityReport
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import Bundle
@@ -23,6 +23,7 @@ from cushion_deploy.stages.parity import Parity, read_result
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Inputs, Run
+from cushion_deploy.store.digests import digest_json
 
 
 def pipeline_of_bundle(recipe: Recipe, bundle: Path) -> Pipeline:
@@ -66,8 +67,16 @@ def engines_to_run(bundle: Bundle, names: Sequence[str] = ()) -> tuple[EngineToR
 
 
 def _of_bundle(bundle: Bundle, name: str) -> EngineToRun:
-    key = read_engine(bundle, name).key if is_built_for(bundle, name) else f"{name} {bundle.graph.digest}"
-    return EngineToRun(name, key, lambda: open_engine(bundle, name))
+    compiled = read_engine(bundle, name).key if is_built_for(bundle, name) else bundle.graph.digest
+    return EngineToRun(name, digest_json([name, compiled, *_installed(name)]), lambda: open_engine(bundle, name))
+
+
+def _installed(name: str) -> tuple[str, ...]:
+    """Return the version of an engine's library and the GPUs, on which the result of a run depends; why not, if not."""
+    try:
+        return ENGINES[name].version(), *(ENGINES[name].gpus() or ())
+    except MissingDependency as e:
+        return (e.message,)
 
 
 def check_bundle(
@@ -129,7 +138,8 @@ def _graphs_behind_plans(
         if artifact.lineage.graph == graph.digest:
             continue
         dtype, capacity = artifact.form
-        form = replace(pipeline.form, dtype=dtype)
+        gathers_codes = pipeline.form.gathers_codes and ENGINES[artifact.engine].gathers_codes
+        form = replace(pipeline.form, dtype=dtype, gathers_codes=gathers_codes)
         if capacity:
             form = replace(form, cache="static", capacity=capacity)
         exported = pipeline.graph(quantization, form)

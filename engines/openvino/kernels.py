@@ -14,7 +14,7 @@ from typing import Any
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.engines.extreme_codes import extreme_products, extreme_weights, is_exact
 from cushion_deploy.engines.one_linear import one_linear
-from cushion_deploy.engines.openvino.library import DEVICE, core, settings
+from cushion_deploy.engines.openvino.library import DEVICE, core, reason, settings
 from cushion_deploy.errors import MissingDependency
 
 REQUIREMENTS = "RUNTIME_REQUIREMENTS"
@@ -39,8 +39,16 @@ def this_machine() -> Machine:
     """Compile and run one linear of extreme codes; once per process, some tens of milliseconds.
 
     Raises:
-        MissingDependency: OpenVINO is not installed.
+        MissingDependency: OpenVINO is not installed, or does not run on this processor.
     """
+    try:
+        return _this_machine()
+    except RuntimeError as e:
+        hint = "install openvino again, or run --engine onnxruntime"
+        raise MissingDependency(f"OpenVINO does not run a linear on this machine: {reason(e)}", hint=hint) from e
+
+
+def _this_machine() -> Machine:
     weights = extreme_weights()
     model = core().read_model(io.BytesIO(one_linear(weights)))
     compiled = core().compile_model(model, DEVICE, settings(1))

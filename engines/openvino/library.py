@@ -29,7 +29,7 @@ def import_openvino() -> Any:
         sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # the documented way to make an import fail
     try:
         import openvino
-    except ImportError as e:
+    except (ImportError, OSError, RuntimeError) as e:
         raise MissingDependency(f"OpenVINO cannot be imported: {e}", hint=INSTALL) from e
     finally:
         if blocked:

@@ -22,9 +22,9 @@ from cushion_deploy.core.session import (
     require_kept,
 )
 from cushion_deploy.engines.openvino.kernels import require_exact
-from cushion_deploy.engines.openvino.library import import_openvino
+from cushion_deploy.engines.openvino.library import import_openvino, reason
 from cushion_deploy.engines.openvino.model import LOGITS_START, compile_graph, import_blob, name_of, state_names
-from cushion_deploy.errors import UntrustedArtifact
+from cushion_deploy.errors import CheckFailed, UntrustedArtifact
 
 CHUNK = 256
 """Most prompt tokens in one call by default."""
@@ -159,7 +159,11 @@ class OpenVinoSession:
         feed = {n: np.ascontiguousarray(a) for n, a in zip(INPUTS, (ids, mask, positions), strict=True)}
         if self._can_skip_head:
             feed[LOGITS_START] = np.array([ids.shape[1] - rows], dtype=np.int64)
-        logits: FloatArray = self._request.infer(feed)["logits"]
+        try:
+            logits: FloatArray = self._request.infer(feed)["logits"]
+        except RuntimeError as e:
+            hint = "free some memory, or give shorter prompts; `cushion-deploy verify` checks the bundle"
+            raise CheckFailed(f"OpenVINO could not run {ids.shape[1]} tokens: {reason(e)}", hint=hint) from e
         self._length += ids.shape[1]
         return logits[:, logits.shape[1] - rows :]
 

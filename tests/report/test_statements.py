@@ -371,3 +371,10 @@ def test_terminal_and_page_show_the_cache(data: dict[str, Any]) -> None:
     assert "The key/value cache is INT8, one scale per head" in page
     assert "All 30 attention layers are fused kernels, also with the INT8 cache." in page
     assert "key/value cache is INT8" not in render_html(report_page(Report.model_validate(data), {}))
+
+
+def test_an_engine_that_could_not_be_compared_is_said_beside_the_checks(data: dict[str, Any]) -> None:
+    data["unchecked"] = ["tensorrt-rtx was not run: the context is longer than 256"]
+    report = Report.model_validate(data)
+    assert parity_sentence(report).endswith("Not checked: tensorrt-rtx was not run: the context is longer than 256.")
+    assert "Not checked" in render_html(report_page(report, {}))

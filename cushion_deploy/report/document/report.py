@@ -25,7 +25,11 @@ REPORT_JSON = "report.json"
 
 
 class Report(StrictModel):
-    """The whole of report.json. A section that was not run is null; a list that was not run is empty."""
+    """The whole of report.json. A section that was not run is null; a list that was not run is empty.
+
+    Attributes:
+        unchecked: sentences about engines that run here but failed on the parity ladder before they could be compared.
+    """
 
     schema_version: Literal[1] = Field(default=1, validation_alias="schema", serialization_alias="schema")
     tool: Tool
@@ -43,6 +47,7 @@ class Report(StrictModel):
     kv_cache: KvCache | None = None
     export: Export | None = None
     parity: tuple[ParityRow, ...] = ()
+    unchecked: tuple[str, ...] = ()
     engines: tuple[Engine, ...] = ()
     plan_type: PlanType | None = None
     stages: tuple[Stage, ...] = ()

@@ -108,3 +108,13 @@ import openvino_telemetry  # other code of the program can still import it
 
     graph = tiny_graphs["float"]
     assert python(code, str(graph.path.parent), json.dumps(graph.to_json())) == "[] 1"
+
+
+def test_a_library_that_does_not_run_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("Exception from src/core\nno plugin for the CPU")
+
+    monkeypatch.setattr(kernels, "core", broken)
+    kernels.this_machine.cache_clear()
+    with pytest.raises(MissingDependency, match="does not run a linear on this machine: no plugin for the CPU"):
+        OpenVino().require()

@@ -19,7 +19,7 @@ from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.onnxruntime.session import open_session as open_onnxruntime
 from cushion_deploy.engines.openvino.model import compile_graph
 from cushion_deploy.engines.openvino.session import OpenVinoSession, open_session
-from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.errors import CheckFailed, UntrustedArtifact, UsageError
 from cushion_deploy.export.write import export_graph
 
 
@@ -118,6 +118,20 @@ def test_a_failed_run_leaves_the_cache(tiny: Any, monkeypatch: pytest.MonkeyPatc
     assert session.length == held
     expected = tiny.loaded.logits(ids, tiny.prefix)[:, held:]
     np.testing.assert_allclose(session.run(ids[:, held:], need_logits="all"), expected, atol=2e-4)
+
+
+def test_an_error_of_the_library_is_one_of_ours(tiny: Any, monkeypatch: pytest.MonkeyPatch, ids: Any) -> None:
+    session = open_session(tiny.graph, threads=1)
+    session.run(ids[:, :4], need_logits="none")
+
+    class OutOfMemory:
+        def infer(self, feed: Any) -> Any:
+            raise RuntimeError("Exception from src/inference\nnot enough memory")
+
+    monkeypatch.setattr(session, "_request", OutOfMemory())
+    with pytest.raises(CheckFailed, match="could not run 3 tokens: not enough memory"):
+        session.run(ids[:, 4:7])
+    assert session.length == 4
 
 
 @pytest.mark.usefixtures("exact")
