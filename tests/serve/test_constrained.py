@@ -146,6 +146,17 @@ def test_calls_are_found_however_the_text_is_cut(size: int) -> None:
     assert calls == [ParsedCall("f", '{"a": 1, "b": true}')] * 2
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_tag_in_an_argument_does_not_end_the_call(size: int) -> None:
+    arguments = {"s": 'a </tool_call> "b\\" </tool_call>', "t": "<tool_call>"}
+    text = "<tool_call>\n" + json.dumps({"name": "f", "arguments": arguments}) + "\n</tool_call>"
+    parser, calls = ToolParser(), list[ParsedCall]()
+    for at in range(0, 2 * len(text), size):
+        calls += parser.push((text * 2)[at : at + size])[1]
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("f", arguments)] * 2
+    assert parser.flush() == ""
+
+
 def test_text_that_only_begins_like_a_call_is_text() -> None:
     parser = ToolParser()
     assert parser.push("a <tool_")[0] + parser.push("x")[0] + parser.push("<tool")[0] + parser.flush() == (
@@ -220,11 +231,14 @@ class Scripted:
 
 @BAKED
 @pytest.mark.parametrize("streamed", [False, True])
-def test_text_and_calls_of_an_answer_are_separate(serve: Any, tokenizer: Any, streamed: bool) -> None:
-    ids = [*tokenizer.encode(f"ok {CALL}", add_special_tokens=False).ids, 2]
+@pytest.mark.parametrize("value", ["a", "a </tool_call> b"])
+def test_text_and_calls_of_an_answer_are_separate(serve: Any, tokenizer: Any, streamed: bool, value: str) -> None:
+    written = json.dumps({"name": "f", "arguments": {"s": value}})
+    ids = [*tokenizer.encode(f"ok <tool_call>\n{written}\n</tool_call>", add_special_tokens=False).ids, 2]
     served = serve(change=lambda session: Scripted(session, ids))
     ask: Any = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": 0}
-    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
+    schema = {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]}
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     if not streamed:
         got = served.client().chat.completions.create(**ask, tools=tools)
         message, reason = got.choices[0].message, got.choices[0].finish_reason
@@ -238,4 +252,4 @@ def test_text_and_calls_of_an_answer_are_separate(serve: Any, tokenizer: Any, st
         calls = [call.function for d in deltas for call in d.tool_calls or ()]
         reason = chunks[-1].choices[0].finish_reason
     assert (content, reason) == ("ok ", "tool_calls")
-    assert [(c.name, json.loads(c.arguments)) for c in calls] == [("f", {"a": 1, "b": True})]
+    assert [(c.name, json.loads(c.arguments)) for c in calls] == [("f", {"s": value})]

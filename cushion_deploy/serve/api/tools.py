@@ -78,6 +78,7 @@ class ToolParser:
         """Start at the beginning of an answer."""
         self._opening = StopStrings([TOOL_BEGIN])
         self._call: str | None = None
+        self._searched = 0
         self.calls = 0
 
     def push(self, piece: str) -> tuple[str, list[ParsedCall]]:
@@ -93,11 +94,12 @@ class ToolParser:
                 piece = self._rest(TOOL_BEGIN)
                 self._call = ""
             self._call += piece
-            body, closed, piece = self._call.partition(TOOL_END)
-            if not closed:
+            ended = self._ended(self._call)
+            if ended is None:
                 break
-            self._call = None
-            found.append(_parsed(body))
+            call, piece = ended
+            self._call, self._searched = None, 0
+            found.append(call)
         self.calls += len(found)
         if self.calls:
             content = content.strip("\n")
@@ -107,12 +109,24 @@ class ToolParser:
         """Return the text that was held back, at the end of an answer; a call that was cut off is dropped."""
         return "" if self._call is not None else self._opening.flush()
 
+    def _ended(self, text: str) -> tuple[ParsedCall, str] | None:
+        """Return the call and what follows its end tag, if that is here; a string in the call may contain the tag."""
+        while (at := text.find(TOOL_END, self._searched)) >= 0:
+            call = _parsed(text[:at])
+            if call is not None:
+                return call, text[at + len(TOOL_END) :]
+            self._searched = at + 1
+        return None
+
     def _rest(self, tag: str) -> str:
         _, _, rest = self._opening.flush().partition(tag)
         return rest
 
 
-def _parsed(body: str) -> ParsedCall:
-    # The grammar makes this valid JSON with both keys.
-    call = json.loads(body)
+def _parsed(body: str) -> ParsedCall | None:
+    try:
+        call = json.loads(body)
+    except ValueError:
+        return None
+    # The grammar makes this an object with both keys.
     return ParsedCall(str(call["name"]), json.dumps(call["arguments"], ensure_ascii=False))
