@@ -188,6 +188,31 @@ def test_tools_are_offered_by_the_template_or_described() -> None:
 
 
 @BAKED
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}, {"type": "text", "text": 5}, {}],
+)
+def test_a_part_that_is_no_text_is_refused_with_tools_too(client: openai.OpenAI, role: str, part: Any) -> None:
+    more = {"tool_call_id": "1"} if role == "tool" else {}
+    message: Any = {"role": role, "content": [{"type": "text", "text": "x"}, part], **more}
+    with pytest.raises(openai.BadRequestError, match="message 2"):
+        client.chat.completions.create(
+            model="tiny", messages=[*ASK["messages"], message], tools=TOOLS[:1], max_tokens=1
+        )
+    with pytest.raises(openai.BadRequestError, match="message 1"):
+        client.chat.completions.create(model="tiny", messages=[message], tools=TOOLS[:1], max_tokens=1)
+
+
+def test_parts_of_text_are_joined_where_tools_are_described() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages: Any = [{"role": "system", "content": parts}, {"role": "tool", "tool_call_id": "1", "content": parts}]
+    described, _ = with_tools(ChatTemplate("{{ messages }}"), messages, [Tool.model_validate(TOOLS[0])])
+    assert described[0]["content"].startswith("ab\n\nYou may call")
+    assert described[1]["content"] == "<tool_response>\nab\n</tool_response>"
+
+
+@BAKED
 def test_a_conversation_with_results_of_tools_is_answered(client: openai.OpenAI) -> None:
     messages: Any = [
         {"role": "user", "content": "x"},

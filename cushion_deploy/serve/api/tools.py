@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cushion_deploy.runtime.chat import ChatTemplate
+from cushion_deploy.runtime.chat import ChatTemplate, plain_message
 from cushion_deploy.runtime.generate import StopStrings
 from cushion_deploy.serve.api.chat_models import Tool
 from cushion_deploy.serve.constraints import TOOL_BEGIN, TOOL_END
@@ -39,16 +39,20 @@ def knows_tools(template: ChatTemplate) -> bool:
 
 
 def with_tools(template: ChatTemplate, messages: Messages, tools: Sequence[Tool]) -> tuple[Messages, dict[str, Any]]:
-    """Return the messages and the further variables for a chat template that is to offer tools."""
+    """Return the messages and the further variables for a chat template that is to offer tools.
+
+    Raises:
+        UsageError: tools are described in a message, and a content is neither text, null nor a list of text parts.
+    """
     described = [tool.model_dump(exclude_none=True) for tool in tools]
     if knows_tools(template):
         return messages, {"tools": described} if described else {}
-    plain = [_without_tools(message) for message in messages]
+    plain = [_without_tools(plain_message(message, number)) for number, message in enumerate(messages, 1)]
     if not described:
         return plain, {}
     text = _INSTRUCTION.format(tools="\n".join(json.dumps(tool["function"]) for tool in described))
     if plain[0]["role"] == "system":
-        first = {**plain[0], "content": f"{_text(plain[0]['content'])}\n\n{text}"}
+        first = {**plain[0], "content": f"{plain[0]['content']}\n\n{text}"}
         return [first, *plain[1:]], {}
     return [{"role": "system", "content": text}, *plain], {}
 
@@ -57,18 +61,12 @@ def _without_tools(message: Mapping[str, Any]) -> dict[str, Any]:
     """Write calls and results as text, for templates that know neither."""
     plain = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
     if message["role"] == "tool":
-        return {**plain, "role": "user", "content": f"<tool_response>\n{_text(message['content'])}\n</tool_response>"}
+        return {**plain, "role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
     if "tool_calls" in message:
         calls = (json.dumps(call["function"]) for call in message["tool_calls"])
         written = "\n".join(f"{TOOL_BEGIN}\n{call}\n{TOOL_END}" for call in calls)
-        return {**plain, "content": "\n".join(filter(None, [_text(message["content"]), written]))}
+        return {**plain, "content": "\n".join(filter(None, [message["content"], written]))}
     return plain
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
-    return content or ""
 
 
 class ToolParser:
