@@ -157,6 +157,23 @@ def test_a_tag_in_an_argument_does_not_end_the_call(size: int) -> None:
     assert parser.flush() == ""
 
 
+@pytest.mark.parametrize("size", [1, 2, 1000])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{CALL}a\n\nb\n", "a\n\nb\n"),
+        (f"{CALL}\n\na\nb", "a\nb"),
+        (f"\na\nb\n\n{CALL}\n", "\na\nb"),
+        (f"a\n{CALL}\n\n{CALL}\nb\n{CALL}", "ab"),
+        ("\na\n\n", "\na\n\n"),
+    ],
+)
+def test_only_the_newlines_beside_a_call_are_dropped(text: str, expected: str, size: int) -> None:
+    parser = ToolParser()
+    content = "".join(parser.push(text[at : at + size])[0] for at in range(0, len(text), size))
+    assert content + parser.flush() == expected
+
+
 def test_text_that_only_begins_like_a_call_is_text() -> None:
     parser = ToolParser()
     assert parser.push("a <tool_")[0] + parser.push("x")[0] + parser.push("<tool")[0] + parser.flush() == (

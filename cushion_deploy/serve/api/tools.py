@@ -77,6 +77,7 @@ class ToolParser:
         self._opening = StopStrings([TOOL_BEGIN])
         self._call: str | None = None
         self._searched = 0
+        self._newlines, self._behind_call = "", False
         self.calls = 0
 
     def push(self, piece: str) -> tuple[str, list[ParsedCall]]:
@@ -85,27 +86,39 @@ class ToolParser:
         while piece:
             if self._call is None:
                 text, opened = self._opening.push(piece)
-                content += text
+                content += self._inner(text)
                 if not opened:
                     break
                 # What follows the tag: all but what was held back, the text before the tag, and the tag.
                 piece = self._rest(TOOL_BEGIN)
-                self._call = ""
+                self._call, self._newlines = "", ""
             self._call += piece
             ended = self._ended(self._call)
             if ended is None:
                 break
             call, piece = ended
-            self._call, self._searched = None, 0
+            self._call, self._searched, self._behind_call = None, 0, True
             found.append(call)
         self.calls += len(found)
-        if self.calls:
-            content = content.strip("\n")
         return content, found
 
     def flush(self) -> str:
         """Return the text that was held back, at the end of an answer; a call that was cut off is dropped."""
-        return "" if self._call is not None else self._opening.flush()
+        if self._call is not None:
+            return ""
+        text = self._inner(self._opening.flush()) + self._newlines
+        self._newlines = ""
+        return text
+
+    def _inner(self, text: str) -> str:
+        """Return text without newlines that follow a call, and hold back those at its end, which may precede one."""
+        if self._behind_call:
+            text = text.lstrip("\n")
+            self._behind_call = not text
+        text = self._newlines + text
+        certain = text.rstrip("\n")
+        self._newlines = text[len(certain) :]
+        return certain
 
     def _ended(self, text: str) -> tuple[ParsedCall, str] | None:
         """Return the call and what follows its end tag, if that is here; a string in the call may contain the tag."""
