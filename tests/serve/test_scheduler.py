@@ -188,17 +188,21 @@ def test_a_sequence_that_takes_too_long_is_cut_off(tiny: Any, tokenizer: Any) ->
     assert desk.got[job.key][-1].end == "timeout"
 
 
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("emptied", [False, True])
 def test_an_engine_that_fails_ends_its_batch_and_not_the_server(
-    tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, single: bool, emptied: bool
 ) -> None:
     session = tiny.session()
-    desk = Desk(BatchedRows(session, 2, KvPool(0)), tokenizer)
+    desk = Desk(SingleRow(session) if single else BatchedRows(session, 2, KvPool(0)), tokenizer)
     run = session.run
 
     def fail(*args: Any, **more: Any) -> Any:
+        if emptied:
+            session.reset()
         raise RuntimeError("out of memory")
 
-    (job,) = desk.submit(request([5], 40))
+    (job,) = desk.submit(request([5, 6, 7], 40))
     desk.scheduler.step()
     monkeypatch.setattr(session, "run", fail)
     desk.run()
@@ -206,10 +210,10 @@ def test_an_engine_that_fails_ends_its_batch_and_not_the_server(
     assert last.end == "error"
     assert "out of memory" in str(last.error)
     monkeypatch.setattr(session, "run", run)
-    r = request([6, 7], 6)
-    (job,) = desk.submit(r)
-    desk.run()
-    assert desk.tokens(job) == expected(tiny, tokenizer, r)[0]
+    for r in (request([5, 6, 7, 8], 6), request([6, 7], 6)):
+        (job,) = desk.submit(r)
+        desk.run()
+        assert desk.tokens(job) == expected(tiny, tokenizer, r)[0]
 
 
 def test_penalties_and_bias_follow_their_definition(tiny: Any, tokenizer: Any) -> None:
