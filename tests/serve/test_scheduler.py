@@ -237,6 +237,32 @@ def test_penalties_and_bias_follow_their_definition(tiny: Any, tokenizer: Any) -
         new.append(delivery.token.token_id)
 
 
+class Ending:
+    """A grammar that allows every token and is complete behind some of them."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+
+    def forbid(self, logits: Any) -> Any:
+        return logits
+
+    def accept(self, token_id: int) -> bool:
+        self._left -= 1
+        return self._left == 0
+
+
+@pytest.mark.parametrize("longest", [5, 12])
+def test_a_complete_text_ends_with_what_was_held_back_for_a_stop(
+    tiny: Any, tokenizer: Any, desk: Desk, longest: int
+) -> None:
+    plain = request([5, 6, 7], 5)
+    tokens, text, end = expected(tiny, tokenizer, plain)
+    assert (end, text[-1:].strip()) == ("length", text[-1:])
+    (job,) = desk.submit(request([5, 6, 7], longest, stop=(f"{text[-1]}\0",), constraint=Ending(5)))
+    desk.run()
+    assert (desk.tokens(job), desk.text(job), desk.got[job.key][-1].end) == (tokens, text, "eos")
+
+
 def test_an_empty_stop_string_is_refused_at_once(desk: Desk) -> None:
     with pytest.raises(UsageError, match="stop string is empty"):
         desk.submit(request([5], stop=("",)))
