@@ -173,6 +173,10 @@ class TextStream:
             return text + self._stops.flush(), "eos" if ended else "length"
         return text, None
 
+    def flush(self) -> str:
+        """Return the text that was held back, for an answer that ends for a reason of the caller."""
+        return self._stops.flush()
+
 
 def generate(
     session: DecoderSession,

@@ -57,6 +57,11 @@ class PromptCache:
         last: FloatArray = self._record(ids, logits)[-1]
         return last
 
+    def feed_silently(self, ids: Sequence[int]) -> None:
+        """Feed tokens without computing logits, such as all but the last part of a prompt."""
+        self.session.run(np.asarray([ids], dtype=np.int64), need_logits="none")
+        self._ids += ids
+
     def feed_all(self, ids: Sequence[int]) -> FloatArray:
         """Feed tokens; return the logits after each of them, float32 ``[S, vocab]``."""
         logits = self.session.run(np.asarray([ids], dtype=np.int64), need_logits="all")

@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import numpy as np
-
-from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.session import HeldCache, RowSlice
+from cushion_deploy.runtime.prompt_cache import common_beginning
 
 NOTHING = HeldCache()
-
-
-def common_length(a: IntArray, b: IntArray) -> int:
-    """Return the length of the longest common beginning of two rows of token ids."""
-    size = min(a.size, b.size)
-    differing = np.flatnonzero(a[:size] != b[:size])
-    return int(differing[0]) if differing.size else size
 
 
 class KvPool:
@@ -39,7 +30,7 @@ class KvPool:
         self.capacity = capacity
         self.nbytes = 0
         self.evictions = 0
-        self._entries: OrderedDict[int, tuple[IntArray, HeldCache]] = OrderedDict()
+        self._entries: OrderedDict[int, tuple[tuple[int, ...], HeldCache]] = OrderedDict()
         self._next = 0
 
     def __len__(self) -> int:
@@ -58,13 +49,13 @@ class KvPool:
         """
         if not self.fits(cache.nbytes):
             return
-        text = np.asarray(ids, dtype=np.int64)
+        text = tuple(ids)
         for key, (kept, _) in list(self._entries.items()):
-            common = common_length(kept, text)
-            if common == text.size:  # it is the beginning of a text that is here
+            common = common_beginning(kept, text)
+            if common == len(text):  # it is the beginning of a text that is here
                 self._entries.move_to_end(key)
                 return
-            if common == kept.size:
+            if common == len(kept):
                 self.nbytes -= self._entries.pop(key)[1].nbytes
         self._entries[self._next] = (text, cache)
         self._next += 1
@@ -78,10 +69,10 @@ class KvPool:
 
         The last token is left out because its logits are not kept.
         """
-        text = np.asarray(ids[:-1], dtype=np.int64)
+        text = tuple(ids[:-1])
         best, longest = None, 0
         for key, (kept, _) in self._entries.items():
-            common = common_length(kept, text)
+            common = common_beginning(kept, text)
             if common > longest:
                 best, longest = key, common
         if best is None:

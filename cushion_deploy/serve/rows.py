@@ -9,7 +9,8 @@ import numpy as np
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.session import BatchSession, DecoderSession, NeedLogits, RowSlice
-from cushion_deploy.serve.kv_pool import NOTHING, KvPool, common_length
+from cushion_deploy.runtime.prompt_cache import PromptCache
+from cushion_deploy.serve.kv_pool import NOTHING, KvPool
 
 EMPTY = RowSlice(NOTHING, 0, 0, 0)
 
@@ -141,31 +142,23 @@ class SingleRow:
 
     def __init__(self, session: DecoderSession) -> None:
         """Start with an empty cache."""
-        self._session = session
-        self._ids: list[int] = []
-        session.reset()
+        self._cache = PromptCache(session)
 
     def open(self, key: int, ids: Sequence[int]) -> int:
         """Keep the common beginning of the prompt and the last text."""
-        held, text = (np.asarray(part, dtype=np.int64) for part in (self._ids, ids[:-1]))
-        common = common_length(held, text)
-        self._session.truncate(common)
-        self._ids = list(ids[:common])
-        return common
+        return self._cache.keep(ids)
 
     def prefill(self, key: int, ids: Sequence[int], *, last: bool) -> FloatArray | None:
         """Feed a chunk."""
-        logits = self._session.run(np.array([ids], dtype=np.int64), need_logits="last" if last else "none")
-        self._ids += ids
-        return None if logits is None else logits[0, -1]
+        if last:
+            return self._cache.feed(ids)
+        self._cache.feed_silently(ids)
+        return None
 
     def decode(self, tokens: Mapping[int, int]) -> dict[int, FloatArray]:
         """Feed the token of the one row."""
         ((key, token),) = tokens.items()
-        logits = self.prefill(key, [token], last=True)
-        if logits is None:
-            raise TypeError("the session returned no logits for need_logits='last'")
-        return {key: logits}
+        return {key: self._cache.feed([token])}
 
     def close(self, key: int) -> None:
         """Do nothing: the session keeps its cache."""

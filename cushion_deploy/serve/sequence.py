@@ -6,7 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cushion_deploy.core.dtypes import FloatArray
-from cushion_deploy.runtime.generate import Detokenizer, StopStrings
+from cushion_deploy.runtime.generate import TextStream
 from cushion_deploy.runtime.sampling import Sampler
 from cushion_deploy.serve.request import Delivery, EndReason, SequenceRequest, SequenceUsage, TokenLogprob
 
@@ -29,12 +29,10 @@ class Sequence:
         self.cached_tokens = 0
         self.new_ids: list[int] = []
         self._history = list(request.prompt_ids)
-        self._stop_ids = stop_ids
         self._biased = np.array(list(request.logit_bias), dtype=np.int64)
         self._bias = np.array(list(request.logit_bias.values()), dtype=np.float32)
         self._sampler = Sampler(request.sampling)
-        self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
-        self._stops = StopStrings(request.stop)
+        self._stream = TextStream(tokenizer, request.prompt_ids, stop_ids, request.stop, request.max_new_tokens)
 
     @property
     def usage(self) -> SequenceUsage:
@@ -54,21 +52,16 @@ class Sequence:
         chosen = self._logprob(logits, token)
         self.new_ids.append(token)
         self._history.append(token)
-        ended = token in self._stop_ids
-        text, stopped = ("", False) if ended else self._stops.push(self._detokenizer.push(token))
-        complete = not ended and self.request.constraint is not None and self.request.constraint.accept(token)
-        end: EndReason | None = "eos" if ended or complete else None
-        if stopped:
-            end = "stop"
-        if end is None and len(self.new_ids) >= self.request.max_new_tokens:
-            end = "length"
-        if end is None:
-            return Delivery(text, chosen)
-        return Delivery(text + ("" if stopped else self._stops.flush()), chosen, end, self.usage)
+        text, reason = self._stream.push(token)
+        end: EndReason | None = reason
+        constraint = self.request.constraint
+        if reason in (None, "length") and constraint is not None and constraint.accept(token):
+            text, end = text + self._stream.flush(), "eos"
+        return Delivery(text, chosen, end, None if end is None else self.usage)
 
     def cut_off(self, end: EndReason) -> Delivery:
         """Return the last delivery of a sequence that ends between two tokens, with the text that was held back."""
-        return Delivery(self._stops.flush(), None, end, self.usage)
+        return Delivery(self._stream.flush(), None, end, self.usage)
 
     def _adjusted(self, logits: FloatArray) -> FloatArray:
         r = self.request

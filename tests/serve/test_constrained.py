@@ -146,6 +146,34 @@ def test_calls_are_found_however_the_text_is_cut(size: int) -> None:
     assert calls == [ParsedCall("f", '{"a": 1, "b": true}')] * 2
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_tag_in_an_argument_does_not_end_the_call(size: int) -> None:
+    arguments = {"s": 'a </tool_call> "b\\" </tool_call>', "t": "<tool_call>"}
+    text = "<tool_call>\n" + json.dumps({"name": "f", "arguments": arguments}) + "\n</tool_call>"
+    parser, calls = ToolParser(), list[ParsedCall]()
+    for at in range(0, 2 * len(text), size):
+        calls += parser.push((text * 2)[at : at + size])[1]
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("f", arguments)] * 2
+    assert parser.flush() == ""
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{CALL}a\n\nb\n", "a\n\nb\n"),
+        (f"{CALL}\n\na\nb", "a\nb"),
+        (f"\na\nb\n\n{CALL}\n", "\na\nb"),
+        (f"a\n{CALL}\n\n{CALL}\nb\n{CALL}", "ab"),
+        ("\na\n\n", "\na\n\n"),
+    ],
+)
+def test_only_the_newlines_beside_a_call_are_dropped(text: str, expected: str, size: int) -> None:
+    parser = ToolParser()
+    content = "".join(parser.push(text[at : at + size])[0] for at in range(0, len(text), size))
+    assert content + parser.flush() == expected
+
+
 def test_text_that_only_begins_like_a_call_is_text() -> None:
     parser = ToolParser()
     assert parser.push("a <tool_")[0] + parser.push("x")[0] + parser.push("<tool")[0] + parser.flush() == (
@@ -174,6 +202,31 @@ def test_tools_are_offered_by_the_template_or_described() -> None:
     assert '"name": "f"' in described[0]["content"]
     assert described[2]["content"] == '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     assert "7" in described[3]["content"]
+
+
+@BAKED
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}, {"type": "text", "text": 5}, {}],
+)
+def test_a_part_that_is_no_text_is_refused_with_tools_too(client: openai.OpenAI, role: str, part: Any) -> None:
+    more = {"tool_call_id": "1"} if role == "tool" else {}
+    message: Any = {"role": role, "content": [{"type": "text", "text": "x"}, part], **more}
+    with pytest.raises(openai.BadRequestError, match="message 2"):
+        client.chat.completions.create(
+            model="tiny", messages=[*ASK["messages"], message], tools=TOOLS[:1], max_tokens=1
+        )
+    with pytest.raises(openai.BadRequestError, match="message 1"):
+        client.chat.completions.create(model="tiny", messages=[message], tools=TOOLS[:1], max_tokens=1)
+
+
+def test_parts_of_text_are_joined_where_tools_are_described() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages: Any = [{"role": "system", "content": parts}, {"role": "tool", "tool_call_id": "1", "content": parts}]
+    described, _ = with_tools(ChatTemplate("{{ messages }}"), messages, [Tool.model_validate(TOOLS[0])])
+    assert described[0]["content"].startswith("ab\n\nYou may call")
+    assert described[1]["content"] == "<tool_response>\nab\n</tool_response>"
 
 
 @BAKED
@@ -220,11 +273,14 @@ class Scripted:
 
 @BAKED
 @pytest.mark.parametrize("streamed", [False, True])
-def test_text_and_calls_of_an_answer_are_separate(serve: Any, tokenizer: Any, streamed: bool) -> None:
-    ids = [*tokenizer.encode(f"ok {CALL}", add_special_tokens=False).ids, 2]
+@pytest.mark.parametrize("value", ["a", "a </tool_call> b"])
+def test_text_and_calls_of_an_answer_are_separate(serve: Any, tokenizer: Any, streamed: bool, value: str) -> None:
+    written = json.dumps({"name": "f", "arguments": {"s": value}})
+    ids = [*tokenizer.encode(f"ok <tool_call>\n{written}\n</tool_call>", add_special_tokens=False).ids, 2]
     served = serve(change=lambda session: Scripted(session, ids))
     ask: Any = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": 0}
-    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
+    schema = {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]}
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     if not streamed:
         got = served.client().chat.completions.create(**ask, tools=tools)
         message, reason = got.choices[0].message, got.choices[0].finish_reason
@@ -238,4 +294,4 @@ def test_text_and_calls_of_an_answer_are_separate(serve: Any, tokenizer: Any, st
         calls = [call.function for d in deltas for call in d.tool_calls or ()]
         reason = chunks[-1].choices[0].finish_reason
     assert (content, reason) == ("ok ", "tool_calls")
-    assert [(c.name, json.loads(c.arguments)) for c in calls] == [("f", {"a": 1, "b": True})]
+    assert [(c.name, json.loads(c.arguments)) for c in calls] == [("f", {"s": value})]

@@ -159,17 +159,40 @@ REPORT: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def reported(bundle_path: Path, tmp_path: Path) -> Path:
-    """Return the bundle with a report."""
-    out = tmp_path / "reported"
+def with_report(bundle_path: Path, out: Path, text: str) -> Path:
+    """Return a copy of the bundle with a report of this text."""
     with staging_area(out) as staged:
         shutil.copytree(bundle_path, staged, dirs_exist_ok=True)
         (staged / "cushion.json").unlink()
         (staged / "report").mkdir()
-        (staged / "report" / "report.json").write_text(json.dumps(REPORT))
+        (staged / "report" / "report.json").write_text(text)
         publish(staged, out, {}, {})
     return out
+
+
+@pytest.fixture
+def reported(bundle_path: Path, tmp_path: Path) -> Path:
+    """Return the bundle with a report."""
+    return with_report(bundle_path, tmp_path / "reported", json.dumps(REPORT))
+
+
+@pytest.mark.parametrize("tiny", ["baked"], indirect=True)
+@pytest.mark.parametrize("text", ["{", json.dumps({**REPORT, "schema": 0}), json.dumps({**REPORT, "older": 1})])
+def test_a_bundle_whose_report_cannot_be_read_is_served_without_it(
+    serve: Any, bundle_path: Path, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serve(path=with_report(bundle_path, tmp_path / "other", text))
+    assert served.get("/proof").json()["report"] is None
+    assert "report.json is not a report" in caplog.text
+    done = served.client().completions.create(model="tiny", prompt="x", max_tokens=1)
+    assert done.usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("tiny", ["baked"], indirect=True)
+def test_the_panel_says_that_there_is_no_report(served: Any, browser: Chromium) -> None:
+    browser.open(served.url)
+    browser.until("document.title === 'tiny'")
+    assert browser.run("document.getElementById('sentence').textContent") == "This bundle has no readable report."
 
 
 @pytest.mark.parametrize("tiny", ["baked"], indirect=True)

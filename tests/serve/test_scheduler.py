@@ -188,17 +188,21 @@ def test_a_sequence_that_takes_too_long_is_cut_off(tiny: Any, tokenizer: Any) ->
     assert desk.got[job.key][-1].end == "timeout"
 
 
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("emptied", [False, True])
 def test_an_engine_that_fails_ends_its_batch_and_not_the_server(
-    tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, single: bool, emptied: bool
 ) -> None:
     session = tiny.session()
-    desk = Desk(BatchedRows(session, 2, KvPool(0)), tokenizer)
+    desk = Desk(SingleRow(session) if single else BatchedRows(session, 2, KvPool(0)), tokenizer)
     run = session.run
 
     def fail(*args: Any, **more: Any) -> Any:
+        if emptied:
+            session.reset()
         raise RuntimeError("out of memory")
 
-    (job,) = desk.submit(request([5], 40))
+    (job,) = desk.submit(request([5, 6, 7], 40))
     desk.scheduler.step()
     monkeypatch.setattr(session, "run", fail)
     desk.run()
@@ -206,10 +210,10 @@ def test_an_engine_that_fails_ends_its_batch_and_not_the_server(
     assert last.end == "error"
     assert "out of memory" in str(last.error)
     monkeypatch.setattr(session, "run", run)
-    r = request([6, 7], 6)
-    (job,) = desk.submit(r)
-    desk.run()
-    assert desk.tokens(job) == expected(tiny, tokenizer, r)[0]
+    for r in (request([5, 6, 7, 8], 6), request([6, 7], 6)):
+        (job,) = desk.submit(r)
+        desk.run()
+        assert desk.tokens(job) == expected(tiny, tokenizer, r)[0]
 
 
 def test_penalties_and_bias_follow_their_definition(tiny: Any, tokenizer: Any) -> None:
@@ -231,6 +235,32 @@ def test_penalties_and_bias_follow_their_definition(tiny: Any, tokenizer: Any) -
         np.testing.assert_allclose(delivery.token.logprob, logprobs[delivery.token.token_id], atol=1e-3)
         np.testing.assert_allclose([p for _, p in delivery.token.top], sorted(logprobs)[:-4:-1], atol=1e-3)
         new.append(delivery.token.token_id)
+
+
+class Ending:
+    """A grammar that allows every token and is complete behind some of them."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+
+    def forbid(self, logits: Any) -> Any:
+        return logits
+
+    def accept(self, token_id: int) -> bool:
+        self._left -= 1
+        return self._left == 0
+
+
+@pytest.mark.parametrize("longest", [5, 12])
+def test_a_complete_text_ends_with_what_was_held_back_for_a_stop(
+    tiny: Any, tokenizer: Any, desk: Desk, longest: int
+) -> None:
+    plain = request([5, 6, 7], 5)
+    tokens, text, end = expected(tiny, tokenizer, plain)
+    assert (end, text[-1:].strip()) == ("length", text[-1:])
+    (job,) = desk.submit(request([5, 6, 7], longest, stop=(f"{text[-1]}\0",), constraint=Ending(5)))
+    desk.run()
+    assert (desk.tokens(job), desk.text(job), desk.got[job.key][-1].end) == (tokens, text, "eos")
 
 
 def test_an_empty_stop_string_is_refused_at_once(desk: Desk) -> None:

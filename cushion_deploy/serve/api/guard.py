@@ -12,7 +12,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cushion_deploy.serve.api.errors import ApiError
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN_PATHS = ("/health", "/ready")
 """What needs no key, beside the files of the page."""
 _SECURITY = {

@@ -130,7 +130,7 @@ function row(cell, name, cells) {
 }
 
 function showReport(report, engine) {
-  $("sentence").textContent = report ? report.sentence : "This bundle has no report.";
+  $("sentence").textContent = report ? report.sentence : "This bundle has no readable report.";
   $("sentence").className = report ? report.status : "";
   const facts = [["Served by", engine]];
   if (report) {
