@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from cushion_deploy.runtime.text import TextGenerator
 from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.files import disk_errors
 
-_BEGIN = b'{"id": '
 _OTHER = "give the options of the run that wrote it to continue that run, or another --output"
 
 
@@ -56,6 +56,30 @@ class Job:
             "request": self.digest,
         }
 
+    def is_answer(self, line: bytes) -> bool:
+        """Return whether a whole line is an answer to this request with the same bundle and options."""
+        try:
+            value = json.loads(line)
+        except ValueError:
+            return False
+        return isinstance(value, dict) and (value.get("id"), value.get("request")) == (self.id, self.digest)
+
+    def begins(self, part: bytes) -> bool:
+        """Return whether a line that was cut off may be the beginning of an answer to this request."""
+        begin = f'{{"id": {json.dumps(self.id, ensure_ascii=False)}, "text": "'.encode()
+        if not part.startswith(begin):
+            return begin.startswith(part)
+        # With its end in place, only the newline is missing, and the digest can be compared.
+        return self.is_answer(part) or not _is_json(part)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
 
 def make_jobs(bundle: Bundle, requests: Sequence[Request], settings: Settings) -> list[Job]:
     """Encode all requests and check that the model has positions for them and their answers; no engine is needed.
@@ -85,23 +109,33 @@ def finished(file: Path, jobs: Sequence[Job]) -> tuple[int, int]:
     A last line that was cut off by an interruption does not count.
 
     Raises:
-        UsageError: the file has anything but answers to the first of these jobs.
+        UsageError: the file has anything but answers to the first of these jobs, or cannot be read.
     """
-    data = file.read_bytes() if file.exists() else b""
+    data = _read(file)
     *lines, rest = data.split(b"\n")
-    if len(lines) > len(jobs) or not (rest.startswith(_BEGIN) or _BEGIN.startswith(rest)):
+    if len(lines) > len(jobs) or (rest and not (len(lines) < len(jobs) and jobs[len(lines)].begins(rest))):
         raise UsageError(f"{file} exists and is not an interrupted run of these requests", hint=_OTHER)
     for number, (line, job) in enumerate(zip(lines, jobs, strict=False), 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict) or (value.get("id"), value.get("request")) != (job.id, job.digest):
+        if not job.is_answer(line):
             raise UsageError(
                 f"{file}:{number} is not the answer to request {job.id!r} with this bundle and these options",
                 hint=_OTHER,
             )
     return len(lines), len(data) - len(rest)
+
+
+def _read(file: Path) -> bytes:
+    """Return the bytes of a plain file; none if it does not exist."""
+    try:
+        # A pipe or a device would wait for a writer, and cannot be continued.
+        if stat.S_ISREG(os.stat(file).st_mode):
+            return file.read_bytes()
+    except FileNotFoundError:
+        if not file.is_symlink():
+            return b""
+    except OSError as e:
+        raise UsageError(f"cannot read {file}: {e.strerror}", hint="give a file that you may read and write") from e
+    raise UsageError(f"{file} is not a plain file", hint="give a new file, or that of an interrupted run")
 
 
 def write_answers(

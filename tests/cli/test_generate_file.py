@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,84 @@ def test_a_run_with_other_options_or_prompts_is_not_continued(
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["my thesis", "my thesis\n", '{"id": 1}\n', '{"id": 1, "request": "0"}\n' * 6, "[]\n"])
+UNTERMINATED = (
+    '{"id": 1, "prompt": "a"}',
+    '{"id": 1, "te": ',
+    '{"id": 2, "text": "a',
+    '{"id": "1", "text": "a',
+    '{"id": 1, "text": "a", "request": "0"}',
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["my thesis", "my thesis\n", '{"id": 1}\n', '{"id": 1, "request": "0"}\n' * 6, "[]\n", *UNTERMINATED]
+)
 def test_a_file_of_something_else_is_not_touched(answer: Any, tmp_path: Path, text: str) -> None:
     (tmp_path / "answers.jsonl").write_text(text)
     done = answer()
     assert done.code == 2
     assert (tmp_path / "answers.jsonl").read_text() == text
+
+
+def test_more_than_all_answers_is_not_cut_off(answer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    assert answer().code == 0
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"id": ')
+    assert answer().code == 2
+    assert file.read_bytes() == whole + b'{"id": '
+
+
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+def test_the_input_is_not_the_output(answer: Any, source: Path, tmp_path: Path, link: str | None) -> None:
+    text = '{"id": 1, "prompt": "a"}'
+    source.write_text(text)
+    output = source
+    if link:
+        output = tmp_path / "same.jsonl"
+        getattr(output, link)(source)
+    done = answer(output=output)
+    assert done.code == 2, done.err
+    assert "are the same file" in done.err
+    assert source.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("folder", "is not a plain file"),
+        ("pipe", "is not a plain file"),
+        ("nowhere", "is not a plain file"),
+        ("long", "cannot read"),
+    ],
+)
+def test_an_output_that_is_no_file_is_named(answer: Any, tmp_path: Path, kind: str, words: str) -> None:
+    output = tmp_path / ("x" * 300 if kind == "long" else "out")
+    if kind == "folder":
+        output.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(output)
+    elif kind == "nowhere":
+        output.symlink_to(tmp_path / "gone")
+    done = answer(output=output)
+    assert done.code == 2, done.err
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+def test_an_output_that_cannot_be_read_is_named(answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, real = tmp_path / "answers.jsonl", Path.read_bytes
+    file.write_text("x")
+
+    def refused(self: Path) -> bytes:
+        if self == file:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    done = answer()
+    assert done.code == 2, done.err
+    assert f"cannot read {file}: Permission denied" in done.err
 
 
 BAD = {
