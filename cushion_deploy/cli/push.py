@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.terminal import echo
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime.hub import is_hub_name
 from cushion_deploy.store import read_manifest
@@ -28,7 +29,7 @@ def command(bundle: Path, name: str, private: bool, as_json: bool) -> None:
         raise UsageError(f"'{name}' is not the name of a repository", hint="give org/name")
     model = str(read_manifest(bundle).recipe.get("model")) if bundle.is_dir() else ""
     if Path(model).is_absolute():
-        click.echo(f"note: the recipe in the bundle names the path {model}, and others will read it", err=True)
+        echo(f"note: the recipe in the bundle names the path {model}, and others will read it", err=True)
     done = push_bundle(bundle, name, private=private)
     if as_json:
         click.echo(json.dumps(asdict(done)))
