@@ -151,6 +151,11 @@ def test_a_damaged_bundle_is_not_sent_and_a_damaged_file_not_run(
     ("arguments", "more", "code", "words"),
     [
         (("verify", "org/nowhere"), {}, 2, "does not exist or is not open to you"),
+        (("verify", "models/out--int8"), {}, 2, "models/out--int8 does not exist"),
+        (("generate", "out/bundle.", "a"), {}, 2, "out/bundle. does not exist"),
+        (("verify", "out/bundle.git"), {}, 2, "out/bundle.git does not exist"),
+        (("chat", f"out/{'b' * 96}"), {}, 2, "does not exist"),
+        (("push", "BUNDLE", "org/a--b"), {}, 2, "'org/a--b' is not the name of a repository"),
         (("verify", f"{NAME}@v9"), {}, 2, "no such revision"),
         (("verify", "org/plain"), {}, 2, "is not a bundle: it has no cushion.json"),
         (("chat", "org/pickled"), {}, 4, "lists the pickle 'evil.bin'"),
@@ -171,6 +176,16 @@ def test_what_goes_wrong_is_said(
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert "evil.bin" not in hub.fetched
+
+
+def test_a_name_that_only_the_library_refuses_is_bad_input() -> None:
+    from huggingface_hub.errors import HFValidationError
+
+    from cushion_deploy.errors import UsageError
+    from cushion_deploy.runtime.hub import hub_errors
+
+    with pytest.raises(UsageError, match="'a/b' is not a name that the hub allows: no"), hub_errors("a/b"):
+        raise HFValidationError("no")
 
 
 def test_a_cache_that_cannot_be_written_is_named(pushed: Any, run: Run, tmp_path: Path) -> None:
