@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Job:
     """A request as token ids, with a digest of everything that decides its answer."""
 
     id: RequestId
+    where: str
     prompt_ids: Sequence[int]
     digest: str
 
@@ -92,15 +94,22 @@ def make_jobs(bundle: Bundle, requests: Sequence[Request], settings: Settings) -
 
 
 def _job(bundle: Bundle, request: Request, max_new_tokens: int, decides: list[Any]) -> Job:
-    try:
+    with _named(request.where):
         if request.messages is not None:
             ids = bundle.encode_chat(request.messages)
         else:
             ids = bundle.encode_prompt(request.prompt or "")
         check_request(bundle.contract, ids, max_new_tokens)
+    return Job(request.id, request.where, ids, digest_json([*decides, ids])[:16])
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Begin the message of a UsageError with the file and line that it is about."""
+    try:
+        yield
     except UsageError as e:
-        raise UsageError(f"{request.where}: {e.message}", hint=e.hint) from e
-    return Job(request.id, ids, digest_json([*decides, ids])[:16])
+        raise UsageError(f"{where}: {e.message}", hint=e.hint) from e
 
 
 def finished(file: Path, jobs: Sequence[Job]) -> tuple[int, int]:
@@ -146,8 +155,12 @@ def write_answers(
     Every batch is on disk before the next one begins.
 
     Raises:
-        UsageError: the file has something else in it, or cannot be written.
+        UsageError: a request is too long for the engine, whose context may be shorter than the bundle's (file and line
+            are named, and nothing has run); or the file has something else in it, or cannot be written.
     """
+    for job in jobs:
+        with _named(job.where):
+            check_request(generator.session.contract, job.prompt_ids, settings.max_new_tokens)
     with disk_errors(file):
         done, size = finished(file, jobs)
         with open(file, "r+b" if file.exists() else "xb") as out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -141,6 +142,30 @@ def test_a_file_of_something_else_is_not_touched(answer: Any, tmp_path: Path, te
     done = answer()
     assert done.code == 2
     assert (tmp_path / "answers.jsonl").read_text() == text
+
+
+def test_a_prompt_too_long_for_the_engine_alone_is_named_before_anything_runs(
+    answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cushion_deploy.cli import generate
+    from cushion_deploy.runtime import answers
+
+    opened = generate.open_engine
+
+    def short(*arguments: Any) -> Any:
+        """Open an engine whose plan was compiled for a shorter context, as TensorRT plans may be."""
+        session = opened(*arguments)
+        contract = session.contract
+        session.contract = dataclasses.replace(contract, max_positions=contract.prefix_length + 20)
+        return session
+
+    monkeypatch.setattr(generate, "open_engine", short)
+    monkeypatch.setattr(answers, "generate_batch", lambda *_, **__: pytest.fail("the engine has run"))
+    done = answer()
+    assert done.code == 2, done.err
+    assert "prompts.jsonl:2: " in done.err
+    assert "more than the 20 that" in done.err
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_more_than_all_answers_is_not_cut_off(answer: Any, tmp_path: Path) -> None:
