@@ -21,10 +21,10 @@ _FORM = "give the folder of a bundle, or org/name (or org/name@revision) of one 
 
 def is_hub_name(name: str) -> bool:
     """Return whether a text has the form ``org/name``."""
-    # The hub's own rule; a path of this form, such as one with a hyphen at its end, is that of a folder.
-    edges = all(part[-1].isalnum() or part[-1] == "_" for part in name.split("/") if part)
-    usual = not any(odd in name for odd in ("--", "..")) and not name.endswith(".git") and len(name) <= _LONGEST
-    return re.fullmatch(_NAME, name) is not None and edges and usual
+    # The hub's own rule; a path of this form, such as `out/model--int8`, can only be a folder.
+    if not re.fullmatch(_NAME, name) or "--" in name or ".." in name or name.endswith(".git"):
+        return False
+    return all(part[-1] not in ".-" and len(part) <= _LONGEST for part in name.split("/"))
 
 
 def local_bundle(bundle: Path | str) -> Path:
