@@ -23,7 +23,8 @@ from cushion_deploy.verbs.push import push_bundle
 def command(bundle: Path, name: str, private: bool, as_json: bool) -> None:
     """Verify BUNDLE and put it on the Hugging Face hub as NAME (org/name), in one commit.
 
-    Log in with `hf auth login` first, or set HF_TOKEN. `generate`, `chat` and `verify` then take NAME.
+    Log in with `hf auth login` first, or set HF_TOKEN. `generate`, `chat`, `serve` and `verify` then take NAME.
+    A later push removes what only the earlier bundle had; a repository with other files and no bundle is refused.
     """
     if not is_hub_name(name):
         raise UsageError(f"'{name}' is not the name of a repository", hint="give org/name")
