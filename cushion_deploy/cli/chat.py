@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from cushion_deploy.cli.generation_options import generation_options, make_params
-from cushion_deploy.cli.terminal import echo_generated
-from cushion_deploy.errors import UsageError
+from cushion_deploy.cli.terminal import echo, echo_generated
+from cushion_deploy.errors import CushionError, UsageError
 from cushion_deploy.runtime import load
 from cushion_deploy.runtime.conversation import Conversation
 from cushion_deploy.runtime.draft import make_draft
@@ -76,8 +76,8 @@ def _in_terminal(talk: Conversation) -> None:
         try:
             if not _handle(talk, line):
                 return
-        except UsageError as e:
-            click.echo(f"error: {e.message}\n  -> {e.hint}", err=True)
+        except CushionError as e:
+            echo(f"error: {e.message}\n  -> {e.hint}", err=True)
         except KeyboardInterrupt:
             click.echo("\n[stopped]", err=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,8 @@ def _answer_file(
         )
     require_parent(answers)
     lines = read_requests(requests)
+    if os.path.exists(answers) and answers.samefile(requests):
+        raise UsageError(f"--input and --output are the same file, {requests}", hint="give another --output")
     bundle = open_bundle(local_bundle(path))
     jobs = make_jobs(bundle, lines, settings)
     done, _ = finished(answers, jobs)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
+from cushion_deploy.cli.terminal import echo
 from cushion_deploy.core.artifacts import read_kv_scales, read_prefix, read_scales
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
 from cushion_deploy.errors import CheckFailed, MissingDependency, UsageError
@@ -25,7 +26,7 @@ def command(path: Path, as_json: bool) -> None:
         return
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        click.echo(f"{name:<{width}}  {value}")
+        echo(f"{name:<{width}}  {value}")
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, missing_module
+from cushion_deploy.printable import controls_visible
 from cushion_deploy.store.manifest import tool_version
 
 VERBS = {
@@ -132,7 +133,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _bug(error: Exception) -> int:
-    traceback.print_exception(error, file=sys.stderr)
+    _print_error("".join(traceback.format_exception(error)).rstrip())
     _print_error(f"error: {type(error).__name__}: {error}")
     _print_error("  -> this is a bug in cushion-deploy; please report it with the traceback above")
     return ExitCode.BUG
@@ -143,7 +144,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _print_error(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(controls_visible(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

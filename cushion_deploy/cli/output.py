@@ -19,7 +19,9 @@ def require_new_folder(output: Path) -> None:
 
 def require_parent(file: Path) -> None:
     """Check before long work that a file can be written to its folder."""
-    if not file.absolute().parent.is_dir():
+    with disk_errors(file):
+        found = file.absolute().parent.is_dir()
+    if not found:
         raise UsageError(f"the folder of {file} does not exist", hint="create it first, or choose another folder")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.terminal import echo
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime.hub import is_hub_name
 from cushion_deploy.store import read_manifest
@@ -22,13 +23,14 @@ from cushion_deploy.verbs.push import push_bundle
 def command(bundle: Path, name: str, private: bool, as_json: bool) -> None:
     """Verify BUNDLE and put it on the Hugging Face hub as NAME (org/name), in one commit.
 
-    Log in with `hf auth login` first, or set HF_TOKEN. `generate`, `chat` and `verify` then take NAME.
+    Log in with `hf auth login` first, or set HF_TOKEN. `generate`, `chat`, `serve` and `verify` then take NAME.
+    A later push removes what only the earlier bundle had; a repository with other files and no bundle is refused.
     """
     if not is_hub_name(name):
         raise UsageError(f"'{name}' is not the name of a repository", hint="give org/name")
     model = str(read_manifest(bundle).recipe.get("model")) if bundle.is_dir() else ""
     if Path(model).is_absolute():
-        click.echo(f"note: the recipe in the bundle names the path {model}, and others will read it", err=True)
+        echo(f"note: the recipe in the bundle names the path {model}, and others will read it", err=True)
     done = push_bundle(bundle, name, private=private)
     if as_json:
         click.echo(json.dumps(asdict(done)))

@@ -106,7 +106,7 @@ def command(
 
 
 def _summary(study: Any) -> list[str]:
-    from cushion_deploy.report.render.printable import one_line
+    from cushion_deploy.printable import one_line
     from cushion_deploy.study.document import PARTS
     from cushion_deploy.study.statements import headline, sentences
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.terminal import echo
 from cushion_deploy.runtime.hub import local_bundle
 from cushion_deploy.store import changed_documents, verify_bundle
 
@@ -30,4 +31,4 @@ def command(bundle: Path, as_json: bool) -> None:
     click.echo(f"manifest {manifest.digest}")
     if changed := changed_documents(bundle, manifest):
         words = ", ".join(f"{name} ({what})" for name, what in changed.items())
-        click.echo(f"not compared, because no run reads them: {words}")
+        echo(f"not compared, because no run reads them: {words}")

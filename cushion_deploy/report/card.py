@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 from cushion_deploy.core.origin import Origin
+from cushion_deploy.printable import one_line
 from cushion_deploy.report import sections, statements
 from cushion_deploy.report.document import Report
 from cushion_deploy.report.render.elements import Page, Paragraph, Preformatted, Section, Span, Text
 from cushion_deploy.report.render.formatting import model_name
 from cushion_deploy.report.render.markdown import render_markdown
-from cushion_deploy.report.render.printable import one_line
 from cushion_deploy.report.scores import text_words
 
 CARD_NAME = "README.md"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cushion_deploy.printable import one_line
 from cushion_deploy.report.document import Report, Stage
 from cushion_deploy.report.document.measurements import Calibration, LayerMagnitude, Magnitudes, Perplexity
 from cushion_deploy.report.render.axes import (
@@ -22,7 +23,6 @@ from cushion_deploy.report.render.axes import (
 )
 from cushion_deploy.report.render.drawing import WIDE_LIGHT, Canvas, Drawing, Painter, draw, new_figure, settings
 from cushion_deploy.report.render.formatting import duration, perplexity
-from cushion_deploy.report.render.printable import one_line
 from cushion_deploy.report.statements import has_prefix
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from cushion_deploy.printable import one_line
 from cushion_deploy.report import sections
 from cushion_deploy.report.document import Report
 from cushion_deploy.report.provenance import environment_section, recipe_section
 from cushion_deploy.report.render.drawing import Drawing
 from cushion_deploy.report.render.elements import Fact, Page, Section, Span
 from cushion_deploy.report.render.formatting import count, date_time, duration, model_name, plural, size
-from cushion_deploy.report.render.printable import one_line
 from cushion_deploy.report.statements import failed_checks, verdict
 
 _STATUS = {"passed": "Passed", "incomplete": "Incomplete", "failed": "Failed"}

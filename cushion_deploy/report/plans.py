@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cushion_deploy.printable import one_line, visible
 from cushion_deploy.report.document import Engine, LargestValue, PlanType, Report
-from cushion_deploy.report.render.printable import one_line, visible
 
 HALF_MAX = 65504.0
 """Largest finite value of float16."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from cushion_deploy.printable import one_line
 from cushion_deploy.report.document.measurements import LATER_WINDOW, Chat, Columns, Perplexity
 from cushion_deploy.report.render.formatting import NONE, excerpt, extent, percent, perplexity, plural, with_error
-from cushion_deploy.report.render.printable import one_line
 
 COLUMNS = ("FP", "FP + prefix", "quantized", "quantized + prefix")
 KL, LATER, ERROR = "KL from FP, nats/token", "KL from position 16 on", "standard error"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cushion_deploy.printable import one_line
 from cushion_deploy.report.document import Engine, ParityRow, Report
 from cushion_deploy.report.document.measurements import Magnitudes
 from cushion_deploy.report.document.prefix import Averaging, Choice, ChoiceCandidate, Tuning
@@ -19,7 +20,6 @@ from cushion_deploy.report.render.formatting import (
     value_and_limit,
     with_error,
 )
-from cushion_deploy.report.render.printable import one_line
 from cushion_deploy.report.scores import excerpt_words
 
 Status = Literal["passed", "incomplete", "failed"]

@@ -9,10 +9,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cushion_deploy.printable import one_line, visible
 from cushion_deploy.report import plans, scores, statements
 from cushion_deploy.report.document import Engine, ParityRow, Report
 from cushion_deploy.report.render.formatting import duration
-from cushion_deploy.report.render.printable import one_line, visible
 
 WIDTH = 80
 _COLOURS = {"passed": "green", "incomplete": "yellow", "failed": "red"}

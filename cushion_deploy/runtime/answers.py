@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ from cushion_deploy.runtime.text import TextGenerator
 from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.files import disk_errors
 
-_BEGIN = b'{"id": '
 _OTHER = "give the options of the run that wrote it to continue that run, or another --output"
 
 
@@ -42,6 +43,7 @@ class Job:
     """A request as token ids, with a digest of everything that decides its answer."""
 
     id: RequestId
+    where: str
     prompt_ids: Sequence[int]
     digest: str
 
@@ -56,6 +58,30 @@ class Job:
             "request": self.digest,
         }
 
+    def is_answer(self, line: bytes) -> bool:
+        """Return whether a whole line is an answer to this request with the same bundle and options."""
+        try:
+            value = json.loads(line)
+        except ValueError:
+            return False
+        return isinstance(value, dict) and (value.get("id"), value.get("request")) == (self.id, self.digest)
+
+    def begins(self, part: bytes) -> bool:
+        """Return whether a line that was cut off may be the beginning of an answer to this request."""
+        begin = f'{{"id": {json.dumps(self.id, ensure_ascii=False)}, "text": "'.encode()
+        if not part.startswith(begin):
+            return begin.startswith(part)
+        # With its end in place, only the newline is missing, and the digest can be compared.
+        return self.is_answer(part) or not _is_json(part)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
 
 def make_jobs(bundle: Bundle, requests: Sequence[Request], settings: Settings) -> list[Job]:
     """Encode all requests and check that the model has positions for them and their answers; no engine is needed.
@@ -68,15 +94,22 @@ def make_jobs(bundle: Bundle, requests: Sequence[Request], settings: Settings) -
 
 
 def _job(bundle: Bundle, request: Request, max_new_tokens: int, decides: list[Any]) -> Job:
-    try:
+    with _named(request.where):
         if request.messages is not None:
             ids = bundle.encode_chat(request.messages)
         else:
             ids = bundle.encode_prompt(request.prompt or "")
         check_request(bundle.contract, ids, max_new_tokens)
+    return Job(request.id, request.where, ids, digest_json([*decides, ids])[:16])
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Begin the message of a UsageError with the file and line that it is about."""
+    try:
+        yield
     except UsageError as e:
-        raise UsageError(f"{request.where}: {e.message}", hint=e.hint) from e
-    return Job(request.id, ids, digest_json([*decides, ids])[:16])
+        raise UsageError(f"{where}: {e.message}", hint=e.hint) from e
 
 
 def finished(file: Path, jobs: Sequence[Job]) -> tuple[int, int]:
@@ -85,23 +118,33 @@ def finished(file: Path, jobs: Sequence[Job]) -> tuple[int, int]:
     A last line that was cut off by an interruption does not count.
 
     Raises:
-        UsageError: the file has anything but answers to the first of these jobs.
+        UsageError: the file has anything but answers to the first of these jobs, or cannot be read.
     """
-    data = file.read_bytes() if file.exists() else b""
+    data = _read(file)
     *lines, rest = data.split(b"\n")
-    if len(lines) > len(jobs) or not (rest.startswith(_BEGIN) or _BEGIN.startswith(rest)):
+    if len(lines) > len(jobs) or (rest and not (len(lines) < len(jobs) and jobs[len(lines)].begins(rest))):
         raise UsageError(f"{file} exists and is not an interrupted run of these requests", hint=_OTHER)
     for number, (line, job) in enumerate(zip(lines, jobs, strict=False), 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict) or (value.get("id"), value.get("request")) != (job.id, job.digest):
+        if not job.is_answer(line):
             raise UsageError(
                 f"{file}:{number} is not the answer to request {job.id!r} with this bundle and these options",
                 hint=_OTHER,
             )
     return len(lines), len(data) - len(rest)
+
+
+def _read(file: Path) -> bytes:
+    """Return the bytes of a plain file; none if it does not exist."""
+    try:
+        # A pipe or a device would wait for a writer, and cannot be continued.
+        if stat.S_ISREG(os.stat(file).st_mode):
+            return file.read_bytes()
+    except FileNotFoundError:
+        if not file.is_symlink():
+            return b""
+    except OSError as e:
+        raise UsageError(f"cannot read {file}: {e.strerror}", hint="give a file that you may read and write") from e
+    raise UsageError(f"{file} is not a plain file", hint="give a new file, or that of an interrupted run")
 
 
 def write_answers(
@@ -112,8 +155,12 @@ def write_answers(
     Every batch is on disk before the next one begins.
 
     Raises:
-        UsageError: the file has something else in it, or cannot be written.
+        UsageError: a request is too long for the engine, whose context may be shorter than the bundle's (file and line
+            are named, and nothing has run); or the file has something else in it, or cannot be written.
     """
+    for job in jobs:
+        with _named(job.where):
+            check_request(generator.session.contract, job.prompt_ids, settings.max_new_tokens)
     with disk_errors(file):
         done, size = finished(file, jobs)
         with open(file, "r+b" if file.exists() else "xb") as out:

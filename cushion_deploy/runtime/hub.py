@@ -15,12 +15,16 @@ from cushion_deploy.store.manifest import MANIFEST_NAME, PICKLE_SUFFIXES, read_m
 
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _REFERENCE = re.compile(rf"({_NAME})(?:@([A-Za-z0-9][\w./-]*))?")
+_LONGEST = 96
 _FORM = "give the folder of a bundle, or org/name (or org/name@revision) of one on the hub"
 
 
 def is_hub_name(name: str) -> bool:
     """Return whether a text has the form ``org/name``."""
-    return re.fullmatch(_NAME, name) is not None
+    # The hub's own rule; a path of this form, such as `out/model--int8`, can only be a folder.
+    if not re.fullmatch(_NAME, name) or "--" in name or ".." in name or name.endswith(".git"):
+        return False
+    return all(part[-1] not in ".-" and len(part) <= _LONGEST for part in name.split("/"))
 
 
 def local_bundle(bundle: Path | str) -> Path:
@@ -34,7 +38,7 @@ def local_bundle(bundle: Path | str) -> Path:
         UntrustedArtifact: its manifest is damaged or lists a pickle.
     """
     path, found = Path(bundle), _REFERENCE.fullmatch(str(bundle))
-    if path.exists() or path.is_symlink() or not found:
+    if path.exists() or path.is_symlink() or not found or not is_hub_name(found[1]):
         return path
     return fetch_bundle(found[1], found[2])
 
@@ -81,7 +85,8 @@ def hub_errors(name: str) -> Iterator[None]:
     """Turn the errors of huggingface_hub into those of this project; others pass unchanged.
 
     Raises:
-        UsageError: the repository does not exist, is private, or refuses the request; or the cache is full.
+        UsageError: the name is not allowed; the repository does not exist, is private, or refuses the request; or the
+            cache is full.
         MissingDependency: the hub cannot be reached.
     """
     from huggingface_hub import errors
@@ -90,6 +95,9 @@ def hub_errors(name: str) -> Iterator[None]:
         yield
     except CushionError:
         raise
+    except errors.HFValidationError as e:
+        reason = str(e).splitlines()[0][:200]
+        raise UsageError(f"'{name}' is not a name that the hub allows: {reason}", hint=_FORM) from e
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as e:
         raise UsageError(
             f"there is no '{name}' on this machine, and on the hub it does not exist or is not open to you",

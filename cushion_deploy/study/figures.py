@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cushion_deploy.printable import one_line
 from cushion_deploy.report.figures import magnitudes_figure
 from cushion_deploy.report.render.axes import Series, category_figure, layer_panels, legend, log_ticks
 from cushion_deploy.report.render.drawing import WIDE_LIGHT, Canvas, Drawing, Painter, draw
-from cushion_deploy.report.render.printable import one_line
 from cushion_deploy.study.document import Attention, LayerAttention, Score, Study
 from cushion_deploy.study.tables import on
 

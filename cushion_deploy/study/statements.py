@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from cushion_deploy.printable import visible
 from cushion_deploy.report.render.formatting import (
     count,
     duration,
@@ -17,7 +18,6 @@ from cushion_deploy.report.render.formatting import (
     plural,
     signed,
 )
-from cushion_deploy.report.render.printable import visible
 from cushion_deploy.report.statements import magnitude_sentence
 from cushion_deploy.study.comparisons import lower, nats, over
 from cushion_deploy.study.document import PARTS, LayerAttention, Pair, Step, Study, Text

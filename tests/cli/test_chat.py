@@ -32,6 +32,22 @@ Decoding.next = slow
 main()
 """
 
+# Two messages end in errors: one of the chat template, one of the engine.
+FAILING = """
+from cushion_deploy.cli.main import main
+from cushion_deploy.errors import CheckFailed, UsageError
+from cushion_deploy.runtime.conversation import Conversation
+real = Conversation.answer
+def answer(self, text):
+    if text == "refuse":
+        raise UsageError("the template says \\x1b]0;owned\\x07\\u200f", hint="ask something else")
+    if text == "fail":
+        raise CheckFailed("a logit is NaN", hint="take another engine")
+    return real(self, text)
+Conversation.answer = answer
+main()
+"""
+
 
 @pytest.fixture
 def piped(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
@@ -98,7 +114,7 @@ def test_a_draft_changes_no_answer(piped: Any, planted_bundle: Any) -> None:
 @pytest.mark.parametrize(
     ("terminal", "text", "shown"),
     [
-        (True, "a\tb\n\x1b[2J\x9b2J\r\x07\u202eé中", "a\tb\n\ufffd[2J\ufffd2J\ufffd\ufffd\ufffdé中"),
+        (True, "a\tb\n\x1b[2J\x9b2J\r\x07\u202eé中", "a\tb\n‹U+001B›[2J‹U+009B›2J‹U+000D›‹U+0007›‹U+202E›é中"),
         (False, "a\tb\n\x9b2J\r\x07\u202eé中", "a\tb\n\x9b2J\r\x07\u202eé中"),
     ],
 )
@@ -110,6 +126,28 @@ def test_a_model_does_not_control_the_terminal(
     monkeypatch.setattr(sys, "stdout", out)
     echo_generated(text)
     assert out.getvalue() == shown
+
+
+def test_an_error_in_a_terminal_does_not_control_it_and_loses_no_conversation(
+    planted_bundle: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.jsonl"
+    lines = ["Hi", "refuse", "fail", f"/save {file}", "/exit"]
+    done = in_terminal(FAILING, planted_bundle.bundle, lines)
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stderr) & {"\x1b", "\x07", "\u200f"}
+    assert "error: the template says ‹U+001B›]0;owned‹U+0007›‹U+200F›" in done.stderr
+    assert "error: a logit is NaN\n  -> take another engine" in done.stderr
+    assert json.loads(file.read_text())["messages"][0] == {"role": "user", "content": "Hi"}
+
+
+def in_terminal(program: str, bundle: Path, lines: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run `chat` with a terminal as stdin, in which the lines are typed."""
+    ours, theirs = pty.openpty()
+    os.write(ours, "".join(f"{line}\n" for line in lines).encode())
+    command = [sys.executable, "-c", program, "chat", str(bundle), "--max-new-tokens", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(command, stdin=theirs, capture_output=True, text=True, env=environment, timeout=120)
 
 
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_errors_do_not_end_it(planted_bundle: Any, tmp_path: Path) -> None:

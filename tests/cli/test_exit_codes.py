@@ -383,3 +383,28 @@ def test_a_graph_that_is_not_what_was_exported_reaches_no_engine(
     done = cli("engine", folder, "--engine", "onnxruntime", "--output", tmp_path / "engine")
     assert done.code == 4
     assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_an_error_does_not_control_the_terminal(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, expected: bool
+) -> None:
+    text = "\x1b]0;owned\x07\u200f"
+
+    def failing(path: Path) -> None:
+        raise errors.UntrustedArtifact(text, hint=text) if expected else ValueError(text)
+
+    monkeypatch.setattr("cushion_deploy.cli.verify.verify_bundle", failing)
+    done = cli("verify", tmp_path)
+    assert done.code == (4 if expected else 70)
+    assert not set(done.err) & set("\x1b\x07\u200f")
+    assert done.err.count("‹U+001B›]0;owned‹U+0007›‹U+200F›") == 2
+
+
+def test_the_name_of_an_added_document_does_not_control_the_terminal(cli: Any, copy: Path) -> None:
+    (copy / ".git").mkdir()
+    (copy / ".git" / "\x1b[2J\u202e").write_text("")
+    done = cli("verify", copy)
+    assert done.code == 0, done.err
+    assert ".git/‹U+001B›[2J‹U+202E› (added)" in done.out
+    assert "\x1b" not in done.out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +125,108 @@ def test_a_run_with_other_options_or_prompts_is_not_continued(
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["my thesis", "my thesis\n", '{"id": 1}\n', '{"id": 1, "request": "0"}\n' * 6, "[]\n"])
+UNTERMINATED = (
+    '{"id": 1, "prompt": "a"}',
+    '{"id": 1, "te": ',
+    '{"id": 2, "text": "a',
+    '{"id": "1", "text": "a',
+    '{"id": 1, "text": "a", "request": "0"}',
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["my thesis", "my thesis\n", '{"id": 1}\n', '{"id": 1, "request": "0"}\n' * 6, "[]\n", *UNTERMINATED]
+)
 def test_a_file_of_something_else_is_not_touched(answer: Any, tmp_path: Path, text: str) -> None:
     (tmp_path / "answers.jsonl").write_text(text)
     done = answer()
     assert done.code == 2
     assert (tmp_path / "answers.jsonl").read_text() == text
+
+
+def test_a_prompt_too_long_for_the_engine_alone_is_named_before_anything_runs(
+    answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cushion_deploy.cli import generate
+    from cushion_deploy.runtime import answers
+
+    opened = generate.open_engine
+
+    def short(*arguments: Any) -> Any:
+        """Open an engine whose plan was compiled for a shorter context, as TensorRT plans may be."""
+        session = opened(*arguments)
+        contract = session.contract
+        session.contract = dataclasses.replace(contract, max_positions=contract.prefix_length + 20)
+        return session
+
+    monkeypatch.setattr(generate, "open_engine", short)
+    monkeypatch.setattr(answers, "generate_batch", lambda *_, **__: pytest.fail("the engine has run"))
+    done = answer()
+    assert done.code == 2, done.err
+    assert "prompts.jsonl:2: " in done.err
+    assert "more than the 20 that" in done.err
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_more_than_all_answers_is_not_cut_off(answer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    assert answer().code == 0
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"id": ')
+    assert answer().code == 2
+    assert file.read_bytes() == whole + b'{"id": '
+
+
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+def test_the_input_is_not_the_output(answer: Any, source: Path, tmp_path: Path, link: str | None) -> None:
+    text = '{"id": 1, "prompt": "a"}'
+    source.write_text(text)
+    output = source
+    if link:
+        output = tmp_path / "same.jsonl"
+        getattr(output, link)(source)
+    done = answer(output=output)
+    assert done.code == 2, done.err
+    assert "are the same file" in done.err
+    assert source.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("folder", "is not a plain file"),
+        ("pipe", "is not a plain file"),
+        ("nowhere", "is not a plain file"),
+        ("long", "cannot read"),
+    ],
+)
+def test_an_output_that_is_no_file_is_named(answer: Any, tmp_path: Path, kind: str, words: str) -> None:
+    output = tmp_path / ("x" * 300 if kind == "long" else "out")
+    if kind == "folder":
+        output.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(output)
+    elif kind == "nowhere":
+        output.symlink_to(tmp_path / "gone")
+    done = answer(output=output)
+    assert done.code == 2, done.err
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+def test_an_output_that_cannot_be_read_is_named(answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, real = tmp_path / "answers.jsonl", Path.read_bytes
+    file.write_text("x")
+
+    def refused(self: Path) -> bytes:
+        if self == file:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    done = answer()
+    assert done.code == 2, done.err
+    assert f"cannot read {file}: Permission denied" in done.err
 
 
 BAD = {

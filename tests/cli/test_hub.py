@@ -89,16 +89,47 @@ def test_a_folder_fetched_by_the_hubs_own_command_is_a_bundle(pushed: Any, run: 
     assert ".gitattributes (added)" in done.stdout
 
 
-def test_a_later_push_removes_what_the_bundle_no_longer_has(
+def test_a_later_push_removes_what_only_the_earlier_bundle_had(
     hub: FakeHub, pushed: Any, run: Run, tiny_bundle: Any
 ) -> None:
     repository = hub.repositories["org/old"] = Repository()
-    repository.commit({"engines/old/plan.engine": b"x", "LICENSE": b"y", ".gitattributes": b"z"})
+    plan = "engines/old/plan.engine"
+    theirs = {"LICENSE": b"y", ".gitattributes": b"z", "pytorch/model.safetensors": b"w"}
+    repository.commit({**listing(remote(hub), plan), plan: b"x", **theirs})
     done = run("push", tiny_bundle.bundle, "org/old")
     assert done.returncode == 0, done.stderr
     assert "1 of an earlier bundle removed" in done.stdout
     assert "names the path" in done.stderr
-    assert set(remote(hub, "org/old")) - set(remote(hub)) == {"LICENSE"}
+    found = remote(hub, "org/old")
+    assert set(found) == set(remote(hub)) | set(theirs)
+    assert {name: found[name] for name in theirs} == theirs
+    assert found["cushion.json"] == remote(hub)["cushion.json"]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"README.md": b"a", "model.safetensors": b"w"}, "'model.safetensors'), and no cushion.json"),
+        ({"cushion.json": b"{}", "model.safetensors": b"w"}, "is not known: cushion.json has no valid schema"),
+    ],
+)
+def test_a_repository_of_something_else_is_left_alone(
+    hub: FakeHub, pushed: Any, run: Run, tiny_bundle: Any, files: dict[str, bytes], words: str
+) -> None:
+    repository = hub.repositories["org/checkpoint"] = Repository()
+    repository.commit(files)
+    done = run("push", tiny_bundle.bundle, "org/checkpoint")
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert len(repository.commits) == 1
+
+
+def test_a_repository_with_documents_only_is_free(hub: FakeHub, pushed: Any, run: Run, tiny_bundle: Any) -> None:
+    hub.repositories["org/free"] = Repository()
+    hub.repositories["org/free"].commit({"README.md": b"a", "LICENSE": b"y"})
+    done = run("push", tiny_bundle.bundle, "org/free")
+    assert done.returncode == 0, done.stderr
+    assert remote(hub, "org/free")["LICENSE"] == b"y"
 
 
 def test_a_damaged_bundle_is_not_sent_and_a_damaged_file_not_run(
@@ -120,6 +151,11 @@ def test_a_damaged_bundle_is_not_sent_and_a_damaged_file_not_run(
     ("arguments", "more", "code", "words"),
     [
         (("verify", "org/nowhere"), {}, 2, "does not exist or is not open to you"),
+        (("verify", "models/out--int8"), {}, 2, "models/out--int8 does not exist"),
+        (("generate", "out/bundle.", "a"), {}, 2, "out/bundle. does not exist"),
+        (("verify", "out/bundle.git"), {}, 2, "out/bundle.git does not exist"),
+        (("chat", f"out/{'b' * 96}"), {}, 2, "does not exist"),
+        (("push", "BUNDLE", "org/a--b"), {}, 2, "'org/a--b' is not the name of a repository"),
         (("verify", f"{NAME}@v9"), {}, 2, "no such revision"),
         (("verify", "org/plain"), {}, 2, "is not a bundle: it has no cushion.json"),
         (("chat", "org/pickled"), {}, 4, "lists the pickle 'evil.bin'"),
@@ -142,6 +178,16 @@ def test_what_goes_wrong_is_said(
     assert "evil.bin" not in hub.fetched
 
 
+def test_a_name_that_only_the_library_refuses_is_bad_input() -> None:
+    from huggingface_hub.errors import HFValidationError
+
+    from cushion_deploy.errors import UsageError
+    from cushion_deploy.runtime.hub import hub_errors
+
+    with pytest.raises(UsageError, match="'a/b' is not a name that the hub allows: no"), hub_errors("a/b"):
+        raise HFValidationError("no")
+
+
 def test_a_cache_that_cannot_be_written_is_named(pushed: Any, run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run("verify", NAME, HF_HOME=str(tmp_path / "file" / "home"))
@@ -151,10 +197,13 @@ def test_a_cache_that_cannot_be_written_is_named(pushed: Any, run: Run, tmp_path
 
 def pickled(files: dict[str, bytes]) -> dict[str, bytes]:
     """Return a bundle whose manifest, digest included, lists a pickle."""
+    return {**listing(files, "evil.bin"), "evil.bin": b"\x80\x04."}
+
+
+def listing(files: dict[str, bytes], name: str) -> dict[str, bytes]:
+    """Return a bundle whose manifest, digest included, lists one more file."""
     from cushion_deploy.store import BundleManifest, FileEntry
 
-    data = json.loads(files["cushion.json"])
-    manifest = BundleManifest.from_json(data)
-    listed = {**manifest.files, "evil.bin": FileEntry("0" * 64, 3)}
-    forged = BundleManifest(listed, manifest.recipe, manifest.parents)
-    return {**files, "evil.bin": b"\x80\x04.", "cushion.json": forged.to_bytes()}
+    manifest = BundleManifest.from_json(json.loads(files["cushion.json"]))
+    listed = {**manifest.files, name: FileEntry("0" * 64, 3)}
+    return {**files, "cushion.json": BundleManifest(listed, manifest.recipe, manifest.parents).to_bytes()}

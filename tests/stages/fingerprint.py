@@ -29,6 +29,7 @@ IGNORED = (
     "cushion_deploy.cli",
     "cushion_deploy.core.progress",
     "cushion_deploy.errors",
+    "cushion_deploy.printable",
     "cushion_deploy.report",
     "cushion_deploy.runtime",
     "cushion_deploy.store",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import PurePosixPath
 
-from cushion_deploy.report.render.printable import one_line
+from cushion_deploy.printable import one_line
 
 NONE = "—"
 NOT_FINITE = "not finite"

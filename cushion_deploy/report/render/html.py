@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 from importlib.resources import files
 
+from cushion_deploy.printable import legible, token_pieces
 from cushion_deploy.report.render.elements import Page
 from cushion_deploy.report.render.extras import import_extra
-from cushion_deploy.report.render.printable import legible, token_pieces
 
 
 def render_html(page: Page) -> str:

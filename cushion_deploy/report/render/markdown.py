@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Iterable, Iterator
 
+from cushion_deploy.printable import legible, one_line, visible
 from cushion_deploy.report.render.elements import (
     Block,
     Details,
@@ -17,7 +18,6 @@ from cushion_deploy.report.render.elements import (
     Table,
     Text,
 )
-from cushion_deploy.report.render.printable import legible, one_line, visible
 
 
 def render_markdown(page: Page) -> str:

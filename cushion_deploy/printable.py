@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 # Common fonts have these symbols; few have the control pictures of U+2400.
 _SYMBOLS = {"\n": "⏎", " ": "␣", "\t": "⇥"}
+_DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _INVISIBLE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"}
 
 
@@ -44,6 +45,18 @@ def one_line(text: str) -> str:
 def legible(text: str) -> str:
     """Return text of any number of lines without control and direction characters that could disguise it."""
     return "".join(char if char in "\n \u00a0" else _symbol(char) or char for char in text)
+
+
+def controls_visible(text: str) -> str:
+    """Return text of any number of lines that cannot control a terminal or change the direction of text.
+
+    Joiners and other invisible characters, which scripts and emoji need, stay.
+    """
+    return "".join(_symbol(char) or char if _is_control(char) else char for char in text)
+
+
+def _is_control(char: str) -> bool:
+    return char in _DIRECTION or (char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs"))
 
 
 def _symbol(char: str) -> str | None:
