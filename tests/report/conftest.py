@@ -219,6 +219,7 @@ _DATA: dict[str, Any] = {
         "float_linears": 1,
     },
     "parity": _parity(),
+    "unchecked": [],
     "engines": [
         {
             "engine": "onnxruntime",
