@@ -13,10 +13,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common import arguments, new_run, pipeline
 from peer import Peer
@@ -84,6 +85,7 @@ class Child:
     """A runtime in its process; ``missing`` says why it does not run."""
 
     process: subprocess.Popen[str]
+    errors: IO[str]
     load: float = 0.0
     missing: str = ""
 
@@ -91,15 +93,17 @@ class Child:
     def start(cls, peer: Peer) -> Child:
         """Load the peer's model in a process of its own."""
         threads = {name: str(peer.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        # A file, because a library that prints more than a pipe holds would wait for a reader.
+        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("peer.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not os.environ.get("PEERS_DEBUG") else None,
+            stderr=errors,
             text=True,
             env=os.environ | threads,
         )
-        child = cls(process)
+        child = cls(process, errors)
         answer = child.ask(json.dumps(asdict(peer)))
         child.load = answer.get("load", 0.0)
         return child
@@ -117,8 +121,9 @@ class Child:
         if answer:
             found: dict[str, Any] = json.loads(answer)
             return found
-        _, error = self.process.communicate()
-        self.missing = self.missing or ((error or "").strip().splitlines() or ["it ended"])[-1][:300]
+        self.process.communicate()
+        self.errors.seek(0)
+        self.missing = self.missing or (self.errors.read().strip().splitlines() or ["it ended"])[-1][:300]
         return {}
 
     def close(self) -> None:
