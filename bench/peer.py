@@ -193,7 +193,7 @@ class LlamaCpp:
             if self.api.llama_decode(self.context, self.batch):
                 raise RuntimeError("llama.cpp could not run the tokens")
         self.length += new
-        self.api.llama_get_logits(self.context)[0]
+        self.api.llama_get_logits_ith(self.context, -1)[0]
 
 
 class TorchBfloat16:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.evaluate.chat import ANSWER_TOKENS
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.parity.ladder import TIED_HEAD_LOGITS
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.stages.base import Given
@@ -211,3 +214,22 @@ def test_sites_are_compared_on_windows_that_fit_behind_the_prefix(one_run: MakeR
     with observed(one.model.folded(found.smoothing), lambda _, x: lengths.append(x.shape[1])):
         one.costs  # noqa: B018 - it is computed
     assert max(lengths) + found.prefix.length <= 256
+
+
+def test_a_build_with_an_int8_embedding_holds_the_ladder(
+    one_run: MakeRun, planted_folder: Path, tmp_path: Path
+) -> None:
+    tied = shutil.copytree(planted_folder, tmp_path / "tied")
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    report = one_run(model=str(tied), export__embedding="int8").build(tmp_path / "out")
+    assert [row for row in report.parity if not row.passed] == []
+    (rows,) = (row for row in report.parity if row.metric == "rows of the embedding that differ")
+    assert rows.value == 0
+    # The kernel of a tied head rounds to 8 bits what it reads: the limit is one of its own.
+    (kernels,) = (
+        row for row in report.parity if row.rung == "onnxruntime kernels against fake-quant" and "logit" in row.metric
+    )
+    assert kernels.limit == TIED_HEAD_LOGITS
+    plain = one_run().build(tmp_path / "float")
+    assert all("embedding" not in row.rung for row in plain.parity)
