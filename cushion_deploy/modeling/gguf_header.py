@@ -32,8 +32,7 @@ def general_fields(path: Path) -> dict[str, Any]:
                     break
                 found[key] = _value(file, _number(file, 4))
     except (ValueError, KeyError, OSError, struct.error):
-        # A card without an origin is better than no bundle: whoever reads the weights reports a damaged file.
-        return found
+        pass  # a card without an origin is better than no bundle: whoever reads the weights reports a damaged file
     return found
 
 
