@@ -275,8 +275,8 @@ def segment_decode_rung(
     identical, largest, share = PLAN_LIMITS[dtype]
     if logits_within is None and dtype != "float32":
         logits_within = share
-    expected, found = logits[:, -tokens:], np.concatenate(steps, axis=1)
-    logit_check = _logit_check(rung, expected, found, reference, logits_within, float(np.abs(logits).max()))
+    whole, decodes = logits[:, -tokens:], np.concatenate(steps, axis=1)
+    logit_check = _logit_check(rung, whole, decodes, reference, logits_within, float(np.abs(logits).max()))
     last = {site: c[:, -tokens:] for site, c in codes.items()}
     return _segment_checks(logit_check, compare_codes(last, joined), identical, largest)
 
