@@ -40,7 +40,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install -q -c constraints.txt -e '.[cpu,build,openvino,rtx,cuda,report,chat,serve,eval,others,test]'
+	$(PIP) install -q -c constraints.txt -e '.[cpu,build,openvino,rtx,cuda,report,chat,serve,sign,eval,others,test]'
 	@touch $@
 
 # optimum wants an older transformers than this project, so it has an environment of its own.
