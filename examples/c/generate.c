@@ -64,19 +64,6 @@ static char *join(const char *folder, const char *name) {
   return path;
 }
 
-static char *read_file(const char *folder, const char *name) {
-  char *path = join(folder, name);
-  FILE *file = fopen(path, "rb");
-  if (!file) fail(BAD_INPUT, "cannot read %s: %s; give the folder of a bundle", path, strerror(errno));
-  char *text = allocate(LARGEST + 1, 1);
-  size_t length = fread(text, 1, LARGEST, file);
-  if (ferror(file)) fail(BAD_INPUT, "cannot read %s: %s", path, strerror(errno));
-  if (length == LARGEST) fail(BAD_BUNDLE, "%s has %d bytes or more", path, LARGEST);
-  fclose(file);
-  free(path);
-  return text;
-}
-
 static const char *skip_space(const char *at) { return at + strspn(at, " \t\r\n"); }
 
 static const char *skip_string(const char *at) {
@@ -99,6 +86,22 @@ static const char *skip_value(const char *at, int depth) {
     else if (!(at = skip_value(at, depth + 1))) return NULL;
   }
   return at + 1;
+}
+
+/* Read a file that is one JSON value, complete. */
+static char *read_json(const char *folder, const char *name) {
+  char *path = join(folder, name);
+  FILE *file = fopen(path, "rb");
+  if (!file) fail(BAD_INPUT, "cannot read %s: %s; give the folder of a bundle", path, strerror(errno));
+  char *text = allocate(LARGEST + 1, 1);
+  size_t length = fread(text, 1, LARGEST, file);
+  if (ferror(file)) fail(BAD_INPUT, "cannot read %s: %s", path, strerror(errno));
+  if (length == LARGEST) fail(BAD_BUNDLE, "%s has %d bytes or more", path, LARGEST);
+  const char *end = skip_value(text, 0);
+  if (!end || *skip_space(end)) fail(BAD_BUNDLE, "%s is not a JSON file, or is cut off", path);
+  fclose(file);
+  free(path);
+  return text;
 }
 
 /* Return the value of a key in the JSON object at a position; NULL if there is none. */
@@ -155,7 +158,7 @@ typedef struct {
 
 /* Read what the graph does not say: end tokens, context, and whether the prefix is in the graph. */
 static void read_description(Model *model, const char *bundle) {
-  char *export = read_file(bundle, "export.json"), *genai = read_file(bundle, "genai_config.json");
+  char *export = read_json(bundle, "export.json"), *genai = read_json(bundle, "genai_config.json");
   const char *in_cache = find(find(export, "contract"), "prefix_in_cache"), *described = find(genai, "model");
   if (!in_cache) fail(BAD_BUNDLE, "%s/export.json does not describe a graph", bundle);
   if (!strncmp(in_cache, "true", 4))
