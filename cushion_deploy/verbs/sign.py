@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def verify_signature(path: Path, manifest: BundleManifest, public_key: Path, sig
     _read_signature(file, named=signature is not None)
     digests = BundleDigests(path, manifest)
     verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(digests)
-    with _refusals(file, public_key):
+    with _refusals(file, public_key, digests.files):
         verifier.verify(path, file)
     return Signed(file, manifest.digest, tuple(digests.files))
 
@@ -163,7 +164,7 @@ def _read_signature(file: Path, *, named: bool) -> None:
 
 
 @contextlib.contextmanager
-def _refusals(file: Path, public_key: Path) -> Iterator[None]:
+def _refusals(file: Path, public_key: Path, files: Mapping[str, str]) -> Iterator[None]:
     """Turn what model-signing raises for a signature that does not hold, or is no signature, into UntrustedArtifact."""
     from cryptography.exceptions import InvalidSignature
 
@@ -183,11 +184,23 @@ def _refusals(file: Path, public_key: Path) -> Iterator[None]:
             ) from e
         if reason.startswith("Signature mismatch"):
             raise UntrustedArtifact(
-                f"the signature {file} is of other files: {reason.partition(': ')[2]:.400}", hint=_DO_NOT_USE
+                f"the signature {file} is of other files ({_difference(file, files)})", hint=_DO_NOT_USE
             ) from e
         raise _no_signature(file, e) from e
     except Exception as e:  # whatever a damaged file provokes in the library: KeyError, TypeError, RecursionError
         raise _no_signature(file, e) from e
+
+
+def _difference(file: Path, files: Mapping[str, str]) -> str:
+    """State how files with their digests differ from what a signature is of, which model-signing has verified."""
+    statement = json.loads(base64.b64decode(json.loads(file.read_bytes())["dsseEnvelope"]["payload"]))
+    signed = {row["name"]: row["digest"] for row in statement.get("predicate", {}).get("resources", [])}
+    differing = {
+        "changed": [name for name in files if name in signed and files[name] != signed[name]],
+        "not signed": [name for name in files if name not in signed],
+        "signed and missing": [name for name in signed if name not in files],
+    }
+    return "; ".join(f"{what}: {', '.join(names)[:200]}" for what, names in differing.items() if names)
 
 
 def _no_signature(file: Path, error: Exception) -> UntrustedArtifact:
