@@ -13,7 +13,7 @@ demo: $(VENV)/.demo $(MODEL)
 	@echo; echo "== INT8 as it ships: $(PROMPT) ..."
 	@$(BIN)/cushion-deploy generate demo "$(PROMPT)" --max-new-tokens 48
 
-test: $(VENV)/.test $(VENV)/optimum/.done $(MODEL)
+test: $(VENV)/.test $(VENV)/optimum/.done $(VENV)/onnxruntime/onnxruntime_c_api.h $(MODEL)
 	$(MAKE) --no-print-directory lint types imports unit
 
 # For a machine with an NVIDIA GPU; elsewhere it prints 'not run: no GPU'.
@@ -31,7 +31,8 @@ imports:
 	$(BIN)/lint-imports
 
 unit:
-	CUSHION_OPTIMUM_PYTHON=$(abspath $(VENV))/optimum/bin/python $(BIN)/python -m pytest
+	CUSHION_OPTIMUM_PYTHON=$(abspath $(VENV))/optimum/bin/python CUSHION_ORT_INCLUDE=$(abspath $(VENV))/onnxruntime \
+	$(BIN)/python -m pytest
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,7 +41,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install -q -c constraints.txt -e '.[cpu,build,openvino,rtx,cuda,report,chat,serve,eval,others,test]'
+	$(PIP) install -q -c constraints.txt -e '.[cpu,build,openvino,rtx,cuda,report,chat,serve,sign,eval,others,test]'
 	@touch $@
 
 # optimum wants an older transformers than this project, so it has an environment of its own.
@@ -48,6 +49,10 @@ $(VENV)/optimum/.done: tests/optimum.txt $(VENV)/.test
 	$(PYTHON) -m venv $(VENV)/optimum
 	$(VENV)/optimum/bin/python -m pip --disable-pip-version-check install -q -r tests/optimum.txt
 	@touch $@
+
+# For the example in C. Without npm, or without the package, its tests are skipped with the reason.
+$(VENV)/onnxruntime/onnxruntime_c_api.h: examples/c/fetch_headers.py
+	-$(PYTHON) examples/c/fetch_headers.py $(@D)
 
 $(MODEL): bench/fetch_model.py
 	$(PYTHON) bench/fetch_model.py $@

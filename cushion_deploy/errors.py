@@ -76,6 +76,7 @@ EXTRAS: dict[str, str] = {
     "uvicorn": "serve",
     "prometheus_client": "serve",
     "llguidance": "serve",
+    "model_signing": "sign",
     "jinja2": "report",
     "matplotlib": "report",
 }

@@ -43,7 +43,7 @@ def test_there_are_documents() -> None:
     assert len(FOLDERS) >= 13
 
 
-@pytest.mark.parametrize("folder", ["", *FOLDERS, "bench"])
+@pytest.mark.parametrize("folder", ["", *FOLDERS, "bench", "examples/c", "examples/genai"])
 def test_every_folder_has_a_readme(folder: str) -> None:
     readme = ROOT / folder / "README.md"
     assert readme.is_file()

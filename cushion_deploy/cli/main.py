@@ -30,6 +30,7 @@ VERBS = {
     "bench": "Benchmark a bundle against floating point.",
     "study": "Reproduce the tables and figures of the paper for a model.",
     "verify": "Compare every file of a bundle with the manifest.",
+    "sign": "Sign a bundle with a private key.",
     "generate": "Generate text with a bundle.",
     "chat": "Talk with a bundle in the terminal.",
     "push": "Put a bundle on the Hugging Face hub.",

@@ -1,4 +1,4 @@
-"""Bundles on the Hugging Face hub: fetch the files that a manifest lists, from one commit."""
+"""Bundles on the Hugging Face hub: fetch the files that a manifest lists and the signature, from one commit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from cushion_deploy.errors import CushionError, MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.store.manifest import MANIFEST_NAME, PICKLE_SUFFIXES, read_manifest
+from cushion_deploy.store.snapshot import SIGNATURE_NAME
 
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _REFERENCE = re.compile(rf"({_NAME})(?:@([A-Za-z0-9][\w./-]*))?")
@@ -46,7 +47,7 @@ def local_bundle(bundle: Path | str) -> Path:
 def fetch_bundle(name: str, revision: str | None = None) -> Path:
     """Fetch a bundle into the cache of the hub, and return its snapshot; files already there are not fetched again.
 
-    The manifest is fetched first, then the files it lists and no other, from the same commit.
+    The manifest is fetched first, then the files it lists and the signature, and no other, from the same commit.
 
     Args:
         name: ``org/name``.
@@ -65,7 +66,7 @@ def fetch_bundle(name: str, revision: str | None = None) -> Path:
         raise UntrustedArtifact(f"'{name}' on the hub lists the pickle {pickled[0]!r}", hint="do not use it")
     with hub_errors(name):
         # The name of a snapshot is its commit.
-        wanted = [MANIFEST_NAME, *map(glob.escape, files)]
+        wanted = [MANIFEST_NAME, SIGNATURE_NAME, *map(glob.escape, files)]
         return Path(hub.snapshot_download(name, revision=snapshot.name, allow_patterns=wanted))
 
 

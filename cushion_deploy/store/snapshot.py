@@ -6,10 +6,13 @@ import os
 import stat
 from pathlib import Path
 
+SIGNATURE_NAME = "model.sig"
+"""Signature of a bundle. A manifest cannot list it, because what is signed includes the manifest."""
 DOCUMENTS = frozenset(
     {"readme.md", ".gitattributes", ".gitignore", "license", "license.md", "license.txt", "notice", "notice.txt"}
+    | {SIGNATURE_NAME}
 )
-"""Files beside a bundle that nothing reads: the hub and git add them, and people edit them there."""
+"""Files beside a bundle that no run reads: people, the hub, git and `sign` add them, and people edit them there."""
 _FOLDERS = (".git/", ".cache/huggingface/")
 
 

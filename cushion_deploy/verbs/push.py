@@ -10,7 +10,7 @@ from typing import Any
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.runtime.hub import hub_errors, import_hub
 from cushion_deploy.store import MANIFEST_NAME, read_manifest, verify_bundle
-from cushion_deploy.store.snapshot import is_document
+from cushion_deploy.store.snapshot import SIGNATURE_NAME, is_document
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Pushed:
 def push_bundle(path: Path, name: str, *, private: bool = False) -> Pushed:
     """Verify a bundle and put it on the hub; the repository is created if it does not exist.
 
-    One commit adds all files of the bundle, and removes those of an earlier bundle that this one does not have, so that
-    nobody fetches a mixture. What the manifest of the earlier bundle does not list stays, and so do documents.
+    One commit adds all files of the bundle and its signature, and removes those of an earlier bundle that this one does
+    not have, so that nobody fetches a mixture. What the manifest of the earlier bundle does not list stays, and so do
+    documents.
 
     Args:
         path: folder of the bundle.
@@ -41,21 +42,26 @@ def push_bundle(path: Path, name: str, *, private: bool = False) -> Pushed:
     """
     manifest = verify_bundle(path)
     hub = import_hub()
-    # A document may have been removed.
-    files = [file for file in (MANIFEST_NAME, *manifest.files) if (path / file).exists()]
+    # A document may have been removed, and not every bundle is signed.
+    files = [file for file in (MANIFEST_NAME, SIGNATURE_NAME, *manifest.files) if (path / file).exists()]
     with hub_errors(name):
         api = hub.HfApi()
         api.create_repo(name, private=private, exist_ok=True)
         head = api.model_info(name).sha
         remote = api.list_repo_files(name, revision=head)
         earlier = _earlier_bundle(hub, name, head, remote)
-        old = [file for file in remote if file in earlier and file not in files and not is_document(file)]
+        old = [file for file in remote if _is_left(file, earlier) and file not in files]
         operations = [hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(path / file)) for file in files]
         operations += [hub.CommitOperationDelete(path_in_repo=file) for file in old]
         commit = api.create_commit(
             name, operations, commit_message=f"Bundle {manifest.digest[:12]}", parent_commit=head
         )
     return Pushed(str(commit.oid), str(commit.commit_url), tuple(files), tuple(old))
+
+
+def _is_left(file: str, earlier: Collection[str]) -> bool:
+    """Return whether a file of the repository is of the bundle that a push replaces."""
+    return (bool(earlier) and file == SIGNATURE_NAME) or (file in earlier and not is_document(file))
 
 
 def _earlier_bundle(hub: Any, name: str, commit: str, remote: Sequence[str]) -> Collection[str]:

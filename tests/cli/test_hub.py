@@ -106,6 +106,28 @@ def test_a_later_push_removes_what_only_the_earlier_bundle_had(
     assert found["cushion.json"] == remote(hub)["cushion.json"]
 
 
+def test_a_signature_travels_with_the_bundle(hub: FakeHub, pushed: Any, run: Run, copy: Path, tmp_path: Path) -> None:
+    ec = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec", reason="cryptography is not installed")
+    from cryptography.hazmat.primitives import serialization as form
+
+    key, private, public = ec.generate_private_key(ec.SECP256R1()), tmp_path / "private.pem", tmp_path / "public.pem"
+    private.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
+    public.write_bytes(
+        key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo),
+    )
+    assert run("sign", copy, "--key", private).returncode == 0
+    assert run("push", copy, "org/signed").returncode == 0
+    assert remote(hub, "org/signed")["model.sig"] == (copy / "model.sig").read_bytes()
+    assert run("verify", NAME, "--public-key", public).returncode == 4, "nobody signed that one"
+    done = run("verify", "org/signed", "--signature", "--public-key", public)
+    assert done.returncode == 0, done.stderr
+    assert "signed with the private key of" in done.stdout
+    # A signature of the earlier bundle would be wrong for the next one.
+    (copy / "model.sig").unlink()
+    assert run("push", copy, "org/signed").returncode == 0
+    assert "model.sig" not in remote(hub, "org/signed")
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
