@@ -1,4 +1,4 @@
-"""A graph of one quantized linear, as bytes: what an edge device without the package ``onnx`` can try its kernels on."""
+"""A graph of one quantized linear, as bytes, on which an edge device without the package ``onnx`` tries its kernels."""
 
 from __future__ import annotations
 

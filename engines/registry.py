@@ -60,7 +60,8 @@ def find_engine(name: str) -> Engine:
 def choose_engines(names: Sequence[str] | None) -> list[Engine]:
     """Return the engines to compile for: the named ones, or every one that can compile on this machine.
 
-    A graph of an engine's own takes as much space as the bundle's, so it is only compiled where it could run, or by name.
+    A graph of an engine's own takes as much space as the bundle's, so without names it is only compiled where it could
+    run.
 
     Raises:
         UsageError: an unknown name, or an engine that compiles nothing; the hint lists the valid names.

@@ -78,7 +78,7 @@ class DecoderSession(Protocol):
 
 
 def remarks(session: DecoderSession) -> tuple[str, ...]:
-    """Return what a user should know of how a session computes, in sentences without a period; empty for most engines."""
+    """Return what a user should know of how a session computes, without periods; empty for most engines."""
     found: tuple[str, ...] = getattr(session, "remarks", ())
     return found
 

@@ -178,7 +178,8 @@ def _in_host_memory(name: str) -> bool:
 
 def _ratios(times: Mapping[str, Times], workload: Workload) -> dict[str, Comparison]:
     """Return the comparison of INT8 with floating point for every engine that ran both."""
-    ours, twins = {}, {}
+    ours: dict[str, Times] = {}
+    twins: dict[str, Times] = {}
     for name in times:
         engine, _, kind = _split(name)
         (ours if kind.startswith(INT8) else twins)[engine] = times[name]

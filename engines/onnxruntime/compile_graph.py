@@ -98,4 +98,3 @@ def _write(graph: ExportedGraph, folder: Path) -> ExportedGraph:
     own = replace(own, digest=digest_json({file.name: hash_file(file) for file in own.files}))
     (folder / GRAPH_FILE).write_text(json.dumps(own.to_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return own
-

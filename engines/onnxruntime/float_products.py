@@ -15,8 +15,9 @@ from cushion_deploy.core.sites import Site
 def multiply_in_float16(model: Any) -> set[Site]:
     """Rewrite every quantized linear of a graph (``onnx_ir.Model``) in place; return their Sites.
 
-    Before, ``Cast(Add(MatMul(DQ(codes), DQ(weight codes)), bias))`` in float32, with the bias where there is one; after,
-    ``Add(MatMul(Cast(DQ(codes)), Cast(DQ(weight codes))), Cast(bias))`` in float16. Codes, scales and quantizers stay.
+    Before, ``Cast(Add(MatMul(DQ(codes), DQ(weight codes)), bias))`` in float32, with the bias where there is one;
+    after, ``Add(MatMul(Cast(DQ(codes)), Cast(DQ(weight codes))), Cast(bias))`` in float16. Codes, scales and quantizers
+    stay.
     """
     found = set()
     for node in list(model.graph):

@@ -78,8 +78,8 @@ def open_session(
 class OnnxRuntimeSession:
     """A decoder graph in ONNX Runtime (implements ``BatchSession``).
 
-    Keys and values stay in memory of ONNX Runtime between steps, on the device of the provider; only token ids and logits
-    cross to numpy.
+    Keys and values stay in memory of ONNX Runtime between steps, on the device of the provider; only token ids and
+    logits cross to numpy.
 
     Args:
         model_path: the ``.onnx`` file, its external data beside it.

@@ -1,4 +1,4 @@
-"""A graph that cuts one axis of a tensor, as bytes: it cuts a cache in the memory of a device, without a copy to the host."""
+"""A graph that cuts one axis of a tensor, as bytes: it cuts a cache where it lies, in the memory of a device."""
 
 from __future__ import annotations
 

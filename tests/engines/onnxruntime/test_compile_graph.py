@@ -21,13 +21,19 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.onnxruntime.compile_graph import compile_graph, require_same_bundle
+from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.onnxruntime.settings import CPU, CUDA, SessionSettings, session_options
+from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.report.document.build import Engine
+from cushion_deploy.report.statements import coverage
 from cushion_deploy.runtime.bundle import read_graph
+from cushion_deploy.stages.compile import CompiledEngine
+from cushion_deploy.stages.report import engine_row
 
 HERE = replace(CPU, device="cpu", multiplies_floats=True)
 """The settings of ``onnxruntime-cuda`` on the processor that every machine has."""
@@ -129,6 +135,19 @@ def test_engine_json_claims_no_int8(graphs: dict[str, ExportedGraph], tmp_path: 
     assert artifact.summary == "cuda; 22 linears multiply float16 values of the INT8 codes"
     assert json.loads((tmp_path / "export.json").read_text())["contract"]["dtype"] == "float16"
     assert artifact.lineage.graph == graphs["float16"].digest
+
+
+def test_an_engine_that_ran_says_how(
+    graphs: dict[str, ExportedGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENGINES, CUDA.engine, OnnxRuntime(replace(HERE, engine=CUDA.engine)))
+    made = CompiledEngine(compile_graph(graphs["float16"], tmp_path, CUDA), tmp_path)
+    ran = made.tried(graphs["float16"])
+    assert ran.ran
+    assert ran.summary == "cuda; multiplies float16 values of the INT8 codes"
+    assert coverage(Engine.model_validate(engine_row(ran))) == "multiplies float16 values of the INT8 codes"
+    before = Engine.model_validate(engine_row(made.artifact))
+    assert coverage(before) == "22 linears multiply float16 values of the INT8 codes"
 
 
 def test_a_float32_graph_runs_as_it_is(graphs: dict[str, ExportedGraph], tmp_path: Path) -> None:

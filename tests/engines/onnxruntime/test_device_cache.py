@@ -1,4 +1,4 @@
-"""A cache bound to a device gives the logits of the plain path and never visits the host; the device here is the CPU."""
+"""A cache bound to a device gives the logits of the plain path and never visits the host. The device is the CPU."""
 
 from __future__ import annotations
 
