@@ -1,4 +1,4 @@
-"""A model quantized on real text, as graphs and as what fake-quant says of other text; and the rung that compares them."""
+"""A model quantized on real text: its graphs, what fake-quant says of other text, and the rung that compares them."""
 
 from __future__ import annotations
 

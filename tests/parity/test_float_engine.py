@@ -1,4 +1,4 @@
-"""What tests/gpu asserts of ``onnxruntime-cuda`` on a device, with its settings on the CPU provider and a tiny model."""
+"""What tests/gpu asserts of ``onnxruntime-cuda`` on a device, here on the CPU provider with a tiny model."""
 
 from __future__ import annotations
 
