@@ -52,7 +52,7 @@ def on_onnxruntime(found: Mapping[str, ExportedGraph], provider: Provider, folde
     compile_graph(found["int8"], folder / "own", provider)
     as_it_is = replace(provider, multiplies_floats=False)
     return {
-        f"{provider.engine}, {FLOAT}": open_session(found[FLOAT], provider=provider),
+        f"{provider.engine}, {FLOAT}": open_session(found[FLOAT], provider=as_it_is),
         f"{provider.engine}, Q/DQ as the provider runs it": open_session(found["int8"], provider=as_it_is),
         f"{provider.engine}, INT8 codes as float16": open_session(read_graph(folder / "own"), provider=provider),
     }
