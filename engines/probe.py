@@ -57,11 +57,6 @@ def probe(module: str) -> Probe:
     return run_probe(module)
 
 
-def driver_gpus() -> tuple[str, ...]:
-    """Return the GPUs of the driver as in :attr:`Probe.gpus`, whether or not a library that uses them is installed."""
-    return probe("numpy").gpus  # any module that is always installed: the child reads the driver
-
-
 def run_probe(module: str, timeout: float = TIMEOUT_SECONDS) -> Probe:
     """Import ``module`` in a child process and list the GPUs there.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cushion_deploy.engines.registry import Readiness
+    from cushion_deploy.engines.readiness import Readiness
     from cushion_deploy.verbs.environment import Environment, Task
 
 

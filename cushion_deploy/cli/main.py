@@ -91,6 +91,8 @@ def cli(verbose: bool) -> None:
     cushion-deploy build --model MODEL --precision w8a8 --output OUT
     cushion-deploy generate OUT "The capital of France is"
 
+    Completion of commands and options in a shell: see `cushion-deploy completion --help`.
+
     Exit codes: 0 success, 1 a check failed, 2 bad input, 3 a dependency is missing,
     4 corrupt or untrusted file, 70 a bug, 130/143 interrupted.
     """  # noqa: D301 - click reads \b as: do not wrap this paragraph

@@ -46,7 +46,7 @@ class StageStore:
     def find(self, stage: str, key: str) -> Path | None:
         """Return the folder of a finished stage if every byte is as it was written, otherwise None.
 
-        A damaged folder is removed with a logged warning, unless the store is read-only, and the stage has to run again.
+        A damaged folder is removed with a logged warning, unless the store is read-only: the stage has to run again.
 
         Args:
             stage: name of the stage, such as ``search``.

@@ -11,8 +11,7 @@ from typing import Any
 
 from cushion_deploy.core.host import cpu_description
 from cushion_deploy.core.libraries import library_versions, missing_of_extra
-from cushion_deploy.engines.probe import driver_gpus
-from cushion_deploy.engines.registry import Readiness, readiness
+from cushion_deploy.engines.readiness import Readiness, driver_gpus, readiness
 from cushion_deploy.store.manifest import tool_version
 
 SCHEMA = 1

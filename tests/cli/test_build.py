@@ -156,25 +156,21 @@ def test_dry_run_says_what_an_earlier_build_has_finished(cli: Any, planted_bundl
     later = stages_of(cli, *options, "--set", "calibration.percentile=99.5")
     assert {name for name, finished in later.items() if finished} >= {"tokenizer", "search", "smooth"}
     assert not any(later[name] for name in ("calibrate", "export", "engine-onnxruntime", "evaluate", "parity"))
-    # What it says is what a build then does.
-    work = shutil.copytree(planted_bundle.work, tmp_path / "work")
-    report = cli(
-        "build", *options, "--work-dir", work, "--set", "parity.tokens=32", "--engine", "onnxruntime", "--json"
-    )
-    assert {row["stage"] for row in report.json["stages"] if not row["reused"]} - {"load"} == {"parity"}
 
 
 def test_dry_run_keeps_a_damaged_stage_and_says_that_it_runs_again(
     cli: Any, planted_bundle: Any, tmp_path: Path
 ) -> None:
     work = shutil.copytree(planted_bundle.work, tmp_path / "work")
-    (scales,) = (work / "stages" / "calibrate").glob("*/scales.json")
-    scales.write_text(scales.read_text() + " ")
+    damaged = list((work / "stages" / "calibrate").glob("*/scales.json"))
+    for scales in damaged:
+        scales.write_text(scales.read_text() + " ")
     options = [*planted_bundle.options, "--work-dir", work, "--output", tmp_path / "o"]
     found = stages_of(cli, *options)
     assert not found["calibrate"]
     assert found["search"]
-    assert scales.is_file()
+    assert damaged
+    assert all(scales.is_file() for scales in damaged)
     assert not found["parity"], "nothing behind an unfinished stage is known to be finished"
 
 
