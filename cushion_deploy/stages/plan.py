@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from cushion_deploy.stages.base import Derived, Node, Stage, nodes_behind
 from cushion_deploy.stages.run import Inputs, Run
@@ -61,7 +61,7 @@ class ReadOnlyRun(Run):
 
     def plan(self, end: Node[Any]) -> list[PlannedStage]:
         """Return the stages that a node depends on, in the order in which they run."""
-        stages = [cast(Stage[Any], node) for node in nodes_behind(end) if isinstance(node, Stage)]
+        stages = [node for node in nodes_behind(end) if isinstance(node, Stage)]
         return [PlannedStage(stage.label, self.known(stage) is not None) for stage in stages]
 
     def _execute(self, stage: Stage[T], key: str, inputs: Inputs) -> None:

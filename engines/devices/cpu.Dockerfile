@@ -1,7 +1,7 @@
 # Run a bundle with ONNX Runtime on an x86 or 64-bit ARM processor; ports, mounts and keys are in README.md.
-# NEVER BUILT: no machine with a container engine was available. Checked: hadolint; the installation below in new
-# environments of Python 3.10 to 3.13 on x86, and for arm64 that pip finds a wheel of every package; `serve` from such an
-# environment, with the command of HEALTHCHECK.
+# NEVER BUILT: no machine with a container engine was available. Checked: hadolint; the installation below in a new
+# environment of Python 3.13 on x86, and for arm64 that pip finds a wheel of every package; `serve` from that environment,
+# with the command of HEALTHCHECK.
 #
 #   docker build -f engines/devices/cpu.Dockerfile -t cushion-deploy:cpu .
 FROM python:3.13.7-slim-bookworm AS build
