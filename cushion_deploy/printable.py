@@ -44,6 +44,9 @@ def one_line(text: str) -> str:
 
 def legible(text: str) -> str:
     """Return text of any number of lines without control and direction characters that could disguise it."""
+    # Python calls exactly the categories of `_INVISIBLE` not printable, except for the space.
+    if text.replace("\n", " ").replace("\u00a0", " ").isprintable():
+        return text
     return "".join(char if char in "\n \u00a0" else _symbol(char) or char for char in text)
 
 

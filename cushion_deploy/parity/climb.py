@@ -93,7 +93,7 @@ class Climb:
         ids, prefix = self.reference.ids, self.quantization.prefix
         yield float_rung(self.reference, self.twin, lambda: float_inputs(self.model, prefix, ids))
         yield decode_rung(
-            "float graph: decode against prefill", ids, open_session(self.twin, prepack=False), self.tokens
+            "float graph: decode against prefill", self.reference, open_session(self.twin, prepack=False), self.tokens
         )
 
     def _canonical_graph(self) -> Iterator[list[ParityCheck]]:

@@ -20,6 +20,7 @@ from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.parity.blame import SiteInputs
 from cushion_deploy.parity.ladder import GREEDY_TOKENS, TorchReference
+from cushion_deploy.parity.noise import float_noise
 from cushion_deploy.parity.segments import SiteCodes
 from cushion_deploy.parity.stored_values import LinearWeights, Table
 
@@ -52,7 +53,8 @@ def torch_reference(
     with simulated(folded, scheme, quantization.scales, kv=kv):
         losses = folded.token_nll(windows, prefix, progress, "perplexity of fake-quant")
         greedy = folded.greedy(prompt, prefix, GREEDY_TOKENS)
-    return TorchReference(ids, float_logits, quantized_logits, codes, windows, losses, prompt, greedy)
+    noise = float_noise(model, prefix, ids)
+    return TorchReference(ids, float_logits, quantized_logits, codes, windows, losses, prompt, greedy, noise)
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ from tokenizers import Tokenizer
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract, PrefixMode
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.runtime.chat import ChatTemplate, Message, encode_chat, encode_prompt
-from cushion_deploy.store import BundleManifest, hash_file, verify_bundle
+from cushion_deploy.store import (
+    MANIFEST_NAME,
+    BundleManifest,
+    FileState,
+    file_states,
+    hash_file,
+    require_unchanged,
+    verify_bundle,
+)
 from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.manifest import read_json
 
@@ -39,6 +47,7 @@ class Bundle:
         eos_token_ids: tokens that end a generation: all that generation_config.json, config.json or the tokenizer name.
         keep_bos: whether a prompt keeps the beginning-of-sequence token that its tokenizer or template adds; False if
             the prefix takes the place of that token.
+        states: the files as they were before they were verified; compared again once an engine has read them.
     """
 
     path: Path
@@ -51,6 +60,7 @@ class Bundle:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     keep_bos: bool = True
+    states: Mapping[str, FileState] = field(default_factory=dict, repr=False)
 
     @property
     def contract(self) -> GraphContract:
@@ -66,6 +76,10 @@ class Bundle:
     def prefix_mode(self) -> PrefixMode:
         """Where the prefix is: in the graph, in the cache, or nowhere."""
         return self.contract.prefix_mode
+
+    def require_unchanged(self) -> None:
+        """Check that no file was written since it was verified; raises UntrustedArtifact if one was."""
+        require_unchanged(self.path, self.states)
 
     def require_chat_template(self) -> ChatTemplate:
         """Return the chat template; raises UsageError if the model has none."""
@@ -99,6 +113,8 @@ def open_bundle(path: Path | str) -> Bundle:
         UntrustedArtifact: a file is missing, added, altered, or not valid in a bundle.
     """
     path = Path(path)
+    # Only the folder of a bundle is searched: another could be large.
+    states = file_states(path) if (path / MANIFEST_NAME).is_file() else {}
     manifest = verify_bundle(path)
     config = _read(path / "config.json")
     generation = _read(path / "generation_config.json", optional=True)
@@ -114,6 +130,7 @@ def open_bundle(path: Path | str) -> Bundle:
         bos_token_id=text.bos_token_id,
         eos_token_ids=text.eos_token_ids,
         keep_bos=_keep_bos(path / TEXT_NAME),
+        states=states,
     )
 
 

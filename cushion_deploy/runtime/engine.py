@@ -22,12 +22,26 @@ def open_engine(bundle: Bundle, engine: str = DEFAULT_ENGINE, threads: int | Non
         engine: a name in :data:`~cushion_deploy.engines.registry.ENGINES`.
         threads: threads of an engine on the CPU; None for one per physical core.
 
+    The library opens ``model.onnx`` and its data by path, after they were verified. So the files are compared with
+    their state at verification once the session is open, and it is closed if one was written or replaced meanwhile.
+
     Raises:
         UsageError: an unknown engine, or one that the bundle was not built for.
         MissingDependency: the library of the engine, or its GPU, is missing.
         CheckFailed: the plan was compiled for another library version, GPU or graph.
-        UntrustedArtifact: the plan is not the one in the manifest; no library has read a byte of it then.
+        UntrustedArtifact: the plan is not the one in the manifest (no library has read a byte of it then), or a file
+            changed while it was loaded.
     """
+    session = _open(bundle, engine, threads)
+    try:
+        bundle.require_unchanged()
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _open(bundle: Bundle, engine: str, threads: int | None) -> DecoderSession:
     chosen = find_engine(engine)
     # Only a plan is needed to run: without a blob, model.onnx is compiled when it is opened.
     if chosen.compiles_to != "plan" and not (chosen.compiles_to == "blob" and is_built_for(bundle, engine)):

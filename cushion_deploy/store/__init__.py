@@ -6,6 +6,7 @@ before its SHA-256 has been compared. The package knows nothing of models, graph
 
 from __future__ import annotations
 
+from cushion_deploy.store.file_state import FileState, file_states, require_unchanged
 from cushion_deploy.store.files import hash_file, hash_files, place, replace_file, require_space
 from cushion_deploy.store.manifest import (
     MANIFEST_NAME,
@@ -24,8 +25,10 @@ __all__ = [
     "SCHEMA",
     "BundleManifest",
     "FileEntry",
+    "FileState",
     "StageStore",
     "changed_documents",
+    "file_states",
     "hash_file",
     "hash_files",
     "place",
@@ -35,6 +38,7 @@ __all__ = [
     "replace_file",
     "require_publishable",
     "require_space",
+    "require_unchanged",
     "staging_area",
     "verify_bundle",
 ]

@@ -24,8 +24,8 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
+from cushion_deploy.store.file_state import FileState
 from cushion_deploy.store.files import hash_file, replace_file
 
 logger = logging.getLogger(__name__)
@@ -37,22 +37,6 @@ SETTLED_NS = 2_000_000_000
 """FAT has the coarsest clock of the common file systems: two seconds."""
 _MAX_BYTES = 8 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class FileState(NamedTuple):
-    """Metadata that an edit of a file changes; times in nanoseconds since the epoch."""
-
-    size: int
-    modified: int
-    changed: int
-    inode: int
-    device: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        """Return the state of the file at ``path``; raises OSError if there is none."""
-        info = path.stat()
-        return cls(info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino, info.st_dev)
 
 
 Entries = dict[str, tuple[FileState, str]]

@@ -151,14 +151,14 @@ def test_the_segment_decode_rung_sees_a_damaged_cache(deployed) -> None:
 @pytest.mark.parametrize("chunk", [7, 128])
 def test_the_decode_rung_holds(chunk: int, deployed) -> None:
     session = open_session(deployed.twin, chunk=chunk)
-    checks = decode_rung("decode", deployed.reference.ids, session, STEPS)
+    checks = decode_rung("decode", deployed.reference, session, STEPS)
     assert passed(checks) == [True]
     assert checks[0].value <= 1e-4
 
 
 @pytest.mark.parametrize("kind", [ForgetsPositions, LosesAToken])
 def test_the_decode_rung_sees_a_broken_cache(kind: type[OnnxRuntimeSession], deployed) -> None:
-    checks = decode_rung("decode", deployed.reference.ids, open_session(deployed.twin, kind), STEPS)
+    checks = decode_rung("decode", deployed.reference, open_session(deployed.twin, kind), STEPS)
     assert passed(checks) == [False]
 
 

@@ -1,6 +1,7 @@
 """The figures: what they show is what the report says."""
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from cushion_deploy.report import figures
 from cushion_deploy.report.document import Report, Stage
 from cushion_deploy.report.render import drawing
 
-CANVASES = [drawing.WIDE_LIGHT, drawing.NARROW_DARK]
+NARROW_DARK = drawing.Canvas(drawing.DARK, 3.7)
+CANVASES = [drawing.WIDE_LIGHT, NARROW_DARK]
 
 
 def bars(axes: Axes) -> list[Rectangle]:
@@ -96,6 +98,34 @@ def test_drawings_are_real_images_and_missing_sections_have_none(data: dict[str,
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
     assert drawing.DARK.ink.encode() in drawn["stages"].wide_dark
     assert drawing.DARK.ink.encode() not in drawn["stages"].wide_light
+
+
+@pytest.mark.parametrize("width", [8.6, 3.7])
+def test_a_darkened_figure_is_the_one_that_the_dark_theme_draws(report: Report, width: float) -> None:
+    assert report.magnitudes is not None
+    measured, calibration = report.perplexity, report.calibration
+    assert measured is not None
+    assert calibration is not None
+    painters: list[drawing.Painter] = [
+        lambda canvas: figures.magnitudes_figure(report.magnitudes, canvas),
+        lambda canvas: figures.perplexity_figure(measured, canvas),
+        lambda canvas: figures.scales_figure(calibration, canvas),
+        lambda canvas: figures.stages_figure(report.stages, canvas),
+    ]
+    for painter in painters:
+        light, dark = (
+            drawing.save(drawing.laid_out(painter(drawing.Canvas(theme, width))), "svg", transparent=True)
+            for theme in (drawing.LIGHT, drawing.DARK)
+        )
+        assert light != dark
+        # The ids of markers and clip paths are hashes that include colours.
+        assert numbered(drawing.darkened(light)) == numbered(dark)
+
+
+def numbered(svg: bytes) -> bytes:
+    """Return an SVG with its hashed ids replaced by numbers, in order of appearance."""
+    seen: dict[bytes, bytes] = {}
+    return re.sub(rb"\b[mp][0-9a-f]{10}\b", lambda m: seen.setdefault(m[0], b"id%d" % len(seen)), svg)
 
 
 def test_equal_reports_give_equal_bytes(report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,17 @@ LIGHT = Theme("#1d2126", "#5a626c", "#e4e2dc", "#ffffff", ("#0b5c93", "#d55e00",
 DARK = Theme("#e8e6e1", "#a3a8ae", "#33373c", "#1b1e21", ("#6bb8ec", "#f08a3c", "#2fc596", "#dc96c0", "#c9b458"))
 
 
+_DARK_OF = {
+    light.encode(): dark.encode()
+    for light, dark in zip(
+        (LIGHT.ink, LIGHT.muted, LIGHT.grid, LIGHT.background, *LIGHT.series),
+        (DARK.ink, DARK.muted, DARK.grid, DARK.background, *DARK.series),
+        strict=True,
+    )
+}
+_LIGHT_COLOUR = re.compile(b"|".join(_DARK_OF))
+
+
 @dataclass(frozen=True)
 class Canvas:
     """A theme and a width in inches; 96 CSS pixels are one inch, so text keeps its size on the page."""
@@ -44,8 +56,7 @@ class Canvas:
         return self.width < 5
 
 
-WIDE_LIGHT, WIDE_DARK = Canvas(), Canvas(DARK)
-NARROW_LIGHT, NARROW_DARK = Canvas(LIGHT, 3.7), Canvas(DARK, 3.7)
+WIDE_LIGHT, NARROW_LIGHT = Canvas(), Canvas(width=3.7)
 
 Painter: TypeAlias = "Callable[[Canvas], Figure]"
 """Draws one figure on a canvas."""
@@ -64,14 +75,28 @@ class Drawing:
 
 def draw(painter: Painter) -> Drawing:
     """Draw one figure on every canvas."""
-    wide = painter(WIDE_LIGHT)
+    wide, narrow = laid_out(painter(WIDE_LIGHT)), laid_out(painter(NARROW_LIGHT))
+    wide_light, narrow_light = save(wide, "svg", transparent=True), save(narrow, "svg", transparent=True)
     return Drawing(
         png=save(wide, "png", facecolor=LIGHT.background, dpi=200),
-        wide_light=save(wide, "svg", transparent=True),
-        wide_dark=save(painter(WIDE_DARK), "svg", transparent=True),
-        narrow_light=save(painter(NARROW_LIGHT), "svg", transparent=True),
-        narrow_dark=save(painter(NARROW_DARK), "svg", transparent=True),
+        wide_light=wide_light,
+        wide_dark=darkened(wide_light),
+        narrow_light=narrow_light,
+        narrow_dark=darkened(narrow_light),
     )
+
+
+def laid_out(figure: Figure) -> Figure:
+    """Place everything in a figure once; savefig would do it again for every file, which takes most of its time."""
+    with settings(LIGHT):
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def darkened(svg: bytes) -> bytes:
+    """Return an SVG that was drawn in the light theme in the colours of the dark one."""
+    return _LIGHT_COLOUR.sub(lambda match: _DARK_OF[match[0]], svg)
 
 
 @contextmanager
