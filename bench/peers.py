@@ -61,9 +61,10 @@ def main() -> None:
             name: replace(peer, prompt=prompt, batch=batch, threads=threads, decoded=options.decoded)
             for name, peer in loads.items()
         }
-        case = _case(peers, options.rounds) | {"limits": work.limits(walls[threads], prompt, batch)}
-        cases.append(case)
-        _show(case)
+        case = _case(peers, options.rounds)
+        walls[threads] = walls[threads].or_faster(measure(threads))
+        cases.append(case | {"limits": work.limits(walls[threads], prompt, batch)})
+        _show(cases[-1])
     files = {name: _size(peer) for name, peer in loads.items()}
     machine = {
         "cpu": cpu_description(),

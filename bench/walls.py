@@ -42,6 +42,10 @@ class Walls:
     int8_operations_per_second: float
     float32_operations_per_second: float
 
+    def or_faster(self, other: Walls) -> Walls:
+        """Return the larger of both measurements of each wall: other work on the machine lowers them."""
+        return Walls(*map(max, asdict(self).values(), asdict(other).values()))
+
 
 @dataclass(frozen=True)
 class Work:

@@ -76,6 +76,10 @@ def test_limits_are_those_of_a_count_token_by_token(walls: Any) -> None:
     assert limits["prefill"] == pytest.approx(prompt * batch / (linears + 8 * pairs / 5))
 
 
+def test_of_two_measurements_the_larger_of_each_wall_counts(walls: Any) -> None:
+    assert walls.Walls(3.0, 1.0, 2.0).or_faster(walls.Walls(1.0, 4.0, 2.5)) == walls.Walls(3.0, 4.0, 2.5)
+
+
 @pytest.fixture
 def workload(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return how `bench/peers.py` reads a workload."""
