@@ -4,9 +4,9 @@
 
 The answers are greedy, and those of each prompt alone are computed beforehand. An answer with other tokens is accepted
 only as rounding: computed alone behind the same prompt, each of its tokens must have the log-probability that the
-server reported, and be as probable as the best one, both up to ``--tolerance``. The default is for float graphs; an INT8
-graph needs 2.6 (`bench/padding.py` says why). Prints JSON, and fails if an answer is wrong or missing, if the log has a
-line, or if the memory leaves 5 percent around its median after the first tenth of the requests.
+server reported, and be as probable as the best one, both up to ``--tolerance``. The default is for float graphs; INT8
+needs 2.6 (`bench/padding.py` says why). Prints JSON, and fails if an answer is wrong or missing, if the log has a line,
+or if the memory leaves 5 percent around its median after the first tenth of the requests.
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ EMBEDDING = "model.embed_tokens.weight"
 class Graph:
     """A graph in ONNX Runtime, computed from an empty cache."""
 
-    def __init__(self, model: onnx.ModelProto, contract: Any, threads: int, outputs: Sequence[str] = ("logits",)) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, contract: Any, threads: int, outputs: Sequence[str] = ("logits",)
+    ) -> None:
         """Load it from memory."""
         ort = import_onnxruntime()
         settings = session_options(SessionSettings(threads))
@@ -124,25 +126,31 @@ def compared(ones: list[FloatArray], others: list[FloatArray]) -> list[dict[str,
     return found
 
 
-def flips(graph: Graph, rows: list[list[int]], scales: Sequence[float]) -> dict[str, Any]:
-    """Return how many codes differ between a batch and its rows alone, and where the first ones of each row come from."""
-    together, alone = graph.run(rows), [graph.run([row])[0] for row in rows]
-    sites, differing, total, steps, before, margins = len(scales), 0, 0, 0, 0.0, []
-    for a, b in zip(alone, together, strict=True):
-        first = True
-        for i in range(sites):
-            values, others, codes, others_codes = a[2 * i], b[2 * i], a[2 * i + 1], b[2 * i + 1]
-            apart = np.abs(codes.astype(int) - others_codes)
-            differing, total, steps = differing + int((apart > 0).sum()), total + apart.size, max(steps, int(apart.max()))
-            if not first:
-                continue
-            # Up to the first Site with another code, nothing but the order of sums differs.
-            before = max(before, float((np.abs(values - others) / scales[i]).max()))
-            if apart.any():
-                at = values[apart > 0] / scales[i]
+def flips(graph: Graph, batches: Sequence[list[list[int]]], scales: Sequence[float]) -> dict[str, Any]:
+    """Return how many codes differ between batches and their rows alone, and where the first ones of a row come from.
+
+    Args:
+        graph: its outputs are the values before each Site and its codes, in turn.
+        batches: the rows of each batch.
+        scales: scale of each Site.
+    """
+    differing, total, steps, before, margins = 0, 0, 0, 0.0, []
+    for rows in batches:
+        for row, together in zip(rows, graph.run(rows), strict=True):
+            alone, flipped = graph.run([row])[0], False
+            for i, scale in enumerate(scales):
+                apart = np.abs(alone[2 * i + 1].astype(int) - together[2 * i + 1])
+                differing, total = differing + int((apart > 0).sum()), total + apart.size
+                steps = max(steps, int(apart.max()))
+                if flipped:
+                    continue
+                # Up to the first Site with another code, nothing but the order of sums differs.
+                before = max(before, float(np.abs(alone[2 * i] - together[2 * i]).max()) / scale)
+                flipped = bool(apart.any())
+                at = alone[2 * i][apart > 0] / scale
                 margins += np.abs(np.abs(at - np.floor(at)) - 0.5).tolist()
-                first = False
     return {
+        "rows": sum(map(len, batches)),
         "codes that differ": differing / total,
         "largest difference of codes": steps,
         "before the first flip, values differ by at most (steps)": before,
@@ -157,13 +165,13 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="+", default=[30, 70, 120, 170, 256])
+    parser.add_argument("--batches", type=int, default=4, help="batches of these lengths whose codes are compared")
     parser.add_argument("--text", type=Path, default=Path("README.md"))
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)
     if bundle.contract.prefix_slots:
         parser.error("the cache of this bundle begins with the prefix; give a bundle with the prefix in its graph")
-    ids = bundle.encode_prompt(options.text.read_text(encoding="utf-8"))
-    rows = [list(ids[i * 256 : i * 256 + length]) for i, length in enumerate(options.lengths)]
+    batches = _batches(bundle.encode_prompt(options.text.read_text(encoding="utf-8")), options)
     model = onnx.load(options.bundle / "model.onnx")
     twin, sites = without_rounding(model)
     twin = with_float_weights(twin)
@@ -171,20 +179,31 @@ def main() -> None:
         "machine": {"cpu": cpu_description(), "versions": installed_versions(("onnxruntime",))},
         "sites": len(sites),
     }
-    for name, graph, control in (("INT8", model, moved(model)), ("without rounding", twin, moved(twin))):
+    for name, graph in (("INT8", model), ("without rounding", twin)):
         session = Graph(graph, bundle.contract, options.threads)
-        alone, together = [session.run([row])[0][0] for row in rows], [x[0] for x in session.run(rows)]
-        del session
-        session = Graph(control, bundle.contract, options.threads)
+        alone = [session.run([row])[0][0] for row in batches[0]]
+        together = [found for (found,) in session.run(batches[0])]
+        session = Graph(moved(graph), bundle.contract, options.threads)
         results[name] = {
             "batch and alone": compared(alone, together),
-            "one unit in the embedding": compared(alone, [session.run([row])[0][0] for row in rows]),
+            "one unit in the embedding": compared(alone, [session.run([row])[0][0] for row in batches[0]]),
         }
-        del session
     names = [name for source, codes, _ in sites for name in (source, codes)]
     traced = Graph(with_outputs(model, names), bundle.contract, options.threads, names)
-    results["flips"] = flips(traced, rows, [scale for _, _, scale in sites])
+    results["flips"] = flips(traced, batches, [scale for _, _, scale in sites])
     print(json.dumps(results, indent=1))
+
+
+def _batches(ids: Sequence[int], options: argparse.Namespace) -> list[list[list[int]]]:
+    """Cut different rows from a text."""
+    longest, rows = max(options.lengths), len(options.lengths)
+    needed = options.batches * rows * longest
+    if len(ids) < needed:
+        raise SystemExit(f"{options.text} has {len(ids)} tokens, {needed} are needed; give a longer --text")
+    at = iter(range(0, needed, longest))
+    return [
+        [list(ids[(begin := next(at)) : begin + length]) for length in options.lengths] for _ in range(options.batches)
+    ]
 
 
 if __name__ == "__main__":
