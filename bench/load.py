@@ -6,7 +6,7 @@ The answers are greedy, and those of each prompt alone are computed beforehand. 
 only as rounding: computed alone behind the same prompt, each of its tokens must have the log-probability that the
 server reported, and be as probable as the best one, both up to ``--tolerance``. The default is for float graphs; INT8
 needs 2.6 (`bench/padding.py` says why). Prints JSON, and fails if an answer is wrong or missing, if the log has a line,
-or if the memory leaves 5 percent around its median after the first tenth of the requests.
+or if the memory leaves ``--flat`` around its median after the first tenth of the requests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from cushion_deploy.serve.api.token_text import TokenText
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 WORDS = ("the", "river", "naïve", "cœur", "👩‍🚀", "東京", "x = [1, 2]", "why?", "def", "e\u0301", "\n")
-FLAT = 0.05
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"sequences are left running and waiting: {left}")
     if log:
         problems.append(f"the log says: {log[-1000:]}")
-    if max(map(abs, spread)) > FLAT:
+    if max(map(abs, spread)) > options.flat:
         problems.append(f"memory moves between {spread[0]:+.1%} and {spread[1]:+.1%} of its median")
     result = {
         "machine": {"cpu": cpu_description(), "versions": installed_versions(("onnxruntime", "uvicorn"))},
@@ -300,8 +299,8 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     return result, problems
 
 
-def main() -> None:
-    """Print the result; exit code 1 if something is wrong."""
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--requests", type=int, default=10_000)
@@ -313,8 +312,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--pool", type=int, default=64, help="MiB of keys and values kept; full before it is measured")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--flat", type=float, default=0.05, help="how far memory may be from its median")
     parser.add_argument("--seed", type=int, default=0)
-    result, problems = measure(parser.parse_args())
+    return parser
+
+
+def main() -> None:
+    """Print the result; exit code 1 if something is wrong."""
+    result, problems = measure(arguments().parse_args())
     print(json.dumps(result, indent=1))
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -85,6 +86,13 @@ def other_server(command: Sequence[str], url: str, model: str) -> Iterator[Serve
         else:
             raise StartError(f"it did not answer within {_START_SECONDS} seconds")
         yield ServerProcess(url, model, process, errors)
+
+
+def bind_free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager

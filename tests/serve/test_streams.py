@@ -62,17 +62,17 @@ def answers(tokenizer: Any, ids: list[int], stops: list[str], *, chat: bool) -> 
     request = SequenceRequest((5,), len(ids), stop=tuple(stops), top_logprobs=0)
     tokens = token_text(tokenizer)
     messages: Any = [{"role": "user", "content": "x"}]
-    forms: Any = lambda: (
-        ChatForm(engine, ChatRequest(model="tiny", messages=messages, logprobs=True), tokens)
-        if chat
-        else CompletionForm(engine, CompletionRequest(model="tiny", prompt="x", logprobs=0), tokens)
-    )
+
+    def form() -> Any:
+        if chat:
+            return ChatForm(engine, ChatRequest(model="tiny", messages=messages, logprobs=True), tokens)
+        return CompletionForm(engine, CompletionRequest(model="tiny", prompt="x", logprobs=0), tokens)
 
     async def both() -> tuple[dict[str, Any], list[Any]]:
         answer = Answer(engine, [request])
         await answer.collect(asyncio.Event().wait)  # type: ignore[arg-type]
-        chunks = [chunk async for chunk in forms().chunks(Answer(engine, [request]))]
-        return forms().whole(answer)["choices"][0], [choice for chunk in chunks for choice in chunk["choices"]]
+        chunks = [chunk async for chunk in form().chunks(Answer(engine, [request]))]
+        return form().whole(answer)["choices"][0], [choice for chunk in chunks for choice in chunk["choices"]]
 
     return asyncio.run(both())
 
