@@ -151,9 +151,10 @@ class Reference:
         apart = float(np.abs(chosen - answer.logprobs).max())
         if max(apart, float(behind.max())) > tolerance:
             return f"log-probabilities {apart:.3f} apart, tokens {behind.max():.3f} behind: {answer.text!r}"
-        ended = ids[-1] in self.bundle.eos_token_ids or "stop" in case.body
-        if answer.finish != ("length" if len(ids) == case.body["max_tokens"] else "stop") and not ended:
-            return f"it ends with {answer.finish}"
+        length = "length" if len(ids) == case.body["max_tokens"] else "neither"
+        expected = "stop" if ids[-1] in self.bundle.eos_token_ids else length
+        if answer.finish != expected and "stop" not in case.body:
+            return f"it ends with {answer.finish}, expected {expected}"
         return "rounding"
 
     def _tokens(self, prompt: tuple[int, ...], texts: list[str]) -> tuple[int, ...]:
