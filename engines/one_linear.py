@@ -5,11 +5,12 @@ The encoding is that of protocol buffers, with the field numbers of ``onnx.proto
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-OPSET, IR_VERSION = 19, 9
+OPSET, BLOCK_OPSET, IR_VERSION = 19, 21, 9
 _FLOAT, _INT8 = 1, 3
 _INT_ATTRIBUTE = 2
 
@@ -23,22 +24,43 @@ def one_linear(weights: Any) -> bytes:
     width, out = weights.shape
     codes = [_tensor("w", weights), _tensor("w_zero", np.zeros(out, np.int8)), _tensor("zero", np.array(0, np.int8))]
     scales = [_tensor("w_scale", np.ones(out, np.float32)), _tensor("one", np.array(1, np.float32))]
-    axis = _field(1, b"axis") + _field(3, 1) + _field(20, _INT_ATTRIBUTE)
     nodes = [
         _node("QuantizeLinear", ("x", "one", "zero"), "q"),
         _node("DequantizeLinear", ("q", "one", "zero"), "dq"),
-        _node("DequantizeLinear", ("w", "w_scale", "w_zero"), "dw", axis),
+        _node("DequantizeLinear", ("w", "w_scale", "w_zero"), "dw", _int_attribute("axis", 1)),
         _node("MatMul", ("dq", "dw"), "y"),
     ]
+    return _model(nodes, (*codes, *scales), width, out, OPSET)
+
+
+def one_head(weights: Any, block: int) -> bytes:
+    """Return a serialized ONNX model: float32 ``x`` ``[rows, in]`` times DQ of ``weights`` with scales by block: ``y``.
+
+    Args:
+        weights: int8 ``[in, out]``; every scale is 1.
+        block: inputs that share a scale.
+    """
+    width, out = weights.shape
+    tensors = _tensor("w", weights), _tensor("w_scale", np.ones((width // block, out), np.float32))
+    sizes = (_int_attribute("axis", 0), _int_attribute("block_size", block))
+    nodes = [_node("DequantizeLinear", ("w", "w_scale"), "dw", *sizes), _node("MatMul", ("x", "dw"), "y")]
+    return _model(nodes, tensors, width, out, BLOCK_OPSET)
+
+
+def _model(nodes: Sequence[bytes], tensors: Sequence[bytes], width: int, out: int, opset: int) -> bytes:
     graph = b"".join(_field(1, node) for node in nodes) + _field(2, b"one linear")
-    graph += b"".join(_field(5, tensor) for tensor in (*codes, *scales))
+    graph += b"".join(_field(5, tensor) for tensor in tensors)
     graph += _field(11, _value("x", width)) + _field(12, _value("y", out))
-    return _field(1, IR_VERSION) + _field(7, graph) + _field(8, _field(1, b"") + _field(2, OPSET))
+    return _field(1, IR_VERSION) + _field(7, graph) + _field(8, _field(1, b"") + _field(2, opset))
 
 
-def _node(operator: str, inputs: tuple[str, ...], output: str, attribute: bytes = b"") -> bytes:
+def _int_attribute(name: str, value: int) -> bytes:
+    return _field(1, name.encode()) + _field(3, value) + _field(20, _INT_ATTRIBUTE)
+
+
+def _node(operator: str, inputs: tuple[str, ...], output: str, *given: bytes) -> bytes:
     names = b"".join(_field(1, name.encode()) for name in inputs)
-    attributes = _field(5, attribute) if attribute else b""
+    attributes = b"".join(_field(5, attribute) for attribute in given)
     return names + _field(2, output.encode()) + _field(4, operator.encode()) + attributes
 
 

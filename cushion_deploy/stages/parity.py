@@ -109,7 +109,7 @@ class Parity(Stage[ParityResult]):
     """
 
     name: ClassVar[str] = "parity"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     graph: Node[ExportedGraph]
