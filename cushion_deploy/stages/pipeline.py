@@ -16,6 +16,7 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.value_range import ValueRange
 from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.onnxruntime.settings import has_head_kernel
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.source import ModelSource, resolve_source
@@ -217,7 +218,9 @@ class Pipeline:
 
     @property
     def _embedding(self) -> ExactEmbedding | None:
-        return ExactEmbedding(self.model) if self.recipe.export.embedding == "auto" else None
+        # Without its kernel a head on codes is slower than one in floating point.
+        undecided = self.recipe.export.embedding == "auto" and has_head_kernel()
+        return ExactEmbedding(self.model) if undecided else None
 
     @property
     def whole_scheme(self) -> ChooseScheme:

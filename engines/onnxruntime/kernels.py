@@ -6,9 +6,9 @@ instead: the same codes and exact sums, in kernels that are half as fast where V
 A bundle moves from machine to machine, so the first session of a process multiplies one linear of extreme codes in each
 way, and the sessions take the first way that agrees with integer arithmetic, which is the faster one.
 
-A tied head on the codes of an INT8 embedding has a kernel of its own, MatMulNBits. By default it multiplies uint8 weights
-by int8 activations, and is tried in the same way; where it is not exact, the sessions take the slow one with float32
-activations (``session.qdq_matmulnbits_accuracy_level``).
+A tied head on the codes of an INT8 embedding has a kernel of its own, MatMulNBits. By default it multiplies uint8
+weights by int8 activations, and is tried in the same way; where it is not exact, the sessions take the slow one with
+float32 activations (``session.qdq_matmulnbits_accuracy_level``).
 
 The verdict is kept for the process and no longer: finding it takes a few milliseconds, and a file could outlive the
 machine it is true for.

@@ -19,6 +19,7 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.session import open_session
+from cushion_deploy.engines.onnxruntime.settings import has_head_kernel
 from cushion_deploy.engines.registry import find_engine, why_missing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.export.write import export_graph
@@ -202,6 +203,7 @@ def test_the_float_twin_has_a_float_embedding(export, tmp_path) -> None:
     assert tensors(twin)[NAME].dtype == np.float32
 
 
+@pytest.mark.skipif(not has_head_kernel(), reason="this ONNX Runtime has no kernel for the head")
 def test_onnxruntime_fuses_the_tied_head_and_no_float_copy_of_the_table_remains(export, runner, ids, tmp_path) -> None:
     _, _, graph = export()
     options = ort.SessionOptions()
@@ -249,6 +251,8 @@ def test_every_linear_is_int8_in_an_engine_with_or_without_the_head(
     chosen = find_engine(engine)
     if (missing := why_missing(chosen)) is not None:
         pytest.skip(missing.message)
+    if engine == "onnxruntime" and not has_head_kernel():
+        pytest.skip("this ONNX Runtime has no kernel for the head")
     _, _, graph = export(head=head, layers=True)
     artifact = chosen.compile(graph, tmp_path, CompileOptions())
     assert artifact.int8_linears == artifact.linears == graph.linears

@@ -26,6 +26,7 @@ from cushion_deploy.engines.onnxruntime.kernels import (
     head_adds_exactly,
     kernels_in_words,
 )
+from cushion_deploy.engines.onnxruntime.settings import has_head_kernel
 from cushion_deploy.errors import CheckFailed
 
 
@@ -68,6 +69,7 @@ def test_the_bytes_are_a_valid_model_of_one_head() -> None:
     np.testing.assert_array_equal(found, x @ weights.astype(np.float32))
 
 
+@pytest.mark.skipif(not has_head_kernel(), reason="this ONNX Runtime has no kernel for the head")
 @pytest.mark.parametrize("level", [INT8_HEAD, FLOAT_HEAD])
 def test_onnx_runtime_multiplies_a_head_in_the_kernel_that_the_setting_names(level: str, tmp_path: Any) -> None:
     import onnxruntime as ort
@@ -80,6 +82,16 @@ def test_onnx_runtime_multiplies_a_head_in_the_kernel_that_the_setting_names(lev
     (product,) = onnx.load(tmp_path / "optimized.onnx").graph.node
     assert product.op_type == "MatMulNBits"
     assert {a.name: a.i for a in product.attribute}["accuracy_level"] == int(level)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("1.24.4", False), ("1.25.0", True), ("1.31.1", True), ("2.0", True)]
+)
+def test_the_kernel_of_a_head_is_known_by_the_version(
+    version: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    assert has_head_kernel() is expected
 
 
 @pytest.mark.parametrize("value", WAYS)
