@@ -10,11 +10,13 @@ from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.session import DecoderSession
+from cushion_deploy.core.sites import HEAD_SITE
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.parity.checks import ParityCheck
 from cushion_deploy.parity.ladder import (
+    TIED_HEAD_LOGITS,
     TorchReference,
     decode_rung,
     engine_rung,
@@ -108,12 +110,19 @@ class Climb:
             rung = f"{name}: decode against prefill"
             yield segment_decode_rung(rung, self.reference, plan, self.tokens)
 
+    @property
+    def _head_reads_embedding(self) -> bool:
+        """Whether a head in floating point reads the INT8 codes of the embedding."""
+        untied = f"{self.model.family.head}.weight" in self.model.weights.names() and not self.model.spec.tied_head
+        return self.graph.int8_embedding and not untied and HEAD_SITE not in self.graph.sites
+
     def _engine(self) -> Iterator[list[ParityCheck]]:
         fused = SegmentRun(self.graph, self.quantization.static_scales, "fused")
-        segments = segment_rung("onnxruntime kernels against fake-quant", self.reference, fused)
+        within = TIED_HEAD_LOGITS if self._head_reads_embedding else None
+        segments = segment_rung("onnxruntime kernels against fake-quant", self.reference, fused, within)
         yield segments
         rung = "onnxruntime kernels: decode against prefill"
-        yield segment_decode_rung(rung, self.reference, fused, self.tokens)
+        yield segment_decode_rung(rung, self.reference, fused, self.tokens, within)
         del fused
         session = open_session(self.graph)
         rung = "onnxruntime engine against fake-quant"
