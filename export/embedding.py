@@ -67,7 +67,13 @@ class Embedding:
         if self.holds_codes:
             codes = g.op("Transpose", self._codes, perm=[1, 0])
             scales = g.op("Transpose", self._float32(self._scales), perm=[1, 0])
-            weight = g.op("DequantizeLinear", codes, scales, name="weight_DQ", axis=0, block_size=EMBEDDING_BLOCK)
+            # Written out, because ONNX Runtime's conversion to uint8 weights fails without one; and as large as the
+            # scales, so not stored.
+            size = g.ints(self._shape[1] // EMBEDDING_BLOCK, self._shape[0])
+            zeros = g.op("ConstantOfShape", size, value=ir.tensor(np.zeros(1, np.int8)))
+            weight = g.op(
+                "DequantizeLinear", codes, scales, zeros, name="weight_DQ", axis=0, block_size=EMBEDDING_BLOCK
+            )
             products = g.op("MatMul", self._in_two_parts(x), weight, name="MatMul")
             return g.op("ReduceSum", products, g.ints(0), keepdims=0)
         rows = g.op("Reshape", x, g.ints(-1, self._shape[1]))

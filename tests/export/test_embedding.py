@@ -204,18 +204,24 @@ def test_the_float_twin_has_a_float_embedding(export, tmp_path) -> None:
 
 
 @pytest.mark.skipif(not has_head_kernel(), reason="this ONNX Runtime has no kernel for the head")
-def test_onnxruntime_fuses_the_tied_head_and_no_float_copy_of_the_table_remains(export, runner, ids, tmp_path) -> None:
+@pytest.mark.parametrize("uint8", ["0", "1"])
+def test_onnxruntime_fuses_the_tied_head_and_no_float_copy_of_the_table_remains(
+    uint8: str, export, runner, ids, tmp_path
+) -> None:
     _, _, graph = export()
     options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", uint8)
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
     optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
     kernels = [n for n in optimized.node if n.op_type == "MatMulNBits"]
     assert [{a.name: a.i for a in n.attribute}["accuracy_level"] for n in kernels] == [4]
     large = [t for t in optimized.initializer if np.prod(t.dims) >= VOCAB * HIDDEN]
     assert {t.data_type for t in large} == {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
-    fused, _ = runner(graph.path)(ids)
+    fusing = runner(graph.path)
+    fusing.session = session
+    fused, _ = fusing(ids)
     exact, _ = literal(runner, graph)(ids)
     # Its activations have 8 bits, but get them in two parts: one would be off by 2^-9 to 2^-7.
     assert np.abs(fused - exact).max() <= 2**-12 * np.abs(exact).max()
