@@ -9,15 +9,11 @@ from typing import Any
 from cushion_deploy.engines.onnxruntime.kernels import SESSION_CONFIG, exact_kernels
 from cushion_deploy.errors import MissingDependency, UsageError
 
-<<<<<<< HEAD
 GPU_DISTRIBUTION = "onnxruntime-gpu"
 DISTRIBUTIONS = ("onnxruntime", GPU_DISTRIBUTION)
-=======
-DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 HEAD_KERNEL = (1, 25)
 """First version that fuses the MatMul of a head with the DQ of INT8 codes with scales by block; older ones dequantize
 the whole table in every step."""
->>>>>>> 5d41f17da1f4ac4ef09d33bce90bcdb342800754
 CHUNK = 128
 """Most prompt tokens in one call by default."""
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
