@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import signal
 import sys
 import traceback
+from pathlib import Path
+from tempfile import gettempdir
 from types import FrameType
 from typing import NoReturn
 
 import click
 
+from cushion_deploy.cli.terminal import require_utf8
 from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, missing_module
 from cushion_deploy.printable import controls_visible
+from cushion_deploy.store.files import DISK_FULL, free_bytes, human_bytes
 from cushion_deploy.store.manifest import tool_version
 
 VERBS = {
@@ -94,12 +99,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # time. With this many turns they are as fast on a quiet machine, and 2 to 4 times as fast on a busy one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A locale without the characters that a model writes shows them as escapes, as stderr does.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors are printed on stderr."""
     try:
+        require_utf8(arguments)
         result = cli.main(arguments, prog_name="cushion-deploy", standalone_mode=False)
         return result if isinstance(result, int) else ExitCode.OK
     except CushionError as e:
@@ -108,6 +117,8 @@ def run(arguments: list[str]) -> int:
         return e.exit_code
     except click.ClickException as e:
         e.show(sys.stderr)
+        if isinstance(e, click.NoSuchOption):
+            _print_error("  -> text and names that begin with a dash go behind --, as in: generate -- BUNDLE -1")
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
         _print_error("interrupted; finished stages are kept, run the same command again to resume")
@@ -128,8 +139,19 @@ def run(arguments: list[str]) -> int:
         _print_error(f"error: {missing.message}")
         _print_error(f"  -> {missing.hint}")
         return missing.exit_code
+    except OSError as e:
+        return _no_room(e) if e.errno in DISK_FULL else _bug(e)
     except Exception as e:
         return _bug(e)
+
+
+def _no_room(error: OSError) -> int:
+    """Report a full disk behind a file that is not one of the product's own, such as the one stdout goes to."""
+    name = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
+    rooms = [f"{folder}: {human_bytes(free_bytes(folder))} free" for folder in (Path.cwd(), Path(gettempdir()))]
+    _print_error(f"error: cannot write{name or ' a file'}: {error.strerror} ({', '.join(rooms)})")
+    _print_error("  -> free some space where stdout or the output goes, and run again (finished stages are kept)")
+    return ExitCode.USAGE
 
 
 def _bug(error: Exception) -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.store.files import disk_errors
+from cushion_deploy.store.files import disk_errors, hidden_name
 from cushion_deploy.store.owned import owned_folder, swap_in
 
 
@@ -32,6 +32,6 @@ def new_folder(output: Path) -> Iterator[Path]:
     target = output.absolute()
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with owned_folder(target.parent, f".{target.name}.cushion-", target) as staged:
+        with owned_folder(target.parent, f"{hidden_name(target.name)}.cushion-", target) as staged:
             yield staged
             swap_in(staged, target)

@@ -23,6 +23,7 @@ from cushion_deploy.prefix.candidates import Candidates, count_sources, gather_c
 from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, positions_run
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth, tokens_to_screen
+from cushion_deploy.prefix.seeds import seed_ids
 from cushion_deploy.prefix.trace import ScoredToken, SearchStep, SearchTrace
 from cushion_deploy.recipe import Search
 from cushion_deploy.store import replace_file
@@ -241,18 +242,8 @@ class PrefixSearch:
     def _seed_ids(self) -> tuple[int, ...]:
         if not self.config.seed_tokens and self.config.max_length:
             return self.model.bare_tokens
-        ids: list[int] = []
-        for text in self.config.seed_tokens:
-            special = self.model.tokenizer.bos_token_id if text == "<bos>" else None
-            if text == "<bos>" and special is None:
-                raise UsageError("the seed is <bos>, which the tokenizer does not have", hint="choose another seed")
-            ids += [special] if special is not None else [int(i) for i in self.model.encode(text)]
-        if len(ids) > self.config.max_length:
-            raise UsageError(
-                f"the seeds are {len(ids)} tokens, more than search.max_length = {self.config.max_length}",
-                hint="give fewer seeds or a longer prefix",
-            )
-        return tuple(ids)
+        tokenizer = self.model.tokenizer
+        return seed_ids(self.config, tokenizer.bos_token_id, lambda text: self.model.encode(text).tolist())
 
     def _why_stopped(self, step: SearchStep, ids: tuple[int, ...]) -> str:
         best = f"the best of {step.candidates} candidates leaves {step.ratio:.2f} of the objective"

@@ -15,8 +15,8 @@ from cushion_deploy.stages.base import Stage, nodes_behind
 from cushion_deploy.stages.compile import Compile, compile_options
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.publish import Publish
+from cushion_deploy.stages.requirements import require_calibratable, require_comparable, require_evaluable
 from cushion_deploy.stages.run import Run
-from cushion_deploy.stages.windows import require_recipe_fits
 from cushion_deploy.store import recover, require_publishable
 
 
@@ -39,10 +39,12 @@ def build(
     require_modules("torch", "transformers", "onnx_ir", "onnxruntime", "matplotlib", "jinja2")
     recover(output)
     pipeline, end = _checked(recipe, output, targets, allow_float_linears)
-    _require_other_text(pipeline, run)
+    _read_texts(pipeline, run)
     with run.lock():
-        require_recipe_fits(recipe, run.get(pipeline.files).spec)
         run.number(end)
+        require_evaluable(pipeline, run, [recipe.evaluation.data])
+        require_comparable(pipeline, run)
+        require_calibratable(pipeline, run)
         return run.get(end)
 
 
@@ -50,7 +52,7 @@ def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ())
     """Check the inputs of a build and return, JSON-ready, what it would do, without running anything."""
     pipeline, end = _checked(recipe, output, targets, 0)
     data, source = recipe.calibration.data, pipeline.source
-    text = SAMPLED[data] if data in SAMPLED else run.get(pipeline.text).name
+    text = SAMPLED[data] if data in SAMPLED else run.get(pipeline.text.rows).name
     stages = [node.label for node in nodes_behind(end) if isinstance(node, Stage)]
     return {
         "model": {"label": source.label, "kind": source.kind, "sha256": source.digest},
@@ -87,12 +89,17 @@ def _checked(
     return pipeline, pipeline.build(tuple(engine.name for engine in engines), options, output)
 
 
-def _require_other_text(pipeline: Pipeline, run: Run) -> None:
-    """Refuse to evaluate on the calibration text."""
-    calibration, evaluation = pipeline.recipe.calibration.data, pipeline.recipe.evaluation.data
+def _read_texts(pipeline: Pipeline, run: Run) -> None:
+    """Read the texts that need no model, so that a bad one is found at once; refuse the calibration text twice."""
+    recipe = pipeline.recipe
+    calibration, evaluation = recipe.calibration.data, recipe.evaluation.data
+    texts = pipeline.text, pipeline.evaluation_text, pipeline.corpus(recipe.parity.data, "evaluation")
+    for data, text in zip((calibration, evaluation, recipe.parity.data), texts, strict=True):
+        if data not in SAMPLED:
+            run.get(text.rows)
     if calibration in SAMPLED or evaluation is None:
         return
-    if run.digest(pipeline.text) == run.digest(pipeline.evaluation_text):
+    if run.digest(pipeline.text.rows) == run.digest(pipeline.evaluation_text.rows):
         raise UsageError(
             f"{evaluation} is also the calibration text, so its perplexity would be too optimistic",
             hint="give a different text with --eval-data, or omit the option",
