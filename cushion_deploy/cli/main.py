@@ -17,6 +17,7 @@ from typing import NoReturn
 import click
 
 from cushion_deploy.cli.terminal import require_utf8
+from cushion_deploy.dependencies import EXTRAS_OF, require_versions
 from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, missing_module
 from cushion_deploy.printable import controls_visible
 from cushion_deploy.store.files import DISK_FULL, free_bytes, human_bytes
@@ -74,7 +75,8 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(tool_version(), prog_name="cushion-deploy")
 @click.option("-v", "--verbose", is_flag=True, help="Log more on stderr.")
-def cli(verbose: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, verbose: bool) -> None:
     """Build and run static per-tensor INT8 bundles of language models, verified step by step.
 
     \b
@@ -84,6 +86,8 @@ def cli(verbose: bool) -> None:
     Exit codes: 0 success, 1 a check failed, 2 bad input, 3 a dependency is missing,
     4 corrupt or untrusted file, 70 a bug, 130/143 interrupted.
     """  # noqa: D301 - click reads \b as: do not wrap this paragraph
+    # A package that is too old is named now, and not by an error in the middle of a build.
+    require_versions(*EXTRAS_OF.get(ctx.invoked_subcommand or "", ()))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "huggingface_hub", "transformers", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
