@@ -108,17 +108,24 @@ def check_keep_float(spec: ModelSpec, scheme: QuantScheme, keep_float: tuple[str
     """Return the Sites that a scheme quantizes in a model, in the order of computation.
 
     Raises:
-        UsageError: an entry of ``export.keep_float`` is not one of them, or ``auto:`` lacks a number.
+        UsageError: an entry of ``export.keep_float`` is not one of them, ``auto:`` lacks a number, or no Site is
+            left to quantize.
     """
     known = list(get_family(spec.family).linears(spec, head=scheme.quantize_head))
+    kept = len({entry for entry in keep_float if not is_automatic(entry)})
     for entry in keep_float:
         if is_automatic(entry):
-            _automatic(entry)
+            kept += _automatic(entry)
         elif entry not in known:
             raise UsageError(
                 f"export.keep_float names '{entry}', which is not a quantized Site of this model",
                 hint=f"Sites are named {known[0]} to {known[-1]}; or give auto:N",
             )
+    if kept >= len(known):
+        raise UsageError(
+            f"export.keep_float keeps all {len(known)} Sites of this model, so nothing would be quantized",
+            hint="keep fewer, or `cushion-deploy export --float` for a graph in floating point",
+        )
     return known
 
 
