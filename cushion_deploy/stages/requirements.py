@@ -30,9 +30,15 @@ def require_calibratable(pipeline: Pipeline, run: Run) -> None:
     the first steps of what follows.
 
     Raises:
-        UsageError: a setting does not fit the model, or the text is too short for a setting; both are named.
+        UsageError: the device is not there, a setting does not fit the model, or the text is too short for a setting; both are named.
     """
-    recipe, files = pipeline.recipe, run.get(pipeline.files)
+    recipe = pipeline.recipe
+    if recipe.compute.device not in ("auto", "cpu"):
+        # A finished stage needs no device, and torch takes seconds to import.
+        from cushion_deploy.modeling.devices import resolve_device
+
+        resolve_device(recipe.compute.device, run.processes)
+    files = run.get(pipeline.files)
     spec, text = files.spec, read_text_files(files.folder)
     require_recipe_fits(recipe, spec)
     check_keep_float(spec, pipeline.scheme, recipe.export.keep_float)

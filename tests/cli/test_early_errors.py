@@ -54,8 +54,8 @@ def attempt(
 
 
 def made(work: Path) -> set[str]:
-    """Return the stages that a work folder holds."""
-    return {path.name for path in (work / "stages").glob("*")}
+    """Return the finished stages in a work folder."""
+    return {path.parent.name for path in (work / "stages").glob("*/*")}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
