@@ -30,7 +30,8 @@ def require_calibratable(pipeline: Pipeline, run: Run) -> None:
     the first steps of what follows.
 
     Raises:
-        UsageError: the device is not there, a setting does not fit the model, or the text is too short for a setting; both are named.
+        UsageError: the device is not there, a setting does not fit the model, or the text is too short for a setting;
+            both are named.
     """
     recipe = pipeline.recipe
     if recipe.compute.device not in ("auto", "cpu"):
