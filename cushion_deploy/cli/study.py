@@ -84,7 +84,7 @@ def command(
     require_modules("torch", "transformers", "jinja2", "matplotlib")
     from cushion_deploy.evaluate.batches import BATCH
     from cushion_deploy.stages.pipeline import Pipeline
-    from cushion_deploy.stages.requirements import require_calibratable, require_evaluable
+    from cushion_deploy.stages.requirements import require_calibration_text, require_evaluable, require_settings
     from cushion_deploy.study.cells import Cells
     from cushion_deploy.study.run import choose_parts, run_study
     from cushion_deploy.study.write import write_study
@@ -96,8 +96,9 @@ def command(
         run, pipeline = make_run(values["work_dir"], report_progress), Pipeline.of(recipe)
         scored = texts or (recipe.evaluation.data,)
         with run.lock():
+            require_settings(pipeline, run)
             require_evaluable(pipeline, run, scored)
-            require_calibratable(pipeline, run)
+            require_calibration_text(pipeline, run)
             study = run_study(Cells(pipeline, run, scored), parts, found)
     with new_folder(output) as staged:
         write_study(study, staged)

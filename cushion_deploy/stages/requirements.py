@@ -24,14 +24,20 @@ SHORTEST_PARITY = 2
 
 
 def require_calibratable(pipeline: Pipeline, run: Run) -> None:
-    """Check the settings and the calibration text of a recipe against its model.
-
-    The model is loaded if no earlier run has described it, and text is sampled from it if the recipe says so: both are
-    the first steps of what follows.
+    """Check what every command needs that searches or calibrates: settings, then the calibration text.
 
     Raises:
-        UsageError: the device is not there, a setting does not fit the model, or the text is too short for a setting;
-            both are named.
+        UsageError: see :func:`require_settings` and :func:`require_calibration_text`.
+    """
+    require_settings(pipeline, run)
+    require_calibration_text(pipeline, run)
+
+
+def require_settings(pipeline: Pipeline, run: Run) -> None:
+    """Check the settings of a recipe against this machine and the model, which is loaded if no run has described it.
+
+    Raises:
+        UsageError: the device is not there, or a setting does not fit the model.
     """
     recipe = pipeline.recipe
     if recipe.compute.device not in ("auto", "cpu"):
@@ -40,12 +46,22 @@ def require_calibratable(pipeline: Pipeline, run: Run) -> None:
 
         resolve_device(recipe.compute.device, run.processes)
     files = run.get(pipeline.files)
-    spec, text = files.spec, read_text_files(files.folder)
-    require_recipe_fits(recipe, spec)
-    check_keep_float(spec, pipeline.scheme, recipe.export.keep_float)
+    text = read_text_files(files.folder)
+    require_recipe_fits(recipe, files.spec)
+    check_keep_float(files.spec, pipeline.scheme, recipe.export.keep_float)
     if longest_prefix(recipe):
         seed_ids(recipe.search, text.bos_token_id, lambda seed: _tokens(text.tokenizer, seed))
-    _require_calibration_text(recipe, spec, text.tokenizer, run.get(pipeline.text))
+
+
+def require_calibration_text(pipeline: Pipeline, run: Run) -> None:
+    """Check that the calibration text is long enough for every setting; it may be sampled from the model here.
+
+    Raises:
+        UsageError: it is too short; the setting is named.
+    """
+    files = run.get(pipeline.files)
+    tokenizer = read_text_files(files.folder).tokenizer
+    _require_calibration_text(pipeline.recipe, files.spec, tokenizer, run.get(pipeline.text))
 
 
 def require_evaluable(pipeline: Pipeline, run: Run, texts: Sequence[str | None]) -> None:

@@ -15,7 +15,12 @@ from cushion_deploy.stages.base import Stage, nodes_behind
 from cushion_deploy.stages.compile import Compile, compile_options
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.publish import Publish
-from cushion_deploy.stages.requirements import require_calibratable, require_comparable, require_evaluable
+from cushion_deploy.stages.requirements import (
+    require_calibration_text,
+    require_comparable,
+    require_evaluable,
+    require_settings,
+)
 from cushion_deploy.stages.run import Run
 from cushion_deploy.store import recover, require_publishable
 
@@ -42,9 +47,11 @@ def build(
     _read_texts(pipeline, run)
     with run.lock():
         run.number(end)
+        require_settings(pipeline, run)
         require_evaluable(pipeline, run, [recipe.evaluation.data])
         require_comparable(pipeline, run)
-        require_calibratable(pipeline, run)
+        # Last, because the text may have to be sampled.
+        require_calibration_text(pipeline, run)
         return run.get(end)
 
 
