@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -130,3 +131,14 @@ def test_an_option_that_may_be_text_with_a_dash_is_explained(cli: Any) -> None:
     found = cli("generate", "out", "-1")
     assert found.code == ExitCode.USAGE
     assert "generate -- BUNDLE -1" in found.err
+
+
+@pytest.mark.parametrize("verb", ["search", "calibrate", "export", "tune"])
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_read(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    # As root and on a read-only file system alike, which a test cannot mount everywhere.
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and real(path, mode))
+    found = cli(verb, "--model", tmp_path / "nowhere", "--output", tmp_path / "out")
+    assert (found.code, f"{tmp_path} is not writable" in found.err) == (ExitCode.USAGE, True), found.err
