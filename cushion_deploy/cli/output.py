@@ -25,7 +25,7 @@ def require_parent(file: Path) -> None:
         found = file.absolute().parent.is_dir()
     if not found:
         raise UsageError(f"the folder of {file} does not exist", hint="create it first, or choose another folder")
-    if not file.exists() or file.is_file():
+    if not os.path.exists(file) or os.path.isfile(file):
         _require_writable(file)
 
 
