@@ -221,6 +221,7 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
     eos = c.eos_token_id if eos is None else eos
     embedding = getattr(c, "word_embed_proj_dim", c.hidden_size)
     scalar = getattr(c, "query_pre_attn_scalar", None) or head_dim
+    rotated = getattr(c, "no_rope_layers", None) or []
     return ModelSpec(
         family=family.name,
         source=Path(source.label).name if source.kind == "gguf" else source.label,
@@ -240,7 +241,7 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
         parameters=sum(p.numel() for p in module.parameters()),
         bos_token_id=c.bos_token_id,
         eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        attention_scale=scalar**-0.5,
+        attention_scale=getattr(c, "attention_multiplier", None) or scalar**-0.5,
         revision=source.revision,
         local_rotary=local,
         windows=_windows(c, family),
@@ -248,6 +249,10 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
         score_cap=getattr(c, "attn_logit_softcapping", None) or 0.0,
         logit_cap=getattr(c, "final_logit_softcapping", None) or 0.0,
         embedding_size=embedding if embedding != c.hidden_size else 0,
+        unrotated=tuple(i for i, whether in enumerate(rotated) if not whether),
+        embedding_factor=getattr(c, "embedding_multiplier", 1.0),
+        residual_factor=getattr(c, "residual_multiplier", 1.0),
+        logit_divisor=getattr(c, "logits_scaling", 1.0),
     )
 
 

@@ -305,9 +305,13 @@ class TorchRunner:
         return self.array(self.reduce(torch.as_tensor(values.copy()), reduction))
 
     def head_logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits float32 ``[..., vocab]`` of last hidden states, capped as in the model."""
-        found: Tensor = self.module.get_submodule(self.family.head)(hidden).float()
-        cap = self.spec.logit_cap
+        """Return the logits float32 ``[..., vocab]`` of last hidden states, scaled and capped as in the model."""
+        return self.scaled_logits(self.module.get_submodule(self.family.head)(hidden))
+
+    def scaled_logits(self, scores: Tensor) -> Tensor:
+        """Return the logits float32 ``[..., vocab]`` of what the head puts out."""
+        found, cap, divisor = scores.float(), self.spec.logit_cap, self.spec.logit_divisor
+        found = found / divisor if divisor != 1 else found
         return cap * torch.tanh(found / cap) if cap else found
 
     def predictions(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:

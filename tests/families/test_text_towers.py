@@ -1,4 +1,4 @@
-"""The decoder of a checkpoint of several modalities is loaded alone, and computes what transformers' whole model does."""
+"""The decoder of a checkpoint of several modalities is loaded alone, and computes what the whole model does."""
 
 from __future__ import annotations
 
