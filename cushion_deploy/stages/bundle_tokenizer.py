@@ -35,7 +35,7 @@ def leave_out_bos(folder: Path) -> str:
     added = processor != written.get("post_processor") or bool(settings.get("add_bos_token"))
     if added:
         write_json(folder / TOKENIZER, {**written, "post_processor": processor})
-        # Some classes add the token whatever tokenizer.json says. The class stays, because onnxruntime-genai chooses its
+        # Some classes add the token whatever tokenizer.json says. The class stays: onnxruntime-genai chooses its
         # algorithm by the name.
         settings["add_bos_token"] = False
     templates = _silence(folder, settings)
