@@ -103,6 +103,7 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [0, 1, 0]}),
     "granite": ("granite", {}),
+    "olmo2": ("olmo2", {"initializer_range": 0.08}),
     "gemma2": ("gemma2", {**SLIDING, "query_pre_attn_scalar": 16}),
     "gemma3": ("gemma3_text", {**SLIDING, "query_pre_attn_scalar": 16}),
     "phi3": ("phi3", SLIDING),
