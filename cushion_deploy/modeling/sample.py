@@ -30,12 +30,12 @@ def sample_text(model: TorchRunner, seed: int, progress: Progress = silent) -> t
     generator = torch.Generator().manual_seed(seed)
     length = min(SAMPLE_TOKENS, model.spec.max_positions - len(model.bare_tokens))
     drawn = torch.randint(len(model.vocabulary), (SAMPLES, 1), generator=generator)
-    ids, padding = model.tensor(model.vocabulary[drawn.numpy()]), torch.from_numpy(model.padding_tokens)
+    ids, padding = model.tensor(model.vocabulary)[model.tensor(drawn)], model.tensor(model.padding_tokens)
     new = torch.cat([ids.new_tensor([model.bare_tokens]).expand(SAMPLES, -1), ids], dim=1)
     cache = reserved_cache(model.spec.num_layers, len(model.bare_tokens) + length)
     for step in range(1, length):
-        logits = model.module(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1]
-        new = model.tensor(draw(model.host(logits).index_fill(-1, padding, -torch.inf), generator))
+        logits = model.module(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1].index_fill(-1, padding, -torch.inf)
+        new = model.tensor(draw(model.host(logits), generator))
         ids = torch.cat([ids, new], dim=1)
         progress("sampling text", step + 1, length)
     return tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
