@@ -34,7 +34,8 @@ def sample_text(model: TorchRunner, seed: int, progress: Progress = silent) -> t
     new = torch.cat([ids.new_tensor([model.bare_tokens]).expand(SAMPLES, -1), ids], dim=1)
     cache = reserved_cache(model.spec.num_layers, len(model.bare_tokens) + length)
     for step in range(1, length):
-        logits = model.module(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1].index_fill(-1, padding, -torch.inf)
+        logits = model.module(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = logits.index_fill(-1, padding, -torch.inf)
         new = model.tensor(draw(model.host(logits), generator))
         ids = torch.cat([ids, new], dim=1)
         progress("sampling text", step + 1, length)
