@@ -134,13 +134,13 @@ class PrefixSearch:
             self._count(1, floor.positions_run(text))
             if floor.cannot_pay(left, self.config.tau):
                 return Skipped(left)
-        self.trace.positions_full_scan += self.model.spec.vocab_size * (len(text) + 1)
+        self.trace.positions_full_scan += len(self.model.vocabulary) * (len(text) + 1)
         if self.config.mode == "exhaustive":
-            layers, screened, entered = 0, 0, self.model.spec.vocab_size
+            layers, screened, entered = 0, 0, len(self.model.vocabulary)
             scored = self._scan(past, text, number)
             proposed = finalists = {"scan": entered}
         else:
-            screen = tokens_to_screen(self.model.spec.vocab_size, self.config.screen_tokens, self._rng(number, 4))
+            screen = tokens_to_screen(self.model.vocabulary, self.config.screen_tokens, self._rng(number, 4))
             candidates = self._candidates(past, text, screen, rng)
             layers, screened, entered = self._depth, len(screen), len(candidates)
             scored = self._halve(past, text, candidates)
@@ -179,7 +179,7 @@ class PrefixSearch:
             start = mean_embedding(self.model)
             changes = gradient_changes(self.model, past, text, start, config.objective, progress=self.progress)
             self._count(1, positions_run(text))
-            gradient = largest(-changes, config.gradient_candidates)
+            gradient = [int(self.model.vocabulary[i]) for i in largest(-changes, config.gradient_candidates)]
         screen = [int(tokens[i]) for i in largest(sizes, config.screen_candidates)]
         return gather_candidates(self.model, screen, gradient, config.random_candidates, rng)
 
@@ -205,18 +205,18 @@ class PrefixSearch:
         # The cost of a scan includes what earlier, killed runs spent on it.
         self._count(len(scores), len(text) + 1)
         self.trace.seconds += seconds
-        vocabulary, begin = self.model.spec.vocab_size, time.monotonic() - seconds
-        for start in range(len(scores), vocabulary, SCAN_CHUNK):
-            scores += self._score(past, text, range(start, min(start + SCAN_CHUNK, vocabulary)))
+        vocabulary, begin = self.model.vocabulary.tolist(), time.monotonic() - seconds
+        for start in range(len(scores), len(vocabulary), SCAN_CHUNK):
+            scores += self._score(past, text, vocabulary[start : start + SCAN_CHUNK])
             if file and self.model.processes.leads:
                 replace_file(file, json.dumps({"scores": scores, "seconds": time.monotonic() - begin}).encode())
-            self.progress("scanning the vocabulary", len(scores), vocabulary)
-        return self._ranked(list(range(vocabulary)), scores, ["scan"] * vocabulary)
+            self.progress("scanning the vocabulary", len(scores), len(vocabulary))
+        return self._ranked(vocabulary, scores, ["scan"] * len(vocabulary))
 
     def _audit(self, past: KeysValues, text: IntArray, best: ScoredToken, rng: np.random.Generator) -> tuple[int, int]:
         """Return the rank of the best token in a new random sample of the vocabulary, and the size of the sample."""
-        size = min(self.config.audit_tokens, self.model.spec.vocab_size)
-        sample = rng.choice(self.model.spec.vocab_size, size=size, replace=False)
+        size = min(self.config.audit_tokens, len(self.model.vocabulary))
+        sample = rng.choice(self.model.vocabulary, size=size, replace=False)
         scores = self._score(past, text, [int(t) for t in sample])
         return 1 + sum(score < best.objective for score in scores), size
 

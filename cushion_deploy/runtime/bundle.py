@@ -27,7 +27,8 @@ from cushion_deploy.store.text_files import read_utf8
 
 GRAPH_NAME = "model.onnx"
 TEXT_NAME = "text.json"
-"""How prompts are tokenized: ``{"keep_bos": bool}``, true if the file is absent."""
+"""How prompts are tokenized: ``{"keep_bos": bool}``, true if the file is absent; ``changes`` says in words
+how the tokenizer files differ from those of the model."""
 _REBUILD = "build the bundle again with this version of cushion-deploy"
 
 

@@ -26,7 +26,7 @@ class Sample(Stage[tuple[str, ...]]):
     """
 
     name: ClassVar[str] = "sample"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: Node[TorchRunner]
     seed: int
 

@@ -129,8 +129,7 @@ class Columns:
         return Column(scorer, encoding, lambda ids, progress, task: model.token_nll(ids, prefix, progress, task))
 
     def _encoding(self) -> Encoding:
-        if self.bundle is not None:
-            return Encoding.of_bundle(self.bundle)
+        """Return the encoding of the model; the tokenizer of a bundle with a prefix adds no beginning of sequence."""
         tokenizer = self.model.tokenizer
         source = tokenizer.chat_template
         template = ChatTemplate(source, tokenizer.special_tokens_map) if isinstance(source, str) else None

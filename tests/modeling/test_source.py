@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
 from cushion_deploy.core.weights import whole
@@ -276,13 +275,6 @@ def test_an_unknown_model_type_lists_the_supported_ones(folder: Path, model_type
     assert "llama" in error.hint
 
 
-def test_a_quantized_checkpoint_is_bad_usage(folder: Path) -> None:
-    edit_config(folder, quantization_config={"quant_method": "gptq"})
-    error = refused(folder, ExitCode.USAGE)
-    assert "already quantized" in error.message
-    assert "original" in error.hint
-
-
 def test_an_activation_that_the_graph_cannot_build_is_bad_usage(folder: Path) -> None:
     edit_config(folder, hidden_act="xielu")
     assert "silu" in refused(folder, ExitCode.USAGE).hint
@@ -325,23 +317,6 @@ def test_a_missing_tensor_is_named(folder: Path) -> None:
 def test_weights_of_another_shape_are_bad_usage(folder: Path) -> None:
     edit_config(folder, intermediate_size=80)
     refused(folder, ExitCode.USAGE)
-
-
-def test_weights_that_are_not_numbers_are_refused_when_quantized(folder: Path) -> None:
-    from cushion_deploy.core.schemes import QuantScheme
-    from cushion_deploy.modeling.simulate import simulated
-
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model = load_folder(folder, resolve_source(str(folder)))
-    before = [linear.weight.clone() for linears in model.sites.values() for linear in linears]
-    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.gate_up\[1\]"), simulated(model, QuantScheme(), None):
-        pass
-    after = [linear.weight for linears in model.sites.values() for linear in linears]
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True)), (
-        "what was quantized before is restored"
-    )
 
 
 def test_a_folder_without_tokenizer_is_bad_usage(folder: Path) -> None:
