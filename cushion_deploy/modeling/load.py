@@ -15,7 +15,7 @@ from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
 from cushion_deploy.core.processes import SINGLE, Processes
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
-from cushion_deploy.errors import UsageError
+from cushion_deploy.errors import CushionError, UsageError
 from cushion_deploy.families import ACTIVATIONS, Family
 from cushion_deploy.modeling.checkpoint import Checkpoint
 from cushion_deploy.modeling.devices import DTYPES, resolve_device, resolve_dtype, weight_memory
@@ -94,8 +94,10 @@ def _decoder_config(folder: Path, source: ModelSource) -> Any:
 
     try:
         config = decoder_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except (ValueError, KeyError, OSError, RuntimeError) as e:
-        raise UsageError(f"{source.label} cannot be loaded: {_first_line(e)}", hint="fetch the model again") from e
+    except CushionError:
+        raise
+    except Exception as e:  # the classes that transformers raises for wrong values share no other base
+        raise _not_loadable(source, e) from e
     for key in ("quantization_config", "compression_config"):
         if hasattr(config, key):
             delattr(config, key)
@@ -150,8 +152,8 @@ def _empty_module(folder: Path, config: Any, family: Family, source: ModelSource
             )
         if (folder / "generation_config.json").is_file():
             module.generation_config = GenerationConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError, RuntimeError) as e:
-        raise UsageError(f"{source.label} cannot be loaded: {_first_line(e)}", hint="fetch the model again") from e
+    except Exception as e:  # a wrong size or type in config.json fails anywhere in the module's constructors
+        raise _not_loadable(source, e) from e
     # Parameters without memory are not tied while they are created.
     module.tie_weights()
     replace_conv1d(module)
@@ -323,6 +325,15 @@ def bind_sites(module: nn.Module, family: Family, spec: ModelSpec) -> dict[Site,
             yield found
 
     return {site: tuple(resolve(paths)) for site, paths in family.linears(spec, head=True).items()}
+
+
+def _not_loadable(source: ModelSource, error: Exception) -> UsageError:
+    """Return the error for a config.json that transformers cannot make a model of."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return UsageError(
+        f"{source.label} cannot be loaded, its config.json does not describe a model: {' '.join(lines[:2]):.300}",
+        hint="correct the value in config.json, or fetch the model again",
+    )
 
 
 def _first_line(error: Exception) -> str:

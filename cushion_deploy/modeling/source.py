@@ -143,6 +143,7 @@ def check_config(config: dict[str, Any]) -> Family:
         UsageError: it is no supported decoder, or its weights are quantized in a way that is not read.
     """
     architectures = config.get("architectures") or []
+    _require_names(config, architectures)
     decoders = has_towers(config) or any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
     if config.get("is_encoder_decoder") or (architectures and not decoders):
         raise UsageError(
@@ -158,7 +159,7 @@ def check_config(config: dict[str, Any]) -> Family:
             hint="name that file model.safetensors and remove transformers_weights from config.json",
         )
     key = family.activation_key
-    if key and config.get(key) is not None and config[key] not in ACTIVATIONS:
+    if key and config.get(key) is not None and str(config[key]) not in ACTIVATIONS:
         raise UsageError(
             f"activation '{config[key]}' is not supported", hint=f"supported: {', '.join(sorted(ACTIVATIONS))}"
         )
@@ -169,6 +170,22 @@ def check_config(config: dict[str, Any]) -> Family:
                 hint=f"supported: {', '.join(repr(value) for value in allowed)}",
             )
     return family
+
+
+def _require_names(config: dict[str, Any], architectures: Any) -> None:
+    """Check the types of what a config.json names its model by."""
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise UsageError(
+            f"config.json has {architectures!r:.80} as architectures, expected a list of class names",
+            hint='correct it, for instance to ["LlamaForCausalLM"], or fetch the model again',
+        )
+    for part in (config, config.get("text_config")):
+        given = part.get("model_type") if isinstance(part, dict) else None
+        if given is not None and not isinstance(given, str):
+            raise UsageError(
+                f"config.json has {given!r:.80} as model_type, expected a name",
+                hint='correct it, for instance to "llama", or fetch the model again',
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

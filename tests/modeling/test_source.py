@@ -275,6 +275,26 @@ def test_an_unknown_model_type_lists_the_supported_ones(folder: Path, model_type
     assert "llama" in error.hint
 
 
+WRONG_VALUES: dict[str, dict[str, Any]] = {
+    "architectures of numbers": {"architectures": [1]},
+    "architectures as text": {"architectures": "LlamaForCausalLM"},
+    "a list as model type": {"model_type": ["llama"]},
+    "a list as activation": {"hidden_act": ["silu"]},
+    "a list as size": {"hidden_size": [64]},
+    "a text as flag": {"tie_word_embeddings": "NaN"},
+    "a fraction of layers": {"num_hidden_layers": 2.5},
+    "a negative size": {"vocab_size": -1},
+    "heads that do not divide": {"num_attention_heads": 0},
+    "a text as norm": {"rms_norm_eps": "small"},
+}
+
+
+@pytest.mark.parametrize("values", WRONG_VALUES.values(), ids=WRONG_VALUES)
+def test_a_config_with_a_wrong_value_is_bad_usage(folder: Path, values: dict[str, Any]) -> None:
+    edit_config(folder, **values)
+    assert "\n" not in refused(folder, ExitCode.USAGE).message
+
+
 def test_an_activation_that_the_graph_cannot_build_is_bad_usage(folder: Path) -> None:
     edit_config(folder, hidden_act="xielu")
     assert "silu" in refused(folder, ExitCode.USAGE).hint
