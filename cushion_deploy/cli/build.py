@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cushion_deploy.cli.next_steps import after_build
 from cushion_deploy.cli.options import (
     compute_options,
     float_linears_option,
@@ -77,6 +78,7 @@ def command(
             click.echo(json.dumps(found) if values["as_json"] else "\n".join(dry_run_lines(found)))
             return ExitCode.OK
         report = build(recipe, run, output, targets=split_targets(targets), allow_float_linears=allow_float_linears)
+    passed = all(row.passed for row in report.parity)
     if values["as_json"]:
         click.echo(report.to_text())
     else:
@@ -85,5 +87,6 @@ def command(
         from cushion_deploy.report import summary
 
         Console(width=None if sys.stdout.isatty() else 80).print(summary(report))
-        click.echo(f"\nbundle: {output}\nreport: {output / 'report' / 'report.html'}")
-    return ExitCode.OK if all(row.passed for row in report.parity) else ExitCode.CHECK_FAILED
+        click.echo(f"\nbundle: {output}\nreport: {output / 'report' / 'report.html'}\n\nnext:")
+        click.echo("\n".join(after_build(output, str(recipe.model), passed=passed)))
+    return ExitCode.OK if passed else ExitCode.CHECK_FAILED

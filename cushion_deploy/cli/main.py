@@ -41,6 +41,10 @@ VERBS = {
 }
 
 
+KEEPS_STAGES = frozenset(("build", "search", "tune", "calibrate", "export", "parity", "eval", "study"))
+"""Commands with a work folder: an interruption does not set them back to their beginning."""
+
+
 class Terminated(BaseException):
     """The process received SIGTERM."""
 
@@ -111,10 +115,10 @@ def run(arguments: list[str]) -> int:
         e.show(sys.stderr)
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
-        _print_error("interrupted; finished stages are kept, run the same command again to resume")
+        _print_error(f"interrupted{_how_to_go_on(arguments)}")
         return ExitCode.INTERRUPTED
     except Terminated:
-        _print_error("terminated; finished stages are kept, run the same command again to resume")
+        _print_error(f"terminated{_how_to_go_on(arguments)}")
         return ExitCode.TERMINATED
     except SystemExit as e:
         # click itself exits only when the reader of stdout has closed the pipe, as `head` does. That is neither
@@ -131,6 +135,14 @@ def run(arguments: list[str]) -> int:
         return missing.exit_code
     except Exception as e:
         return _bug(e)
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    """Say how a command that keeps its finished stages goes on; nothing of one that has none."""
+    verb = next((argument for argument in arguments if argument in VERBS), "")
+    if verb not in KEEPS_STAGES:
+        return ""
+    return "; finished stages are kept: run the same command again to go on from there"
 
 
 def _bug(error: Exception) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cushion_deploy.calib.corpora import SAMPLED
+from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
 from cushion_deploy.recipe import Recipe
@@ -38,17 +39,17 @@ def build(
     """
     require_modules("torch", "transformers", "onnx_ir", "onnxruntime", "matplotlib", "jinja2")
     recover(output)
-    pipeline, end = _checked(recipe, output, targets, allow_float_linears)
+    pipeline, end = _checked(recipe, output, targets, allow_float_linears, run.progress)
     _require_other_text(pipeline, run)
     with run.lock():
-        require_recipe_fits(recipe, run.get(pipeline.files).spec)
         run.number(end)
+        require_recipe_fits(recipe, run.get(pipeline.files).spec)
         return run.get(end)
 
 
 def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ()) -> dict[str, Any]:
     """Check the inputs of a build and return, JSON-ready, what it would do, without running anything."""
-    pipeline, end = _checked(recipe, output, targets, 0)
+    pipeline, end = _checked(recipe, output, targets, 0, run.progress)
     data, source = recipe.calibration.data, pipeline.source
     text = SAMPLED[data] if data in SAMPLED else run.get(pipeline.text).name
     stages = [node.label for node in nodes_behind(end) if isinstance(node, Stage)]
@@ -75,7 +76,7 @@ def dry_run_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _checked(
-    recipe: Recipe, output: Path, targets: Sequence[str], allow_float_linears: int
+    recipe: Recipe, output: Path, targets: Sequence[str], allow_float_linears: int, progress: Progress
 ) -> tuple[Pipeline, Publish]:
     """Return the pipeline and its final node, after checking the output folder, the engines and the targets."""
     require_publishable(output)
@@ -83,7 +84,8 @@ def _checked(
     engines = choose_engines(recipe.engines)
     for engine in engines:
         engine.check(options)
-    pipeline = Pipeline.of(recipe)
+    with elapsed(progress, f"reading {recipe.model}"):
+        pipeline = Pipeline.of(recipe)
     return pipeline, pipeline.build(tuple(engine.name for engine in engines), options, output)
 
 
