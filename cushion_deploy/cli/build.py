@@ -25,6 +25,7 @@ from cushion_deploy.errors import ExitCode, UsageError
 
 
 @click.command("build")
+@click.argument("model_argument", metavar="[MODEL]", required=False)
 @recipe_options
 @compute_options
 @click.option(
@@ -49,6 +50,7 @@ from cushion_deploy.errors import ExitCode, UsageError
 @click.option("--print-config", is_flag=True, help="Print the complete recipe as YAML and stop.")
 @click.option("--dry-run", is_flag=True, help="Check the inputs, print what would run, and stop.")
 def command(
+    model_argument: str | None,
     output: Path,
     targets: tuple[str, ...],
     allow_float_linears: int,
@@ -57,10 +59,14 @@ def command(
     ship: str | None,
     **values: Any,
 ) -> int:
-    """Build a bundle: search for a prefix, calibrate, export, compile, check, report, publish.
+    """Build a bundle of MODEL: search for a prefix, calibrate, export, compile, check, report, publish.
 
     The exit code is 1 if a parity check fails; the bundle is still written, and its report names the failed checks.
     """
+    if model_argument is not None:
+        if values["model"] is not None:
+            raise UsageError(f"two models were given: {model_argument} and {values['model']}", hint="give one of them")
+        values["model"] = model_argument
     if values["no_prefix"] and ship in ("auto", "always"):
         raise UsageError(f"--no-prefix contradicts --prefix {ship}", hint="leave one of them out")
     values["no_prefix"] |= ship == "never"

@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import traceback
+from difflib import get_close_matches
 from types import FrameType
 from typing import NoReturn
 
 import click
 
-from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, missing_module
+from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, UsageError, missing_module
 from cushion_deploy.printable import controls_visible
 from cushion_deploy.store.manifest import tool_version
 
@@ -64,6 +65,16 @@ class LazyGroup(click.Group):
         if not isinstance(command, click.Command):
             raise TypeError(f"cushion_deploy.cli.{cmd_name}.command is not a click command")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments begin with; raises UsageError if there is none."""
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            similar = get_close_matches(args[0], VERBS, n=1)
+            hint = f"did you mean `cushion-deploy {similar[0]}`?" if similar else "`cushion-deploy --help` lists them"
+            raise UsageError(f"there is no command '{args[0]}'", hint=hint)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import ModelSource, check_config, read_json
 from cushion_deploy.recipe import Compute
 
+logger = logging.getLogger(__name__)
 ON_CPU = Compute(device="cpu", dtype="float32")
 UNLIMITED_POSITIONS = 131_072
 """Context of a model without a limit of its own (ALiBi); memory runs out far below."""
@@ -69,7 +71,14 @@ def load_folder(
     _require_tensors(module, checkpoint, spec, family, source)
     checkpoint.keep(module.state_dict().keys())
     placed = PlacedWeights(module, checkpoint, family, spec, device, dtype)
-    for path in placed.plan(weight_memory(compute, device, processes)):
+    streamed = placed.plan(weight_memory(compute, device, processes))
+    if streamed:
+        logger.warning(
+            "%d of %d layers do not fit into memory and are read from the checkpoint in every pass, which is slower",
+            len(streamed),
+            spec.num_layers,
+        )
+    for path in streamed:
         placed.stream(module.get_submodule(path), path)
     placed.load(progress)
     tokenizer = _tokenizer(folder, source)
