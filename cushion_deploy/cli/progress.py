@@ -21,7 +21,7 @@ from cushion_deploy.core.progress import Progress, StageWatcher, Unwatched
 LINE_SECONDS = 10.0
 """Longest silence where stderr is not a terminal, whatever is reported."""
 REUSED = "reused from an earlier run"
-BEAT_SECONDS = 1.0
+BEAT_SECONDS = 0.25
 """Seconds between two looks at how long nothing was printed."""
 
 
