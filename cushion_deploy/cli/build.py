@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cushion_deploy.cli.next_steps import after_build
 from cushion_deploy.cli.options import (
     compute_options,
     float_linears_option,
@@ -24,6 +25,7 @@ from cushion_deploy.errors import ExitCode, UsageError
 
 
 @click.command("build")
+@click.argument("model_argument", metavar="[MODEL]", required=False)
 @recipe_options
 @compute_options
 @click.option(
@@ -52,6 +54,7 @@ from cushion_deploy.errors import ExitCode, UsageError
     help="Check everything that needs no computation, print the stages and which are finished, and stop.",
 )
 def command(
+    model_argument: str | None,
     output: Path,
     targets: tuple[str, ...],
     allow_float_linears: int,
@@ -60,10 +63,14 @@ def command(
     ship: str | None,
     **values: Any,
 ) -> int:
-    """Build a bundle: search for a prefix, calibrate, export, compile, check, report, publish.
+    """Build a bundle of MODEL: search for a prefix, calibrate, export, compile, check, report, publish.
 
     The exit code is 1 if a parity check fails; the bundle is still written, and its report names the failed checks.
     """
+    if model_argument is not None:
+        if values["model"] is not None:
+            raise UsageError(f"two models were given: {model_argument} and {values['model']}", hint="give one of them")
+        values["model"] = model_argument
     if values["no_prefix"] and ship in ("auto", "always"):
         raise UsageError(f"--no-prefix contradicts --prefix {ship}", hint="leave one of them out")
     values["no_prefix"] |= ship == "never"
@@ -81,6 +88,7 @@ def command(
             click.echo(json.dumps(found) if values["as_json"] else "\n".join(dry_run_lines(found)))
             return ExitCode.OK
         report = build(recipe, run, output, targets=split_targets(targets), allow_float_linears=allow_float_linears)
+    passed = all(row.passed for row in report.parity)
     if values["as_json"]:
         click.echo(report.to_text())
     else:
@@ -89,5 +97,6 @@ def command(
         from cushion_deploy.report import summary
 
         Console(width=None if sys.stdout.isatty() else 80).print(summary(report))
-        click.echo(f"\nbundle: {output}\nreport: {output / 'report' / 'report.html'}")
-    return ExitCode.OK if all(row.passed for row in report.parity) else ExitCode.CHECK_FAILED
+        click.echo(f"\nbundle: {output}\nreport: {output / 'report' / 'report.html'}\n\nnext:")
+        click.echo("\n".join(after_build(output, str(recipe.model), passed=passed)))
+    return ExitCode.OK if passed else ExitCode.CHECK_FAILED

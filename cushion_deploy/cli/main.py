@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import gettempdir
 from types import FrameType
@@ -20,7 +21,7 @@ from click.shell_completion import CompletionItem
 from cushion_deploy.cli.terminal import require_utf8
 from cushion_deploy.cli.version import show_version
 from cushion_deploy.dependencies import EXTRAS_OF, require_versions
-from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, missing_module
+from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, UsageError, missing_module
 from cushion_deploy.printable import controls_visible
 from cushion_deploy.store.files import DISK_FULL, free_bytes, human_bytes
 
@@ -49,6 +50,10 @@ VERBS = {
 }
 
 
+KEEPS_STAGES = frozenset(("build", "search", "tune", "calibrate", "export", "parity", "eval", "study"))
+"""Commands with a work folder: an interruption does not set them back to their beginning."""
+
+
 class Terminated(BaseException):
     """The process received SIGTERM."""
 
@@ -68,6 +73,16 @@ class LazyGroup(click.Group):
         if not isinstance(command, click.Command):
             raise TypeError(f"cushion_deploy.cli.{cmd_name}.command is not a click command")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments begin with; raises UsageError if there is none."""
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            similar = get_close_matches(args[0], VERBS, n=1)
+            hint = f"did you mean `cushion-deploy {similar[0]}`?" if similar else "`cushion-deploy --help` lists them"
+            raise UsageError(f"there is no command '{args[0]}'", hint=hint)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
@@ -143,10 +158,10 @@ def run(arguments: list[str]) -> int:
             _print_error("  -> text and names that begin with a dash go behind --, as in: generate -- BUNDLE -1")
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
-        _print_error("interrupted; finished stages are kept, run the same command again to resume")
+        _print_error(f"interrupted{_how_to_go_on(arguments)}")
         return ExitCode.INTERRUPTED
     except Terminated:
-        _print_error("terminated; finished stages are kept, run the same command again to resume")
+        _print_error(f"terminated{_how_to_go_on(arguments)}")
         return ExitCode.TERMINATED
     except SystemExit as e:
         # click itself exits only when the reader of stdout has closed the pipe, as `head` does. That is neither
@@ -174,6 +189,14 @@ def _no_room(error: OSError) -> int:
     _print_error(f"error: cannot write{name or ' a file'}: {error.strerror} ({', '.join(rooms)})")
     _print_error("  -> free some space where stdout or the output goes, and run again (finished stages are kept)")
     return ExitCode.USAGE
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    """Say how a command that keeps its finished stages goes on; nothing of one that has none."""
+    verb = next((argument for argument in arguments if argument in VERBS), "")
+    if verb not in KEEPS_STAGES:
+        return ""
+    return "; finished stages are kept: run the same command again to go on from there"
 
 
 def _bug(error: Exception) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.processes import Processes, require_one_process
-from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.scales import ESTIMATORS
 from cushion_deploy.core.schemes import PRECISIONS
 from cushion_deploy.errors import UsageError
@@ -18,6 +17,9 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.recipe.text import parse_yaml
 from cushion_deploy.stages.run import Run
 from cushion_deploy.store import StageStore
+
+if TYPE_CHECKING:
+    from cushion_deploy.cli.progress import Display
 
 F = TypeVar("F", bound=Callable[..., Any])
 WORK_DIR = Path(".cushion-work")
@@ -250,17 +252,17 @@ def parse_settings(texts: Sequence[str]) -> dict[str, object]:
     return found
 
 
-def make_run(work_dir: Path, progress: Progress) -> Run:
+def make_run(work_dir: Path, progress: Display) -> Run:
     """Return a run on a work folder, in one process.
 
     Raises:
         UsageError: torchrun started several processes.
     """
     require_one_process(str(click.get_current_context().info_name))
-    return Run(StageStore(work_dir), progress)
+    return Run(StageStore(work_dir), progress, watcher=progress)
 
 
-def make_shared_run(work_dir: Path, progress: Progress, recipe: Recipe) -> Run:
+def make_shared_run(work_dir: Path, progress: Display, recipe: Recipe) -> Run:
     """Return a run on a work folder whose work all processes of torchrun share; they are connected until the end.
 
     Raises:
@@ -272,7 +274,9 @@ def make_shared_run(work_dir: Path, progress: Progress, recipe: Recipe) -> Run:
 
         join(processes, recipe.compute.device)
         click.get_current_context().call_on_close(leave)
-    return Run(StageStore(work_dir), progress if processes.leads else silent, processes=processes)
+    if not processes.leads:
+        return Run(StageStore(work_dir), processes=processes)
+    return Run(StageStore(work_dir), progress, processes=processes, watcher=progress)
 
 
 def scored_text(recipe: Recipe, window: int | None, max_tokens: int | None) -> dict[str, object]:

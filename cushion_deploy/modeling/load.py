@@ -80,7 +80,14 @@ def load_folder(
         for note in filter(None, notes):
             logger.warning("%s: %s", source.label, note)
     placed = PlacedWeights(module, checkpoint, family, spec, device, dtype)
-    for path in placed.plan(weight_memory(compute, device, processes)):
+    streamed = placed.plan(weight_memory(compute, device, processes))
+    if streamed:
+        logger.warning(
+            "%d of %d layers do not fit into memory and are read from the checkpoint in every pass, which is slower",
+            len(streamed),
+            spec.num_layers,
+        )
+    for path in streamed:
         placed.stream(module.get_submodule(path), path)
     placed.load(progress)
     tokenizer = _tokenizer(folder, source)

@@ -381,12 +381,16 @@ class TorchRunner:
         return self.array(self.reduce(found, "sum"))
 
     @torch.inference_mode()
-    def greedy(self, prompt: IntArray, prefix: Prefix, count: int) -> tuple[int, ...]:
+    def greedy(
+        self, prompt: IntArray, prefix: Prefix, count: int, progress: Progress = silent, task: str = ""
+    ) -> tuple[int, ...]:
         """Return the greedy continuation of ``prompt`` int64 ``[1, n]`` behind ``prefix``.
 
-        The whole text is run again for every token, so that no error of a cache can enter.
+        The whole text is run again for every token, so that no error of a cache can enter. ``progress`` is told the
+        number of tokens done, as ``task``.
         """
         past, ids = self.past(prefix), self.tensor(prompt)
-        for _ in range(count):
+        for done in range(1, count + 1):
             ids = torch.cat([ids, self.run(ids, past).logits[:, -1:].argmax(-1)], dim=1)
+            progress(task, done, count)
         return tuple(ids[0, prompt.shape[1] :].tolist())

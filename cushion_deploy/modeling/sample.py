@@ -43,7 +43,9 @@ def sample_text(model: TorchRunner, seed: int, progress: Progress = silent) -> t
 
 
 @torch.inference_mode()
-def answer_greedily(model: TorchRunner, ids: IntArray, count: int, barred: Collection[int] = ()) -> IntArray:
+def answer_greedily(
+    model: TorchRunner, ids: IntArray, count: int, barred: Collection[int] = (), progress: Progress = silent
+) -> IntArray:
     """Return the most probable continuation of each row behind what precedes a text without a prefix.
 
     Args:
@@ -51,18 +53,20 @@ def answer_greedily(model: TorchRunner, ids: IntArray, count: int, barred: Colle
         ids: int64 ``[rows, length]``, at least one token each.
         count: number of tokens.
         barred: tokens that are never chosen, such as those that end an answer; nor are rows that are padding.
+        progress: where to report the number of tokens done.
 
     Returns:
         int64 ``[rows, count]``.
     """
     past, new = model.past(model.no_prefix()), model.tensor(ids)
     found, never = [], model.tensor(sorted({*barred, *model.padding_tokens.tolist()})).long()
-    for _ in range(count):
+    for done in range(1, count + 1):
         output = model.run(new, past, head=False, keep_cache=True)
         past = keys_values(output.past_key_values, past.kept)
         logits = model.head_logits(output.last_hidden_state[:, -1])
         new = logits.index_fill(-1, never, -torch.inf).argmax(-1, keepdim=True)
         found.append(new)
+        progress("answers of the original model", done, count)
     answers: IntArray = model.array(torch.cat(found, dim=1))
     return answers
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +15,7 @@ from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageErr
 from cushion_deploy.families import ACTIVATIONS, Family, family_for_model_type
 from cushion_deploy.modeling.quantized_formats import stored_format
 from cushion_deploy.modeling.text_tower import has_towers, text_config
+from cushion_deploy.store import MANIFEST_NAME
 from cushion_deploy.store.digest_cache import cached_digests
 from cushion_deploy.store.digests import digest_json
 
@@ -91,7 +94,15 @@ def resolve_source(model: str, revision: str | None = None) -> ModelSource:
         return _from_folder(path, model, revision)
     if _HUB_ID.fullmatch(model) and path.suffix.lower() != ".gguf":
         return _from_folder(_download(model, revision), model, revision)
-    raise UsageError(f"model '{model}' does not exist", hint=f"give {SUPPORTED}")
+    raise UsageError(f"model '{model}' does not exist", hint=_similar(path) or f"give {SUPPORTED}")
+
+
+def _similar(path: Path) -> str:
+    """Return a question that names what is beside a path that does not exist and has nearly its name; else nothing."""
+    with suppress(OSError):
+        found = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+        return f"did you mean {path.parent / found[0]}?" if found else ""
+    return ""
 
 
 def _from_file(path: Path, label: str) -> ModelSource:
@@ -106,6 +117,13 @@ def _from_file(path: Path, label: str) -> ModelSource:
 
 
 def _from_folder(path: Path, label: str, revision: str | None) -> ModelSource:
+    if not (path / "config.json").is_file():
+        inside = next((f": give {file}" for file in sorted(path.glob("*.gguf"))), "")
+        raise UsageError(
+            f"folder '{label}' has no config.json, as a Hugging Face folder has", hint=f"give {SUPPORTED}{inside}"
+        )
+    if (path / MANIFEST_NAME).is_file():
+        raise UsageError(f"'{label}' is a bundle, not a model", hint="give the model that it was built from")
     config = read_json(path / "config.json", f"give {SUPPORTED}")
     check_config(config)
     numbers = [path / "config.json", *weight_files(path), *_matching(path, TOKENIZER_FILES)]

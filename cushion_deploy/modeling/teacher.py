@@ -39,8 +39,11 @@ class Teacher:
         self.past = self.model.past(self.prefix or self.model.no_prefix())
         self.head = self.model.module.get_submodule(self.model.family.head).weight
 
-    def remember(self, windows: IntArray, progress: Progress = silent) -> None:
-        """Run windows int64 ``[windows, length]`` through the model, one by one, and store their hidden states."""
+    def remember(self, windows: IntArray, progress: Progress = silent, text: str = "the text") -> None:
+        """Run windows int64 ``[windows, length]`` through the model, one by one, and store their hidden states.
+
+        ``text`` is what progress calls the windows.
+        """
         batches = self.model.batches(windows, None, 1)
 
         def store(number: int, hidden: Tensor) -> None:
@@ -48,7 +51,7 @@ class Teacher:
             with torch.inference_mode(False):
                 self.hidden[windows[number].tobytes()] = hidden[0].clone()
 
-        self.model.sweep(batches, self.past, after=store, progress=progress, task="running the original model")
+        self.model.sweep(batches, self.past, after=store, progress=progress, task=f"the original model on {text}")
 
     @torch.inference_mode()
     def losses(self, windows: IntArray) -> FloatArray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cushion_deploy.core.graphs import ExportedGraph
-from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.progress import Progress, elapsed, silent
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.core.sites import HEAD_SITE
@@ -16,6 +16,7 @@ from cushion_deploy.errors import CushionError
 from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.parity.checks import ParityCheck
 from cushion_deploy.parity.ladder import (
+    FLOAT_RUNG,
     TIED_HEAD_LOGITS,
     TorchReference,
     decode_rung,
@@ -78,37 +79,55 @@ class Climb:
         from cushion_deploy.parity.reference import embedding_codes, linear_codes
 
         name, kv = "graph" if graph is self.graph else plan_name(graph), self.quantization.kv_scales
-        yield scale_rung(f"scales in the {name} against scales.json", graph, self.quantization.static_scales)
+        rung = f"scales in the {name} against scales.json"
+        with elapsed(self.progress, rung):
+            checks = scale_rung(rung, graph, self.quantization.static_scales)
+        yield checks
         if kv:
-            yield cache_scale_rung(f"scales in the {name} against kv_scales.json", graph, kv)
-        codes = linear_codes(self.model, self.quantization.scheme)
-        yield weight_rung(f"weights in the {name} against fake-quant", graph, codes)
+            rung = f"scales in the {name} against kv_scales.json"
+            with elapsed(self.progress, rung):
+                checks = cache_scale_rung(rung, graph, kv)
+            yield checks
+        rung = f"weights in the {name} against fake-quant"
+        with elapsed(self.progress, rung):
+            checks = weight_rung(rung, graph, linear_codes(self.model, self.quantization.scheme))
+        yield checks
         if graph.int8_embedding:
             rung = f"embedding in the {name} against fake-quant"
-            yield embedding_rung(rung, graph, embedding_codes(self.model))
+            with elapsed(self.progress, rung):
+                checks = embedding_rung(rung, graph, embedding_codes(self.model))
+            yield checks
 
     def _float_graph(self) -> Iterator[list[ParityCheck]]:
         from cushion_deploy.parity.reference import float_inputs
 
         ids, prefix = self.reference.ids, self.quantization.prefix
-        yield float_rung(self.reference, self.twin, lambda: float_inputs(self.model, prefix, ids))
-        yield decode_rung(
-            "float graph: decode against prefill", self.reference, open_session(self.twin, prepack=False), self.tokens
-        )
+        with elapsed(self.progress, FLOAT_RUNG):
+            checks = float_rung(self.reference, self.twin, lambda: float_inputs(self.model, prefix, ids))
+        yield checks
+        with elapsed(self.progress, "opening the float graph"):
+            session = open_session(self.twin, prepack=False)
+        yield decode_rung("float graph: decode against prefill", self.reference, session, self.tokens, self.progress)
 
     def _canonical_graph(self) -> Iterator[list[ParityCheck]]:
         literal = SegmentRun(self.graph, self.quantization.static_scales, "literal")
-        yield segment_rung("canonical ONNX against fake-quant", self.reference, literal)
+        rung = "canonical ONNX against fake-quant"
+        with elapsed(self.progress, rung):
+            checks = segment_rung(rung, self.reference, literal)
+        yield checks
         for graph in self.plans:
             yield from self._plan_graph(graph, literal)
 
     def _plan_graph(self, graph: ExportedGraph, literal: SegmentRun) -> Iterator[list[ParityCheck]]:
         """Climb the rungs of one graph behind plans."""
         plan, name = SegmentRun(graph, self.quantization.static_scales, "literal"), plan_name(graph)
-        yield plan_rung(f"{name} against the float32 graph", self.reference, literal, plan)
+        rung = f"{name} against the float32 graph"
+        with elapsed(self.progress, rung):
+            checks = plan_rung(rung, self.reference, literal, plan)
+        yield checks
         if graph.contract.cache_capacity:
             rung = f"{name}: decode against prefill"
-            yield segment_decode_rung(rung, self.reference, plan, self.tokens)
+            yield segment_decode_rung(rung, self.reference, plan, self.tokens, progress=self.progress)
 
     @property
     def _head_reads_embedding(self) -> bool:
@@ -119,12 +138,15 @@ class Climb:
     def _engine(self) -> Iterator[list[ParityCheck]]:
         fused = SegmentRun(self.graph, self.quantization.static_scales, "fused")
         within = TIED_HEAD_LOGITS if self._head_reads_embedding else None
-        segments = segment_rung("onnxruntime kernels against fake-quant", self.reference, fused, within)
+        rung = "onnxruntime kernels against fake-quant"
+        with elapsed(self.progress, rung):
+            segments = segment_rung(rung, self.reference, fused, within)
         yield segments
         rung = "onnxruntime kernels: decode against prefill"
-        yield segment_decode_rung(rung, self.reference, fused, self.tokens, within)
+        yield segment_decode_rung(rung, self.reference, fused, self.tokens, within, self.progress)
         del fused
-        session = open_session(self.graph)
+        with elapsed(self.progress, "opening the engine"):
+            session = open_session(self.graph)
         rung = "onnxruntime engine against fake-quant"
         checks, self.engine = engine_rung(rung, self.reference, session, self.progress, segments)
         yield checks
@@ -132,7 +154,8 @@ class Climb:
     def _other_engine(self, name: str, opened: Callable[[], DecoderSession]) -> Iterator[list[ParityCheck]]:
         """Compare an engine with fake-quant, with the limits of ONNX Runtime."""
         try:
-            session = opened()
+            with elapsed(self.progress, f"opening {name}"):
+                session = opened()
             try:
                 rung = f"{name} engine against fake-quant"
                 checks, self.scores[name] = engine_rung(rung, self.reference, session, self.progress)

@@ -18,7 +18,7 @@ import numpy as np
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.fakequant import Int8Array
 from cushion_deploy.core.graphs import ExportedGraph
-from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.progress import Progress, silent, titled
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.engines.onnxruntime.session import open_session
@@ -38,6 +38,7 @@ IDENTICAL_CODES = 0.999
 CODE_DIFFERENCE = 1
 PERPLEXITY = 0.005
 """Relative difference of perplexity between engine and fake-quant, on top of two standard errors of the difference."""
+FLOAT_RUNG = "float graph against transformers"
 LOGITS = "max |logit difference|"
 GREEDY_TOKENS = 32
 PIECE = 128
@@ -122,13 +123,12 @@ def float_rung(reference: TorchReference, twin: ExportedGraph, inputs: Callable[
     session = open_session(twin, chunk=reference.ids.shape[1], prepack=False)
     logits = session.run(reference.ids, need_logits="all")
     distance = compare_logits(reference.float_logits, _required(logits))
-    rung = "float graph against transformers"
     note = f"{distance.words()}; {reference.noise_words}"
     ties = reference.ties
     checks = [
-        ParityCheck(rung, LOGITS, distance.maximum, reference.logits_within, "at most", note=note),
+        ParityCheck(FLOAT_RUNG, LOGITS, distance.maximum, reference.logits_within, "at most", note=note),
         ParityCheck(
-            rung,
+            FLOAT_RUNG,
             "top-1 agreement",
             distance.top1,
             1.0 - ties,
@@ -195,17 +195,18 @@ def engine_rung(
         rung: name of the rung.
         reference: results of torch.
         session: the engine.
-        progress: where to report the number of windows done.
+        progress: where to report the windows and the tokens done.
         segments: checks of the segment rung of the same kernels, which name the Site that a free run cannot name.
     """
     losses = []
     for done, window in enumerate(reference.windows, 1):
         losses.append(_losses(session, window))
-        progress("perplexity of the engine", done, len(reference.windows))
+        progress(f"{rung}: perplexity", done, len(reference.windows))
     score = TextScore(np.stack(losses))
     difference = (score.losses - reference.quantized_nll).astype(np.float64).ravel()
     change, error = float(difference.mean()), float(difference.std() / math.sqrt(difference.size))
-    greedy = greedy_tokens(session, reference.prompt, len(reference.greedy))
+    told = titled(progress, rung)
+    greedy = greedy_tokens(session, reference.prompt, len(reference.greedy), told)
     same = common_prefix(greedy, reference.greedy)
     note = (
         f"{100 * math.expm1(change):+.2f} % ± {100 * error:.2f} % (standard error) on {difference.size} tokens; "
@@ -232,32 +233,48 @@ def _losses(session: DecoderSession, window: IntArray) -> FloatArray:
     return np.concatenate(found)
 
 
-def decode_rung(rung: str, reference: TorchReference, session: DecoderSession, tokens: int) -> list[ParityCheck]:
-    """Compare decoding the last ``tokens`` one by one through the cache with one prefill, in one float32 session."""
+def decode_rung(
+    rung: str, reference: TorchReference, session: DecoderSession, tokens: int, progress: Progress = silent
+) -> list[ParityCheck]:
+    """Compare decoding the last ``tokens`` one by one through the cache with one prefill, in one float32 session.
+
+    ``progress`` is told the number of tokens done.
+    """
+    progress(rung, 0, tokens)
     ids = reference.ids
     session.reset()
     prefill = _required(session.run(ids, need_logits="all"))[:, -tokens:]
     session.reset()
     session.run(ids[:, :-tokens], need_logits="none")
-    steps = [_required(session.run(ids[:, i : i + 1])) for i in range(ids.shape[1] - tokens, ids.shape[1])]
+    steps = []
+    for i in range(ids.shape[1] - tokens, ids.shape[1]):
+        steps.append(_required(session.run(ids[:, i : i + 1])))
+        progress(rung, len(steps), tokens)
     distance = compare_logits(prefill, np.concatenate(steps, axis=1))
     note = f"{distance.words()}; {reference.noise_words}"
     return [ParityCheck(rung, LOGITS, distance.maximum, reference.logits_within, "at most", note=note)]
 
 
 def segment_decode_rung(
-    rung: str, reference: TorchReference, run: SegmentRun, tokens: int, logits_within: float | None = None
+    rung: str,
+    reference: TorchReference,
+    run: SegmentRun,
+    tokens: int,
+    logits_within: float | None = None,
+    progress: Progress = silent,
 ) -> list[ParityCheck]:
     """Compare single decode steps with a prefill Site by Site, from identical codes and the cache of the prefill.
 
     The limits are those of the graph's type, because both sides round alike but sum in different orders. A text longer
-    than a static cache is truncated. ``logits_within`` is that of :func:`segment_rung`.
+    than a static cache is truncated. ``logits_within`` is that of :func:`segment_rung`; ``progress`` is
+    told the number of tokens done.
     """
     dtype, ids = run.graph.contract.dtype, reference.ids[:, : run.room]
     forced = {site: c[:, : run.room] for site, c in reference.codes.items()}
-    logits, codes, present = run(ids, forced)
     length = ids.shape[1]
     tokens = min(tokens, length // 2)
+    progress(rung, 0, tokens)
+    logits, codes, present = run(ids, forced)
     slots = next(iter(present.values())).shape[2] - length  # those of a prefix in the cache
     decoded: dict[Site, list[Int8Array]] = {site: [] for site in codes}
     steps = []
@@ -271,6 +288,7 @@ def segment_decode_rung(
         steps.append(step)
         for site, c in found.items():
             decoded[site].append(c)
+        progress(rung, len(steps), tokens)
     joined = {site: np.concatenate(parts, axis=1) for site, parts in decoded.items()}
     identical, largest, share = PLAN_LIMITS[dtype]
     if logits_within is None and dtype != "float32":
@@ -281,14 +299,15 @@ def segment_decode_rung(
     return _segment_checks(logit_check, compare_codes(last, joined), identical, largest)
 
 
-def greedy_tokens(session: DecoderSession, prompt: IntArray, count: int) -> list[int]:
+def greedy_tokens(session: DecoderSession, prompt: IntArray, count: int, progress: Progress = silent) -> list[int]:
     """Return the greedy continuation of a prompt, int64 ``[1, m]``."""
     session.reset()
     logits = _required(session.run(prompt))
     tokens: list[int] = []
-    for _ in range(count):
+    for done in range(1, count + 1):
         tokens.append(int(logits[0, -1].argmax()))
         logits = _required(session.run(np.array([[tokens[-1]]], dtype=np.int64)))
+        progress("continuation", done, count)
     return tokens
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.progress import Progress, elapsed, silent
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import EMBEDDING_BLOCK, QuantScheme
 from cushion_deploy.core.sites import Site
@@ -38,22 +38,25 @@ def torch_reference(
         quantization: what is deployed.
         ids: int64 ``[1, n]`` for logits and codes.
         windows: int64 ``[count, window]`` for perplexity.
-        progress: where to report the number of windows done.
+        progress: where to report progress.
     """
     prefix, scheme, kv = quantization.prefix, quantization.scheme, quantization.kv_scales
-    float_logits, folded = model.logits(ids, prefix), model.folded(quantization.smoothing)
+    with elapsed(progress, "logits in floating point"):
+        float_logits = model.logits(ids, prefix)
+    folded = model.folded(quantization.smoothing)
     codes: SiteCodes = {}
 
     def keep(site: Site, found: Tensor) -> None:
         codes[site] = folded.array(found)
 
-    with simulated(folded, scheme, quantization.scales, keep, kv):
+    with elapsed(progress, "codes of fake-quant"), simulated(folded, scheme, quantization.scales, keep, kv):
         quantized_logits = folded.logits(ids, prefix)
     prompt = ids[:, :PROMPT_TOKENS]
     with simulated(folded, scheme, quantization.scales, kv=kv):
         losses = folded.token_nll(windows, prefix, progress, "perplexity of fake-quant")
-        greedy = folded.greedy(prompt, prefix, GREEDY_TOKENS)
-    noise = float_noise(model, prefix, ids)
+        greedy = folded.greedy(prompt, prefix, GREEDY_TOKENS, progress, "continuation by fake-quant")
+    with elapsed(progress, "rounding noise of the model"):
+        noise = float_noise(model, prefix, ids)
     return TorchReference(ids, float_logits, quantized_logits, codes, windows, losses, prompt, greedy, noise)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from cushion_deploy.core.dtypes import Dtype, FloatArray, IntArray
 from cushion_deploy.core.graphs import ExportedGraph
-from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.progress import Progress, elapsed, silent
 from cushion_deploy.core.value_range import LargestValue
 from cushion_deploy.parity.rounding import MOVES, narrow_nodes
 from cushion_deploy.parity.segments import as_run, edited_session, first_past, token_inputs
@@ -54,7 +54,8 @@ def largest_values(
         token_text: returns the text of a token.
         progress: where to report the number of windows done.
     """
-    session = edited_session(graph, lambda model: _add_largest(model, graph.contract.dtype), "fused", rounded=False)
+    with elapsed(progress, "opening the graph to measure"):
+        session = edited_session(graph, lambda model: _add_largest(model, graph.contract.dtype), "fused", rounded=False)
     found: dict[str, Found] = {}
     for number, ids in enumerate(windows):
         for name, rows, start in _pieces(session, graph, ids):

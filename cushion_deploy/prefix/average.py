@@ -81,7 +81,7 @@ def average_first_position(
         objective, bits: what the search minimizes; see :func:`~cushion_deploy.prefix.objective.score_prefix`.
         progress: where to report progress.
     """
-    averaged = averaged_sink(model, found, tokens)
+    averaged = averaged_sink(model, found, tokens, progress)
     windows = _windows(model, found, corpus)
     teacher = Teacher(model)
     teacher.remember(windows, progress)
@@ -97,7 +97,7 @@ def average_first_position(
 
 
 @torch.inference_mode()
-def averaged_sink(model: TorchRunner, found: Prefix, tokens: IntArray) -> Prefix:
+def averaged_sink(model: TorchRunner, found: Prefix, tokens: IntArray, progress: Progress = silent) -> Prefix:
     """Return a prefix whose first position has the mean keys and values of ``tokens`` as first tokens.
 
     The other tokens of the prefix are computed behind it. It keeps the token ids of ``found`` as its names.
@@ -111,6 +111,7 @@ def averaged_sink(model: TorchRunner, found: Prefix, tokens: IntArray) -> Prefix
         if totals:
             sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(totals, sums, strict=True)]
         totals = sums
+        progress("averaging first tokens", min(start + ROWS, len(tokens)), len(tokens))
     first = [[(part / len(tokens)).to(model.dtype) for part in layer] for layer in totals]
     past = KeysValues([(keys, values) for keys, values in first], kept=1)
     if found.length > 1:

@@ -16,7 +16,7 @@ import numpy as np
 
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.progress import Progress, silent, titled
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.past_key_values import KeysValues
 from cushion_deploy.modeling.runner import TorchRunner
@@ -71,6 +71,7 @@ class PrefixSearch:
     scratch: Path | None = None
     progress: Progress = silent
     trace: SearchTrace = field(init=False)
+    _told: Progress = field(init=False, default=silent)
 
     def __post_init__(self) -> None:
         n = self.config.text_tokens
@@ -87,6 +88,7 @@ class PrefixSearch:
         ids, trace = self.trace.seed_tokens, self.trace
         trace.stopped = f"the prefix reached its longest length, {self.config.max_length}"
         for number in range(max(0, self.config.max_length - len(ids))):
+            self._told = titled(self.progress, f"position {number + 1}")
             step = self._step(ids, number)
             if isinstance(step, Skipped):
                 trace.stopped = self._why_skipped(step, ids)
@@ -171,13 +173,13 @@ class PrefixSearch:
         """Return the candidates of both screens, the obvious tokens and a random sample; ``tokens`` are screened."""
         config = self.config
         sizes = self_sink_sizes(
-            self.model, past, tokens, self._depth, batch_positions=config.batch_positions, progress=self.progress
+            self.model, past, tokens, self._depth, batch_positions=config.batch_positions, progress=self._told
         )
         self._count(len(sizes), 1)
         gradient: list[int] = []
         if config.gradient_candidates:
             start = mean_embedding(self.model)
-            changes = gradient_changes(self.model, past, text, start, config.objective, progress=self.progress)
+            changes = gradient_changes(self.model, past, text, start, config.objective, progress=self._told)
             self._count(1, positions_run(text))
             gradient = [int(self.model.vocabulary[i]) for i in largest(-changes, config.gradient_candidates)]
         screen = [int(tokens[i]) for i in largest(sizes, config.screen_candidates)]
@@ -207,20 +209,39 @@ class PrefixSearch:
         self.trace.seconds += seconds
         vocabulary, begin = self.model.vocabulary.tolist(), time.monotonic() - seconds
         for start in range(len(scores), len(vocabulary), SCAN_CHUNK):
-            scores += self._score(past, text, vocabulary[start : start + SCAN_CHUNK])
+            chunk = vocabulary[start : start + SCAN_CHUNK]
+            scores += self._score(past, text, chunk, progress=self._scanned(start))
             if file and self.model.processes.leads:
                 replace_file(file, json.dumps({"scores": scores, "seconds": time.monotonic() - begin}).encode())
-            self.progress("scanning the vocabulary", len(scores), len(vocabulary))
+            self._told("scanning the vocabulary", len(scores), len(vocabulary))
         return self._ranked(vocabulary, scores, ["scan"] * len(vocabulary))
 
     def _audit(self, past: KeysValues, text: IntArray, best: ScoredToken, rng: np.random.Generator) -> tuple[int, int]:
         """Return the rank of the best token in a new random sample of the vocabulary, and the size of the sample."""
         size = min(self.config.audit_tokens, len(self.model.vocabulary))
         sample = rng.choice(self.model.vocabulary, size=size, replace=False)
-        scores = self._score(past, text, [int(t) for t in sample])
+        told = titled(self._told, "random sample")
+        scores = self._score(past, text, [int(t) for t in sample], progress=told)
         return 1 + sum(score < best.objective for score in scores), size
 
-    def _score(self, past: KeysValues, text: IntArray, tokens: Sequence[int], depth: int | None = None) -> list[float]:
+    def _scanned(self, start: int) -> Progress:
+        """Return a receiver that counts the tokens of one chunk, from ``start`` on, in the whole vocabulary."""
+        told, vocabulary = self._told, len(self.model.vocabulary)
+
+        def count(task: str, done: int, total: int, note: str = "") -> None:
+            if done < total:  # the end of a chunk is reported after its checkpoint
+                told("scanning the vocabulary", start + done, vocabulary)
+
+        return count
+
+    def _score(
+        self,
+        past: KeysValues,
+        text: IntArray,
+        tokens: Sequence[int],
+        depth: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[float]:
         self._count(len(tokens), len(text) + 1)
         scores = score_candidates(
             self.model,
@@ -231,7 +252,7 @@ class PrefixSearch:
             bits=self.config.bits,
             depth=depth,
             batch_positions=self.config.batch_positions,
-            progress=self.progress,
+            progress=progress or self._told,
         )
         # NaN compares as equal to everything, so it would stay wherever a sort finds it.
         for token, score in zip(tokens, scores, strict=True):

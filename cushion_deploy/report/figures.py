@@ -34,7 +34,10 @@ _LARGEST_BAR_RATIO = 12.0
 
 
 def magnitudes_figure(magnitudes: Magnitudes, canvas: Canvas = WIDE_LIGHT) -> Figure:
-    """Draw the top-1, top-2, top-3 and median magnitude per layer, without and with the prefix, on one log scale."""
+    """Draw the top-1, top-2, top-3 and median magnitude per layer, without and with the prefix, on one log scale.
+
+    If both are the same, because there is no prefix or it precedes every text anyway, they are drawn once.
+    """
 
     def series(layers: Sequence[LayerMagnitude]) -> list[Series]:
         named = (
@@ -46,10 +49,11 @@ def magnitudes_figure(magnitudes: Magnitudes, canvas: Canvas = WIDE_LIGHT) -> Fi
         # A log axis has no zero: such a point is left out.
         return [(name, [value if value > 0 else math.nan for value in values]) for name, values in named]
 
-    panels = [
-        (title, [entry.layer for entry in layers], series(layers))
-        for title, layers in (("without prefix", magnitudes.without), ("with prefix", magnitudes.with_prefix))
-    ]
+    sides = [("without prefix", magnitudes.without), ("with prefix", magnitudes.with_prefix)]
+    if magnitudes.without == magnitudes.with_prefix:
+        # The same picture twice would suggest a difference.
+        sides = [("with and without prefix", magnitudes.without)]
+    panels = [(title, [entry.layer for entry in layers], series(layers)) for title, layers in sides]
     return layer_panels(canvas, panels, "activation magnitude", height=3.5)
 
 
@@ -63,6 +67,9 @@ def perplexity_figure(measured: Perplexity, canvas: Canvas = WIDE_LIGHT, *, pref
         ("quantized + prefix", measured.quantized_prefix, theme.series[0]),
         ("engine + prefix" if prefix else "engine", measured.engine, theme.series[0]),
     ]
+    # A prefix that precedes every text anyway changes nothing, so its columns would be the same bars again.
+    if (measured.fp, measured.quantized) == (measured.fp_prefix, measured.quantized_prefix):
+        columns = [columns[0], columns[2], ("engine", measured.engine, theme.series[0])]
     known = [(label, value, colour) for label, value, colour in columns if value is not None]
     labels, values, colours = [c[0] for c in known], [c[1] for c in known], [c[2] for c in known]
     positions = list(range(len(values)))

@@ -11,15 +11,17 @@ from cushion_deploy.report.provenance import environment_section, recipe_section
 from cushion_deploy.report.render.drawing import Drawing
 from cushion_deploy.report.render.elements import Fact, Page, Section, Span
 from cushion_deploy.report.render.formatting import count, date_time, duration, model_name, plural, size
+from cushion_deploy.report.shipping import QUESTION
 from cushion_deploy.report.statements import failed_checks, verdict
 
-_STATUS = {"passed": "Passed", "incomplete": "Incomplete", "failed": "Failed"}
+_STATUS = {"passed": "Ready to ship", "incomplete": "Not proven", "failed": "Do not ship"}
 
 
 def report_page(report: Report, figures: Mapping[str, Drawing]) -> Page:
     """Return the page of a report; a figure that is missing from ``figures`` is left out."""
     m, outcome = report.model, verdict(report)
     parts = (
+        ("ship", QUESTION, sections.ship(report)),
         ("perplexity", "Perplexity", sections.perplexity(report, figures)),
         ("prefix", "Prefix", sections.prefix(report)),
         ("magnitudes", "Activations", sections.activations(report, figures)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import groupby
 
-from cushion_deploy.report import plans, scores, statements
+from cushion_deploy.report import plans, scores, shipping, statements
 from cushion_deploy.report.document import Engine, ParityRow, PlanType, Report
 from cushion_deploy.report.document.prefix import Search, SearchStep, Tuning, TuningState
 from cushion_deploy.report.provenance import json_block, names_and_values
@@ -33,6 +33,14 @@ cushion-deploy generate OUT "The harbour was quiet"
 cushion-deploy parity OUT"""
 
 
+def ship(report: Report) -> Blocks:
+    """Return the answer to whether the bundle can ship, and what it rests on."""
+    rows: tuple[tuple[Text, ...], ...] = tuple(
+        (reason.name, (Span(reason.result, reason.status),), reason.sentence) for reason in shipping.reasons(report)
+    )
+    return [Paragraph((Span(shipping.answer(report), "strong"),)), Table(("", "", ""), rows, align="lll")]
+
+
 def perplexity(report: Report, figures: Figures) -> Blocks:
     """Return the four columns, the engine, and what an INT8 cache costs."""
     measured = report.perplexity
@@ -44,7 +52,7 @@ def perplexity(report: Report, figures: Figures) -> Blocks:
     last = statements.has_prefix(report) or not statements.found_prefix(report)
     engine = scores.engine_perplexity_sentence(measured, prefix=last)
     note = f"{engine} Measured on {scores.text_words(measured)}; calibration did not use this text. Lower is better."
-    if statements.found_prefix(report):
+    if statements.found_prefix(report) and not statements.same_columns(report):
         note += " The prefix alone changes perplexity, so the last column should be compared with FP + prefix."
     more = (scores.noise_sentence(measured), scores.later_sentence(measured), scores.chat_sentence(report.chat))
     note = " ".join((note, *filter(None, more)))

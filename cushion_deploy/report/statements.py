@@ -40,11 +40,11 @@ class Verdict:
 def verdict(report: Report) -> Verdict:
     """Return the status and the one sentence that opens the page and ends the build."""
     sentence = _subject(report) + _cost(report)
-    failed = len(failed_checks(report))
-    if failed:
-        verb = "fails" if failed == 1 else "fail"
+    if failed := failed_checks(report):
+        verb = "fails" if len(failed) == 1 else "fail"
         checks = plural(len(report.parity), "parity check")
-        return Verdict("failed", f"Do not deploy: {failed} of {checks} {verb}. {sentence}")
+        site = next((f" at {one_line(row.site)}" for row in failed if row.site), "")
+        return Verdict("failed", f"Do not ship: {len(failed)} of {checks} {verb}{site}. {sentence}")
     measured = report.perplexity is not None and report.perplexity.quantized_prefix is not None
     complete = measured and bool(report.parity) and any(engine.ran for engine in report.engines)
     return Verdict("passed" if complete else "incomplete", sentence)
@@ -68,10 +68,26 @@ def _cost(report: Report) -> str:
         measured_behind = found_prefix(report) or p.quantized_prefix is None
         quantized = p.quantized if measured_behind else p.quantized_prefix
         return f"{_at(quantized, p.fp, 'FP')}{part}; {_why_no_prefix(report)}."
+    if same_columns(report):
+        return f"{_at(p.quantized_prefix, p.fp, 'FP')}{part}; its prefix{_tokens(report)} precedes every text anyway."
     after = _at(p.quantized_prefix, p.fp_prefix, "FP with the same prefix")
     if p.quantized is None or p.fp is None:
         return f"{after}{part}; without the prefix no finite perplexity was measured."
-    return f"{after}; without the prefix it would be {percent(p.quantized / p.fp - 1)}{part}."
+    without = percent(p.quantized / p.fp - 1)
+    if p.quantized_prefix is not None and p.fp_prefix and percent(p.quantized_prefix / p.fp_prefix - 1) == without:
+        without = "as much"
+    return f"{after}; without the prefix it would be {without}{part}."
+
+
+def same_columns(report: Report) -> bool:
+    """Return whether the columns with the prefix are those without it: it is what precedes every text anyway."""
+    p = report.perplexity
+    return p is not None and (p.fp, p.quantized) == (p.fp_prefix, p.quantized_prefix)
+
+
+def _tokens(report: Report) -> str:
+    """Return the tokens of the prefix, to follow its name; empty without a search."""
+    return f", {' '.join(one_line(token) for token in report.search.tokens)}," if report.search else ""
 
 
 def _at(value: float | None, reference: float | None, name: str) -> str:
@@ -97,6 +113,8 @@ def magnitude_sentence(magnitudes: Magnitudes) -> str:
     text = f"Without a prefix the largest activation is {before.top1:,.0f}, in layer {before.layer}"
     if not magnitudes.with_prefix:
         return text + "."
+    if magnitudes.with_prefix == magnitudes.without:
+        return f"The largest activation is {before.top1:,.0f}, in layer {before.layer}, with and without the prefix."
     after = max(magnitudes.with_prefix, key=lambda entry: entry.top1)
     return f"{text}; with the prefix it is {after.top1:,.0f}, in layer {after.layer}."
 

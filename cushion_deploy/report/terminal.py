@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cushion_deploy.printable import one_line, visible
-from cushion_deploy.report import plans, scores, statements
+from cushion_deploy.report import plans, scores, shipping, statements
 from cushion_deploy.report.document import Engine, ParityRow, Report
 from cushion_deploy.report.render.formatting import duration
 
@@ -23,6 +23,7 @@ def summary(report: Report) -> RenderableType:
     """Return the summary as a rich renderable. Strings of the report are never read as markup."""
     outcome = statements.verdict(report)
     parts: list[RenderableType] = [Text(outcome.sentence, style=f"bold {_COLOURS[outcome.status]}"), Text()]
+    parts += [_labelled("ship it?", Text(shipping.answer(report))), Text()]
     if report.perplexity is not None:
         rows = [*scores.perplexity_rows(report.perplexity), *scores.chat_rows(report.chat)]
         parts += [_four_columns(rows), Text()]

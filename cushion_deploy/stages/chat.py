@@ -89,9 +89,9 @@ class ChatWindows:
         begin = () if model.bare_tokens else prompts.begin
         before = np.tile(np.array(begin, dtype=np.int64), (len(prompts.ids), 1))
         asked = np.concatenate([before, prompts.ids], axis=1)
-        bare = np.concatenate([asked, answer_greedily(model, asked, count, prompts.ends)], axis=1)
+        bare = np.concatenate([asked, answer_greedily(model, asked, count, prompts.ends, progress)], axis=1)
         ids = np.ascontiguousarray(bare[:, len(begin) :])
-        teacher.remember(bare, progress)
+        teacher.remember(bare, progress, "chats")
         for row, whole in zip(ids, bare, strict=True):
             # Of several processes, each has remembered its share, which is also what it compares.
             if whole.tobytes() in teacher.hidden:

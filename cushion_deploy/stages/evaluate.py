@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.progress import elapsed
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.evaluate.chat import ANSWER_TOKENS, MESSAGE_TOKENS, PROMPTS, ChatPrompts
 from cushion_deploy.stages.base import Node, Speed, Stage
@@ -85,11 +86,12 @@ class Evaluate(Stage[dict[str, Any]]):
                 "missing": prompts.missing or ("" if chat else "the model has too few positions for an answer"),
                 **(chat_scores(chats) if chats else {}),
             },
-            "magnitudes": {
+        }
+        with elapsed(inputs.progress, "magnitudes of activations"):
+            found["magnitudes"] = {
                 "without": layer_magnitudes(model, inputs.get(self.no_prefix), windows[:1]),
                 "with": layer_magnitudes(model, prefix, windows[:1]),
-            },
-        }
+            }
         if quantization.kv_scales:
             plain = measure.quantized(replace(quantization, kv_scales=None), "W8A8, float cache")
             found["float_cache"] = scores_of(plain.text)

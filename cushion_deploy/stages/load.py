@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.progress import elapsed
 from cushion_deploy.modeling.source import ModelSource
 from cushion_deploy.recipe import Compute
 from cushion_deploy.stages.base import Derived, Node, Stage
@@ -57,9 +58,10 @@ class Load(Derived["TorchRunner"]):
 
     def make(self, inputs: Inputs) -> TorchRunner:
         """Load the model."""
-        import torch
+        with elapsed(inputs.progress, "importing PyTorch and transformers"):
+            import torch
 
-        from cushion_deploy.modeling.load import load_folder
+            from cushion_deploy.modeling.load import load_folder
 
         folder = inputs.get(self.converted) if self.converted else self.source.path
         # Flush denormals: a probability below 1e-38 has no effect but slows most processors down a hundredfold.

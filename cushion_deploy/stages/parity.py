@@ -13,6 +13,7 @@ from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.progress import elapsed
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.sites import Site
 from cushion_deploy.parity.checks import ParityCheck, ParityReport
@@ -145,7 +146,8 @@ class Parity(Stage[ParityResult]):
         plans = inputs.get(self.plans).graphs
         require_space(folder, 4 * model.spec.parameters)
         form = replace(self.form.float_twin, opset=graph.opset)
-        twin = export_graph(original.spec, original.weights, quantization.float_twin, form, folder)
+        with elapsed(inputs.progress, "exporting the float graph"):
+            twin = export_graph(original.spec, original.weights, quantization.float_twin, form, folder)
         tokens = min(self.parity.decode_tokens, ids.shape[1] // 2)
         engines = {engine.name: engine.open for engine in map(inputs.get, self.engines) if engine}
         climb = Climb(model, quantization, reference, graph, twin, plans, tokens, inputs.progress, engines)

@@ -14,6 +14,7 @@ from cushion_deploy.core.dtypes import Dtype, PlanDtype
 from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.progress import elapsed
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.value_range import HALF_MAX, LargestValue, PlanType, ValueRange, choose_plan_type
 from cushion_deploy.engines.registry import ENGINES
@@ -68,7 +69,8 @@ class MeasureRange(Stage[ValueRange]):
             require_space(out, self.disk(model.spec))
             model.placed.unload()
             with TemporaryDirectory(dir=out) as folder:
-                graph = export_graph(model.spec, model.weights, quantization, self.form, Path(folder))
+                with elapsed(inputs.progress, "exporting the graph to measure"):
+                    graph = export_graph(model.spec, model.weights, quantization, self.form, Path(folder))
                 rows = [row[kept.astype(bool)] for row, kept in zip(ids, mask, strict=True)]
                 values = *values, *largest_values(graph, rows, model.token_text, inputs.progress)
         write_json(out / RESULT, ValueRange(values, text.name, int(mask.sum())).to_json())

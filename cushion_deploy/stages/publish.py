@@ -10,6 +10,7 @@ from cushion_deploy.core.artifacts import SCALES_FILE, SMOOTHING_FILE, write_pre
 from cushion_deploy.core.graphs import GRAPH_FILE, ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import PREFIX_FILE
+from cushion_deploy.core.progress import elapsed
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.modeling.origin import read_origin
 from cushion_deploy.modeling.source import ModelSource
@@ -52,8 +53,9 @@ class Publish(Derived[Report]):
         quantization, files = inputs.get(self.quantization), inputs.get(self.files)
         with staging_area(self.output) as staged:
             # Copied, not linked: onnx rejects external data with a second hard link as a possible attack.
-            for file in (*files.paths, *graph.files):
-                place(file, staged / file.name, link=False)
+            with elapsed(inputs.progress, "copying the graph into the bundle"):
+                for file in (*files.paths, *graph.files):
+                    place(file, staged / file.name, link=False)
             (staged / GRAPH_FILE).write_text(json.dumps(graph.to_json(), indent=1) + "\n")
             # Search, calibration and scoring put the text directly behind the prefix, which replaces <bos>.
             changes = leave_out_bos(staged) if quantization.prefix.length else ""
@@ -68,11 +70,13 @@ class Publish(Derived[Report]):
             for engine in self.engines:
                 inputs.get(engine).place(staged)
             (staged / "report").mkdir()
-            write_report(report, staged / "report")
+            with elapsed(inputs.progress, "drawing the report"):
+                write_report(report, staged / "report")
             card = model_card(report, read_origin(self.source))
             (staged / CARD_NAME).write_text(card, encoding="utf-8", newline="\n")
             lineage = replace(graph.lineage, graph=graph.digest)
-            publish(staged, self.output, self.recipe.model_dump(mode="json"), lineage.to_json())
+            with elapsed(inputs.progress, "hashing and publishing the bundle"):
+                publish(staged, self.output, self.recipe.model_dump(mode="json"), lineage.to_json())
         return report
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from cushion_deploy.core.processes import SINGLE, Processes
-from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.progress import Progress, StageWatcher, Unwatched, silent
 from cushion_deploy.errors import UsageError
 from cushion_deploy.stages.base import Derived, Node, Stage, nodes_behind
 from cushion_deploy.store import StageStore, require_space
@@ -50,19 +50,21 @@ class Run:
         progress: receives progress of long tasks.
         times: the stages of this run, in the order in which they finished.
         processes: the processes that share the work.
+        watcher: told which stage is running.
     """
 
     store: StageStore
     progress: Progress = silent
     times: list[StageTime] = field(default_factory=list)
     processes: Processes = SINGLE
+    watcher: StageWatcher = field(default_factory=Unwatched)
     _artifacts: dict[Node[Any], Any] = field(default_factory=dict, repr=False)
-    _numbers: dict[Node[Any], str] = field(default_factory=dict, repr=False)
+    _numbers: dict[Node[Any], int] = field(default_factory=dict, repr=False)
 
     def number(self, end: Node[Any]) -> None:
-        """Number the stages that a node depends on, so that progress shows which of how many is running."""
+        """Number the stages that a node depends on, so that the watcher learns which of how many is running."""
         stages = [node for node in nodes_behind(end) if isinstance(node, Stage)]
-        self._numbers = {stage: f"[{i}/{len(stages)}] " for i, stage in enumerate(stages, 1)}
+        self._numbers = {stage: i for i, stage in enumerate(stages, 1)}
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -96,11 +98,6 @@ class Run:
         decided_by = {"version": stage.version, "settings": stage.settings, "inputs": inputs}
         return digest_json({"stage": stage.name, **decided_by})
 
-    def progress_of(self, node: Node[Any]) -> Progress:
-        """Return the progress of a node; the tasks of a numbered stage are prefixed with its number."""
-        number, report = self._numbers.get(node, ""), self.progress
-        return lambda task, done, total, note="": report(number + task, done, total, note)
-
     @property
     def seconds(self) -> float:
         """Total time of all stages."""
@@ -110,13 +107,18 @@ class Run:
         found = stage.shortcut(inputs)
         if found is not None:
             return found
-        key = self.key(stage)
+        key, number = self.key(stage), self._number(stage)
         start, inner = time.monotonic(), self.seconds
         folder = self.store.find(stage.name, key) if self.processes.leads else None
         reused = self._leader_says(folder is not None)
         if not reused:
             logger.info("%s: running", stage.label)
-            self._execute(stage, key, inputs)
+            self.watcher.begin(stage.label_of(inputs), *number)
+            try:
+                self._execute(stage, key, inputs)
+            except BaseException:
+                self.watcher.stop()
+                raise
         if folder is None:
             folder = self.store.find(stage.name, key)
         if folder is None:
@@ -125,7 +127,13 @@ class Run:
         seconds = time.monotonic() - start - (self.seconds - inner)
         ran_on = self.store.facts(stage.name, key).get("ran_on", "")
         self.times.append(StageTime(stage.label_of(inputs), seconds, reused, ran_on))
+        self.watcher.end(stage.label_of(inputs), *number, reused=reused)
         return stage.read(folder)
+
+    def _number(self, stage: Stage[Any]) -> tuple[int, int]:
+        """Return which of how many stages this is; twice 0 if it was not numbered."""
+        found = self._numbers.get(stage, 0)
+        return (found, len(self._numbers)) if found else (0, 0)
 
     def _execute(self, stage: Stage[T], key: str, inputs: Inputs) -> None:
         """Run a stage: its artifact is written by the first process, and every process waits for it."""
@@ -204,7 +212,7 @@ class Inputs:
     @property
     def progress(self) -> Progress:
         """Receives progress of long tasks."""
-        return self.run.progress_of(self.node)
+        return self.run.progress
 
     @property
     def scratch(self) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from cushion_deploy.calib.corpora import SAMPLED
 from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
 from cushion_deploy.recipe import Recipe
@@ -51,7 +52,7 @@ def build(
     """
     require_modules(*LIBRARIES)
     recover(output)
-    pipeline, end = _checked(recipe, output, targets, allow_float_linears)
+    pipeline, end = _checked(recipe, output, targets, allow_float_linears, run.progress)
     _read_texts(pipeline, run)
     with run.lock():
         run.number(end)
@@ -73,7 +74,7 @@ def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ())
         CushionError: the build would end with the same error.
     """
     require_modules(*LIBRARIES)
-    pipeline, end = _checked(recipe, output, targets, 0)
+    pipeline, end = _checked(recipe, output, targets, 0, run.progress)
     found = ReadOnlyRun.of(run)
     _read_texts(pipeline, found)
     files = found.known(pipeline.files)
@@ -125,7 +126,7 @@ def _require_room(end: Publish, stages: Sequence[PlannedStage], spec: ModelSpec 
 
 
 def _checked(
-    recipe: Recipe, output: Path, targets: Sequence[str], allow_float_linears: int
+    recipe: Recipe, output: Path, targets: Sequence[str], allow_float_linears: int, progress: Progress
 ) -> tuple[Pipeline, Publish]:
     """Return the pipeline and its final node, after checking the output folder, the engines and the targets."""
     require_publishable(output)
@@ -133,7 +134,8 @@ def _checked(
     engines = choose_engines(recipe.engines)
     for engine in engines:
         engine.check(options)
-    pipeline = Pipeline.of(recipe)
+    with elapsed(progress, f"reading {recipe.model}"):
+        pipeline = Pipeline.of(recipe)
     return pipeline, pipeline.build(tuple(engine.name for engine in engines), options, output)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cushion_deploy.cli.next_steps import after_build
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.recipe.text import parse_yaml
 from cushion_deploy.report import Report
@@ -44,7 +45,7 @@ def test_a_build_leaves_a_bundle_that_verifies(cli: Any, tiny_bundle: Any) -> No
 def test_json_is_one_document_on_stdout_and_equals_the_file(tiny_bundle: Any) -> None:
     printed = tiny_bundle.result.json
     assert printed == json.loads((tiny_bundle.bundle / "report" / "report.json").read_text())
-    assert "perplexity" in tiny_bundle.result.err
+    assert "evaluate: done in " in tiny_bundle.result.err
 
 
 @pytest.mark.parametrize("section", PROMISED)
@@ -332,3 +333,25 @@ def test_never_is_no_prefix(cli: Any, tiny_folder: Path) -> None:
     ]
     assert printed[0] == printed[1]
     assert "enabled: false" in printed[0]
+
+
+def test_the_summary_names_what_to_try_next(planted_bundle: Any) -> None:
+    out, bundle = planted_bundle.result.out, planted_bundle.bundle
+    steps = [line.split("  ")[1] for line in out[out.index("\nnext:\n") :].splitlines()[2:]]
+    assert [step.split()[-2:] for step in steps] == [[verb, str(bundle)] for verb in ("chat", "serve", "bench")]
+
+
+def test_after_failed_checks_the_next_steps_find_out_why(tmp_path: Path) -> None:
+    steps = after_build(tmp_path / "a b", "m.gguf", passed=False)
+    assert [verb for verb in ("report", "parity", "doctor") if any(f" {verb} " in step for step in steps)] == [
+        *("report", "parity", "doctor")
+    ]
+    assert f"'{tmp_path}/a b'" in steps[0], "a path with a space can be pasted into a shell"
+
+
+def test_the_next_steps_name_the_program_as_it_was_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", [".venv/bin/cushion-deploy"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert after_build(tmp_path, "m", passed=True)[0].startswith("  .venv/bin/cushion-deploy generate ")
+    monkeypatch.setattr("sys.argv", ["/x/cushion_deploy/__main__.py"])
+    assert after_build(tmp_path, "m", passed=True)[0].startswith("  python -m cushion_deploy generate ")

@@ -116,6 +116,33 @@ def test_a_missing_gguf(build: Any, tmp_path: Path) -> None:
     expect(build(model=tmp_path / "gone.gguf"), 2, "gone.gguf", "does not exist", ".gguf")
 
 
+def test_a_mistyped_path_names_what_is_beside_it(build: Any, tmp_path: Path) -> None:
+    (tmp_path / "SmolLM2.Q4_1.gguf").touch()
+    expect(
+        build(model=tmp_path / "SmolLM.Q4_1.gguf"), 2, "does not exist", f"did you mean {tmp_path}/SmolLM2.Q4_1.gguf?"
+    )
+
+
+def test_a_folder_that_is_no_model(cli: Any, tmp_path: Path) -> None:
+    expect(cli("build", tmp_path), 2, f"folder '{tmp_path}' has no config.json")
+    (tmp_path / "m.gguf").touch()
+    expect(cli("build", tmp_path), 2, f"give {tmp_path}/m.gguf")
+    (tmp_path / "config.json").touch()
+    (tmp_path / "cushion.json").touch()
+    expect(cli("build", tmp_path), 2, "is a bundle, not a model", "the model that it was built from")
+
+
+def test_a_model_may_be_given_by_position_but_only_once(cli: Any, tmp_path: Path) -> None:
+    expect(cli("build"), 2, "no model was given")
+    expect(cli("build", tmp_path / "a.gguf"), 2, "a.gguf", "does not exist")
+    expect(cli("build", "a.gguf", "--model", "b.gguf"), 2, "two models were given: a.gguf and b.gguf")
+
+
+def test_a_mistyped_command_names_the_one_that_was_meant(cli: Any) -> None:
+    expect(cli("biuld"), 2, "there is no command 'biuld'", "did you mean `cushion-deploy build`?")
+    expect(cli("qqqq"), 2, "`cushion-deploy --help` lists them")
+
+
 @pytest.mark.parametrize("length", [4, 24, 200])
 def test_a_truncated_gguf(build: Any, tmp_path: Path, length: int) -> None:
     from gguf import GGUFWriter

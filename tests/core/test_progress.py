@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from cushion_deploy.core import progress as module
-from cushion_deploy.core.progress import elapsed
+from cushion_deploy.core.progress import elapsed, titled
 
 Seen = list[tuple[str, int, int]]
 
@@ -43,8 +43,15 @@ def test_a_step_that_fails_stops_reporting(ticked: tuple[Seen, threading.Event])
     assert threading.active_count() == before
 
 
-def test_a_short_step_reports_nothing() -> None:
+def test_a_short_step_reports_that_it_begins_and_nothing_else() -> None:
     seen: Seen = []
     with elapsed(lambda *row: seen.append(row), "work"):
-        assert seen == []
-    assert seen == []
+        assert seen == [("work", 0, 0)]
+    assert seen == [("work", 0, 0)]
+
+
+def test_a_title_stands_before_the_name_of_every_task() -> None:
+    seen: list[tuple[str, int, int, str]] = []
+    report = titled(lambda task, done, total, note="": seen.append((task, done, total, note)), "position 2")
+    report("scoring", 3, 4, "a")
+    assert seen == [("position 2: scoring", 3, 4, "a")]

@@ -164,12 +164,13 @@ def test_the_decode_rung_sees_a_broken_cache(kind: type[OnnxRuntimeSession], dep
 
 def test_the_engine_rung_holds_and_tells_the_perplexity(deployed) -> None:
     session = open_session(deployed.graph)
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     checks, score = engine_rung(
-        "engine", deployed.reference, session, lambda task, done, total: seen.append((done, total))
+        "engine", deployed.reference, session, lambda task, done, total, note="": seen.append((task, done, total))
     )
     assert passed(checks) == [True]
-    assert seen == [(i, 4) for i in (1, 2, 3, 4)]
+    assert seen[:4] == [("engine: perplexity", i, 4) for i in (1, 2, 3, 4)]
+    assert seen[-1] == ("engine: continuation", 32, 32)
     losses = []
     for window in deployed.reference.windows:
         session.reset()

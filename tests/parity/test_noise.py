@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from cushion_deploy.engines.onnxruntime.session import open_session
+from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.parity.blame import SiteInputs
 from cushion_deploy.parity.ladder import NOISE, decode_rung, float_rung
 from cushion_deploy.parity.noise import Float64Arithmetic, float_noise
 from cushion_deploy.parity.reference import float_inputs
+from cushion_deploy.recipe import Compute
 
 
 def test_operators_run_in_float64_and_casts_to_fewer_bits_do_not_narrow() -> None:
@@ -34,6 +39,14 @@ def test_integers_stay_integers() -> None:
     with Float64Arithmetic():  # type: ignore[no-untyped-call]
         assert torch.arange(3).dtype == torch.int64
         assert (torch.ones(3, dtype=torch.int8) * 2).dtype == torch.int8
+
+
+def test_a_model_that_does_not_fit_into_memory_has_the_same_noise(planted_folder: Path, plain_ids: Any) -> None:
+    source = resolve_source(str(planted_folder))
+    whole, streamed = (load_folder(planted_folder, source, compute=Compute(memory=memory)) for memory in (None, 0))
+    assert streamed.placed.streamed_layers
+    found = [float_noise(model, model.no_prefix(), plain_ids[None, :64]) for model in (whole, streamed)]
+    assert found[0] == found[1] > 0
 
 
 def test_the_noise_is_the_distance_to_the_model_in_float64(deployed) -> None:

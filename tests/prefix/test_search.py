@@ -146,8 +146,8 @@ def test_a_scan_that_was_interrupted_goes_on_where_it_stopped(
     assert scored == list(range(320))
     scored.clear()
 
-    def interrupt(task: str, done: int, total: int) -> None:
-        if task == "scanning the vocabulary" and done == 128:
+    def interrupt(task: str, done: int, total: int, note: str = "") -> None:
+        if task == "position 1: scanning the vocabulary" and done == 128:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -205,8 +205,8 @@ def test_the_seconds_of_an_interrupted_scan_add_up(
     monkeypatch.setattr(search.time, "monotonic", lambda: clock[0])
 
     def stop_at(wanted: int) -> Any:
-        def report(task: str, done: int, total: int) -> None:
-            if task == "scanning the vocabulary" and done == wanted:
+        def report(task: str, done: int, total: int, note: str = "") -> None:
+            if task == "position 1: scanning the vocabulary" and done == wanted:
                 raise KeyboardInterrupt
 
         return report

@@ -37,6 +37,20 @@ def test_magnitudes_are_four_lines_on_two_panels_of_one_scale(
             np.testing.assert_array_equal(line.get_ydata(), [row[key] for row in data["magnitudes"][side]])
 
 
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_what_is_the_same_with_and_without_a_prefix_is_drawn_once(data: Any, canvas: drawing.Canvas) -> None:
+    data["magnitudes"]["with"] = data["magnitudes"]["without"]
+    data["perplexity"].update(fp_prefix=29.6, quantized_prefix=63.23)
+    report = Report.model_validate(data)
+    assert report.magnitudes is not None
+    assert report.perplexity is not None
+    (panel,) = figures.magnitudes_figure(report.magnitudes, canvas).axes
+    assert panel.get_title(loc="left") + panel.get_title() == "with and without prefix"
+    assert len(panel.lines) == 4
+    (axes,) = figures.perplexity_figure(report.perplexity, canvas).axes
+    assert [bar.get_width() for bar in bars(axes)] == [29.6, 63.23, 31.62]
+
+
 def test_lines_differ_in_more_than_colour(report: Report) -> None:
     assert report.magnitudes is not None
     lines = figures.magnitudes_figure(report.magnitudes).axes[0].lines

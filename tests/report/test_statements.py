@@ -18,6 +18,7 @@ from cushion_deploy.report.statements import (
     found_prefix,
     fused_attention_sentence,
     has_prefix,
+    magnitude_sentence,
     not_run_reason,
     parity_sentence,
     prefix_sentence,
@@ -51,7 +52,7 @@ def test_a_failed_check_comes_before_every_good_number(data: dict[str, Any]) -> 
     _fail(data, 6, 0.5)
     outcome = verdict(Report.model_validate(data))
     assert outcome.status == "failed"
-    assert outcome.sentence.startswith("Do not deploy: 2 of 7 parity checks fail. ")
+    assert outcome.sentence.startswith("Do not ship: 2 of 7 parity checks fail at layers.3.mlp.down. ")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,26 @@ def test_an_empty_prefix_is_a_result_and_is_said_in_words(data: dict[str, Any]) 
         "no prefix was needed: the search found no attention sink that justifies one."
     )
     assert prefix_sentence(report).startswith("No prefix was needed.")
+
+
+def test_a_prefix_that_precedes_every_text_anyway_is_not_compared_with_itself(data: dict[str, Any]) -> None:
+    data["search"].update(token_ids=[2], tokens=["<bos>"])
+    data["perplexity"].update(fp=20.0, fp_prefix=20.0, quantized=20.36, quantized_prefix=20.36)
+    data["magnitudes"]["with"] = data["magnitudes"]["without"]
+    report = Report.model_validate(data)
+    assert verdict(report).sentence == (
+        "SmolLM2-135M runs in static W8A8 at +1.8 % perplexity over FP; its prefix, <bos>, precedes every text anyway."
+    )
+    assert report.magnitudes is not None
+    assert magnitude_sentence(report.magnitudes) == (
+        "The largest activation is 24,782, in layer 20, with and without the prefix."
+    )
+
+
+def test_a_prefix_that_changes_nothing_to_be_seen_says_so(data: dict[str, Any]) -> None:
+    data["perplexity"].update(fp=20.0, fp_prefix=19.0, quantized=20.36, quantized_prefix=19.342)
+    sentence = verdict(Report.model_validate(data)).sentence
+    assert "at +1.8 % perplexity over FP with the same prefix; without the prefix it would be as much" in sentence
 
 
 def test_an_averaged_first_position_is_told_with_both_divergences(data: dict[str, Any]) -> None:

@@ -210,7 +210,7 @@ def test_nodes_come_before_what_takes_them_and_once() -> None:
         assert all(order.index(other) < order.index(node) for other in node.inputs.values())
 
 
-def test_progress_says_which_of_how_many_stages_is_running(tmp_path: Path) -> None:
+def test_a_watcher_learns_which_of_how_many_stages_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True)
     class Telling(Add):
         """Reports once."""
@@ -223,9 +223,39 @@ def test_progress_says_which_of_how_many_stages_is_running(tmp_path: Path) -> No
             super().run(inputs, out)
 
     told: list[str] = []
-    run = Run(StageStore(tmp_path), lambda task, done, total, note="": told.append(task))
-    end = Sum((Telling(one(1), one(2)), Telling(one(3), one(4))))
-    run.number(end)
-    run.get(end)
-    run.get(Telling(one(5), one(6)))
-    assert told == ["[1/3] adding", "[2/3] adding", "adding"]
+
+    class Watcher:
+        """Writes down what it is told."""
+
+        def begin(self, stage: str, number: int, total: int) -> None:
+            told.append(f"{stage} {number}/{total}")
+
+        def end(self, stage: str, number: int, total: int, *, reused: bool) -> None:
+            told.append(f"{stage} {number}/{total} {'reused' if reused else 'done'}")
+
+        def stop(self) -> None:
+            told.append("stopped")
+
+    def run() -> Run:
+        return Run(StageStore(tmp_path), lambda task, done, total, note="": told.append(task), watcher=Watcher())
+
+    first, second = Telling(one(1), one(2)), Telling(one(3), one(4))
+    end = Sum((first, second))
+    whole = run()
+    whole.number(end)
+    whole.get(end)
+    whole.get(Telling(one(5), one(6)))
+    assert told == [
+        *("telling 1/3", "adding", "telling 1/3 done", "telling 2/3", "adding", "telling 2/3 done"),
+        *("sum 3/3", "sum 3/3 done", "telling 0/0", "adding", "telling 0/0 done"),
+    ]
+    told.clear()
+    again = run()
+    again.number(end)
+    again.get(end)
+    assert told == ["telling 1/3 reused", "telling 2/3 reused", "sum 3/3 reused"]
+    told.clear()
+    monkeypatch.setattr(Telling, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run().get(Telling(one(7), one(8)))
+    assert told == ["telling 0/0", "stopped"]

@@ -39,7 +39,7 @@ def layer_panels(
     with settings(canvas.theme):
         figure = new_figure(canvas, 5.6 if canvas.narrow else height)
         rows, columns = (len(panels), 1) if canvas.narrow else (1, len(panels))
-        drawn = list(figure.subplots(rows, columns, sharex=True, sharey=True))
+        drawn = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
         for axes, (title, layers, series) in zip(drawn, panels, strict=True):
             plain_axes(axes, canvas, title)
             if limits is None:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from cushion_deploy.report.render.drawing import Drawing
 
-SpanKind = Literal["code", "token", "quiet", "passed", "incomplete", "failed"]
+SpanKind = Literal["code", "token", "quiet", "strong", "passed", "incomplete", "failed"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Span:
     Attributes:
         text: the text, not escaped.
         kind: ``code``; ``token``, displayed with its whitespace and control characters visible; ``quiet`` for
-            secondary text; otherwise a status.
+            secondary and ``strong`` for important text; otherwise a status.
     """
 
     text: str

@@ -80,6 +80,8 @@ def _inline(text: Text) -> str:
 
 
 def _span(span: Span) -> str:
+    if span.kind == "strong":
+        return f"**{_escape(span.text)}**"
     if span.kind not in ("code", "token"):
         return _escape(span.text)
     text = visible(span.text) if span.kind == "token" else one_line(span.text)
