@@ -119,7 +119,7 @@ def test_every_rung_of_the_ladder_reports(built: tuple[Recorder, Report]) -> Non
 def test_every_stage_that_runs_the_model_reports(built: tuple[Recorder, Report]) -> None:
     recorder, _ = built
     silent = set(recorder.ran) - {stage for stage, _ in recorder.tasks}
-    assert silent <= {"tokenizer"}
+    assert silent <= {"tokenizer", "embedding"}
     assert recorder.reports[0][1].startswith("reading "), "hashing a large checkpoint takes minutes"
     assert [task for stage, task in recorder.tasks if not stage][-1] == "hashing and publishing the bundle"
     assert not recorder.stages
