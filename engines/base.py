@@ -12,10 +12,11 @@ from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.session import DecoderSession
 
-Product = Literal["plan", "blob", "report", "nothing"]
-"""What :meth:`Engine.compile` writes: a plan, which then runs instead of ``model.onnx``; a blob, which spares compiling
-``model.onnx`` again on machines like this one; a report on how ``model.onnx`` runs; or nothing, for an engine that runs
-``model.onnx`` unseen."""
+Product = Literal["plan", "graph", "blob", "report", "nothing"]
+"""What :meth:`Engine.compile` writes: a plan, which then runs instead of ``model.onnx``; a graph, which then runs
+instead of ``model.onnx`` unless that suits the engine as it is; a blob, which spares compiling ``model.onnx`` again on
+machines like this one; a report on how ``model.onnx`` runs; or nothing, for an engine that runs ``model.onnx``
+unseen."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Engine(Protocol):
 
         Args:
             graph: graph of a verified bundle, or one just written; the prefix and scales of its cache lie beside it.
+                For an engine that compiled a graph of its own, that graph.
             plan: the compiled plan or blob, if the engine has one. Deserializing a plan runs machine code from it: pass
                 only bytes whose digest is in a verified manifest, or that were compiled just now.
             threads: threads of an engine on the CPU; None for one per physical core.

@@ -60,13 +60,17 @@ def find_engine(name: str) -> Engine:
 def choose_engines(names: Sequence[str] | None) -> list[Engine]:
     """Return the engines to compile for: the named ones, or every one that can compile on this machine.
 
+    A graph of an engine's own takes as much space as the bundle's, so without names it is only compiled where it could
+    run.
+
     Raises:
         UsageError: an unknown name, or an engine that compiles nothing; the hint lists the valid names.
         MissingDependency: a named engine cannot compile here; the hint is the install command.
     """
     engines = compiling_engines()
     if names is None:
-        return [engine for engine in engines.values() if why_missing(engine) is None]
+        found = [engine for engine in engines.values() if why_missing(engine) is None]
+        return [engine for engine in found if engine.compiles_to != "graph" or engine.gpus()]
     chosen = []
     for name in names:
         if name not in engines:

@@ -86,6 +86,7 @@ def _lines(found: Bench) -> list[str]:
     lines += [
         "",
         f"{CPU_ENGINE}: {found.kernels}",
+        *(f"{name}: {'; '.join(said)}" for name, said in found.remarks.items()),
         *(f"{name}: {reason}" for name, reason in found.not_run.items()),
         *found.verdicts,
     ]

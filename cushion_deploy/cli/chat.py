@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cushion_deploy.cli.generation_options import generation_options, make_params
-from cushion_deploy.cli.terminal import echo, echo_generated
+from cushion_deploy.cli.terminal import echo, echo_generated, echo_remarks
 from cushion_deploy.errors import CushionError, UsageError
 from cushion_deploy.runtime import load
 from cushion_deploy.runtime.conversation import Conversation
@@ -51,6 +51,7 @@ def command(
     params = make_params(sampling)
     make_draft(draft)  # an unknown name is an error before the bundle is read
     generator = load(local_bundle(bundle), engine, threads)
+    echo_remarks(engine, generator.session)
     generator.bundle.require_chat_template()
     talk = Conversation(generator, system, params, max_new_tokens, stop, draft)
     if sys.stdin.isatty():

@@ -13,7 +13,7 @@ import click
 
 from cushion_deploy.cli.generation_options import generation_options, make_params
 from cushion_deploy.cli.output import require_parent
-from cushion_deploy.cli.terminal import echo_generated
+from cushion_deploy.cli.terminal import echo_generated, echo_remarks
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime import TextGenerator, TokenEvent, load, open_bundle
 from cushion_deploy.runtime.answers import Settings, finished, make_jobs, write_answers
@@ -77,6 +77,7 @@ def command(
         raise UsageError("--system was given without --chat", hint="add --chat")
     make_draft(draft)  # an unknown name is an error before the bundle is read
     generator = load(local_bundle(bundle), engine, threads)
+    echo_remarks(engine, generator.session)
     options: dict[str, Any] = {"params": params, "max_new_tokens": max_new_tokens, "stop": stop, "draft": draft}
     if chat:
         messages = [{"role": "system", "content": system}] if system else []
@@ -135,6 +136,7 @@ def _answer_file(
     done, _ = finished(answers, jobs)
     if done < len(jobs):
         generator = TextGenerator(bundle, open_engine(bundle, settings.engine, threads))
+        echo_remarks(settings.engine, generator.session)
         for count in write_answers(generator, jobs, settings, answers, batch):
             if sys.stderr.isatty():
                 click.echo(f"\r{count} of {len(jobs)} answers", nl=False, err=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.terminal import echo_remarks
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError, require_modules
 
@@ -91,6 +92,7 @@ def command(
         folder = local_bundle(bundle)
         opened, metrics = open_bundle(folder), Metrics()
         session = open_engine(opened, engine, threads)
+        echo_remarks(engine, session)
         worker = Engine(model_name or _name(bundle, folder), opened, session, engine, settings, metrics)
         server = Server(create_app(worker, metrics, http), worker, drain_timeout)
         click.echo(f"serving {worker.name} on {url(listener)} with {engine}, {_batching(worker.batches, max_rows)}")

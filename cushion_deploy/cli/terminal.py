@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from cushion_deploy.core.session import DecoderSession, remarks
 from cushion_deploy.printable import controls_visible
 
 
@@ -21,3 +22,9 @@ def echo_generated(text: str) -> None:
 def echo(text: str, *, err: bool = False) -> None:
     """Print a line in which something comes from a file that is not trusted: a bundle, or an error about one."""
     click.echo(controls_visible(text), err=err)
+
+
+def echo_remarks(engine: str, session: DecoderSession) -> None:
+    """Print on stderr what a user should know of how an engine computes; nothing for most engines."""
+    for remark in remarks(session):
+        click.echo(f"[{engine}: {remark}]", err=True)

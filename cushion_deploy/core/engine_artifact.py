@@ -64,13 +64,21 @@ class EngineArtifact:
 
     @property
     def summary(self) -> str:
-        """Targets and INT8 coverage in one line; for a plan also type, limits, cache and size."""
+        """Targets and INT8 coverage, or what is multiplied instead, in one line; for a plan also what it admits."""
         parts, limits = [", ".join(self.targets)], self.details.get("limits")
         if limits:
             parts += [f"{self.form[0]}, batch {limits['batch']}, context {limits['context']:,}"]
             parts += [f"prefill {limits['prefill']:,}", f"{self.details.get('plan_bytes', 0) / 1e6:,.0f} MB"]
             parts += [f"static cache of {self.form[1]:,} slots"] if self.form[1] else []
-        return "; ".join([*parts, f"{self.int8_linears} of {self.linears} linears in INT8"])
+        return "; ".join([*parts, self.coverage])
+
+    @property
+    def coverage(self) -> str:
+        """How many linears are in INT8, or what they multiply on a device where INT8 is slower."""
+        if dtype := self.details.get("float_products"):
+            said = self.details.get("remarks") or [f"{self.linears} linears multiply {dtype} values of the INT8 codes"]
+            return "; ".join(map(str, said))
+        return f"{self.int8_linears} of {self.linears} linears in INT8"
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""

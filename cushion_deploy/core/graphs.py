@@ -13,6 +13,8 @@ from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.core.prefix import PREFIX_FILE
 from cushion_deploy.core.sites import Site
 
+GRAPH_FILE = "export.json"
+"""Name of the file beside a graph that holds its :class:`ExportedGraph`."""
 PrefixMode = Literal["baked", "cache", "none"]
 
 

@@ -77,6 +77,12 @@ class DecoderSession(Protocol):
         ...
 
 
+def remarks(session: DecoderSession) -> tuple[str, ...]:
+    """Return what a user should know of how a session computes, without periods; empty for most engines."""
+    found: tuple[str, ...] = getattr(session, "remarks", ())
+    return found
+
+
 @dataclass(frozen=True)
 class HeldCache:
     """A cache that was taken out of a session; only a session of the same graph can run it. Never altered in place.

@@ -296,7 +296,15 @@ def parity_sentence(report: Report) -> str:
 
 
 def coverage(engine: Engine) -> str:
-    """State how many of an engine's linears are in INT8; they ``run`` only if the engine ran."""
+    """State how many of an engine's linears are in INT8; they ``run`` only if the engine ran.
+
+    Where INT8 is slower, state what they multiply instead; if the engine ran, also which nodes are not on the device.
+    """
+    if dtype := engine.details.get("float_products"):
+        said = engine.details.get("remarks")
+        if isinstance(said, list) and said:
+            return one_line("; ".join(map(str, said)))
+        return f"{engine.linears:,} linears multiply {one_line(str(dtype))} values of the INT8 codes"
     verb = "run" if engine.ran else "are compiled"
     return f"{engine.int8_linears:,} of {engine.linears:,} linears {verb} in INT8"
 

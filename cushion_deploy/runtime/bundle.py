@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cushion_deploy.core.graphs import ExportedGraph, GraphContract, PrefixMode
+from cushion_deploy.core.graphs import GRAPH_FILE, ExportedGraph, GraphContract, PrefixMode
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.runtime.chat import ChatTemplate, Message, encode_chat, encode_prompt
 from cushion_deploy.store import (
@@ -24,7 +24,6 @@ from cushion_deploy.store import (
 from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.manifest import read_json
 
-CONTRACT_NAME = "export.json"
 GRAPH_NAME = "model.onnx"
 TEXT_NAME = "text.json"
 """How prompts are tokenized: ``{"keep_bos": bool}``, true if the file is absent."""
@@ -181,15 +180,15 @@ def _keep_bos(path: Path) -> bool:
 
 def read_graph(path: Path) -> ExportedGraph:
     """Read the graph of a bundle or of a folder of ``export``; raises UntrustedArtifact if there is none."""
-    data = _read(path / CONTRACT_NAME)
+    data = _read(path / GRAPH_FILE)
     try:
         # The file name is fixed: a path read from a file could point anywhere.
         graph = ExportedGraph.from_json({**data, "path": GRAPH_NAME}, path)
     except (TypeError, KeyError) as e:
-        raise UntrustedArtifact(f"{path / CONTRACT_NAME} does not describe a graph: {e}", hint=_REBUILD) from e
+        raise UntrustedArtifact(f"{path / GRAPH_FILE} does not describe a graph: {e}", hint=_REBUILD) from e
     if data.get("path") != GRAPH_NAME or not graph.path.is_file():
         raise UntrustedArtifact(
-            f"{path / CONTRACT_NAME} describes {data.get('path')!r}, expected {GRAPH_NAME!r} in {path}", hint=_REBUILD
+            f"{path / GRAPH_FILE} describes {data.get('path')!r}, expected {GRAPH_NAME!r} in {path}", hint=_REBUILD
         )
     return graph
 

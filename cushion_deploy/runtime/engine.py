@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 
 from cushion_deploy.core.engine_artifact import ENGINE_FILE, EngineArtifact, read_artifact
+from cushion_deploy.core.graphs import GRAPH_FILE, ExportedGraph
 from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.registry import find_engine
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.runtime.bundle import Bundle
+from cushion_deploy.runtime.bundle import Bundle, read_graph
 
 DEFAULT_ENGINE = "onnxruntime"
 """The engine on which every bundle runs: ONNX Runtime on the CPU."""
@@ -43,13 +44,22 @@ def open_engine(bundle: Bundle, engine: str = DEFAULT_ENGINE, threads: int | Non
 
 def _open(bundle: Bundle, engine: str, threads: int | None) -> DecoderSession:
     chosen = find_engine(engine)
-    # Only a plan is needed to run: without a blob, model.onnx is compiled when it is opened.
-    if chosen.compiles_to != "plan" and not (chosen.compiles_to == "blob" and is_built_for(bundle, engine)):
+    # Only a plan is needed to run: without a blob or a graph of the engine's own, model.onnx is opened.
+    if chosen.compiles_to != "plan" and not (chosen.compiles_to in ("blob", "graph") and is_built_for(bundle, engine)):
         return chosen.open(bundle.graph, threads=threads)
     artifact = read_engine(bundle, engine)
     chosen.require_runnable(artifact, bundle.graph)
     plan = _read_plan(bundle, artifact) if chosen.reads(artifact) else b""
-    return chosen.open(bundle.graph, plan, threads=threads)
+    return chosen.open(graph_of_engine(bundle, artifact), plan, threads=threads)
+
+
+def graph_of_engine(bundle: Bundle, artifact: EngineArtifact) -> ExportedGraph:
+    """Return the graph that an engine runs: its own, if it was compiled to one, or the bundle's.
+
+    Every file of both is in the manifest, and was compared with it when the bundle was opened.
+    """
+    own = f"engines/{artifact.engine}"
+    return read_graph(bundle.path / own) if f"{own}/{GRAPH_FILE}" in bundle.manifest.files else bundle.graph
 
 
 def is_built_for(bundle: Bundle, engine: str) -> bool:

@@ -11,23 +11,24 @@ from typing import ClassVar
 import numpy as np
 
 from cushion_deploy.core.engine_artifact import ENGINE_FILE, EngineArtifact, read_artifact, write_artifact
-from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.graphs import GRAPH_FILE, ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.progress import elapsed
-from cushion_deploy.core.session import DecoderSession
+from cushion_deploy.core.session import DecoderSession, remarks
 from cushion_deploy.engines.base import CompileOptions, Product
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import CushionError, MissingDependency
 from cushion_deploy.recipe import Recipe
+from cushion_deploy.runtime.bundle import read_graph
 from cushion_deploy.stages.base import Derived, Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.store import place
 
 LINKED_BYTES = 64 << 20
 """Engine files of at least this size are hard-linked from the work folder; smaller ones may be edited, so copied."""
-COMPILE_SECONDS: Mapping[Product, float] = {"report": 2e-8, "blob": 4e-8, "plan": 8e-8, "nothing": 0.0}
+COMPILE_SECONDS: Mapping[Product, float] = {"report": 2e-8, "graph": 2e-8, "blob": 4e-8, "plan": 8e-8, "nothing": 0.0}
 """Seconds per parameter, by what the engine compiles."""
-GRAPH_BYTES: Mapping[Product, int] = {"report": 0, "blob": 2, "plan": 4, "nothing": 0}
+GRAPH_BYTES: Mapping[Product, int] = {"report": 0, "graph": 2, "blob": 2, "plan": 4, "nothing": 0}
 """Bytes per parameter that stay on disk, by what the engine compiles."""
 
 
@@ -42,6 +43,8 @@ class CompiledEngine:
         """Open a session of what was compiled from ``graph``; see :meth:`Engine.open` for the errors."""
         engine = ENGINES[self.artifact.engine]
         engine.require_runnable(self.artifact, graph)
+        if GRAPH_FILE in self.artifact.files:
+            return engine.open(read_graph(self.folder))
         plans = [name for name in self.artifact.files if name != ENGINE_FILE]
         plan = (self.folder / plans[0]).read_bytes() if engine.reads(self.artifact) else b""
         return engine.open(graph, plan)
@@ -58,11 +61,12 @@ class CompiledEngine:
             with closing(self.open(graph)) as session:
                 session.run(np.zeros((1, 2), dtype=np.int64), need_logits="none")
                 session.run(np.zeros((1, 1), dtype=np.int64))
+                said = remarks(session)
         except CushionError as e:
             known = artifact.details.get("not_run") if isinstance(e, MissingDependency) else None
             found = replace(artifact, ran=False, details={**details, "not_run": known or f"not run: {e.message}"})
         else:
-            found = replace(artifact, ran=True, details=details)
+            found = replace(artifact, ran=True, details={**details, **({"remarks": list(said)} if said else {})})
         write_artifact(found, self.folder)
         return found
 
@@ -72,7 +76,9 @@ class CompiledEngine:
         target.mkdir(parents=True)
         for name in self.artifact.files:
             file = self.folder / name
-            place(file, target / name, link=file.stat().st_size >= LINKED_BYTES)
+            # External data of a graph with a second hard link is rejected by onnx as a possible attack.
+            linked = file.stat().st_size >= LINKED_BYTES and GRAPH_FILE not in self.artifact.files
+            place(file, target / name, link=linked)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from cushion_deploy.core.dtypes import Dtype, PlanDtype
 from cushion_deploy.core.graph_form import GraphForm
-from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.graphs import GRAPH_FILE, ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.progress import elapsed
 from cushion_deploy.core.quantization import Quantization
@@ -20,7 +20,6 @@ from cushion_deploy.store.json_files import read_json, write_json
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner
 
-DESCRIPTION = "export.json"
 EXPORT_SECONDS = 2e-8
 """Seconds per parameter."""
 
@@ -71,11 +70,11 @@ class Export(Stage[ExportedGraph]):
         with elapsed(inputs.progress, f"exporting the {self.form.dtype} graph"):
             form = self.final_form(quantization.prefix.length, model.spec.max_positions)
             graph = export_graph(model.spec, model.weights, quantization, form, out)
-        write_json(out / DESCRIPTION, graph.to_json())
+        write_json(out / GRAPH_FILE, graph.to_json())
 
     def read(self, folder: Path) -> ExportedGraph:
         """Return the graph."""
-        return ExportedGraph.from_json(read_json(folder / DESCRIPTION), folder)
+        return ExportedGraph.from_json(read_json(folder / GRAPH_FILE), folder)
 
     def room(self, inputs: Inputs) -> int:
         """Return the same estimate as :meth:`disk`."""

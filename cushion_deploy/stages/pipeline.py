@@ -31,7 +31,7 @@ from cushion_deploy.stages.evaluate import Evaluate
 from cushion_deploy.stages.export import Export, engine_form
 from cushion_deploy.stages.load import DescribeModel, Load, compute_dtype
 from cushion_deploy.stages.parity import GraphsOfPlans, Parity
-from cushion_deploy.stages.plan_type import ChoosePlanType, MeasureRange, PlanGraph
+from cushion_deploy.stages.plan_type import ChoosePlanType, MeasureRange, PlanGraph, has_plan_type
 from cushion_deploy.stages.publish import Publish
 from cushion_deploy.stages.quantization import AssembleQuantization, WithoutPrefix
 from cushion_deploy.stages.report import AssembleReport
@@ -240,7 +240,8 @@ class Pipeline:
         plans = self.recipe.tensorrt
         wanted = engine_form(self.form, ENGINES[engine], plans.dtype, plans.max_context)
         if wanted[0].dtype == "float16":
-            return PlanGraph(self.plan_type(quantization), self.graph(quantization, *wanted))
+            export = self.graph(quantization, *wanted)
+            return PlanGraph(self.plan_type(quantization), export, ENGINES[engine].dtypes)
         return graph if wanted == (self.form, 0) else self.graph(quantization, *wanted)
 
     def plan_type(self, quantization: Node[Quantization], measured: Node[ValueRange] | None = None) -> ChoosePlanType:
@@ -286,7 +287,7 @@ class Pipeline:
         compiled = tuple(Compile.of(plan, name, options) for plan, name in zip(plans, engines, strict=True))
         parity = self.parity(quantization, graph, plans, _other_engines(compiled, plans))
         calibration = self.shipped(lambda each: each.calibration)
-        plan_type = self.plan_type(quantization) if any(ENGINES[e].compiles_to == "plan" for e in engines) else None
+        plan_type = self.plan_type(quantization) if any(map(has_plan_type, engines)) else None
         found = calibration, branch.tuning, self.choice, quantization, graph, plan_type, compiled
         report = AssembleReport(recipe, self.files, self.text, self.search, *found, self.evaluation, parity)
         return Publish(recipe, self.files, quantization, graph, compiled, report, self.source, output)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import numpy as np
 
 from cushion_deploy.calib.corpora import Corpus
-from cushion_deploy.core.dtypes import PlanDtype
+from cushion_deploy.core.dtypes import Dtype, PlanDtype
 from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.value_range import HALF_MAX, LargestValue, PlanType, ValueRange, choose_plan_type
+from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.stages.base import Derived, Node, Speed, Stage
 from cushion_deploy.stages.export import EXPORT_SECONDS, Export
 from cushion_deploy.stages.run import Inputs
@@ -98,6 +99,11 @@ def _of_prefix(model: TorchRunner, quantization: Quantization) -> tuple[LargestV
     return (LargestValue("prefix", name, float(largest.max()), model.token_text(token), token, -1),)
 
 
+def has_plan_type(engine: str) -> bool:
+    """Return whether the type of an engine's graph is that of plans: it compiles a plan or a graph of its own."""
+    return ENGINES[engine].compiles_to in ("plan", "graph")
+
+
 @dataclass(frozen=True)
 class ChoosePlanType(Derived[PlanType]):
     """The floating-point type of plans.
@@ -122,12 +128,15 @@ class PlanGraph(Derived[ExportedGraph]):
     Attributes:
         plan_type: the type.
         export: the export in float16.
+        dtypes: types that the engine compiles; where the chosen one is not among them, the graph is float32.
     """
 
     plan_type: Node[PlanType]
     export: Export
+    dtypes: tuple[Dtype, ...] = get_args(Dtype)
 
     def make(self, inputs: Inputs) -> ExportedGraph:
         """Return the graph; only that of the chosen type is exported."""
-        dtype = inputs.get(self.plan_type).dtype
+        chosen = inputs.get(self.plan_type).dtype
+        dtype: Dtype = chosen if chosen in self.dtypes else "float32"
         return inputs.get(replace(self.export, form=replace(self.export.form, dtype=dtype)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cushion_deploy.core.artifacts import SCALES_FILE, SMOOTHING_FILE, write_prefix, write_scales, write_smoothing
-from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.graphs import GRAPH_FILE, ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import PREFIX_FILE
 from cushion_deploy.core.quantization import Quantization
@@ -16,7 +16,7 @@ from cushion_deploy.modeling.source import ModelSource
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import Report, write_report
 from cushion_deploy.report.card import CARD_NAME, model_card
-from cushion_deploy.runtime.bundle import CONTRACT_NAME, TEXT_NAME
+from cushion_deploy.runtime.bundle import TEXT_NAME
 from cushion_deploy.runtime.genai import GENAI_NAME, genai_config
 from cushion_deploy.stages.base import Derived, Node
 from cushion_deploy.stages.compile import CompiledEngine
@@ -53,7 +53,7 @@ class Publish(Derived[Report]):
             # Copied, not linked: onnx rejects external data with a second hard link as a possible attack.
             for file in (*files.paths, *graph.files):
                 place(file, staged / file.name, link=False)
-            (staged / CONTRACT_NAME).write_text(json.dumps(graph.to_json(), indent=1) + "\n")
+            (staged / GRAPH_FILE).write_text(json.dumps(graph.to_json(), indent=1) + "\n")
             # Search, calibration and scoring put the text directly behind the prefix, which replaces <bos>.
             (staged / TEXT_NAME).write_text(json.dumps({"keep_bos": quantization.prefix.length == 0}) + "\n")
             if not graph.contract.prefix_slots:  # other runtimes start with an empty cache, without the prefix

@@ -14,7 +14,7 @@ import numpy as np
 from cushion_deploy.core.engine_artifact import ENGINE_FILE
 from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
-from cushion_deploy.core.session import DecoderSession
+from cushion_deploy.core.session import DecoderSession, remarks
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.kernels import kernels_in_words
 from cushion_deploy.engines.onnxruntime.session import open_session
@@ -48,6 +48,7 @@ class Bench:
         ratios: for each engine, INT8 compared with floating point; empty without float twins.
         not_run: engines of the bundle that did not run, with the reason.
         kernels: what ONNX Runtime multiplies on this processor.
+        remarks: by engine, what it multiplies where that is not INT8, and where its nodes run.
     """
 
     workload: Workload
@@ -57,13 +58,15 @@ class Bench:
     ratios: dict[str, Comparison]
     not_run: dict[str, str] = field(default_factory=dict)
     kernels: str = ""
+    remarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def verdicts(self) -> tuple[str, ...]:
         """One sentence per engine that says whether INT8 is faster there."""
         if not self.ratios:
             return ("Nothing to compare with: the float twin was skipped.",)
-        return tuple(_verdict(engine, ratio) for engine, ratio in self.ratios.items())
+        kinds = {engine: kind for engine, _, kind in map(_split, self.times) if kind.startswith(INT8)}
+        return tuple(_verdict(engine, kinds.get(engine, INT8), ratio) for engine, ratio in self.ratios.items())
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
@@ -80,17 +83,28 @@ class Bench:
             "int8_against_float": {engine: ratio.to_json() for engine, ratio in self.ratios.items()},
             "not_run": self.not_run,
             "kernels": self.kernels,
+            "remarks": {engine: list(said) for engine, said in self.remarks.items()},
             "verdicts": list(self.verdicts),
         }
 
 
-def _verdict(engine: str, ratio: Comparison) -> str:
+def _split(name: str) -> tuple[str, str, str]:
+    """Return the engine of what was timed under a name, a separator, and the kind of its linears."""
+    return name.partition(", ")
+
+
+def _kind(engine: str, session: DecoderSession) -> str:
+    """Return what the linears of a bundle multiply on an engine: INT8, or the values of the codes in another type."""
+    return f"{INT8} codes as {session.contract.dtype}" if ENGINES[engine].compiles_to == "graph" else INT8
+
+
+def _verdict(engine: str, kind: str, ratio: Comparison) -> str:
     parts = [(name, getattr(ratio, name)) for name in ("prefill", "decode")]
     slower = [name for name, value in parts if value < FASTER]
     ratios = " and ".join(f"{value:.2f} times as fast in {name}" for name, value in parts)
     if not slower:
-        return f"On {engine}, INT8 runs {ratios} as floating point."
-    return f"On {engine}, INT8 is not faster in {' and '.join(slower)}: it runs {ratios} as floating point."
+        return f"On {engine}, {kind} runs {ratios} as floating point."
+    return f"On {engine}, {kind} is not faster in {' and '.join(slower)}: it runs {ratios} as floating point."
 
 
 def bench_bundle(
@@ -134,11 +148,12 @@ def bench_bundle(
                     not_run[engine] = f"not run: {e.message}"
         times = time_sessions(sessions, workload, run.progress)
         memory = {name: size for name, s in sessions.items() if (size := getattr(s, "device_bytes", 0))}
+        said = {engine: found for engine, session in plans.items() if (found := remarks(session))}
     finally:
         for session in (*sessions.values(), *plans.values()):
             session.close()
     for name in [each for each in times if _in_host_memory(each)]:
-        engine, _, kind = name.partition(", ")
+        engine, _, kind = _split(name)
         graphs[name] = graphs[f"{CPU_ENGINE}, {kind}"]
         # What is deployed for ONNX Runtime is the graph itself.
         deployed = bundle.path if kind == INT8 and engine != CPU_ENGINE else None
@@ -151,28 +166,29 @@ def bench_bundle(
         _ratios(times, workload),
         not_run,
         kernels_in_words(),
+        said,
     )
 
 
 def _in_host_memory(name: str) -> bool:
     """Return whether what was timed under a name runs the bundle's graph, or its twin, in the memory of the CPU."""
-    engine = ENGINES[name.partition(", ")[0]]
+    engine = ENGINES[_split(name)[0]]
     return engine.name == CPU_ENGINE or engine.compiles_to == "blob"
 
 
 def _ratios(times: Mapping[str, Times], workload: Workload) -> dict[str, Comparison]:
     """Return the comparison of INT8 with floating point for every engine that ran both."""
-    found = {}
+    ours: dict[str, Times] = {}
+    twins: dict[str, Times] = {}
     for name in times:
-        engine, _, kind = name.partition(", ")
-        if kind != INT8:
-            found[engine] = compare(times[f"{engine}, {INT8}"], times[name], workload)
-    return found
+        engine, _, kind = _split(name)
+        (ours if kind.startswith(INT8) else twins)[engine] = times[name]
+    return {engine: compare(ours[engine], theirs, workload) for engine, theirs in twins.items()}
 
 
 def _ready(engine: str, plan: DecoderSession, twins: _Twins | None, workload: Workload) -> dict[str, DecoderSession]:
     """Return the sessions of a plan and its float twin by name, after both have run the workload's prompt once."""
-    found = {f"{engine}, {INT8}": plan}
+    found = {f"{engine}, {_kind(engine, plan)}": plan}
     try:
         if twins:
             dtype, session = twins.open(engine)
@@ -229,7 +245,9 @@ class _Twins:
         """Return the type and a session of the same model without INT8 on an engine."""
         if ENGINES[engine].compiles_to == "plan":
             return self._plan(engine)
-        graph = self.graph()
+        form, built = self.pipeline.form, ENGINES[engine].compiles_to == "graph" and is_built_for(self.bundle, engine)
+        dtype = read_engine(self.bundle, engine).form[0] if built else form.dtype
+        graph = self.graph(replace(form, dtype=dtype))
         return graph.contract.dtype, ENGINES[engine].open(graph, threads=self.threads)
 
     def _plan(self, engine: str) -> tuple[str, DecoderSession]:

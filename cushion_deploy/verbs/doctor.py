@@ -15,7 +15,7 @@ from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
 from cushion_deploy.core.sites import Site
-from cushion_deploy.engines.registry import Availability, availabilities
+from cushion_deploy.engines.registry import Availability, availabilities, choose_engines
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.magnitudes import layer_magnitudes
 from cushion_deploy.modeling.past_key_values import KeysValues
@@ -187,8 +187,8 @@ def estimate_build(pipeline: Pipeline, run: Run, windows: IntArray) -> Resources
     model = run.get(pipeline.model)
     speed = SpeedProbe(model, windows, pipeline.recipe).speed()
     wanted = pipeline.recipe.engines
-    compiling = [engine.name for engine in availabilities() if engine.compiles]
-    engines = tuple(name for name in compiling if wanted is None or name in wanted)
+    compiling = [engine.name for engine in availabilities() if engine.compiles and engine.name in (wanted or ())]
+    engines = tuple(compiling if wanted is not None else (engine.name for engine in choose_engines(None)))
     end = pipeline.build(engines, compile_options(pipeline.recipe, ()), Path("bundle"))
     found = estimate([end], pipeline.recipe, speed, run.store.root)
     load = sum(taken.seconds for taken in run.times if taken.stage == pipeline.model.label)

@@ -26,7 +26,7 @@ from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.compile import Compile
 from cushion_deploy.stages.export import engine_form
 from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.plan_type import PlanGraph
+from cushion_deploy.stages.plan_type import PlanGraph, has_plan_type
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.report import engine_row, plan_type_row
 from cushion_deploy.stages.run import Run
@@ -101,12 +101,12 @@ def _engine_graph(
     own = Pipeline.form_of(recipe)
     form, context = engine_form(own, engine, recipe.tensorrt.dtype, options.max_context)
     if form == own and not (context and bundle.graph.contract.prefix_slots):
-        return Given(bundle.graph), Given(PlanType(form.dtype, form.dtype)) if engine.compiles_to == "plan" else None
+        return Given(bundle.graph), Given(PlanType(form.dtype, form.dtype)) if has_plan_type(engine.name) else None
     pipeline = pipeline_of_bundle(recipe, bundle.path)
     quantization = Given(read_quantization(bundle.path, bundle.graph, pipeline.scheme))
     export, measured = pipeline.graph(quantization, form, context), _measured(bundle)
     plan_type = pipeline.plan_type(quantization, Given(measured) if measured else None)
-    return PlanGraph(plan_type, export) if form.dtype == "float16" else export, plan_type
+    return PlanGraph(plan_type, export, engine.dtypes) if form.dtype == "float16" else export, plan_type
 
 
 def _measured(bundle: Bundle) -> ValueRange | None:

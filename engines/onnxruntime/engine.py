@@ -10,16 +10,19 @@ from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.engines.base import CompileOptions, Product
 from cushion_deploy.engines.onnxruntime.compile import compile_report
+from cushion_deploy.engines.onnxruntime.compile_graph import compile_graph, require_same_bundle
 from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession, open_session
-from cushion_deploy.engines.onnxruntime.settings import CPU, Provider, installed_version
+from cushion_deploy.engines.onnxruntime.settings import CPU, GPU_DISTRIBUTION, Provider, installed_version, is_installed
+from cushion_deploy.engines.probe import probe
 from cushion_deploy.errors import UsageError
 
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """ONNX Runtime on one execution provider (implements ``Engine``); all of them run ``model.onnx`` as it is.
+    """ONNX Runtime on one execution provider (implements ``Engine``).
 
-    INT8 coverage is counted for the CPU provider only: no INT8 claim is made for the others.
+    They run ``model.onnx`` as it is, but a provider that multiplies floats runs a float16 graph compiled from it. INT8
+    coverage is counted for the CPU provider only: no INT8 claim is made for the others.
     """
 
     provider: Provider = CPU
@@ -31,13 +34,18 @@ class OnnxRuntime:
 
     @property
     def compiles_to(self) -> Product:
-        """A report on the CPU, nothing elsewhere."""
+        """A report on the CPU, a graph for a provider that multiplies floats, nothing elsewhere."""
+        if self.provider.multiplies_floats:
+            return "graph"
         return "report" if self.provider == CPU else "nothing"
 
     @property
     def dtypes(self) -> tuple[Dtype, ...]:
-        """The type of ``model.onnx``."""
-        return ("float32",)
+        """The type of ``model.onnx``; float16 first for a provider that multiplies floats.
+
+        Not bfloat16, which numpy does not have: the host could not write the first keys and values of a cache.
+        """
+        return ("float16", "float32") if self.provider.multiplies_floats else ("float32",)
 
     @property
     def in_place_cache(self) -> bool:
@@ -53,8 +61,11 @@ class OnnxRuntime:
         """Return the version of ONNX Runtime; raises MissingDependency if it is not installed."""
         return installed_version(self.provider)
 
-    def gpus(self) -> None:
-        """It compiles on the CPU."""
+    def gpus(self) -> tuple[str, ...] | None:
+        """Return the GPUs that the installed build could run on; None for the CPU provider."""
+        if not self.provider.device:
+            return None
+        return probe("onnxruntime").gpus if is_installed(GPU_DISTRIBUTION) else ()
 
     def require(self) -> None:
         """Check that ONNX Runtime is installed; raises MissingDependency if it is not."""
@@ -64,21 +75,25 @@ class OnnxRuntime:
         """Accept any options: targets and limits do not apply to it."""
 
     def compile(self, graph: ExportedGraph, folder: Path, options: CompileOptions) -> EngineArtifact:
-        """Count the linears in INT8 and write ``engine.json``; see :func:`.compile.compile_report`."""
+        """Write a report or a graph; see :func:`.compile_report` and :func:`.compile_graph`."""
         if self.compiles_to == "nothing":
             raise UsageError(
                 f"engine '{self.name}' runs model.onnx as it is: there is nothing to compile",
                 hint=f"run the bundle with --engine {self.name}",
             )
+        if self.compiles_to == "graph":
+            return compile_graph(graph, folder, self.provider)
         return compile_report(graph, folder, options)
 
     def require_runnable(self, artifact: EngineArtifact, graph: ExportedGraph) -> None:
-        """Accept any artifact: there is no plan, and opening a session checks the provider."""
+        """Check that a graph was compiled from this bundle's parts; opening a session checks the provider."""
+        if self.compiles_to == "graph":
+            require_same_bundle(artifact, graph)
 
     def reads(self, artifact: EngineArtifact) -> bool:
-        """Return False: it runs ``model.onnx``."""
+        """Return False: it runs a graph, which is read from its path."""
         return False
 
     def open(self, graph: ExportedGraph, plan: bytes = b"", *, threads: int | None = None) -> OnnxRuntimeSession:
-        """Open a session of ``model.onnx`` on the provider."""
+        """Open a session of a graph on the provider."""
         return open_session(graph, threads=threads, provider=self.provider)

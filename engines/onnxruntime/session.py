@@ -28,6 +28,8 @@ from cushion_deploy.core.session import (
     past_names,
     require_kept,
 )
+from cushion_deploy.engines.onnxruntime.device_cache import DeviceCache
+from cushion_deploy.engines.onnxruntime.load import load_graph
 from cushion_deploy.engines.onnxruntime.settings import (
     CHUNK,
     CPU,
@@ -35,9 +37,8 @@ from cushion_deploy.engines.onnxruntime.settings import (
     Provider,
     SessionSettings,
     import_onnxruntime,
-    session_options,
 )
-from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
+from cushion_deploy.errors import UntrustedArtifact, UsageError
 
 TYPES = {
     "float32": "tensor(float)",
@@ -77,18 +78,19 @@ def open_session(
 class OnnxRuntimeSession:
     """A decoder graph in ONNX Runtime (implements ``BatchSession``).
 
-    Keys and values stay in memory of ONNX Runtime between steps; only token ids and logits cross to numpy.
+    Keys and values stay in memory of ONNX Runtime between steps, on the device of the provider; only token ids and
+    logits cross to numpy.
 
     Args:
         model_path: the ``.onnx`` file, its external data beside it.
         contract: inputs and outputs of the graph; compared with the file.
-        settings: threads, fusion, chunk and provider. On a GPU provider the cache is copied to the device at every
-            step: correct, but slow.
+        settings: threads, fusion, chunk and provider.
         prefix: what every cache begins with, if the contract says so.
         kv: scales of an INT8 cache, to quantize the prefix.
 
     Raises:
         MissingDependency: onnxruntime is not installed, or does not run the graph on the provider.
+        CheckFailed: the provider leaves matrix products to the CPU.
         UsageError: the file does not exist, or the prefix or its scales are missing.
         UntrustedArtifact: the file is not a graph, or not the one that the contract describes.
     """
@@ -108,12 +110,16 @@ class OnnxRuntimeSession:
         self.contract = contract
         self.chunk = settings.chunk
         self._ort = import_onnxruntime()
-        self._session = _load(model_path, settings)
+        self._session, self.placement = load_graph(model_path, settings)
         self._prefix, self._kv = prefix, kv
         first_caches(contract, prefix, 1, kv)
         self._past_names = past_names(contract)
         self._present_names = [f"present.{i}.{part}" for i in range(contract.num_layers) for part in ("key", "value")]
         self._check_contract(model_path)
+        self._multiplies_floats = settings.provider.multiplies_floats
+        self._device: DeviceCache | None = None
+        if settings.provider.device:
+            self._device = DeviceCache(self._session, settings.provider, TYPES[contract.cache_dtype])
         # The head is a fifth of the work of a small model. ONNX Runtime computes it even if nobody fetches its output
         # (RunOptions.only_execute_path_to_fetches has no effect outside of training builds: measured, 1.31), so the
         # graph itself has to offer a way around it.
@@ -142,6 +148,12 @@ class OnnxRuntimeSession:
             )
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a GPU provider multiplies where that is not INT8, and where nodes run; empty on the CPU provider."""
+        said = [f"multiplies {self.contract.dtype} values of the INT8 codes"] if self._multiplies_floats else []
+        return (*said, self.placement.words) if self.placement else tuple(said)
+
+    @property
     def length(self) -> int:
         """Tokens in the cache, padding included."""
         return self._length
@@ -165,7 +177,10 @@ class OnnxRuntimeSession:
             self.reset()
         elif length < self._length:
             kept = self.contract.prefix_slots + length
-            self._cache = [self._value(np.ascontiguousarray(v.numpy()[:, :, :kept])) for v in self._cache]
+            if self._device:
+                self._cache = self._device.first(self._cache, kept)
+            else:
+                self._cache = [self._value(np.ascontiguousarray(v.numpy()[:, :, :kept])) for v in self._cache]
             self._length = length
 
     def hold(self) -> HeldCache:
@@ -240,7 +255,8 @@ class OnnxRuntimeSession:
         if self._can_skip_head:
             feed[LOGITS_START] = self._value(np.array([ids.shape[1] - rows], dtype=np.int64))
         names = ["logits", *self._present_names] if rows else self._present_names
-        outputs = self._session.run_with_ort_values(names, feed)
+        run = self._device.step if self._device else self._session.run_with_ort_values
+        outputs = run(names, feed)
         self._cache = outputs[-len(self._present_names) :]
         self._length += ids.shape[1]
         return outputs[0].numpy()[:, -rows:] if rows else None
@@ -250,28 +266,3 @@ class OnnxRuntimeSession:
 
     def _value(self, array: Any) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _load(model_path: Path, settings: SessionSettings) -> Any:
-    """Return the InferenceSession of a graph on exactly the provider that was asked for."""
-    ort, provider = import_onnxruntime(), settings.provider
-    available = ort.get_available_providers()
-    if provider.name not in available:
-        raise MissingDependency(
-            f"this ONNX Runtime has no {provider.name}; it has {', '.join(available)}", hint=provider.install
-        )
-    wanted = [CPU.name] if provider == CPU else [provider.name, CPU.name]
-    try:
-        session = ort.InferenceSession(model_path, session_options(settings), providers=wanted)
-    except Exception as e:  # its errors share no base class but Exception
-        raise UntrustedArtifact(
-            f"ONNX Runtime cannot load {model_path}: {str(e).splitlines()[0]:.300}",
-            hint="run `cushion-deploy verify` on the bundle; if it is intact, build it again",
-        ) from e
-    # If a driver or a library of the provider is missing, it falls back to the CPU without an error.
-    if session.get_providers() != wanted:
-        raise MissingDependency(
-            f"ONNX Runtime runs the graph on {', '.join(session.get_providers())}, asked for {provider.name}",
-            hint="check `nvidia-smi`, and which CUDA this onnxruntime needs; or run --engine onnxruntime",
-        )
-    return session

@@ -9,9 +9,15 @@ from typing import Any
 from cushion_deploy.engines.onnxruntime.kernels import SESSION_CONFIG, exact_kernels
 from cushion_deploy.errors import MissingDependency, UsageError
 
-DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+GPU_DISTRIBUTION = "onnxruntime-gpu"
+DISTRIBUTIONS = ("onnxruntime", GPU_DISTRIBUTION)
 CHUNK = 128
 """Most prompt tokens in one call by default."""
+RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
+"""Config entry with which a session can be asked for the provider of every node."""
+DEQUANTIZE_WEIGHTS = "session.disable_quant_qdq"
+"""Config entry with which ONNX Runtime treats Q and DQ as ordinary operators, so that it folds a DQ of a constant."""
+_CPU = "CPUExecutionProvider"
 _INSTALL_GPU = "pip uninstall onnxruntime, then pip install 'cushion-deploy[gpu]'"
 
 
@@ -23,20 +29,37 @@ class Provider:
         engine: name of the engine.
         name: name of the provider in ONNX Runtime.
         install: command or advice that installs it.
+        device: ONNX Runtime's name of the device that holds the cache between steps; empty for the host.
+        multiplies_floats: whether its linears multiply the values that codes stand for. Weights are then dequantized
+            once, when a graph is loaded, instead of at every step.
     """
 
     engine: str
     name: str
     install: str
+    device: str = ""
+    multiplies_floats: bool = False
+
+    @property
+    def chain(self) -> list[str]:
+        """Providers of a session: this one, and the CPU for what it does not support."""
+        return list(dict.fromkeys([self.name, _CPU]))
+
+    @property
+    def config(self) -> dict[str, str]:
+        """Config entries of its sessions, beside :func:`session_config`."""
+        found = {} if self.name == _CPU else {RECORD_PLACEMENT: "1"}
+        return {**found, **({DEQUANTIZE_WEIGHTS: "1"} if self.multiplies_floats else {})}
 
 
-CPU = Provider("onnxruntime", "CPUExecutionProvider", "pip install 'cushion-deploy[cpu]'")
-CUDA = Provider("onnxruntime-cuda", "CUDAExecutionProvider", _INSTALL_GPU)
-TENSORRT = Provider("onnxruntime-tensorrt", "TensorrtExecutionProvider", _INSTALL_GPU)
+CPU = Provider("onnxruntime", _CPU, "pip install 'cushion-deploy[cpu]'")
+CUDA = Provider("onnxruntime-cuda", "CUDAExecutionProvider", _INSTALL_GPU, "cuda", multiplies_floats=True)
+TENSORRT = Provider("onnxruntime-tensorrt", "TensorrtExecutionProvider", _INSTALL_GPU, "cuda")
 TENSORRT_RTX = Provider(
     "onnxruntime-tensorrt-rtx",
     "NvTensorRTRTXExecutionProvider",
     "install a build with this provider, such as onnxruntime-trt-rtx",
+    "cuda",
 )
 
 
@@ -98,13 +121,13 @@ def session_options(settings: SessionSettings = DEFAULTS) -> Any:
         options.intra_op_num_threads = settings.threads
     # ONNX Runtime applies flush-to-zero to the calling thread only through the first session of a process; to its own
     # worker threads through every session. So every session carries the entry.
-    for key, value in session_config().items():
+    for key, value in {**session_config(), **settings.provider.config}.items():
         options.add_session_config_entry(key, value)
     if not settings.prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if not settings.fused:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry(DEQUANTIZE_WEIGHTS, "1")
     return options
 
 
@@ -123,11 +146,17 @@ def installed_version(provider: Provider) -> str:
     Raises:
         MissingDependency: no distribution of it is installed; the hint is the install command of the provider.
     """
-    for name in DISTRIBUTIONS:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    for name in filter(is_installed, DISTRIBUTIONS):
+        return metadata.version(name)
     raise MissingDependency(
         f"engine '{provider.engine}' needs {DISTRIBUTIONS[0]}, which is not installed", hint=provider.install
     )
+
+
+def is_installed(distribution: str) -> bool:
+    """Return whether a distribution is installed, without importing it."""
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

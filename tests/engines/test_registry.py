@@ -9,8 +9,10 @@ import pytest
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
 from cushion_deploy.core.lineage import Lineage
 from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.onnxruntime import engine as onnxruntime_engine
 from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
 from cushion_deploy.engines.openvino.engine import OpenVino
+from cushion_deploy.engines.probe import Probe
 from cushion_deploy.engines.registry import ENGINES, choose_engines, compiling_engines, find_engine
 from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.errors import ExitCode, MissingDependency, UsageError
@@ -38,18 +40,17 @@ def test_names_are_the_keys() -> None:
 
 def test_engines_that_only_run_are_not_offered_for_compiling(tmp_path: Path) -> None:
     assert set(ENGINES) - set(compiling_engines()) == {
-        "onnxruntime-cuda",
         "onnxruntime-tensorrt",
         "onnxruntime-tensorrt-rtx",
     }
-    with pytest.raises(UsageError, match="unknown engine 'onnxruntime-cuda'"):
-        choose_engines(["onnxruntime-cuda"])
+    with pytest.raises(UsageError, match="unknown engine 'onnxruntime-tensorrt'"):
+        choose_engines(["onnxruntime-tensorrt"])
     contract = GraphContract(1, 1, 8, 32, 256, "float32", 0)
     graph = ExportedGraph(
         tmp_path, contract, quantized=True, sites={}, rules=(), opset=17, digest="", lineage=Lineage()
     )
     with pytest.raises(UsageError, match="as it is: there is nothing to compile"):
-        find_engine("onnxruntime-cuda").compile(graph, tmp_path, CompileOptions())
+        find_engine("onnxruntime-tensorrt").compile(graph, tmp_path, CompileOptions())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -58,6 +59,22 @@ def test_without_names_every_available_engine_is_chosen(monkeypatch: pytest.Monk
     assert [e.name for e in choose_engines(None)] == ["onnxruntime"]
     monkeypatch.setattr(TensorRt, "require", lambda self: None)
     assert [e.name for e in choose_engines(None)] == ["onnxruntime", "tensorrt-rtx", "tensorrt"]
+
+
+@pytest.mark.usefixtures("only_onnxruntime")
+def test_a_graph_for_a_gpu_is_compiled_where_it_could_run_or_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [e.name for e in choose_engines(["onnxruntime-cuda"])] == ["onnxruntime-cuda"]
+    monkeypatch.setattr(OnnxRuntime, "gpus", lambda self: ("sm90 a GPU",) if self.provider.device else None)
+    assert [e.name for e in choose_engines(None)] == ["onnxruntime", "onnxruntime-cuda"]
+
+
+def test_a_gpu_counts_only_for_the_build_that_could_run_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Probe("onnxruntime", "1.31", ("sm90 a GPU",))
+    monkeypatch.setattr(onnxruntime_engine, "probe", lambda module: gpu)
+    for installed, found in ((False, ()), (True, gpu.gpus)):
+        monkeypatch.setattr(onnxruntime_engine, "is_installed", lambda name, here=installed: here)
+        assert find_engine("onnxruntime-cuda").gpus() == found
+    assert find_engine("onnxruntime").gpus() is None
 
 
 @pytest.mark.usefixtures("only_onnxruntime")
@@ -71,7 +88,7 @@ def test_an_unknown_engine_lists_the_valid_ones() -> None:
     with pytest.raises(UsageError, match="unknown engine 'tensorflow'") as caught:
         choose_engines(["onnxruntime", "tensorflow"])
     assert caught.value.exit_code == ExitCode.USAGE
-    assert caught.value.hint == "choose one of: onnxruntime, openvino, tensorrt, tensorrt-rtx"
+    assert caught.value.hint == "choose one of: onnxruntime, onnxruntime-cuda, openvino, tensorrt, tensorrt-rtx"
 
 
 @pytest.mark.usefixtures("only_onnxruntime")

@@ -39,7 +39,7 @@ class Device:
     def compile(self, graph: ExportedGraph, folder: Path) -> EngineArtifact:
         """Compile a graph for the device into a new folder."""
         folder.mkdir()
-        options = CompileOptions((self.target,), max_batch=2, max_context=CONTEXT, max_prefill=64)
+        options = CompileOptions((self.target,), max_batch=2, max_context=CONTEXT, max_prefill=128)
         return ENGINES[self.flavour.name].compile(graph, folder, options)
 
     def open_plan(self, graph: ExportedGraph, folder: Path) -> TensorRtSession:

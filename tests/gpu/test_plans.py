@@ -1,4 +1,4 @@
-"""Plans of TensorRT on a real device: what ONNX Runtime computes, without overflow, and how fast beside FP16."""
+"""Plans of TensorRT on a real device: what ONNX Runtime computes, without overflow; speed is in bench/gpu.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from gpu_plans import IDS, Device, apart, graph_of
 
 from cushion_deploy.core.kv_scales import KvScales
@@ -20,7 +19,6 @@ from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.tensorrt.coverage.inspector import read_inspection
 from cushion_deploy.engines.tensorrt.coverage.plan_report import PlanReport
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
-from cushion_deploy.evaluate.speed import Workload, compare, time_sessions
 from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
@@ -72,30 +70,6 @@ def test_no_accumulator_overflows(device: Device, tiny_writer: Any, tmp_path: Pa
     assert found is not None
     assert np.isfinite(found).all()
     assert apart(found, wanted) <= 0.1
-
-
-def test_speed_beside_a_float16_plan(
-    device: Device, tiny_writer: Any, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.manual_seed(0)
-    folder = tiny_writer(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=64)
-    model = load_folder(folder, resolve_source(str(folder)))
-    empty = Prefix.empty(model.spec)
-    plain = graph_of(model, empty, tmp_path / "half", "float16", quantized=False)
-    with (
-        device.open_plan(graph_of(model, empty, tmp_path / "int8", "float16"), tmp_path / "a") as int8,
-        device.open_plan(plain, tmp_path / "b") as half,
-    ):
-        workload = Workload(64, 32, 1, 5)
-        times = time_sessions({"int8": int8, "float16": half}, workload)
-        ratio = compare(times["int8"], times["float16"], workload)
-    for name in ("prefill", "decode"):
-        record_property(name, getattr(ratio, name))
-    where = f"{device.flavour.product} on {device.target}"
-    with capsys.disabled():
-        print(f"\n{where}, INT8 beside float16: prefill {ratio.prefill:.2f} x, decode {ratio.decode:.2f} x")
-    assert ratio.prefill > 0
-    assert ratio.decode > 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

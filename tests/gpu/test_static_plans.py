@@ -1,24 +1,19 @@
-"""Plans with a static cache on a real device: updated in place, decoded as one CUDA graph, and what that is worth."""
+"""Plans with a static cache on a real device: updated in place, decoded as one CUDA graph."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from gpu_plans import CONTEXT, IDS, Device, apart, graph_of
 
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.engines.tensorrt.session import TensorRtSession
-from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.runner import TorchRunner
-from cushion_deploy.modeling.source import resolve_source
 
 
 @pytest.fixture(scope="module")
@@ -85,37 +80,3 @@ def test_a_left_padded_batch_is_its_rows(plan: Any) -> None:
         together.append(session.run(IDS[:, i : i + 1].repeat(2, axis=0), mask[:, : 21 + i]))
     for row, found in enumerate(np.concatenate(together, axis=1)):
         assert apart(found, alone[row][0]) <= 0.1
-
-
-def test_the_speed_of_launches_beside_plain_steps(
-    device: Device, tiny_writer: Any, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if not ENGINES[device.flavour.name].in_place_cache:
-        pytest.skip(f"not run: this {device.flavour.product} updates no cache in place")
-    torch.manual_seed(0)
-    folder = tiny_writer(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=64)
-    model = load_folder(folder, resolve_source(str(folder)))
-    prefix = model.compute_prefix((7, 1))
-    found = {}
-    for name, capacity, graphs in (("launched", 202, True), ("plain", 202, False), ("growing", 0, False)):
-        form = {"prefix": "cache", "cache": "static" if capacity else "growing", "capacity": capacity}
-        graph = graph_of(model, prefix, tmp_path / name, "float16", **form)
-        with device.open_plan(graph, tmp_path / f"{name}-plan") as session:
-            if not graphs:
-                session._graph = None
-            found[name] = seconds_per_token(session)
-        record_property(name, found[name])
-    with capsys.disabled():
-        print(f"\ndecoding on {device.target}: " + ", ".join(f"{n} {1e3 * s:.3f} ms" for n, s in found.items()))
-    assert all(seconds > 0 for seconds in found.values())
-
-
-def seconds_per_token(session: TensorRtSession) -> float:
-    """Return the median time of a decode step; the first steps compile and record."""
-    session.run(IDS, need_logits="none")
-    times = []
-    for i in range(60):
-        begin = time.perf_counter()
-        session.run(IDS[:, i % 48 : i % 48 + 1])
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times[10:]))
