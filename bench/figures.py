@@ -26,9 +26,15 @@ def themed(svg: bytes) -> bytes:
 
 
 def compact(svg: bytes) -> bytes:
-    """Return an SVG without comments and indentation, and with coordinates to a tenth of a point."""
+    """Return an SVG without comments and indentation, coordinates to a tenth of a point, one class for each marker."""
+    # matplotlib repeats the style of a marker at every point.
+    marker = re.compile(rb'style="fill: (var\(--c(\d)\)); stroke: \1; stroke-linejoin: miter"')
+    rules = b"".join(
+        b".m%s{fill:var(--c%s);stroke:var(--c%s)}" % (n, n, n) for n in sorted({m[1] for m in marker.findall(svg)})
+    )
+    svg = marker.sub(rb'class="m\2"', svg).replace(b"<style>", b"<style>" + rules, 1)
     svg = re.sub(rb"<!--.*?-->", b"", svg, flags=re.DOTALL)
-    svg = re.sub(rb"\d+\.\d{3,}", lambda match: b"%g" % round(float(match[0]), 1), svg)
+    svg = re.sub(rb"\b[1-9]\d*\.\d{2,}", lambda match: b"%g" % round(float(match[0]), 1), svg)
     return re.sub(rb"\s*\n\s*", b"\n", svg[svg.index(b"<svg") :])
 
 
