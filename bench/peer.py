@@ -233,13 +233,18 @@ class Genai:
     def prefill(self, ids: IntArray) -> None:
         """Start anew with prompts."""
         search = self.genai.GeneratorParams(self.model)
-        search.set_search_options(max_length=self.peer.prompt + self.peer.decoded + 8, batch_size=len(ids))
+        length = self.peer.prompt + self.peer.decoded + 8
+        search.set_search_options(max_length=length, min_length=length, batch_size=len(ids))
         self.generator = self.genai.Generator(self.model, search)
-        self.decode(ids)
+        self.generator.append_tokens(ids.astype(np.int32))
+        self.generator.get_logits()
 
     def decode(self, ids: IntArray) -> None:
-        """Append a token to each row."""
-        self.generator.append_tokens(ids.astype(np.int32))
+        """Append a token to each row; in a batch its own choice, because it accepts no tokens after the prompts."""
+        if len(ids) > 1:
+            self.generator.generate_next_token()
+        else:
+            self.generator.append_tokens(ids.astype(np.int32))
         self.generator.get_logits()
 
 

@@ -1,19 +1,22 @@
 """Time a bundle beside what people would run instead, on the same machine and in the same rounds.
 
-    python bench/peers.py BUNDLE --model MODEL [--gguf MODEL-Q8_0.gguf] --prompt 512 2048 --batch 1 8 --threads 1 2
+    python bench/peers.py BUNDLE --model MODEL [--gguf MODEL-Q8_0.gguf] --workload 512x1 2048x1 512x8 --threads 1 2
 
 Every runtime has a process of its own, and all of them take turns in every round; a ratio is the median over rounds.
-A runtime that is not installed is left out, and the result says so. Prints JSON, and tables on standard error.
+A runtime that is not installed is left out, and the result says so. Beside the results stand the limits that
+`walls.py` measures: what memory and kernels of this machine allow. Prints JSON, and tables on standard error.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentTypeError
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,10 +24,16 @@ from typing import IO, Any
 
 from common import arguments, new_run, pipeline
 from peer import Peer
+from walls import Work, measure
 
 from cushion_deploy.core.engine_artifact import ENGINE_FILE
 from cushion_deploy.core.host import cpu_description, installed_versions
+from cushion_deploy.core.model_spec import ModelSpec
+from cushion_deploy.core.prefix import Prefix
+from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.stages.base import Given
+from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.run import Run
 
 REFERENCE = "ONNX Runtime FP32"
 PACKAGES = ("onnxruntime", "onnxruntime-genai", "openvino", "llama-cpp-python", "torch")
@@ -35,32 +44,48 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("bundle", type=Path, help="the bundle, built from --model")
     parser.add_argument("--gguf", type=Path, default=None, help="the model as Q8_0, for llama.cpp")
-    parser.add_argument("--prompt", type=int, nargs="+", default=[512])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--workload", type=_workload, nargs="+", default=[(512, 1)], help="tokens of a prompt x batch")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--decoded", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=None, help="names of runtimes; the reference always runs")
     options = parser.parse_args()
-    loads = _peers(options)
+    run, nodes = new_run(options), pipeline(options)
+    spec = run.get(nodes.files).spec
+    loads = _peers(options, run, nodes, spec)
+    work = Work.of(options.bundle / "model.onnx", spec)
+    walls = {threads: measure(threads) for threads in options.threads}
     cases = []
-    for prompt, batch, threads in product(options.prompt, options.batch, options.threads):
+    for threads, (prompt, batch) in product(options.threads, options.workload):
         peers = {
             name: replace(peer, prompt=prompt, batch=batch, threads=threads, decoded=options.decoded)
             for name, peer in loads.items()
         }
-        cases.append(_case(peers, options.rounds))
+        case = _case(peers, options.rounds)
+        walls[threads] = walls[threads].or_faster(measure(threads))
+        cases.append(case | {"limits": work.limits(walls[threads], prompt, batch)})
         _show(cases[-1])
     files = {name: _size(peer) for name, peer in loads.items()}
-    machine = {"cpu": cpu_description(), "versions": installed_versions(PACKAGES)}
+    machine = {
+        "cpu": cpu_description(),
+        "versions": installed_versions(PACKAGES),
+        "walls": {threads: asdict(found) for threads, found in walls.items()},
+    }
     print(json.dumps({"machine": machine, "file_bytes": files, "cases": cases}, indent=1))
 
 
-def _peers(options: Any) -> dict[str, Peer]:
+def _workload(text: str) -> tuple[int, int]:
+    """Return the tokens of a prompt and the batch that ``512x8`` means."""
+    prompt, _, batch = text.partition("x")
+    if not (prompt.isdigit() and batch.isdigit() and int(prompt) and int(batch)):
+        raise ArgumentTypeError(f"{text!r} is no prompt and batch, such as 512x1")
+    return int(prompt), int(batch)
+
+
+def _peers(options: Any, run: Run, nodes: Pipeline, spec: ModelSpec) -> dict[str, Peer]:
     """Return what to compare by name, without a workload; the float graph is exported as people would have it."""
-    run, nodes = new_run(options), pipeline(options)
     folder = run.get(nodes.model.converted) if nodes.model.converted else nodes.source.path
-    bare = replace(run.get(nodes.bare.quantization).float_twin, smoothing=None)
+    bare = Quantization(Prefix.empty(spec), nodes.scheme)
     graph = run.get(nodes.graph(Given(bare), replace(nodes.form, quantized=False, prefix="none")))
     kinds = {
         REFERENCE: ("onnxruntime", graph.path, ""),
@@ -123,7 +148,10 @@ class Child:
             return found
         self.process.communicate()
         self.errors.seek(0)
-        self.missing = self.missing or (self.errors.read().strip().splitlines() or ["it ended"])[-1][:300]
+        said = (self.errors.read().strip().splitlines() or ["nothing"])[-1][:300]
+        code = self.process.returncode
+        ended = f"ended by {signal.Signals(-code).name}, last line: " if code < 0 else ""
+        self.missing = self.missing or ended + said
         return {}
 
     def close(self) -> None:
@@ -186,13 +214,26 @@ def _show(case: dict[str, Any]) -> None:
             f"{row['peak_memory_bytes'] / 1e6:4.0f} {row['load_seconds']:7.1f}",
             file=sys.stderr,
         )
+    limits = case["limits"]
+    for name, prefill in (("prefill_linears", "limit, INT8 linears"), ("prefill", "limit, and attention in float32")):
+        print(f"{prefill:38} {limits[name]:13.0f} {limits['decode']:18.1f}", file=sys.stderr)
 
 
 def _size(peer: Peer) -> int:
+    """Return the bytes of what a runtime loads."""
     path = Path(peer.path)
-    if path.suffix == ".onnx":
-        return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    if peer.kind in ("bundle", "genai"):
+        engine = _files(path / "engines" / peer.engine) if peer.engine else 0
+        return engine + _files(path / "model.onnx")
+    return _files(path)
+
+
+def _files(path: Path) -> int:
+    """Return the bytes of a folder, a file, or a graph and its weights."""
+    files = (
+        path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.name}*" if path.suffix == ".onnx" else path.name)
+    )
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 if __name__ == "__main__":

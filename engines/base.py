@@ -70,7 +70,7 @@ class Engine(Protocol):
 
     @property
     def gathers_codes(self) -> bool:
-        """Whether it runs a Gather of INT8 codes; if not, rows of an INT8 embedding are gathered behind a DQ."""
+        """Whether it runs a graph with the codes of an INT8 embedding; if not, its graph has them dequantized."""
         ...
 
     def version(self) -> str:

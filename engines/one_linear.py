@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cushion_deploy.engines.onnx_bytes import FLOAT, model, node, tensor, value
+from cushion_deploy.engines.onnx_bytes import BLOCK_OPSET, FLOAT, model, node, tensor, value
 
 
 def one_linear(weights: Any) -> bytes:
@@ -26,3 +26,20 @@ def one_linear(weights: Any) -> bytes:
     ]
     inputs, output = [value("x", FLOAT, ("rows", width))], value("y", FLOAT, ("rows", out))
     return model("one linear", nodes, (*codes, *scales), inputs, output)
+
+
+def one_head(weights: Any, block: int) -> bytes:
+    """Return a serialized ONNX model: float32 ``x`` ``[rows, in]`` times DQ of ``weights`` with scales by block: ``y``.
+
+    Args:
+        weights: int8 ``[in, out]``; every scale is 1.
+        block: inputs that share a scale.
+    """
+    width, out = weights.shape
+    tensors = [tensor("w", weights), tensor("w_scale", np.ones((width // block, out), np.float32))]
+    nodes = [
+        node("DequantizeLinear", ("w", "w_scale"), "dw", axis=0, block_size=block),
+        node("MatMul", ("x", "dw"), "y"),
+    ]
+    inputs, output = [value("x", FLOAT, ("rows", width))], value("y", FLOAT, ("rows", out))
+    return model("one head", nodes, tensors, inputs, output, opset=BLOCK_OPSET)

@@ -9,12 +9,22 @@ from collections.abc import Sequence
 from typing import Any
 
 OPSET, IR_VERSION = 19, 9
+BLOCK_OPSET = 21
+"""The first with scales by block."""
 FLOAT, INT8, INT64 = 1, 3, 7
 """Values of ``TensorProto.DataType``."""
 _INT_ATTRIBUTE = 2
 
 
-def model(name: str, nodes: Sequence[bytes], tensors: Sequence[bytes], values: Sequence[bytes], output: bytes) -> bytes:
+def model(
+    name: str,
+    nodes: Sequence[bytes],
+    tensors: Sequence[bytes],
+    values: Sequence[bytes],
+    output: bytes,
+    *,
+    opset: int = OPSET,
+) -> bytes:
     """Return a serialized model of one graph.
 
     Args:
@@ -23,11 +33,12 @@ def model(name: str, nodes: Sequence[bytes], tensors: Sequence[bytes], values: S
         tensors: initializers, see :func:`tensor`.
         values: inputs, see :func:`value`.
         output: the output.
+        opset: version of the operators.
     """
     graph = b"".join(_field(1, each) for each in nodes) + _field(2, name.encode())
     graph += b"".join(_field(5, each) for each in tensors)
     graph += b"".join(_field(11, each) for each in values) + _field(12, output)
-    return _field(1, IR_VERSION) + _field(7, graph) + _field(8, _field(1, b"") + _field(2, OPSET))
+    return _field(1, IR_VERSION) + _field(7, graph) + _field(8, _field(1, b"") + _field(2, opset))
 
 
 def node(operator: str, inputs: Sequence[str], output: str, **attributes: int) -> bytes:

@@ -46,15 +46,14 @@ class DecoderGraph:
         Raises:
             UsageError: a Site that the scheme quantizes has no scale.
         """
-        self.g = GraphBuilder(form.effective_opset, DTYPES[form.dtype])
+        self.g = GraphBuilder(form.opset_of(quantization.scheme), DTYPES[form.dtype])
         self.spec, self.weights, self.form = spec, weights, form
         self.family = get_family(spec.family)
         self.sites = self.family.linears(spec, head=True)
         scales, scheme = quantization.scales, quantization.scheme
         self.scales = scales.of(scheme.of(self.sites)) if scales else {}
-        int8 = scheme.int8_embedding and form.quantized
-        gathers = int8 and form.gathers_codes and form.dtype == "float32"
-        self.embedding = Embedding(self.g, weights, f"{self.family.embedding}.weight", int8, gathers)
+        rounded, codes = scheme.int8_embedding and form.quantized, form.holds_codes(scheme)
+        self.embedding = Embedding(self.g, weights, f"{self.family.embedding}.weight", rounded, codes)
         self.kv_scales = quantization.kv_scales
         self.kept = quantization.prefix.kept
         self.rotations = quantization.smoothing.rotations if quantization.smoothing else {}
@@ -238,10 +237,7 @@ class DecoderGraph:
             # logits_start may leave no tokens.
             return self.embedding.scores(x, may_be_empty=self._has_logits_start)
         packed = PackedLinear(HEAD_SITE, (self.family.embedding if tied else self.family.head,), self.weights)
-        # Scales of another type than float32 are for comparisons only; the embedding has none of that type.
-        shared = tied and self.embedding.gathers_codes and scale_dtype == ir.DataType.FLOAT
-        stored = self.embedding.transposed_codes() if shared else None
-        return add_linear(self.g, x, packed, scale, scale_dtype, stored)
+        return add_linear(self.g, x, packed, scale, scale_dtype)
 
     def _tensor(self, name: str, dtype: ir.DataType | None = None, offset: float = 0.0) -> ir.Value:
         """Return a tensor of the model plus ``offset`` as an initializer, of the graph's type unless given."""

@@ -17,9 +17,6 @@ from cushion_deploy.core.sites import Site
 from cushion_deploy.core.weights import WeightSource, blocks, whole
 from cushion_deploy.export.builder import GraphBuilder
 
-StoredCodes = tuple[ir.Value, ir.Value]
-"""Weight codes int8 ``[in, out]`` and their scales float32 ``[out]``, as values of a graph."""
-
 
 @dataclass(frozen=True)
 class PackedLinear:
@@ -95,7 +92,6 @@ def add_linear(
     linear: PackedLinear,
     scale: float | None,
     scale_dtype: ir.DataType = ir.DataType.FLOAT,
-    stored: StoredCodes | None = None,
 ) -> ir.Value:
     """Append a packed linear.
 
@@ -110,7 +106,6 @@ def add_linear(
         linear: the packed linears.
         scale: static activation scale, or None.
         scale_dtype: type of scales and of the product.
-        stored: codes and scales that the graph holds already; None stores those of ``linear``.
 
     Returns:
         ``[batch, sequence, sum(out)]`` of the graph's floating-point type.
@@ -125,18 +120,13 @@ def add_linear(
     codes = g.op("QuantizeLinear", wide, step, zero, name="Q")
     codes.name = codes_name(linear.site)
     inputs = g.op("DequantizeLinear", codes, step, zero, name="DQ")
-    weight_codes, weight_scales = stored or _store(g, linear, scale_dtype)
+    weight_codes = g.lazy(f"{linear.site}.weight_codes", ir.DataType.INT8, size, linear.codes)
+    weight_scales = g.constant(linear.scales().astype(scale_dtype.numpy()), f"{linear.site}.weight_scales")
     # Each weight has zero points of its own: ONNX Runtime's conversion to uint8 weights fails on shared ones.
     weight_zeros = g.constant(np.zeros(size[1], dtype=np.int8), f"{linear.site}.weight_zero_points")
     weight = g.op("DequantizeLinear", weight_codes, weight_scales, weight_zeros, name="weight_DQ", axis=1)
     y = _add_bias(g, g.op("MatMul", inputs, weight, name="MatMul"), linear, scale_dtype)
     return g.cast(y, scale_dtype, g.dtype)
-
-
-def _store(g: GraphBuilder, linear: PackedLinear, scale_dtype: ir.DataType) -> StoredCodes:
-    size = (linear.in_features, sum(linear.out_features))
-    codes = g.lazy(f"{linear.site}.weight_codes", ir.DataType.INT8, size, linear.codes)
-    return codes, g.constant(linear.scales().astype(scale_dtype.numpy()), f"{linear.site}.weight_scales")
 
 
 def codes_name(site: Site) -> str:

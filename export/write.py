@@ -69,10 +69,10 @@ def export_graph(
         quantized=form.quantized,
         sites={site: len(paths) for site, paths in sites.items()},
         rules=(),
-        opset=form.effective_opset,
+        opset=form.opset_of(quantization.scheme),
         digest="",
         lineage=quantization.lineage,
-        int8_embedding=form.quantized and quantization.scheme.int8_embedding,
+        int8_embedding=form.holds_codes(quantization.scheme),
     )
     rules = tuple(check_exported(graph, form.scale_dtype))
     _write_beside(graph, quantization)

@@ -43,8 +43,25 @@ def test_the_table_of_engines_loads_no_engine() -> None:
     assert not found & {"torch", "transformers", "onnxruntime", "openvino", "tensorrt_rtx"}
 
 
+@pytest.mark.parametrize("verb", ["generate", "chat", "serve", "verify"])
+def test_the_commands_of_the_edge_load_no_library_of_the_build(verb: str) -> None:
+    found = loaded(f"import cushion_deploy.cli.main, cushion_deploy.cli.{verb}")
+    assert not found & {*HEAVY, "pydantic", "rich", "ruamel", "psutil", "fastapi", "uvicorn", "onnxruntime", "openvino"}
+
+
+def test_versions_and_completion_import_no_library() -> None:
+    run = "from cushion_deploy.cli.main import run\ntry:\n  run(sys.argv[1:])\nexcept SystemExit:\n  pass"
+    for arguments in (["--version"], ["completion", "fish"]):
+        assert not loaded(run, *arguments) & {*HEAVY, "onnxruntime", "openvino", "tensorrt_rtx", "pydantic"}
+
+
+def test_the_doctor_without_a_model_imports_no_torch() -> None:
+    run = "from cushion_deploy.cli.main import run\nassert run(['doctor', '--json']) == 0"
+    assert not loaded(run) & set(HEAVY)
+
+
 @pytest.mark.parametrize(
-    "verb", ["", "build", "search", "calibrate", "export", "engine", "parity", "generate", "serve"]
+    "verb", ["", "build", "search", "calibrate", "export", "engine", "parity", "generate", "serve", "doctor"]
 )
 def test_help_loads_nothing_heavy(verb: str) -> None:
     arguments = [verb, "--help"] if verb else ["--help"]

@@ -46,7 +46,11 @@ from cushion_deploy.errors import ExitCode, UsageError
 @plan_options
 @float_linears_option
 @click.option("--print-config", is_flag=True, help="Print the complete recipe as YAML and stop.")
-@click.option("--dry-run", is_flag=True, help="Check the inputs, print what would run, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything that needs no computation, print the stages and which are finished, and stop.",
+)
 def command(
     output: Path,
     targets: tuple[str, ...],

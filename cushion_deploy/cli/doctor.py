@@ -1,4 +1,4 @@
-"""`doctor`: examine a model before building it."""
+"""`doctor`: examine a model before building it, or without a model, this installation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cushion_deploy.cli.environment import environment_lines
 from cushion_deploy.cli.options import compute_options, make_run, parse_settings, run_options
 from cushion_deploy.cli.progress import progress
+from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.render.formatting import count, duration, percent, perplexity, plural, size
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command("doctor")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="[MODEL]", required=False)
 @click.option("--revision", help="Revision of a hub model.")
 @click.option("--recipe", "file", type=click.Path(path_type=Path), help="YAML file with settings of the build.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override any setting of the recipe.")
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 @compute_options
 @run_options
 def command(
-    model: str,
+    model: str | None,
     revision: str | None,
     file: Path | None,
     settings: tuple[str, ...],
@@ -41,7 +43,20 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Report whether MODEL has sinks, what static INT8 costs, what a build needs here, and what will not work."""
+    """Report whether MODEL has sinks, what static INT8 costs, what a build needs here, and what will not work.
+
+    Without MODEL, report what is installed, which engines and devices are present, and the command that installs what
+    is missing.
+    """
+    if model is None:
+        _refuse_without_model(
+            revision=revision, recipe=file, set=settings, calib_data=calib_data, device=device, dtype=compute_dtype
+        )
+        from cushion_deploy.verbs.environment import examine_environment
+
+        here = examine_environment()
+        click.echo(json.dumps(here.to_json()) if as_json else "\n".join(environment_lines(here)))
+        return
     from cushion_deploy.stages.pipeline import Pipeline
     from cushion_deploy.verbs.doctor import diagnose
 
@@ -60,6 +75,15 @@ def command(
         with run.lock():
             found = diagnose(pipeline, run)
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(_lines(found)))
+
+
+def _refuse_without_model(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise UsageError(
+                f"--{name.replace('_', '-')} was given without MODEL",
+                hint="give a model to examine, or leave the option out to examine this installation",
+            )
 
 
 def _lines(found: Diagnosis) -> list[str]:

@@ -76,7 +76,7 @@ def command(
             if scales_file:
                 smoothing = read_smoothing(smoothing_file) if smoothing_file else None
                 kv = read_kv_scales(kv_file) if kv_file else None
-                parts = run.get(prefix), pipeline.scheme, read_scales(scales_file), smoothing, kv
+                parts = run.get(prefix), run.get(pipeline.whole_scheme), read_scales(scales_file), smoothing, kv
                 found = Given(Quantization(*parts))
             form = replace(pipeline.form, dtype=dtype)
             if float_twin:

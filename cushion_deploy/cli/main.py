@@ -12,13 +12,14 @@ from types import FrameType
 from typing import NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
+from cushion_deploy.cli.version import show_version
 from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, missing_module
 from cushion_deploy.printable import controls_visible
-from cushion_deploy.store.manifest import tool_version
 
 VERBS = {
-    "doctor": "Check a model before a build: sinks, costs, needs, engines.",
+    "doctor": "Check this installation, or a model before a build.",
     "build": "Build a verified INT8 bundle from a model.",
     "search": "Search for the prefix (CushionCache) of a model.",
     "tune": "Train the keys and values of a prefix.",
@@ -38,6 +39,7 @@ VERBS = {
     "report": "Show the report of a bundle.",
     "inspect": "Show the contents of a bundle, prefix or scales file.",
     "clean": "Empty a work folder.",
+    "completion": "Print a script that completes commands in bash, zsh or fish.",
 }
 
 
@@ -66,9 +68,22 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the names of commands without importing them: a shell waits for the answer."""
+        commands = [CompletionItem(verb, help=text) for verb, text in VERBS.items() if verb.startswith(incomplete)]
+        # click's own completion of options, without its completion of commands, which imports all of them.
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
+
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(tool_version(), prog_name="cushion-deploy")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=show_version,
+    help="Show the versions that a bug report needs, and exit.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log more on stderr.")
 def cli(verbose: bool) -> None:
     """Build and run static per-tensor INT8 bundles of language models, verified step by step.
@@ -76,6 +91,8 @@ def cli(verbose: bool) -> None:
     \b
     cushion-deploy build --model MODEL --precision w8a8 --output OUT
     cushion-deploy generate OUT "The capital of France is"
+
+    Completion of commands and options in a shell: see `cushion-deploy completion --help`.
 
     Exit codes: 0 success, 1 a check failed, 2 bad input, 3 a dependency is missing,
     4 corrupt or untrusted file, 70 a bug, 130/143 interrupted.

@@ -30,6 +30,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @click.option("--allow-anonymous", is_flag=True, help="Listen beyond this machine without a key.")
 @click.option("--allowed-host", multiple=True, help="Host name that requests may be sent to; repeatable.")
 @click.option("--cors-origin", multiple=True, help="Origin whose pages may call the API; repeatable. Default: none.")
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM certificate (with its chain): serve HTTPS.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="PEM key of --tls-cert, without a password.")
 @click.option("--max-rows", type=click.IntRange(1), default=8, show_default=True, help="Most sequences in one batch.")
 @click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Most sequences that wait.")
 @click.option(
@@ -58,6 +60,8 @@ def command(
     allow_anonymous: bool,
     allowed_host: tuple[str, ...],
     cors_origin: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
     max_rows: int,
     queue: int,
     prefill_chunk: int,
@@ -82,7 +86,11 @@ def command(
     from cushion_deploy.serve.engine import Engine, EngineSettings
     from cushion_deploy.serve.metrics import Metrics
     from cushion_deploy.serve.scheduler import Limits
-    from cushion_deploy.serve.server import Server, bind, run, url
+    from cushion_deploy.serve.server import Server, TlsFiles, bind, run, url
+
+    if (tls_cert is None) != (tls_key is None):
+        raise UsageError("--tls-cert and --tls-key belong together", hint="give both, or neither")
+    tls = TlsFiles(tls_cert, tls_key) if tls_cert and tls_key else None
 
     hosts = (*(LOOPBACK if local else ()), *allowed_host)
     http = AppSettings(hosts, key, cors_origin, max_body_kib << 10, request_seconds=request_timeout)
@@ -94,8 +102,11 @@ def command(
         session = open_engine(opened, engine, threads)
         echo_remarks(engine, session)
         worker = Engine(model_name or _name(bundle, folder), opened, session, engine, settings, metrics)
-        server = Server(create_app(worker, metrics, http), worker, drain_timeout)
-        click.echo(f"serving {worker.name} on {url(listener)} with {engine}, {_batching(worker.batches, max_rows)}")
+        server = Server(create_app(worker, metrics, http), worker, drain_timeout, tls)
+        # Before the line is printed, because whoever waits for it connects at once.
+        listener.listen()
+        address = url(listener, tls=tls is not None)
+        click.echo(f"serving {worker.name} on {address} with {engine}, {_batching(worker.batches, max_rows)}")
         run(server, listener)
     click.echo("stopped")
 

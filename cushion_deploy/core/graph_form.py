@@ -12,6 +12,7 @@ from cushion_deploy.core.graphs import GraphContract, PrefixMode
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.quantization import Quantization
+from cushion_deploy.core.schemes import EMBEDDING_BLOCK, QuantScheme
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.store.digests import digest_json
 
@@ -22,6 +23,8 @@ STATIC_OPSET = 24
 """Opset of a graph with a static cache: the first with TensorScatter, and its Attention agrees with opset 23. The other
 changes since 22 (Cast, Reshape, Shape, Transpose, Squeeze, Unsqueeze, Identity, QuantizeLinear, DequantizeLinear) only
 add types, and attributes that the graph leaves at their defaults."""
+BLOCK_OPSET = 21
+"""Opset of a float32 graph with an INT8 embedding: the first whose DequantizeLinear has scales by block."""
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -40,8 +43,8 @@ class GraphForm:
         opset: opset of the default domain; ignored for a static cache, which uses :data:`STATIC_OPSET`.
         scale_dtype: type of the scales and of quantized products. Only float32 is for deployment: a float16 accumulator
             can overflow.
-        gathers_codes: whether a float32 graph gathers the rows of an INT8 embedding as codes. False, and in 16-bit
-            graphs, it gathers them from the dequantized table.
+        gathers_codes: whether a float32 graph stores an INT8 embedding as codes. False, and in 16-bit graphs, it stores
+            the dequantized table.
 
     Raises:
         UsageError: a value is out of range, or two values exclude each other.
@@ -86,7 +89,12 @@ class GraphForm:
             UsageError: the prefix or the cache scales are for another model or another place of the prefix, scales
                 are missing, the capacity does not fit, or the prefix exceeds the range of float16.
         """
-        prefix = quantization.prefix
+        prefix, width = quantization.prefix, spec.embedding_size or spec.hidden_size
+        if self.holds_codes(quantization.scheme) and width % EMBEDDING_BLOCK:
+            raise UsageError(
+                f"an INT8 embedding has blocks of {EMBEDDING_BLOCK} values, and rows of this model have {width}",
+                hint="set export.embedding to auto or float",
+            )
         if prefix.model_digest != spec.weights_digest:
             raise UsageError("the prefix was made for another model", hint="run `cushion-deploy search` for this model")
         if self.quantized and quantization.scales is None:
@@ -172,6 +180,14 @@ class GraphForm:
     def effective_opset(self) -> int:
         """The opset that the graph is written for."""
         return STATIC_OPSET if self.cache == "static" else self.opset
+
+    def holds_codes(self, scheme: QuantScheme) -> bool:
+        """Return whether a graph of this form stores the token embedding as INT8 codes."""
+        return self.quantized and scheme.int8_embedding and self.gathers_codes and self.dtype == "float32"
+
+    def opset_of(self, scheme: QuantScheme) -> int:
+        """Return the opset of a graph of this form: at least :data:`BLOCK_OPSET` if it stores an INT8 embedding."""
+        return max(self.effective_opset, BLOCK_OPSET) if self.holds_codes(scheme) else self.effective_opset
 
     @property
     def digest(self) -> str:

@@ -76,7 +76,7 @@ class ExportedGraph:
         opset: ONNX opset of the default domain.
         digest: SHA-256 over all files.
         lineage: digests of the model, prefix, smoothing, scales and scheme.
-        int8_embedding: whether the token embedding is stored as INT8 codes with one scale per row.
+        int8_embedding: whether the token embedding is stored as INT8 codes with scales by block.
     """
 
     path: Path

@@ -20,6 +20,8 @@ from cushion_deploy.core.sites import HEAD_SITE, Site
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.store.digests import digest_json
 
+EMBEDDING_BLOCK = 32
+"""Values of a row that share a scale in an INT8 embedding: the block of GGUF's Q8_0, whose codes are kept that way."""
 Granularity = Literal["static", "dynamic", "per-token"]
 """Granularities of activation scales: per-tensor static, per-tensor dynamic, per-token dynamic."""
 GRANULARITIES: tuple[Granularity, ...] = ("static", "dynamic", "per-token")
@@ -43,8 +45,8 @@ class QuantScheme:
             be smaller); 0 for one scale per output channel.
         smoothing: whether the scheme is meant for a model with SmoothQuant factors folded in.
         float_sites: Sites whose input and weights stay in floating point.
-        int8_embedding: whether the token embedding is stored as INT8 codes with one scale per row. A tied head reads
-            the same codes; unless ``quantize_head`` quantizes its input too, its products are in floating point.
+        int8_embedding: whether the token embedding is stored as INT8 codes with one scale per :data:`EMBEDDING_BLOCK`
+            values of a row. A tied head reads the same codes, unless ``quantize_head`` gives it codes of its own.
     """
 
     name: str = "w8a8"

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from cushion_deploy.core.fakequant import levels, qmax
 from cushion_deploy.core.kv_scales import KV_PARTS, KvPart, KvScales, kv_site
 from cushion_deploy.core.scales import ActivationScales
-from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.schemes import EMBEDDING_BLOCK, QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.fakequant import quantize_asymmetric_codes, quantize_codes
@@ -76,14 +76,15 @@ def quantized_weights(
 ) -> Iterator[None]:
     """Replace the weights of the linears of these Sites by their dequantized codes; restored on exit.
 
-    A tied head is quantized without changing the embedding; a quantized embedding changes a tied head.
+    A tied head is quantized without changing the embedding; a quantized embedding changes a tied head, unless that is
+    quantized itself.
 
     Args:
         model: the model.
         sites: the Sites whose linears are quantized.
         bits: bits of the codes.
         group: input features that share a scale; 0 for one scale per output channel.
-        int8_embedding: whether the token embedding becomes INT8 codes with one scale per row.
+        int8_embedding: whether the token embedding becomes INT8 codes with one scale per ``EMBEDDING_BLOCK`` values.
     """
     paths = model.family.linears(model.spec, head=True)
     formats = {
@@ -92,7 +93,7 @@ def quantized_weights(
         for i, path in enumerate(paths[site])
     }
     if int8_embedding:
-        formats[f"{model.family.embedding}.weight"] = WeightFormat("embedding")
+        formats[f"{model.family.embedding}.weight"] = WeightFormat("embedding", group=EMBEDDING_BLOCK)
     with model.quantized(formats):
         yield
 

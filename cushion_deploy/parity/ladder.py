@@ -60,11 +60,11 @@ PLAN_LIMITS = {
     "bfloat16": (0.6, 16, 2**-5),
 }
 """By type: smallest share of identical codes, largest code difference, largest logit difference / largest logit."""
-TIED_HEAD_LOGITS = 2**-5
+TIED_HEAD_LOGITS = 2**-12
 """Largest logit difference / largest logit of the kernels of ONNX Runtime, where a tied head reads INT8 codes.
 
-Its kernel rounds the head's input to 8 bits in blocks of 32. A value is off by at most 1/254 of the largest of its
-block, 0.23 % of it root mean square. SmolLM2 is at 0.0128.
+Its kernel gets the head's input in two parts and rounds the smaller one to 8 bits. A value is off by at most 1 / 254^2
+of the largest of its block. Measured: 2^-14.4 in Gemma 3 270M, of 50 million logits.
 """
 
 

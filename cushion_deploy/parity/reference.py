@@ -12,7 +12,7 @@ from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.core.schemes import QuantScheme
+from cushion_deploy.core.schemes import EMBEDDING_BLOCK, QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.modeling.fakequant import weight_codes
 from cushion_deploy.modeling.observe import observed
@@ -74,8 +74,9 @@ def float_inputs(model: TorchRunner, prefix: Prefix, ids: IntArray) -> SiteInput
 
 def embedding_codes(model: TorchRunner) -> Table:
     """Return codes and scales of the token embedding as fake-quant uses them."""
-    codes, scale = weight_codes(model.placed[f"{model.family.embedding}.weight"].float(), "embedding")
-    return model.array(codes).astype(np.int8), model.array(scale)[:, 0]
+    table = model.placed[f"{model.family.embedding}.weight"].float()
+    codes, scale = weight_codes(table, "embedding", group=EMBEDDING_BLOCK)
+    return model.array(codes).astype(np.int8), model.array(scale)
 
 
 def linear_codes(model: TorchRunner, scheme: QuantScheme) -> Iterator[LinearWeights]:

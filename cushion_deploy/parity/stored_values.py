@@ -16,12 +16,12 @@ from cushion_deploy.core.fakequant import Int8Array
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KvScales, kv_site
 from cushion_deploy.core.scales import ActivationScales
-from cushion_deploy.core.sites import HEAD_SITE, Site
+from cushion_deploy.core.sites import Site
 from cushion_deploy.parity.checks import ParityCheck
 
 LinearWeights = tuple[Site, Int8Array, FloatArray]
 Table = tuple[Int8Array, FloatArray]
-"""Codes of an embedding, int8 ``[vocab, hidden]``, and the scales of its rows, float32 ``[vocab]``."""
+"""Codes of an embedding, int8 ``[vocab, hidden]``, and the scales of its blocks, float32 ``[vocab, blocks]``."""
 
 
 def scale_rung(rung: str, graph: ExportedGraph, scales: ActivationScales) -> list[ParityCheck]:
@@ -76,17 +76,12 @@ def weight_rung(rung: str, graph: ExportedGraph, weights: Iterable[LinearWeights
     """
     import onnx_ir as ir
 
-    model = ir.load(graph.path)
-    stored, differing, begin, total = model.graph.initializers, [], dict.fromkeys(graph.sites, 0), 0
+    stored, differing, begin, total = ir.load(graph.path).graph.initializers, [], dict.fromkeys(graph.sites, 0), 0
     for site, codes, scale in weights:
         total += 1
         columns = slice(begin[site], begin[site] + len(scale))
         begin[site] = columns.stop
         found_codes, found_scales = (_array(stored.get(f"{site}.{part}")) for part in ("weight_codes", "weight_scales"))
-        if site == HEAD_SITE and graph.int8_embedding and not found_codes.size:
-            # A tied head reads the codes of the embedding.
-            rows, found_scales = _table(model)
-            found_codes = rows.T
         if not np.array_equal(found_codes[..., columns], codes.T) or not np.array_equal(found_scales[columns], scale):
             differing.append(site)
     return [_count(rung, "linears whose INT8 weight differs", differing, total, "linears")]
@@ -99,7 +94,7 @@ def embedding_rung(rung: str, graph: ExportedGraph, table: Table) -> list[Parity
     codes, scales = _table(ir.load(graph.path))
     expected_codes, expected_scales = table
     if codes.shape == expected_codes.shape and scales.shape == expected_scales.shape:
-        differing = (codes != expected_codes).any(axis=1) | (scales != expected_scales)
+        differing = (codes != expected_codes).any(axis=1) | (scales != expected_scales).any(axis=1)
         count, first = int(differing.sum()), int(differing.argmax())
     else:
         count, first = len(expected_codes), 0
@@ -112,13 +107,11 @@ def embedding_rung(rung: str, graph: ExportedGraph, table: Table) -> list[Parity
 def _table(model: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return codes and scales that the token ids gather; empty arrays if the embedding has no codes."""
     values = [user.inputs[0] for user, _ in model.graph.inputs[0].uses() if user.op_type == "Gather"]
-    # Behind them a Reshape of the scales, or in a graph for a plan the DQ of the whole table and possibly a Cast.
-    while computed := [value for value in values if value.producer()]:
-        values = [value for value in values if not value.producer()]
-        values += [each for value in computed for each in value.producer().inputs]
-    arrays = {array.dtype: array for array in map(_array, values)}
-    none = np.zeros(0)
-    return arrays.get(np.dtype(np.int8), none), arrays.get(np.dtype(np.float32), none).ravel()
+    arrays = list(map(_array, values))
+    codes = next((array for array in arrays if array.dtype == np.int8), np.zeros(0))
+    # Scales may be stored as float16, which changes none.
+    scales = next((array.astype(np.float32) for array in arrays if array.dtype != np.int8), np.zeros(0))
+    return codes, scales
 
 
 def _count(rung: str, metric: str, differing: list[Site], total: int, unit: str) -> ParityCheck:

@@ -76,7 +76,7 @@ class Recipe(Section):
 
     @property
     def scheme(self) -> QuantScheme:
-        """The scheme with every Site quantized, before ``export.keep_float`` is applied."""
+        """The scheme before ``export.keep_float`` and an embedding on ``auto`` are decided: every Site is quantized."""
         export = self.export
         return replace(
             PRECISIONS[self.precision],

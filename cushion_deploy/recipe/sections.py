@@ -248,10 +248,10 @@ class Export(Section):
     """What the ONNX graph looks like."""
 
     quantize_head: bool = Field(default=False, description="Quantize the output head (lm_head) to INT8 as well.")
-    embedding: Literal["int8", "float"] = Field(
-        default="float",
-        description="Store the token embedding, and with it a tied head, as INT8 codes with one scale per row (int8) "
-        "or in floating point (float).",
+    embedding: Literal["auto", "int8", "float"] = Field(
+        default="auto",
+        description="Store the token embedding, and with it a tied head, as INT8 codes with one scale per 32 values "
+        "(int8), in floating point (float), or as codes if they lose nothing, as those of a Q8_0 table (auto).",
     )
     keep_float: Names = Field(
         default=(),

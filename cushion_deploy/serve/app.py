@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from cushion_deploy.serve.api import errors
@@ -18,6 +18,7 @@ from cushion_deploy.serve.api.answer import Answer
 from cushion_deploy.serve.api.chat import ChatForm, chat_sequences
 from cushion_deploy.serve.api.chat_models import ChatRequest
 from cushion_deploy.serve.api.completions import CompletionForm, CompletionRequest, completion_sequences
+from cushion_deploy.serve.api.document import ERRORS, STREAMED, UNAVAILABLE, name_model
 from cushion_deploy.serve.api.guard import RequestGuard
 from cushion_deploy.serve.api.parameters import require_model
 from cushion_deploy.serve.api.stream import EventStream
@@ -69,6 +70,7 @@ def create_app(engine: Engine, metrics: Metrics, settings: AppSettings | None = 
     _add_api(app, engine, settings.request_seconds)
     _add_operations(app, engine, metrics)
     _add_page(app, engine)
+    name_model(app, engine.name)
     app.add_middleware(
         RequestGuard,
         hosts=settings.hosts,
@@ -91,24 +93,24 @@ def _add_api(app: FastAPI, engine: Engine, timeout: float | None) -> None:
     tokens = TokenText(engine.bundle.tokenizer)
     grammars = Grammars(engine.bundle.tokenizer, engine.vocab_size, engine.bundle.eos_token_ids)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
         requests = await run_in_threadpool(completion_sequences, engine, body, timeout)
         return await _answer(Answer(engine, requests), CompletionForm(engine, body, tokens), body.stream, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         requests = await run_in_threadpool(chat_sequences, engine, grammars, body, timeout)
         return await _answer(Answer(engine, requests), ChatForm(engine, body, tokens), body.stream, request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=ERRORS)
     async def models() -> dict[str, Any]:
         """List the one model."""
         return {"object": "list", "data": [_model(engine)]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def model(name: str) -> dict[str, Any]:
         """Describe the model."""
         require_model(engine, name)
@@ -141,17 +143,17 @@ def _model(engine: Engine) -> dict[str, Any]:
 def _add_operations(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     metrics.watch(engine)
 
-    @app.get("/health")
+    @app.get("/health", responses=UNAVAILABLE)
     async def health() -> JSONResponse:
         """Say whether the engine runs."""
         return JSONResponse({"status": "ok" if engine.alive else "stopped"}, 200 if engine.alive else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", responses=UNAVAILABLE)
     async def ready() -> JSONResponse:
         """Say whether new requests are taken."""
         return JSONResponse({"ready": engine.ready}, 200 if engine.ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=ERRORS, response_class=PlainTextResponse)
     async def scrape() -> Response:
         """Return the metrics."""
         return Response(metrics.text(), media_type=METRICS_TYPE)
@@ -160,7 +162,7 @@ def _add_operations(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
 def _add_page(app: FastAPI, engine: Engine) -> None:
     proof = bundle_proof(engine.bundle, engine.engine)
 
-    @app.get("/proof")
+    @app.get("/proof", responses=ERRORS)
     async def show_proof() -> dict[str, Any]:
         """Return what the bundle says about itself."""
         chats = engine.bundle.chat_template is not None

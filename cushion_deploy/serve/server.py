@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -15,6 +18,28 @@ from cushion_deploy.serve.engine import Engine
 _MARGIN_SECONDS = 5
 
 
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files of a TLS server: its certificate with the chain behind it, and its key.
+
+    Raises:
+        UsageError: a file cannot be read, the key is encrypted, or it is not that of the certificate.
+    """
+
+    certificate: Path
+    key: Path
+
+    def __post_init__(self) -> None:
+        try:
+            # Without a password OpenSSL would ask for it on the terminal.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
+        except OSError as e:  # ssl.SSLError is one
+            raise UsageError(
+                f"TLS cannot use {self.certificate} and {self.key}: {e.strerror or e}",
+                hint="give a PEM certificate and its PEM key without a password",
+            ) from e
+
+
 class Server(uvicorn.Server):
     """On SIGTERM or SIGINT the engine takes no more requests, and has ``drain_seconds`` to finish the others.
 
@@ -22,9 +47,10 @@ class Server(uvicorn.Server):
         app: the application.
         engine: its engine.
         drain_seconds: seconds from the signal until what still runs is cut off.
+        tls: certificate and key; None for plain HTTP.
     """
 
-    def __init__(self, app: FastAPI, engine: Engine, drain_seconds: float = 20.0) -> None:
+    def __init__(self, app: FastAPI, engine: Engine, drain_seconds: float = 20.0, tls: TlsFiles | None = None) -> None:
         """Configure uvicorn."""
         self._engine, self._drain_seconds = engine, drain_seconds
         super().__init__(
@@ -35,6 +61,8 @@ class Server(uvicorn.Server):
                 server_header=False,
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=int(drain_seconds) + _MARGIN_SECONDS,
+                ssl_certfile=tls.certificate if tls else None,
+                ssl_keyfile=tls.key if tls else None,
             )
         )
 
@@ -63,10 +91,11 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url(listener: socket.socket) -> str:
+def url(listener: socket.socket, *, tls: bool = False) -> str:
     """Return the address of a bound socket."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def run(server: Server, listener: socket.socket) -> None:

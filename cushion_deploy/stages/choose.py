@@ -91,7 +91,7 @@ class Choose(Stage[Choice]):
     """
 
     name: ClassVar[str] = "choose"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     shared: ClassVar[bool] = True
     model: Node[Any]
     names: tuple[str, ...]

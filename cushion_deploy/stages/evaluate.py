@@ -42,7 +42,7 @@ class Evaluate(Stage[dict[str, Any]]):
     """
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     quantization: Node[Quantization]

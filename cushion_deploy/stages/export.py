@@ -38,7 +38,7 @@ class Export(Stage[ExportedGraph]):
     """
 
     name: ClassVar[str] = "export"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     runs_model: ClassVar[bool] = False
     model: Node[TorchRunner]
     quantization: Node[Quantization]

@@ -16,6 +16,7 @@ from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.value_range import ValueRange
 from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.onnxruntime.settings import has_head_kernel
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.source import ModelSource, resolve_source
@@ -27,6 +28,7 @@ from cushion_deploy.stages.chat import ReadChat
 from cushion_deploy.stages.choose import Choose, Chosen
 from cushion_deploy.stages.compile import Compile, EngineToRun, OpenCompiled
 from cushion_deploy.stages.convert import Convert
+from cushion_deploy.stages.embedding import ExactEmbedding
 from cushion_deploy.stages.evaluate import Evaluate
 from cushion_deploy.stages.export import Export, engine_form
 from cushion_deploy.stages.load import DescribeModel, Load, compute_dtype
@@ -126,7 +128,7 @@ class Pipeline:
 
     @property
     def scheme(self) -> QuantScheme:
-        """The recipe's scheme with every Site quantized, before ``export.keep_float`` is applied."""
+        """The recipe's scheme; see :attr:`Recipe.scheme`."""
         return self.recipe.scheme
 
     def smoothing(self, prefix: Node[Prefix]) -> Smooth | None:
@@ -212,15 +214,26 @@ class Pipeline:
         if any(map(is_automatic, keep_float)):
             whole = AssembleQuantization(prefix, Given(self.scheme), calibration.scales, smoothing)
             sensitivity = Sensitivity(self.model, whole, self.text)
-        return ChooseScheme(self.files, self.scheme, keep_float, sensitivity)
+        return ChooseScheme(self.files, self.scheme, keep_float, sensitivity, self._embedding)
+
+    @property
+    def _embedding(self) -> ExactEmbedding | None:
+        # Without its kernel a head on codes is slower than one in floating point.
+        undecided = self.recipe.export.embedding == "auto" and has_head_kernel()
+        return ExactEmbedding(self.model) if undecided else None
+
+    @property
+    def whole_scheme(self) -> ChooseScheme:
+        """The scheme with every Site quantized, and the embedding as it ships."""
+        return ChooseScheme(self.files, self.scheme, (), None, self._embedding)
 
     @staticmethod
     def form_of(recipe: Recipe) -> GraphForm:
         """Return the form of a bundle's graph."""
         export = recipe.export
         cache: CacheForm = "int8" if export.kv_cache == "int8" else "growing"
-        int8 = export.embedding == "int8"
-        return GraphForm(cache=cache, prefix=export.prefix, opset=export.opset or MIN_OPSET, gathers_codes=int8)
+        codes = export.embedding != "float"
+        return GraphForm(cache=cache, prefix=export.prefix, opset=export.opset or MIN_OPSET, gathers_codes=codes)
 
     @property
     def form(self) -> GraphForm:

@@ -78,12 +78,14 @@ class ChooseScheme(Derived[QuantScheme]):
         scheme: the scheme with every Site quantized.
         keep_float: entries of ``export.keep_float``: names of Sites, and ``auto:N`` for the N most costly ones.
         sensitivity: cost of each Site; None if no entry is automatic.
+        embedding: whether the token embedding is stored as INT8 codes; None if the scheme says so.
     """
 
     files: Node[ModelFiles]
     scheme: QuantScheme
     keep_float: tuple[str, ...]
     sensitivity: Node[dict[Site, float]] | None
+    embedding: Node[bool] | None = None
 
     def make(self, inputs: Inputs) -> QuantScheme:
         """Return the scheme.
@@ -91,8 +93,9 @@ class ChooseScheme(Derived[QuantScheme]):
         Raises:
             UsageError: an entry names a Site that the model does not have, or ``auto:`` lacks a number.
         """
+        scheme = replace(self.scheme, int8_embedding=inputs.get(self.embedding)) if self.embedding else self.scheme
         if not self.keep_float:
-            return self.scheme
+            return scheme
         spec = inputs.get(self.files).spec
         known = list(get_family(spec.family).linears(spec, head=self.scheme.quantize_head))
         named = [Site(entry) for entry in self.keep_float if not is_automatic(entry)]
@@ -107,7 +110,7 @@ class ChooseScheme(Derived[QuantScheme]):
             costs = inputs.get(self.sensitivity)
             named += [site for site in sorted(costs, key=lambda s: -costs[s]) if site not in named][:count]
         chosen = set(named)
-        return replace(self.scheme, float_sites=tuple(site for site in known if site in chosen))
+        return replace(scheme, float_sites=tuple(site for site in known if site in chosen))
 
 
 def is_automatic(entry: str) -> bool:

@@ -58,7 +58,7 @@ class Tune(Stage[TunedPrefix]):
     """
 
     name: ClassVar[str] = "tune"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     model: Node[TorchRunner]
     quantization: Node[Quantization]
     text: Node[Corpus]

@@ -30,11 +30,12 @@ class StageStore:
 
     Args:
         root: the work folder; created on first write.
+        read_only: whether a damaged folder stays where it is.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
         """Store the path of the root; nothing is created or read."""
-        self.root = root
+        self.root, self.read_only = root, read_only
 
     def _folder(self, kind: str, stage: str, key: str) -> Path:
         for name in (stage, key):
@@ -45,7 +46,7 @@ class StageStore:
     def find(self, stage: str, key: str) -> Path | None:
         """Return the folder of a finished stage if every byte is as it was written, otherwise None.
 
-        A damaged folder is removed with a logged warning, and the stage has to run again.
+        A damaged folder is removed with a logged warning, unless the store is read-only: the stage has to run again.
 
         Args:
             stage: name of the stage, such as ``search``.
@@ -64,6 +65,8 @@ class StageStore:
             check_files(folder, parse_files(data.get("files")), STAGE_MANIFEST)
         except (UntrustedArtifact, OSError) as e:
             logger.warning("stage %s is damaged and will run again: %s", stage, e)
+            if self.read_only:
+                return None
             with disk_errors(folder):
                 shutil.rmtree(folder)
             return None

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cushion_deploy.calib.corpora import SAMPLED
+from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import Report
 from cushion_deploy.stages.base import Stage, nodes_behind
 from cushion_deploy.stages.compile import Compile, compile_options
+from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.plan import NotFinished, PlannedStage, ReadOnlyRun
 from cushion_deploy.stages.publish import Publish
-from cushion_deploy.stages.run import Run
+from cushion_deploy.stages.run import Inputs, Run
 from cushion_deploy.stages.windows import require_recipe_fits
-from cushion_deploy.store import recover, require_publishable
+from cushion_deploy.store import recover, require_publishable, require_space
+
+LIBRARIES = ("torch", "transformers", "onnx_ir", "onnxruntime", "matplotlib", "jinja2")
+"""Modules that every build needs, by import name."""
 
 
 def build(
@@ -36,7 +44,7 @@ def build(
         CushionError: the build cannot be completed; nothing is left at ``output``, and finished stages stay in the
             work folder for the next run.
     """
-    require_modules("torch", "transformers", "onnx_ir", "onnxruntime", "matplotlib", "jinja2")
+    require_modules(*LIBRARIES)
     recover(output)
     pipeline, end = _checked(recipe, output, targets, allow_float_linears)
     _require_other_text(pipeline, run)
@@ -47,16 +55,30 @@ def build(
 
 
 def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ()) -> dict[str, Any]:
-    """Check the inputs of a build and return, JSON-ready, what it would do, without running anything."""
+    """Make every check of a build that needs no computation, and return what the build would do, JSON-ready.
+
+    Nothing is written, and no model is loaded. What depends on stages that are not finished is checked by the build
+    itself, before it runs anything else.
+
+    Raises:
+        CushionError: the build would end with the same error.
+    """
+    require_modules(*LIBRARIES)
     pipeline, end = _checked(recipe, output, targets, 0)
+    found = ReadOnlyRun.of(run)
+    with suppress(NotFinished):  # one of the texts is sampled from the model
+        _require_other_text(pipeline, found)
+    files = found.known(pipeline.files)
+    if files:
+        require_recipe_fits(recipe, files.spec)
+    stages = found.plan(end)
+    _require_room(end, stages, files.spec if files else None, run)
     data, source = recipe.calibration.data, pipeline.source
-    text = SAMPLED[data] if data in SAMPLED else run.get(pipeline.text).name
-    stages = [node.label for node in nodes_behind(end) if isinstance(node, Stage)]
     return {
         "model": {"label": source.label, "kind": source.kind, "sha256": source.digest},
-        "calibration": text,
+        "calibration": SAMPLED[data] if data in SAMPLED else found.get(pipeline.text).name,
         "engines": [stage.engine for stage in end.engines if isinstance(stage, Compile)],
-        "stages": list(dict.fromkeys(stages)),
+        "stages": [asdict(stage) for stage in stages],
         "work_dir": str(run.store.root),
         "output": str(output),
     }
@@ -64,14 +86,30 @@ def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ())
 
 def dry_run_lines(found: dict[str, Any]) -> list[str]:
     """Return the result of :func:`dry_run` as lines of text."""
-    model = found["model"]
+    model, stages = found["model"], found["stages"]
+    finished = sum(stage["finished"] for stage in stages)
+    width = max(len(stage["stage"]) for stage in stages)
     return [
         f"model: {model['label']} ({model['kind']}, sha256 {model['sha256'][:12]})",
         f"calibration text: {found['calibration']}",
-        f"stages: {', '.join(found['stages'])}",
-        f"work folder: {found['work_dir']} (stages that an earlier run finished there are reused)",
+        f"engines: {', '.join(found['engines']) or 'none'}",
+        f"work folder: {found['work_dir']}",
         f"output: {found['output']}",
+        f"stages: {finished} of {len(stages)} are finished in the work folder and will be reused",
+        *(f"  {stage['stage']:{width}}  {'finished' if stage['finished'] else 'to run'}" for stage in stages),
     ]
+
+
+def _require_room(end: Publish, stages: Sequence[PlannedStage], spec: ModelSpec | None, run: Run) -> None:
+    """Check that the disk has room for the stages that would run; of a model not yet read, only its conversion."""
+    nodes = [node for node in nodes_behind(end) if isinstance(node, Stage)]
+    to_run = [node for node, planned in zip(nodes, stages, strict=True) if not planned.finished]
+    if spec is not None:
+        require_space(run.store.root, sum(node.disk(spec) for node in to_run))
+        return
+    for node in to_run:
+        if isinstance(node, Convert):
+            require_space(run.store.root, node.room(Inputs(run, node)))
 
 
 def _checked(

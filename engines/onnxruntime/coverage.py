@@ -99,18 +99,10 @@ def _count_integer_matmul(node: Any, values: Any, original: Any, sites: set[Site
     coverage.int8.add(site)
     if weight != f"{site}.weight_codes":
         coverage.rewritten += 1
-        before = _codes(original, f"{site}.weight_codes").astype(np.int16)
+        before = original.initializers[f"{site}.weight_codes"].const_value.numpy().astype(np.int16)
         after = values[weight].const_value.numpy().astype(np.int16) - 128
         if not np.array_equal(before, after):
             coverage.changed.append(site)
-
-
-def _codes(graph: Any, name: str) -> Any:
-    """Return codes of the canonical graph: stored, or for a tied head those of the embedding behind a Transpose."""
-    if name in graph.initializers:
-        return graph.initializers[name].const_value.numpy()
-    (transpose,) = (node for node in graph if node.outputs[0].name == name)
-    return transpose.inputs[0].const_value.numpy().T
 
 
 def _is_dequantized(value: Any) -> bool:

@@ -6,6 +6,10 @@ instead: the same codes and exact sums, in kernels that are half as fast where V
 A bundle moves from machine to machine, so the first session of a process multiplies one linear of extreme codes in each
 way, and the sessions take the first way that agrees with integer arithmetic, which is the faster one.
 
+A tied head on the codes of an INT8 embedding has a kernel of its own, MatMulNBits. By default it multiplies uint8
+weights by int8 activations, and is tried in the same way; where it is not exact, the sessions take the slow one with
+float32 activations (``session.qdq_matmulnbits_accuracy_level``).
+
 The verdict is kept for the process and no longer: finding it takes a few milliseconds, and a file could outlive the
 machine it is true for.
 """
@@ -17,8 +21,9 @@ from functools import lru_cache
 from typing import Any
 
 from cushion_deploy.core.dtypes import FloatArray
+from cushion_deploy.core.schemes import EMBEDDING_BLOCK
 from cushion_deploy.engines.extreme_codes import extreme_products, extreme_weights, is_exact
-from cushion_deploy.engines.one_linear import one_linear
+from cushion_deploy.engines.one_linear import one_head, one_linear
 from cushion_deploy.errors import CheckFailed
 
 SESSION_CONFIG = {
@@ -32,16 +37,21 @@ WAYS = {"0": "uint8 activations x int8 weights", "1": "uint8 activations x uint8
 """Values of that setting with what they multiply, the faster one first."""
 
 
+HEAD_ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
+INT8_HEAD, FLOAT_HEAD = "4", "1"
+"""Values of that setting: activations of 8 bits, and the slow kernel that has float32 ones."""
+
+
 @lru_cache(maxsize=1)
 def exact_kernels() -> Mapping[str, str]:
-    """Return the config entry with which integer sums are exact on this processor.
+    """Return the config entries with which integer sums are exact on this processor.
 
     Raises:
         CheckFailed: no setting makes them exact.
     """
     for value in WAYS:
         if adds_exactly(value):
-            return {UINT8_WEIGHTS: value}
+            return {UINT8_WEIGHTS: value, HEAD_ACTIVATIONS: INT8_HEAD if head_adds_exactly() else FLOAT_HEAD}
     raise CheckFailed(
         "ONNX Runtime adds products of INT8 codes wrongly on this processor, whatever the setting",
         hint="use the pinned version of onnxruntime, and report this with the name of the processor",
@@ -58,17 +68,25 @@ def kernels_in_words() -> str:
 def adds_exactly(value: str) -> bool:
     """Return whether a linear has the sums of integer arithmetic with a value of :data:`UINT8_WEIGHTS`."""
     weights = extreme_weights()
-    return all(is_exact(codes, weights, found) for codes, found in _products(weights, value))
+    products = _products(weights, one_linear(weights), {UINT8_WEIGHTS: value})
+    return all(is_exact(codes, weights, found) for codes, found in products)
 
 
-def _products(weights: Any, value: str) -> Iterator[tuple[Any, FloatArray]]:
-    """Yield codes int8 ``[rows, in]``, and what ONNX Runtime computes of them with ``weights``."""
+def head_adds_exactly() -> bool:
+    """Return whether a head that reads codes by block has the sums of integer arithmetic with 8-bit activations."""
+    weights = extreme_weights()
+    products = _products(weights, one_head(weights, EMBEDDING_BLOCK), {HEAD_ACTIVATIONS: INT8_HEAD})
+    return all(is_exact(codes, weights, found) for codes, found in products)
+
+
+def _products(weights: Any, model: bytes, config: Mapping[str, str]) -> Iterator[tuple[Any, FloatArray]]:
+    """Yield codes int8 ``[rows, in]``, and what ONNX Runtime computes of them with a model of ``weights``."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    for key, entry in {**SESSION_CONFIG, UINT8_WEIGHTS: value}.items():
+    for key, entry in {**SESSION_CONFIG, **config}.items():
         options.add_session_config_entry(key, entry)
-    session = ort.InferenceSession(one_linear(weights), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     yield from extreme_products(lambda codes: session.run(None, {"x": codes})[0])

@@ -11,6 +11,9 @@ from cushion_deploy.errors import MissingDependency, UsageError
 
 GPU_DISTRIBUTION = "onnxruntime-gpu"
 DISTRIBUTIONS = ("onnxruntime", GPU_DISTRIBUTION)
+HEAD_KERNEL = (1, 25)
+"""First version that fuses the MatMul of a head with the DQ of INT8 codes with scales by block; older ones dequantize
+the whole table in every step."""
 CHUNK = 128
 """Most prompt tokens in one call by default."""
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
@@ -138,6 +141,15 @@ def import_onnxruntime() -> Any:
     except ImportError as e:
         raise MissingDependency("onnxruntime is not installed", hint=CPU.install) from e
     return onnxruntime
+
+
+def has_head_kernel() -> bool:
+    """Return whether the installed version has :data:`HEAD_KERNEL`; True if none is installed."""
+    try:
+        major, minor = installed_version(CPU).split(".")[:2]
+    except MissingDependency:
+        return True
+    return (int(major), int(minor)) >= HEAD_KERNEL
 
 
 def installed_version(provider: Provider) -> str:

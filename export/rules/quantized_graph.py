@@ -67,18 +67,12 @@ class QuantizedGraph:
         gathers = [(node, stored(node.inputs[0])) for node in self.of("Gather")]
         return [node for node, tensor in gathers if tensor is not None and tensor.dtype == ir.DataType.INT8]
 
-    @cached_property
-    def table_dqs(self) -> list[ir.Node]:
-        """Every DQ of a stored table that a Gather reads, possibly through a Cast."""
-        nodes = [node for node in self.of(DQ) if stored(node.inputs[0]) is not None]
-        return [node for node in nodes if "Gather" in _readers_behind_cast(node.outputs[0])]
-
     def _is_tied_head(self, product: ir.Node) -> bool:
         """Whether a product of a floating-point activation reads the codes of the embedding."""
         dq, rows = dq_of(product.inputs[1]), {node.inputs[0] for node in self.row_gathers}
         if dq is None or dq_of(product.inputs[0]) is not None:
             return False
-        return dq in self.table_dqs or untransposed(dq.inputs[0])[0] in rows
+        return untransposed(dq.inputs[0])[0] in rows
 
     @cached_property
     def weights(self) -> list[QuantizedWeight]:
@@ -131,12 +125,10 @@ def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
     return ir.convenience.get_const_tensor(value)
 
 
-def _readers_behind_cast(value: ir.Value) -> list[str]:
-    """Return the operators that read a value, and those that read it through a Cast."""
-    readers = list(value.consumers())
-    for cast in [reader for reader in readers if reader.op_type == "Cast"]:
-        readers += cast.outputs[0].consumers()
-    return [reader.op_type for reader in readers]
+def uncast(value: ir.Value | None) -> ir.Value | None:
+    """Return the value behind a Cast, or the value itself if there is none."""
+    producer = None if value is None else value.producer()
+    return producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
 
 
 def untransposed(value: ir.Value | None) -> tuple[ir.Value | None, bool]:

@@ -23,7 +23,7 @@ def _check(graph: QuantizedGraph, node: ir.Node) -> Iterator[Violation]:
         if node.op_type == Q:
             yield Violation(name_of(node), "has no zero point and quantizes to uint8", REMEDY)
         return
-    tensor = stored(zero)
+    tensor = _constant(zero)
     if tensor is None:
         yield Violation(name_of(node), f"computes its zero point '{zero.name}'", REMEDY)
     elif tensor.dtype != ir.DataType.INT8:
@@ -31,6 +31,14 @@ def _check(graph: QuantizedGraph, node: ir.Node) -> Iterator[Violation]:
     elif tensor.numpy().any():
         worst = int(np.abs(tensor.numpy().astype(np.int64)).max())
         yield Violation(name_of(node), f"has a zero point other than 0 (up to {worst} in magnitude)", REMEDY)
+
+
+def _constant(value: ir.Value) -> ir.TensorProtocol | None:
+    """Return the tensor of a stored value, or the one element that a ConstantOfShape repeats."""
+    producer = value.producer()
+    if producer is None or producer.op_type != "ConstantOfShape" or "value" not in producer.attributes:
+        return stored(value)
+    return producer.attributes["value"].as_tensor()
 
 
 ZERO_POINTS = Rule("zero-points", _subjects, _check)

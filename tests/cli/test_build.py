@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +130,71 @@ def test_dry_run_writes_nothing(cli: Any, tiny_folder: Path, small: list[str], t
         assert word in done.out
 
 
+def stages_of(cli: Any, *options: object) -> dict[str, bool]:
+    """Return the stages of a dry run, and whether each is finished."""
+    done = cli("build", *options, "--engine", "onnxruntime", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    return {stage["stage"]: stage["finished"] for stage in done.json["stages"]}
+
+
 def test_dry_run_as_json_is_one_object(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
     done = cli(
         "build", *planted_bundle.options, "--output", tmp_path / "o", "--engine", "onnxruntime", "--dry-run", "--json"
     )
     assert done.code == 0
-    assert {"search", "smooth", "calibrate", "export", "engine-onnxruntime", "parity"} <= set(done.json["stages"])
-    assert "tune" not in done.json["stages"]
+    stages = [stage["stage"] for stage in done.json["stages"]]
+    assert {"search", "smooth", "calibrate", "export", "engine-onnxruntime", "parity"} <= set(stages)
+    assert "tune" not in stages
     assert done.json["output"] == str(tmp_path / "o")
+    assert done.json["engines"] == ["onnxruntime"]
+
+
+def test_dry_run_says_what_an_earlier_build_has_finished(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    options = [*planted_bundle.options, "--output", tmp_path / "o"]
+    assert set(stages_of(cli, *options).values()) == {True}
+    # Another percentile needs other scales, and everything behind them; the search and smoothing stay as they are.
+    later = stages_of(cli, *options, "--set", "calibration.percentile=99.5")
+    assert {name for name, finished in later.items() if finished} >= {"tokenizer", "search", "smooth"}
+    assert not any(later[name] for name in ("calibrate", "export", "engine-onnxruntime", "evaluate", "parity"))
+
+
+def test_dry_run_keeps_a_damaged_stage_and_says_that_it_runs_again(
+    cli: Any, planted_bundle: Any, tmp_path: Path
+) -> None:
+    work = shutil.copytree(planted_bundle.work, tmp_path / "work")
+    damaged = list((work / "stages" / "calibrate").glob("*/scales.json"))
+    for scales in damaged:
+        scales.write_text(scales.read_text() + " ")
+    options = [*planted_bundle.options, "--work-dir", work, "--output", tmp_path / "o"]
+    found = stages_of(cli, *options)
+    assert not found["calibrate"]
+    assert found["search"]
+    assert damaged
+    assert all(scales.is_file() for scales in damaged)
+    assert not found["parity"], "nothing behind an unfinished stage is known to be finished"
+
+
+def test_dry_run_refuses_what_a_build_would(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    options = [*planted_bundle.options, "--output", tmp_path / "o", "--engine", "onnxruntime", "--dry-run"]
+    calibration = options[options.index("--calib-data") + 1]
+    same = cli("build", *options, "--eval-data", calibration)
+    assert (same.code, "is also the calibration text" in same.err) == (2, True)
+    long = cli("build", *options, "--set", "search.text_tokens=100000")
+    assert (long.code, "search.text_tokens is 100000" in long.err) == (2, True)
+    # A text sampled from the model is not known before.
+    sampled = ["--calib-data", "self", "--eval-data", calibration]
+    assert cli("build", *options, *sampled, "--work-dir", tmp_path / "w").code == 0
+
+
+def test_dry_run_says_that_the_disk_is_too_small(
+    cli: Any, planted_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10_000, 9_999, 1))
+    options = [*planted_bundle.options, "--output", tmp_path / "o", "--engine", "onnxruntime", "--dry-run"]
+    assert cli("build", *options).code == 0, "everything is finished"
+    done = cli("build", *options, "--set", "export.opset=18")
+    assert (done.code, "not enough disk space" in done.err) == (2, True)
 
 
 def test_dry_run_finds_bad_input(cli: Any, tiny_folder: Path, tmp_path: Path) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
+import shutil
 import signal
+import ssl
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -31,7 +37,7 @@ def process(start: Any, planted_bundle: Any) -> Iterator[Callable[..., Any]]:
         child = start(DRIVER, planted_bundle.bundle, "--port", "0", *options)
         started.append(child)
         line = child.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        found = re.search(r"https?://127\.0\.0\.1:\d+", line)
         assert found, line + child.stderr.read()
         return child, found[0], line
 
@@ -102,3 +108,54 @@ def test_a_bundle_of_the_hub_has_its_name_there(cli: Any, planted_bundle: Any, m
     assert done.code == 0, done.err
     assert done.out.startswith("serving org/name on ")
     assert asked == [("org/name", "v1")]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a certificate of 127.0.0.1, signed by itself, and its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("the openssl command, which makes a certificate, is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    name = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run([openssl, "req", "-x509", *kind, *name, *files], check=True, capture_output=True)
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def test_a_certificate_makes_it_https_and_connections_are_kept(process: Any, certificate: tuple[Path, Path]) -> None:
+    cert, key = certificate
+    _, url, _ = process("--tls-cert", str(cert), "--tls-key", str(key), "--model-name", "m")
+    context = ssl.create_default_context(cafile=str(cert))
+    address = urlsplit(url)
+    assert address.scheme == "https"
+    connection = http.client.HTTPSConnection(str(address.hostname), address.port, context=context, timeout=30)
+    body = json.dumps({"model": "m", "prompt": "A", "max_tokens": 2})
+    for stream in ("false", "true", "false"):
+        text = body[:-1] + f', "stream": {stream}}}'
+        connection.request("POST", "/v1/completions", text, {"Content-Type": "application/json"})
+        sock = connection.sock
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        assert response.read()
+        assert connection.sock is sock  # http.client drops it where the answer ends the connection
+    connection.close()
+    with pytest.raises(httpx2.TransportError):
+        httpx2.get(url.replace("https", "http") + "/health")
+
+
+def test_files_that_make_no_tls_are_refused_in_words(
+    cli: Any, planted_bundle: Any, certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    cert, key = certificate
+    broken = tmp_path / "key.pem"
+    broken.write_text("-----BEGIN PRIVATE KEY-----\nx\n-----END PRIVATE KEY-----\n")
+    for options, words in [
+        (["--tls-cert", cert], "belong together"),
+        (["--tls-cert", cert, "--tls-key", tmp_path / "missing"], "No such file"),
+        (["--tls-cert", cert, "--tls-key", broken], "TLS cannot use"),
+        (["--tls-cert", key, "--tls-key", key], "TLS cannot use"),
+    ]:
+        done = cli("serve", planted_bundle.bundle, "--port", "0", *options)
+        assert (done.code, words in done.err, "Traceback" in done.err) == (2, True, False), done.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import platform
 import re
 import shutil
 from importlib import import_module
@@ -13,13 +14,16 @@ from typing import Any
 
 import click
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 from junitparser import JUnitXml
 from safetensors.numpy import load_file
 
 from cushion_deploy.cli.main import VERBS
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.store import publish, staging_area, verify_bundle
+from cushion_deploy.store.manifest import tool_version
 
 PACKAGE = Path(__file__).parents[2] / "cushion_deploy"
 COMMANDS: dict[str, click.Command] = {verb: import_module(f"cushion_deploy.cli.{verb}").command for verb in VERBS}
@@ -258,7 +262,19 @@ def test_help_lists_every_verb(cli: Any) -> None:
     for verb, words in VERBS.items():
         assert re.search(rf"^  {verb} +{re.escape(words)}", shown.out, re.MULTILINE)
     assert "Exit codes" in shown.out
-    assert cli("--version").out.startswith("cushion-deploy")
+
+
+def test_the_version_has_what_a_bug_report_needs(cli: Any) -> None:
+    shown = cli("--version")
+    assert shown.code == 0
+    first, second, *libraries = shown.out.splitlines()
+    assert first == f"cushion-deploy, version {tool_version()}"
+    assert platform.python_version() in second
+    assert platform.machine() in second
+    found = dict(line.split(" ", 1) for line in libraries)
+    assert found["torch"] == torch.__version__
+    assert found["onnxruntime"] == onnxruntime.__version__
+    assert {"tensorrt", "tensorrt-rtx"} <= set(found)
 
 
 @pytest.mark.parametrize("verb", VERBS)

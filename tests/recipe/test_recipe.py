@@ -64,7 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "calibration": {"data": None, "estimator": "percentile", "percentile": 99.9995, "windows": 32, "window": None},
     "export": {
         "quantize_head": False,
-        "embedding": "float",
+        "embedding": "auto",
         "keep_float": [],
         "opset": None,
         "prefix": "baked",

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from tiny_llama import bundle_path, session, tiny, tokenizer, write_llama
+from tiny_llama import any_tokenizer, bundle_path, session, tiny, tokenizer, write_llama
 
 from cushion_deploy.runtime import TextGenerator, load, open_bundle
 from cushion_deploy.runtime.engine import open_engine
@@ -22,7 +22,7 @@ from cushion_deploy.serve.engine import Engine, EngineSettings
 from cushion_deploy.serve.metrics import Metrics
 from cushion_deploy.serve.server import Server, bind
 
-__all__ = ["bundle_path", "session", "tiny", "tokenizer"]
+__all__ = ["any_tokenizer", "bundle_path", "session", "tiny", "tokenizer"]
 
 
 @pytest.fixture(scope="session")

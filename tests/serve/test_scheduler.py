@@ -136,6 +136,26 @@ def test_a_long_prompt_delays_others_by_one_chunk_at_a_time(tiny: Any, tokenizer
     assert len(desk.got[short.key]) >= 8
 
 
+def test_short_prompts_share_a_chunk_but_no_more_calls_than_fit_into_its_time(tiny: Any, tokenizer: Any) -> None:
+    desk = Desk(BatchedRows(tiny.session(), 9, KvPool(0)), tokenizer, Limits(chunk=128))
+    (running,) = desk.submit(request([5, 6], 20))
+    desk.scheduler.step()
+    jobs = desk.submit(*[request([7 + i, 8, 9], 4) for i in range(6)])
+    answered = []
+    for _ in range(2):
+        before = len(desk.got[running.key])
+        desk.scheduler.step()
+        assert len(desk.got[running.key]) == before + 1
+        answered.append(sum(bool(desk.got[job.key]) for job in jobs))
+    assert answered == [4, 6]  # a call counts as at least 32 of 128 tokens
+    (longer, other) = desk.submit(request(list(range(3, 63)), 1), request(list(range(3, 53)), 1))
+    desk.scheduler.step()
+    assert [bool(desk.got[job.key]) for job in (longer, other)] == [True, True]
+    desk.run()
+    for job in (*jobs, longer, other):
+        assert desk.tokens(job) == expected(tiny, tokenizer, job.sequence.request)[0]
+
+
 def test_a_cancelled_sequence_leaves_at_the_next_step_and_the_others_go_on(tiny: Any, tokenizer: Any) -> None:
     desk = Desk(BatchedRows(tiny.session(), 2, KvPool(0)), tokenizer)
     requests = [request([5, 6, 7], 12), request([8], 12), request([9, 10], 12)]

@@ -81,7 +81,7 @@ def test_a_change_runs_again_what_it_decides_and_nothing_else(one_run: MakeRun) 
         graph_of(one)
         return reused(one)
 
-    everything = {"search": True, "smooth": True, "calibrate": True, "export": True}
+    everything = {"embedding": True, "search": True, "smooth": True, "calibrate": True, "export": True}
     assert set(run().values()) <= {True, False}
     assert run() == everything
     # Smoothing reads no range estimator.
@@ -89,7 +89,7 @@ def test_a_change_runs_again_what_it_decides_and_nothing_else(one_run: MakeRun) 
     assert run(calibration__windows=3) == {**everything, "smooth": False, "calibrate": False, "export": False}
     assert run(smoothing__alpha=0.7) == {**everything, "smooth": False, "calibrate": False, "export": False}
     nothing = {"smoothing__alpha": None, **{f"smoothing__{name}": 0 for name in ROTATIONS}}
-    assert run(**nothing) == {"search": True, "calibrate": False, "export": False}
+    assert run(**nothing) == {"embedding": True, "search": True, "calibrate": False, "export": False}
     assert run(search__tau=0.6)["search"] is False
     assert run(export__quantize_head=True, calibration__estimator="max")["calibrate"] is True
     assert run(evaluation__max_tokens=128, parity__tokens=16) == everything
@@ -144,7 +144,7 @@ def test_a_failure_leaves_no_bundle_and_keeps_what_was_finished(
     assert [p.name for p in tmp_path.iterdir()] == ["work"]
     again = one_run(tmp_path / "work")
     graph_of(again)
-    assert reused(again) == {"search": True, "smooth": True, "calibrate": True, "export": True}
+    assert reused(again) == dict.fromkeys(("embedding", "search", "smooth", "calibrate", "export"), True)
     # An engine that cannot be compiled is known before the model is evaluated.
     assert not {kept.name.partition("-")[0] for kept in (tmp_path / "work" / "stages").iterdir()} & {
         "evaluate",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from one_run import OneRun
+from safetensors.numpy import load_file, save_file
 
 from cushion_deploy.core.artifacts import SMOOTHING_FILE, write_smoothing
 from cushion_deploy.core.schemes import QuantScheme
@@ -216,6 +217,30 @@ def test_sites_are_compared_on_windows_that_fit_behind_the_prefix(one_run: MakeR
     assert max(lengths) + found.prefix.length <= 256
 
 
+@pytest.mark.parametrize(("exact", "kernel"), [(True, True), (True, False), (False, True)])
+def test_an_embedding_becomes_codes_by_itself_only_if_they_are_exact_and_have_a_kernel(
+    exact: bool, kernel: bool, one_run: MakeRun, planted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(planted_folder, tmp_path / "model")
+    if exact:
+        tensors = load_file(folder / "model.safetensors")
+        blocks = tensors["model.embed_tokens.weight"].reshape(-1, 32)
+        scales = (np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+        tensors["model.embed_tokens.weight"] = (np.rint(blocks / scales).clip(-127, 127) * scales).reshape(
+            tensors["model.embed_tokens.weight"].shape
+        )
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("cushion_deploy.stages.pipeline.has_head_kernel", lambda: kernel)
+
+    def chosen(**settings: object) -> bool:
+        one = one_run(model=str(folder), **settings)
+        return bool(one.run.get(one.pipeline.whole_scheme).int8_embedding)
+
+    assert chosen() is (exact and kernel)
+    assert chosen(export__embedding="int8")
+    assert not chosen(export__embedding="float")
+
+
 def test_a_build_with_an_int8_embedding_holds_the_ladder(
     one_run: MakeRun, planted_folder: Path, tmp_path: Path
 ) -> None:
@@ -231,5 +256,6 @@ def test_a_build_with_an_int8_embedding_holds_the_ladder(
         row for row in report.parity if row.rung == "onnxruntime kernels against fake-quant" and "logit" in row.metric
     )
     assert kernels.limit == TIED_HEAD_LOGITS
+    assert kernels.value < TIED_HEAD_LOGITS / 2
     plain = one_run().build(tmp_path / "float")
     assert all("embedding" not in row.rung for row in plain.parity)

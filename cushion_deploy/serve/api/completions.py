@@ -12,7 +12,7 @@ from pydantic import Field
 from cushion_deploy.serve.api.answer import Answer, Choice
 from cushion_deploy.serve.api.errors import ApiError, unsupported
 from cushion_deploy.serve.api.parameters import GenerationParameters, as_literal, require_model, sequences
-from cushion_deploy.serve.api.token_text import TokenText
+from cushion_deploy.serve.api.token_text import TextOffsets, TokenText
 from cushion_deploy.serve.engine import Engine
 from cushion_deploy.serve.request import SequenceRequest, TokenLogprob
 
@@ -83,42 +83,36 @@ class CompletionForm:
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """Return a finished answer."""
-        choices = [self._choice(i, c.text, c.tokens, c.end, 0) for i, c in enumerate(answer.choices)]
+        choices = [self._choice(i, c, TextOffsets(self._tokens)) for i, c in enumerate(answer.choices)]
         return {**self._head, "choices": choices, "usage": answer.usage(self._body.choices)}
 
     async def chunks(self, answer: Answer) -> AsyncIterator[dict[str, Any]]:
         """Yield the chunks of a stream."""
         more = {"usage": None} if self._body.include_usage else {}
         held = [Choice() for _ in answer.choices]
-        offsets = [0] * len(held)
+        offsets = [TextOffsets(self._tokens) for _ in held]
         async for i, delivery in answer.deliveries():
             held[i].add(delivery)
             if not delivery.text and delivery.end is None:
                 continue
-            c = held[i]
-            yield {**self._head, "choices": [self._choice(i, c.text, c.tokens, c.end, offsets[i])], **more}
-            offsets[i] += len(c.text)
+            yield {**self._head, "choices": [self._choice(i, held[i], offsets[i])], **more}
             held[i] = Choice()
         if self._body.include_usage:
             yield {**self._head, "choices": [], "usage": answer.usage(self._body.choices)}
 
-    def _choice(self, index: int, text: str, tokens: list[TokenLogprob], end: str, offset: int) -> dict[str, Any]:
+    def _choice(self, index: int, choice: Choice, offsets: TextOffsets) -> dict[str, Any]:
         wanted = self._body.logprobs is not None
         return {
             "index": index,
-            "text": text,
-            "logprobs": self._logprobs(tokens, offset) if wanted else None,
-            "finish_reason": FINISH.get(end),
+            "text": choice.text,
+            "logprobs": self._logprobs(choice.tokens, offsets) if wanted else None,
+            "finish_reason": FINISH.get(choice.end),
         }
 
-    def _logprobs(self, tokens: list[TokenLogprob], offset: int) -> dict[str, Any]:
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(self._tokens.text_of(token.token_id))
+    def _logprobs(self, tokens: list[TokenLogprob], offsets: TextOffsets) -> dict[str, Any]:
         return {
             "tokens": [self._tokens.text_of(t.token_id) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
             "top_logprobs": [{self._tokens.text_of(i): p for i, p in t.top} for t in tokens],
-            "text_offset": offsets,
+            "text_offset": [offsets.next(t.token_id) for t in tokens],
         }

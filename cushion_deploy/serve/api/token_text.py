@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 
@@ -47,6 +48,10 @@ class TokenText:
             return bytes([int(found[1], 16)])
         return str(token).replace("\u2581", " ").encode()
 
+    def is_special(self, token_id: int) -> bool:
+        """Return whether a token is no part of a text, as the end of it."""
+        return token_id in self._special
+
     def text_of(self, token_id: int) -> str:
         """Return the text of a token; bytes that are no whole character are written as hexadecimal escapes."""
         raw = self.bytes_of(token_id)
@@ -54,3 +59,23 @@ class TokenText:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
+
+
+class TextOffsets:
+    """Where the tokens of an answer begin in its text, in characters; a part of a character begins where that does.
+
+    Args:
+        tokens: the vocabulary.
+    """
+
+    def __init__(self, tokens: TokenText) -> None:
+        """Start at the beginning of an answer."""
+        self._tokens, self._offset = tokens, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, token_id: int) -> int:
+        """Return the offset of the next token."""
+        offset = self._offset
+        if not self._tokens.is_special(token_id):
+            self._offset += len(self._decoder.decode(self._tokens.bytes_of(token_id)))
+        return offset

@@ -13,15 +13,20 @@ import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from cushion_deploy.engines.one_linear import one_linear
+from cushion_deploy.engines.one_linear import one_head, one_linear
 from cushion_deploy.engines.onnxruntime import kernels
 from cushion_deploy.engines.onnxruntime.kernels import (
+    FLOAT_HEAD,
+    HEAD_ACTIVATIONS,
+    INT8_HEAD,
     UINT8_WEIGHTS,
     WAYS,
     adds_exactly,
     exact_kernels,
+    head_adds_exactly,
     kernels_in_words,
 )
+from cushion_deploy.engines.onnxruntime.settings import has_head_kernel
 from cushion_deploy.errors import CheckFailed
 
 
@@ -52,6 +57,41 @@ def test_the_bytes_are_a_valid_model_of_one_linear(shape: tuple[int, int]) -> No
     x = rng.integers(-127, 128, (5, shape[0])).astype(np.float32)
     (found,) = ReferenceEvaluator(model).run(None, {"x": x})
     np.testing.assert_array_equal(found, x @ weights.astype(np.float32))
+
+
+def test_the_bytes_are_a_valid_model_of_one_head() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-127, 128, (64, 7), dtype=np.int8)
+    model = onnx.load_from_string(one_head(weights, 32))
+    onnx.checker.check_model(model, full_check=True)
+    x = rng.integers(-127, 128, (5, 64)).astype(np.float32)
+    (found,) = ReferenceEvaluator(model).run(None, {"x": x})
+    np.testing.assert_array_equal(found, x @ weights.astype(np.float32))
+
+
+@pytest.mark.skipif(not has_head_kernel(), reason="this ONNX Runtime has no kernel for the head")
+@pytest.mark.parametrize("level", [INT8_HEAD, FLOAT_HEAD])
+def test_onnx_runtime_multiplies_a_head_in_the_kernel_that_the_setting_names(level: str, tmp_path: Any) -> None:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(HEAD_ACTIVATIONS, level)
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(one_head(np.ones((64, 8), np.int8), 32), options, providers=["CPUExecutionProvider"])
+    (product,) = onnx.load(tmp_path / "optimized.onnx").graph.node
+    assert product.op_type == "MatMulNBits"
+    assert {a.name: a.i for a in product.attribute}["accuracy_level"] == int(level)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("1.24.4", False), ("1.25.0", True), ("1.31.1", True), ("2.0", True)]
+)
+def test_the_kernel_of_a_head_is_known_by_the_version(
+    version: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    assert has_head_kernel() is expected
 
 
 @pytest.mark.parametrize("value", WAYS)
@@ -91,17 +131,19 @@ def test_sessions_still_flush_subnormals_in_a_process_that_tried_its_kernels_fir
 
 @pytest.mark.usefixtures("untried")
 def test_what_is_chosen_here_is_exact_and_the_first_that_is() -> None:
-    (value,) = exact_kernels().values()
-    assert adds_exactly(value)
-    assert value == "0" or not adds_exactly("0")
+    found = exact_kernels()
+    assert adds_exactly(found[UINT8_WEIGHTS])
+    assert found[UINT8_WEIGHTS] == "0" or not adds_exactly("0")
+    assert (found[HEAD_ACTIVATIONS] == INT8_HEAD) is head_adds_exactly()
     assert "exact in a test" in kernels_in_words()
 
 
 def products_with(multiply: dict[str, Callable[[Any, Any], np.ndarray]]) -> Callable[..., Iterator[tuple[Any, Any]]]:
-    """Return a replacement of the run in ONNX Runtime: what each value of the setting computes of the same codes."""
+    """Return a replacement of the run in ONNX Runtime: what each value of a setting computes of the same codes."""
 
-    def products(weights: Any, value: str) -> Iterator[tuple[Any, Any]]:
+    def products(weights: Any, model: bytes, config: dict[str, str]) -> Iterator[tuple[Any, Any]]:
         codes = np.full((2, len(weights)), 127, dtype=np.int8)
+        (value,) = config.values()
         yield codes, multiply[value](codes, weights)
 
     return products
@@ -114,8 +156,8 @@ def exact(codes: Any, weights: Any) -> np.ndarray:
 
 @pytest.mark.usefixtures("untried")
 def test_a_processor_that_saturates_gets_uint8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_products", products_with({"0": saturating, "1": exact}))
-    assert exact_kernels() == {UINT8_WEIGHTS: "1"}
+    monkeypatch.setattr(kernels, "_products", products_with({"0": saturating, "1": exact, INT8_HEAD: saturating}))
+    assert exact_kernels() == {UINT8_WEIGHTS: "1", HEAD_ACTIVATIONS: FLOAT_HEAD}
     assert "in which uint8 activations x int8 weights was not" in kernels_in_words()
 
 
@@ -130,5 +172,6 @@ def test_a_processor_that_is_never_exact_is_refused(monkeypatch: pytest.MonkeyPa
 def test_the_kernels_are_tried_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     monkeypatch.setattr(kernels, "adds_exactly", lambda value: tried.append(value) or True)
-    assert exact_kernels() == exact_kernels() == {UINT8_WEIGHTS: "0"}
-    assert tried == ["0"]
+    monkeypatch.setattr(kernels, "head_adds_exactly", lambda: tried.append("head") or True)
+    assert exact_kernels() == exact_kernels() == {UINT8_WEIGHTS: "0", HEAD_ACTIVATIONS: INT8_HEAD}
+    assert tried == ["0", "head"]

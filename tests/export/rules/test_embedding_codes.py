@@ -12,24 +12,34 @@ from small_graph import Edit, insert, node, put, rewire
 from cushion_deploy.errors import CheckFailed
 from cushion_deploy.export.rules import check_graph
 
-ROWS, WIDTH = 7, 4
+ROWS, BLOCK = 7, 32
+WIDTH = 2 * BLOCK
 
 
 def whole() -> onnx.ModelProto:
     """Return a graph with an INT8 embedding that a tied head reads."""
     tensors = {
-        "codes": np.arange(ROWS * WIDTH).reshape(ROWS, WIDTH).astype(np.int8),
-        "scales": np.full(ROWS, 0.01, np.float32),
-        "column": np.array([-1, 1], np.int64),
+        "codes": (np.arange(ROWS * WIDTH).reshape(ROWS, WIDTH) % 128).astype(np.int8),
+        "scales": np.full((ROWS, 2), 2**-7, np.float16),
+        "blocks": np.array([0, 0, 2, BLOCK], np.int64),
+        "joined": np.array([0, 0, WIDTH], np.int64),
+        "last": np.array([-1], np.int64),
     }
     nodes = [
         helper.make_node("Gather", ["codes", "ids"], ["row_codes"], "rows"),
         helper.make_node("Cast", ["row_codes"], ["row_floats"], "cast", to=TensorProto.FLOAT),
-        helper.make_node("Reshape", ["scales", "column"], ["scale_column"], "reshape"),
-        helper.make_node("Gather", ["scale_column", "ids"], ["row_scales"], "row_scales"),
-        helper.make_node("Mul", ["row_floats", "row_scales"], ["x"], "multiply"),
+        helper.make_node("Reshape", ["row_floats", "blocks"], ["row_blocks"], "reshape"),
+        helper.make_node("Gather", ["scales", "ids"], ["row_halves"], "row_scales"),
+        helper.make_node("Cast", ["row_halves"], ["row_scales"], "widen", to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["row_scales", "last"], ["row_columns"], "unsqueeze"),
+        helper.make_node("Mul", ["row_blocks", "row_columns"], ["parts"], "multiply"),
+        helper.make_node("Reshape", ["parts", "joined"], ["x"], "join"),
         helper.make_node("Transpose", ["codes"], ["turned"], "transpose", perm=[1, 0]),
-        helper.make_node("DequantizeLinear", ["turned", "scales"], ["weight"], "weight_DQ", axis=1),
+        helper.make_node("Cast", ["scales"], ["wide"], "widen_all", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["wide"], ["turned_scales"], "transpose_scales", perm=[1, 0]),
+        helper.make_node(
+            "DequantizeLinear", ["turned", "turned_scales"], ["weight"], "weight_DQ", axis=0, block_size=BLOCK
+        ),
         helper.make_node("MatMul", ["x", "weight"], ["y"], "head"),
     ]
     graph = helper.make_graph(
@@ -39,7 +49,7 @@ def whole() -> onnx.ModelProto:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3, ROWS])],
         [numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=8)
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -58,7 +68,7 @@ def test_a_floating_point_embedding_is_refused_where_codes_are_expected() -> Non
     model = whole()
     put(model, "table", np.ones((ROWS, WIDTH), np.float32))
     rewire(model, "rows", 0, "table")
-    for name in ("transpose", "weight_DQ"):
+    for name in ("transpose", "widen_all", "transpose_scales", "weight_DQ"):
         model.graph.node.remove(node(model, name))
     put(model, "weight", np.ones((WIDTH, ROWS), np.float32))
     assert check(model, int8_embedding=False)["embedding-codes"] == 0
@@ -72,22 +82,23 @@ def other_ids(model: onnx.ModelProto) -> None:
 
 
 def other_head_scales(model: onnx.ModelProto) -> None:
-    put(model, "others", np.full(ROWS, 0.02, np.float32))
-    rewire(model, "weight_DQ", 1, "others")
+    put(model, "others", np.full((ROWS, 2), 0.02, np.float32))
+    rewire(model, "transpose_scales", 0, "others")
 
 
-def contracting_axis(model: onnx.ModelProto) -> None:
-    put(model, "others", np.full(WIDTH, 0.01, np.float32))
+def whole_rows(model: onnx.ModelProto) -> None:
+    put(model, "others", np.full(ROWS, 0.01, np.float32))
     rewire(model, "weight_DQ", 1, "others")
-    node(model, "weight_DQ").attribute[0].i = 0
+    attributes = {a.name: a for a in node(model, "weight_DQ").attribute}
+    attributes["axis"].i, attributes["block_size"].i = 1, 0
 
 
 def too_few(model: onnx.ModelProto) -> None:
-    put(model, "scales", np.full(ROWS - 1, 0.01, np.float32))
+    put(model, "scales", np.full((ROWS, 1), 0.01, np.float32))
 
 
 def zero_scale(model: onnx.ModelProto) -> None:
-    scales = np.full(ROWS, 0.01, np.float32)
+    scales = np.full((ROWS, 2), 0.01, np.float32)
     scales[2] = 0
     put(model, "scales", scales)
 
@@ -97,12 +108,12 @@ def second_reader(model: onnx.ModelProto) -> None:
 
 
 BROKEN: list[tuple[str, Edit]] = [
-    ("rows: is not multiplied by a stored scale of the same row", other_ids),
+    ("rows: is not multiplied by stored scales of the same row", other_ids),
     ("weight_DQ: has other scales than the rows of the embedding", other_head_scales),
-    ("weight_DQ: scales the contracting axis 0", contracting_axis),
-    (f"rows: has {ROWS - 1} scales for {ROWS} rows", too_few),
+    ("weight_DQ: does not scale the embedding by its blocks", whole_rows),
+    (f"rows: has scales of shape [{ROWS}, 1], not [{ROWS}, 2]", too_few),
     ("rows: has ", zero_scale),
-    ("rows: has scales of type DOUBLE", lambda m: put(m, "scales", np.full(ROWS, 0.01))),
+    ("rows: has scales of type DOUBLE", lambda m: put(m, "scales", np.full((ROWS, 2), 0.01))),
     ("identity: reads the codes of the embedding", second_reader),
     (
         "initializer table: stores the embedding a second time",
