@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from inspect import cleandoc
 
@@ -9,10 +10,26 @@ import click
 
 from cushion_deploy.cli.main import VERBS, cli
 
+_CODE = re.compile(r"(?::\w+:)?(`+)~?(.+?)\1")
+
+
+def code(text: str) -> str:
+    """Return a text as code, also within a table."""
+    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
+
 
 def cell(text: str) -> str:
-    """Return a text for a cell of a table, without anything that Markdown or HTML would interpret."""
-    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", " ".join(text.split()))
+    """Return a text for a cell of a table: code as code, and nothing else that Markdown or HTML would interpret."""
+    pieces, end, text = [], 0, " ".join(text.split())
+    for found in _CODE.finditer(text):
+        pieces += [plain(text[end : found.start()]), code(found[2])]
+        end = found.end()
+    return "".join([*pieces, plain(text[end:])])
+
+
+def plain(text: str) -> str:
+    """Return a text with what Markdown or HTML would interpret escaped."""
+    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
 
 
 def prose(text: str) -> str:
@@ -33,10 +50,18 @@ def section(verb: str) -> str:
     if command is None:
         raise ValueError(f"no command {verb}")
     own = click.Context(command, info_name=verb, parent=context)
-    lines = [f"## {verb}", "", "```", command.get_usage(own).removeprefix("Usage: "), "```", "", prose(command.help or "")]
+    lines = [
+        f"## {verb}",
+        "",
+        "```",
+        command.get_usage(own).removeprefix("Usage: "),
+        "```",
+        "",
+        prose(command.help or ""),
+    ]
     records = [r for p in command.get_params(own) if isinstance(p, click.Option) and (r := p.get_help_record(own))]
-    lines += ["", "| option | |", "| --- | --- |", *(f"| `{n.replace('|', '&#124;')}` | {cell(h)} |" for n, h in records)]
-    return "\n".join(lines).replace("&#124;", "\\|")
+    lines += ["", "| option | |", "| --- | --- |", *(f"| {code(n)} | {cell(h)} |" for n, h in records)]
+    return "\n".join(lines)
 
 
 def page() -> str:

@@ -42,5 +42,13 @@ def page() -> str:
             whole[name] = field
             continue
         fields = schema["$defs"][field["$ref"].rpartition("/")[2]]["properties"]
-        sections += [f"## {name}", "", Recipe.model_fields[name].description or "", "", *header, *rows(fields, f"{name}."), ""]
+        sections += [
+            f"## {name}",
+            "",
+            Recipe.model_fields[name].description or "",
+            "",
+            *header,
+            *rows(fields, f"{name}."),
+            "",
+        ]
     return "\n".join(["## Whole build", "", *header, *rows(whole, ""), "", *sections])

@@ -52,6 +52,7 @@ def section(name: str, schema: dict[str, Any]) -> str:
 
 
 def page() -> str:
-    """Return the sections of the report and of every object in it."""
+    """Return a link to the schema, and the sections of the report and of every object in it."""
     schema = Report.model_json_schema(mode="serialization")
-    return "\n\n".join([section("Report", schema), *(section(n, s) for n, s in sorted(schema.get("$defs", {}).items()))])
+    sections = [section("Report", schema), *(section(n, s) for n, s in sorted(schema.get("$defs", {}).items()))]
+    return "\n\n".join(["The schema: [report.schema.json](report.schema.json)", *sections])

@@ -1,4 +1,4 @@
-"""What mkdocs builds beyond the pages in docs/: the README as home page, and every file of the repository they link to."""
+"""What mkdocs builds beyond docs/: the README as home page, and every file of the repository that a page links to."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 HOME = "README.md"
 LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\()(?P<path>[^)\s#:]+)(?P<after>(?:#[^)\s]*)?\))")
+SHOWN = re.compile(r"<!-- file: (\S+) -->")
+ROLE = re.compile(r":(?:class|data|func|attr|meth|mod):(<code>)~?(?:[\w.]+\.)?(?=\w+</code>)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 GENERATED = {
     "<!-- generated: command line -->": command_line.page,
@@ -52,6 +54,12 @@ def linked(name: str) -> Iterator[str]:
         yield target(name, match["path"])
 
 
+def shown(match: re.Match[str]) -> str:
+    """Return the code block of a file that a page shows."""
+    path = ROOT / match[1]
+    return f"```{path.suffix.removeprefix('.')}\n{path.read_text()}```"
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the README, what is linked from any page, and the schema of report.json."""
     pages = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
@@ -78,8 +86,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         there = address(target(source, match["path"]))
         return match["before"] + posixpath.relpath(there, posixpath.dirname(here) or ".") + match["after"]
 
+    if here == "index.md":
+        page.meta["hide"] = ["navigation"]
     markdown = outside_code(markdown, lambda text: LINK.sub(relative, text))
+    markdown = SHOWN.sub(shown, markdown)
     for marker, make in GENERATED.items():
         if marker in markdown:
             markdown = markdown.replace(marker, make())
     return markdown
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Show what a docstring names by a role of Sphinx as code, by its last name."""
+    return ROLE.sub(r"\1", html)
