@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT := The three primary colours are
 
-.PHONY: demo test test-gpu lint types imports unit docs figures clean
+.PHONY: demo test test-gpu test-lowest lint types imports unit docs figures clean
 
 demo: $(VENV)/.demo $(MODEL)
 	$(BIN)/cushion-deploy build --model $(MODEL) --precision w8a8 --output demo
@@ -19,6 +19,11 @@ test: $(VENV)/.test $(VENV)/optimum/.done $(VENV)/onnxruntime/onnxruntime_c_api.
 # For a machine with an NVIDIA GPU; elsewhere it prints 'not run: no GPU'.
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu
+
+# The suite with the lowest versions that pyproject.toml admits (torch excepted, see there). TESTS=tests/export runs a
+# part. What old versions say about newer ones of others is not an error.
+test-lowest: $(VENV)/lowest/.done $(MODEL)
+	$(VENV)/lowest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning $(TESTS)
 
 lint:
 	$(BIN)/ruff check .
@@ -64,6 +69,13 @@ $(VENV)/optimum/.done: tests/optimum.txt $(VENV)/.test
 # For the example in C. Without npm, or without the package, its tests are skipped with the reason.
 $(VENV)/onnxruntime/onnxruntime_c_api.h: examples/c/fetch_headers.py
 	-$(PYTHON) examples/c/fetch_headers.py $(@D)
+$(VENV)/lowest/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)/lowest
+	$(VENV)/lowest/bin/python -m pip --disable-pip-version-check install -q uv
+	$(VENV)/lowest/bin/uv pip install -q --python $(VENV)/lowest/bin/python --resolution lowest-direct \
+		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) torch==2.13.0 \
+		-e '.[cpu,build,openvino,rtx,cuda,report,chat,hub,serve,eval,others,test]'
+	@touch $@
 
 $(MODEL): bench/fetch_model.py
 	$(PYTHON) bench/fetch_model.py $@

@@ -30,7 +30,7 @@ def main() -> None:
         if not (step.accepted or options.rejected):
             continue
         past = model.past(model.compute_prefix(trace.token_ids[: len(trace.seed_tokens) + number]))
-        sample = [int(t) for t in rng.choice(model.spec.vocab_size, size=options.sample, replace=False)]
+        sample = [int(t) for t in rng.choice(model.vocabulary, size=options.sample, replace=False)]
         drawn = draw_text(text, config.text_tokens, options.seed, number)
         scores = score_candidates(model, past, drawn, sample, config.objective, bits=config.bits, progress=run.progress)
         better = sum(score < step.best.objective for score in scores)

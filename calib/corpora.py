@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from cushion_deploy.core.dtypes import IntArray
+from cushion_deploy.calib.rows import FIELDS, Chat, Document, document_of
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.store.digests import digest_json
+from cushion_deploy.store.text_files import read_utf8
 
 Part = Literal["calibration", "evaluation"]
 HUB_CORPORA = {
@@ -26,6 +25,8 @@ BENCHMARKS = {"wikitext": 341_469}
 OWN_TEXT = "text sampled from the model"
 SAMPLED = {None: f"CPython language topics and {OWN_TEXT}", "self": OWN_TEXT}
 """Values of ``--calib-data`` whose text is sampled from the model, wholly or in part, and the name of that text."""
+SEPARATOR = "\n\n"
+"""What stands between two documents of plain text."""
 SHORTEST_PIECE = 2000
 """Characters that remain at least when a document is cut to mix two corpora."""
 MAX_HUB_DOCUMENTS = 2000
@@ -43,25 +44,76 @@ class Corpus:
 
     Attributes:
         name: name of the text, for reports.
-        documents: plain text of each document.
+        documents: text of each document; that of a conversation is as the chat template renders it.
+        separator: what stands between two documents.
+        said: the messages of users, if the documents are conversations.
     """
 
     name: str
     documents: tuple[str, ...]
+    separator: str = SEPARATOR
+    said: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the documents, and over the separator if it is not the usual one."""
+        found = list(self.documents)
+        return digest_json(found if self.separator == SEPARATOR else {"documents": found, "separator": self.separator})
+
+    @property
+    def text(self) -> str:
+        """All documents joined, plain text with a blank line (METHOD section 6)."""
+        return self.separator.join(self.documents)
+
+    @property
+    def prose(self) -> str:
+        """The text without what a chat template puts around messages: of conversations, what users say."""
+        return SEPARATOR.join(self.said) or self.text
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Documents as a file or data set has them, before a chat template has rendered the conversations.
+
+    Attributes:
+        name: name of the text, for reports.
+        documents: plain text or a conversation each.
+    """
+
+    name: str
+    documents: tuple[Document, ...]
 
     @property
     def digest(self) -> str:
         """SHA-256 over the documents."""
-        return digest_json(list(self.documents))
+        return digest_json([each if isinstance(each, str) else each.to_json() for each in self.documents])
 
     @property
-    def text(self) -> str:
-        """All documents joined with a blank line (METHOD section 6)."""
-        return "\n\n".join(self.documents)
+    def chats(self) -> tuple[Chat, ...]:
+        """The conversations."""
+        return tuple(each for each in self.documents if isinstance(each, Chat))
+
+    def rendered(self, render: Callable[[Chat], str]) -> Corpus:
+        """Return the corpus with every conversation rendered.
+
+        Conversations alone follow each other as they are rendered, because a template ends each of them.
+        """
+        documents = tuple(each if isinstance(each, str) else render(each) for each in self.documents)
+        only_chats = bool(documents) and len(self.chats) == len(documents)
+        return Corpus(self.name, documents, "" if only_chats else SEPARATOR, tuple(_said(self.chats)))
 
 
 def load_corpus(data: str | None, part: Part, sample: Callable[[], tuple[str, ...]] | None = None) -> Corpus:
-    """Return the corpus that ``--calib-data`` or ``--eval-data`` names.
+    """Return a corpus of plain text; see :func:`load_rows`.
+
+    Raises:
+        UsageError: also if a row is a conversation.
+    """
+    return load_rows(data, part, sample).rendered(_no_template)
+
+
+def load_rows(data: str | None, part: Part, sample: Callable[[], tuple[str, ...]] | None = None) -> Rows:
+    """Return the text that ``--calib-data`` or ``--eval-data`` names.
 
     Args:
         data: see ``VALID``; None for the offline default, whose two parts have no document in common. Half of its
@@ -73,30 +125,31 @@ def load_corpus(data: str | None, part: Part, sample: Callable[[], tuple[str, ..
         sample: draws documents from the model; None if there is no model.
 
     Raises:
-        UsageError: there is no such corpus, its file type or columns are not supported, or it is empty.
+        UsageError: there is no such corpus, its file type, columns or rows are not supported, it is not UTF-8, or it
+            is empty.
         MissingDependency: the hub cannot be reached, or a library is missing.
         UntrustedArtifact: a parquet file is damaged.
     """
     if data is None:
-        corpus = python_topics(part)
+        rows: Corpus | Rows = python_topics(part)
         if part == "calibration" and sample is not None:
-            corpus = interleaved(corpus, Corpus(OWN_TEXT, sample()), SAMPLED[None])
+            rows = interleaved(python_topics(part), Corpus(OWN_TEXT, sample()), SAMPLED[None])
     elif data == "self":
         if sample is None:
             raise UsageError("text sampled from the model cannot be used here", hint=f"give {VALID}")
-        corpus = Corpus(OWN_TEXT, sample())
-    elif Path(data).is_file():
-        corpus = _from_file(Path(data))
+        rows = Rows(OWN_TEXT, sample())
+    elif _is_file(data):
+        rows = _from_file(Path(data))
     elif data in HUB_CORPORA:
-        corpus = _from_hub(*HUB_CORPORA[data], part, whole=data in BENCHMARKS and part == "evaluation")
+        rows = _from_hub(*HUB_CORPORA[data], part, whole=data in BENCHMARKS and part == "evaluation")
     elif _HUB_ID.fullmatch(data) and not data.endswith(_SUFFIXES):
         name, _, config = data.partition(":")
-        corpus = _from_hub(name, config or None, part)
+        rows = _from_hub(name, config or None, part)
     else:
         raise UsageError(f"unknown data set '{data}': no such file or name", hint=f"give {VALID}")
-    if not corpus.text.strip():
-        raise UsageError(f"{corpus.name} holds no text", hint=f"give {VALID}")
-    return corpus
+    if not any(isinstance(each, Chat) or each.strip() for each in rows.documents):
+        raise UsageError(f"{rows.name} holds no text", hint=f"give {VALID}")
+    return Rows(rows.name, rows.documents)
 
 
 def python_topics(part: Part) -> Corpus:
@@ -125,119 +178,97 @@ def interleaved(first: Corpus, second: Corpus, name: str) -> Corpus:
     return Corpus(name, tuple(documents))
 
 
-def pack_windows(documents: list[IntArray], window: int, count: int, name: str) -> tuple[IntArray, IntArray]:
-    """Cut documents into windows and select up to ``count`` of them, spread evenly over the corpus.
-
-    Args:
-        documents: token ids int64 ``[n]`` of each document.
-        window: tokens per window; the last window of a document is padded on the right.
-        count: largest number of windows.
-        name: name of the corpus, for the error.
-
-    Returns:
-        ids and mask, int64 ``[windows, window]``; the mask is 0 on padding.
-
-    Raises:
-        UsageError: the corpus is shorter than one window.
-    """
-    total = sum(len(d) for d in documents)
-    if total < window:
-        raise UsageError(
-            f"{name} holds {total} tokens, fewer than one window of {window}",
-            hint="give more text, or a smaller window (calibration.window)",
-        )
-    pieces = _pieces(documents, window)
-    chosen = [pieces[i] for i in _spread(len(pieces), count)]
-    ids = np.zeros((len(chosen), window), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, piece in enumerate(chosen):
-        ids[row, : len(piece)], mask[row, : len(piece)] = piece, 1
-    return ids, mask
+def _is_file(data: str) -> bool:
+    try:
+        return Path(data).is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a null character, is no file
+        return False
 
 
-def other_pieces(documents: list[IntArray], window: int, count: int, most: int) -> list[IntArray]:
-    """Return up to ``most`` pieces, int64 ``[n]`` each, that :func:`pack_windows` does not select, spread evenly.
-
-    If it selects all, they are some of those.
-    """
-    pieces = _pieces(documents, window)
-    selected = set(_spread(len(pieces), count))
-    others = [i for i in range(len(pieces)) if i not in selected] or sorted(selected)
-    return [pieces[others[i]] for i in _spread(len(others), most)]
+def _said(chats: Sequence[Chat]) -> Iterator[str]:
+    """Yield the messages of users that are plain text."""
+    for chat in chats:
+        for message in chat.messages:
+            if message.get("role") == "user" and isinstance(message.get("content"), str):
+                yield message["content"]
 
 
-def _pieces(documents: list[IntArray], window: int) -> list[IntArray]:
-    """Return the windows of all documents, the last one of each shorter; very short ones are dropped."""
-    pieces = [d[i : i + window] for d in documents for i in range(0, len(d), window)]
-    return [p for p in pieces if len(p) >= min(window, 32)] or pieces
+def _no_template(chat: Chat) -> str:
+    raise UsageError(
+        f"{chat.where} is a conversation, which needs the chat template of a model", hint="give rows with a 'text'"
+    )
 
 
-def _spread(length: int, count: int) -> list[int]:
-    """Return up to ``count`` indices of a sequence, spread evenly."""
-    return [int(i) for i in np.unique(np.linspace(0, length - 1, min(count, length)).astype(int))]
-
-
-def _from_file(path: Path) -> Corpus:
+def _from_file(path: Path) -> Rows:
     if path.suffix not in _SUFFIXES:
         raise UsageError(f"{path.name}: files of type '{path.suffix}' are not supported", hint=f"give {VALID}")
     if path.suffix == ".parquet":
-        return Corpus(path.name, tuple(_parquet_texts(path)))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UsageError(f"{path.name} is not UTF-8 text ({e.reason})", hint="convert it to UTF-8") from e
+        return Rows(path.name, tuple(_parquet_documents(path)))
+    text = read_utf8(path)
     if path.suffix == ".jsonl":
-        return Corpus(path.name, tuple(_jsonl_texts(path.name, text)))
-    return Corpus(path.name, (text,))
+        return Rows(path.name, tuple(_jsonl_documents(path.name, text)))
+    # As text files are read everywhere: a line ends with a line feed.
+    return Rows(path.name, (text.replace("\r\n", "\n").replace("\r", "\n"),))
 
 
-def _jsonl_texts(name: str, text: str) -> list[str]:
-    found = []
+def _jsonl_documents(name: str, text: str) -> Iterator[Document]:
     # Not splitlines, which also splits at U+2028 and other separators that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise UsageError(
-                f"{name}, line {number}: no JSON object with a 'text' field", hint="write one such object per line"
-            ) from e
-        found.append(str(value))
-    return found
+        if line.strip():
+            where = f"{name}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                reason = "it is nested too deeply" if isinstance(e, RecursionError) else f"{e!s:.100}"
+                raise UsageError(f"{where}: not valid JSON ({reason})", hint="write one object per line") from e
+            yield document_of(row, where)
 
 
-def _parquet_texts(path: Path) -> list[str]:
+def _parquet_documents(path: Path) -> Iterator[Document]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as e:
         raise MissingDependency("reading parquet needs pyarrow", hint="pip install 'cushion-deploy[build]'") from e
     try:
-        if "text" not in pq.read_schema(path).names:
-            raise UsageError(f"{path.name} has no column 'text'", hint="rename the column that holds the text")
-        table = pq.read_table(path, columns=["text"])
-    except pa.ArrowException as e:
+        names = pq.read_schema(path).names
+        if not set(FIELDS) & set(names):
+            raise UsageError(
+                f"{path.name} has no column 'text', 'messages' or 'conversations', but {', '.join(names)[:200]}",
+                hint="rename the column that holds the text",
+            )
+        # The other columns are not read: they may be large.
+        table = pq.read_table(path, columns=[name for name in (*FIELDS, "tools", "system") if name in names])
+        rows = table.to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as e:
         raise UntrustedArtifact(f"{path.name} is not readable as parquet: {e}", hint="write the file again") from e
-    return [str(value) for value in table.column("text").to_pylist() if value]
+    for number, row in enumerate(rows, 1):
+        document = document_of(row, f"{path.name}, row {number}")
+        if document:
+            yield document
 
 
-def _from_hub(name: str, config: str | None, part: Part, *, whole: bool = False) -> Corpus:
+def _from_hub(name: str, config: str | None, part: Part, *, whole: bool = False) -> Rows:
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
     except ImportError as e:
         raise MissingDependency("hub data sets need datasets", hint="pip install 'cushion-deploy[build]'") from e
     split = "test" if whole else "train" if part == "calibration" else "validation"
+    title = f"{name} {config or ''} ({split})".replace("  ", " ")
     try:
-        rows: Any = load_dataset(name, config, split=split, streaming=True, trust_remote_code=False)
-        texts = [str(row["text"]) for row in islice(rows, None if whole else MAX_HUB_DOCUMENTS)]
-    except KeyError as e:
-        raise UsageError(f"data set '{name}' has no field 'text'", hint="give one with a field 'text'") from e
+        found: Any = load_dataset(name, config, split=split, streaming=True, trust_remote_code=False)
+        rows = list(islice(found, None if whole else MAX_HUB_DOCUMENTS))
     except (DatasetNotFoundError, ValueError) as e:
         raise UsageError(f"data set '{name}' cannot be read: {e}", hint=f"give {VALID}") from e
     except OSError as e:
         raise MissingDependency(
             f"data set '{name}' cannot be fetched from the hub", hint="check the network, or give a local file"
         ) from e
-    return Corpus(f"{name} {config or ''} ({split})".replace("  ", " "), tuple(t for t in texts if whole or t.strip()))
+    if rows and not set(FIELDS) & set(rows[0]):
+        raise UsageError(
+            f"data set '{name}' has no field 'text', 'messages' or 'conversations', but {', '.join(rows[0])[:200]}",
+            hint="give one with such a field",
+        )
+    documents = [document_of(row, f"{title}, row {number}") for number, row in enumerate(rows, 1)]
+    return Rows(title, tuple(d for d in documents if whole or isinstance(d, Chat) or d.strip()))

@@ -19,7 +19,8 @@ Counts = npt.NDArray[np.int64]
 class MagnitudeHistogram:
     """Histogram of absolute values on [0, limit]; the limit doubles until it covers all values.
 
-    Doubling merges bins in pairs, so the result does not depend on the order of the batches.
+    Doubling merges bins in pairs, so the result does not depend on the order of the batches; only a value that was
+    exactly the limit, which is in the last bin then, counts one bin lower than it would later.
 
     Attributes:
         limit: upper edge, a power of two; 0 before the first batch.

@@ -100,6 +100,7 @@ class DecoderGraph:
         x = self.embedding.rows(ids)
         if family.scaled_embedding:
             x = g.op("Mul", x, g.scalar(math.sqrt(self.spec.hidden_size)))
+        x = self._times(x, self.spec.embedding_factor)
         x = self._project(family.embedding_in, x)
         if family.position_embedding:
             rows = positions
@@ -112,10 +113,10 @@ class DecoderGraph:
     def _attention_block(self, i: int, x: ir.Value) -> ir.Value:
         g, spec, family = self.g, self.spec, self.family
         g.scope(f"layers.{i}.attn")
-        norm = f"{family.layer(i)}.{family.attention_norm}"
-        normed = self._norm(x, norm) if spec.norm_first else x
+        norm = f"{family.layer(i)}.{family.attention_norm}" if family.attention_norm else None
+        normed = self._norm(x, norm) if norm and spec.norm_first else x
         query_key, value = self._query_key_value(i, self._linear(layer_site(i, "attn.qkv"), normed))
-        if family.positions == "rotary":
+        if family.positions == "rotary" and i not in spec.unrotated:
             local = spec.local_rotary is not None and spec.window(i) > 0
             query_key = self.rotary["local_rotary" if local else "rotary"].rotate(query_key)
         query, key = g.ops("Split", 2, query_key, g.ints(spec.num_heads, spec.num_kv_heads), axis=1)
@@ -132,13 +133,19 @@ class DecoderGraph:
         """
         g, spec, family = self.g, self.spec, self.family
         heads, kv, size = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        if family.query_norm and family.norm_of_all_heads:
+            sizes = g.ints(heads * size, kv * size, kv * size)
+            whole = dict(zip(("query", "key", "value"), g.ops("Split", 3, packed, sizes, axis=-1), strict=True))
+            for part, path in (("query", family.query_norm), ("key", family.key_norm)):
+                whole[part] = self._norm(whole[part], f"{family.layer(i)}.{path}")
+            packed = g.op("Concat", *whole.values(), axis=-1)
         if family.qkv == "interleaved":
             parts = g.op("Reshape", packed, g.ints(0, 0, heads, 3, size))
             ordered = g.op("Transpose", parts, perm=[0, 3, 2, 1, 4])  # [B, 3, H, S, D]
             split = g.op("Reshape", ordered, g.ints(0, 3 * heads, -1, size))
         else:
             split = g.op("Transpose", g.op("Reshape", packed, g.ints(0, 0, heads + 2 * kv, size)), perm=[0, 2, 1, 3])
-        if not family.query_norm:
+        if not family.query_norm or family.norm_of_all_heads:
             query_key, value = g.ops("Split", 2, split, g.ints(heads + kv, kv), axis=1)
             return query_key, value
         query, key, value = g.ops("Split", 3, split, g.ints(heads, kv, kv), axis=1)
@@ -151,8 +158,8 @@ class DecoderGraph:
     def _mlp_block(self, i: int, x: ir.Value) -> ir.Value:
         g, spec, family = self.g, self.spec, self.family
         g.scope(f"layers.{i}.mlp")
-        norm = f"{family.layer(i)}.{family.mlp_norm}"
-        normed = self._norm(x, norm) if spec.norm_first else x
+        norm = f"{family.layer(i)}.{family.mlp_norm}" if family.mlp_norm else None
+        normed = self._norm(x, norm) if norm and spec.norm_first else x
         if family.gated:
             packed = self._linear(layer_site(i, "mlp.gate_up"), normed)
             gate, up = g.ops("Split", 2, packed, g.ints(*[spec.intermediate_size] * 2), axis=-1)
@@ -162,20 +169,23 @@ class DecoderGraph:
         out = self._linear(layer_site(i, "mlp.down"), hidden)
         return self._add_residual(i, x, out, norm, family.mlp_post_norm)
 
-    def _add_residual(self, i: int, x: ir.Value, out: ir.Value, norm: str, post_norm: str | None) -> ir.Value:
+    def _add_residual(self, i: int, x: ir.Value, out: ir.Value, norm: str | None, post_norm: str | None) -> ir.Value:
         """Return the residual stream with the output of a block added.
 
         Args:
             i: index of the layer.
             x: the residual stream ``[B, S, hidden]``.
             out: output of the block, same shape.
-            norm: path of the block's norm, applied to the sum where norms do not come first.
+            norm: path of the block's norm, if it has one, applied to the sum where norms do not come first.
             post_norm: name of the norm of the output, if the family has one.
         """
         if post_norm:
             out = self._norm(out, f"{self.family.layer(i)}.{post_norm}")
-        total = self.g.op("Add", x, out, name="residual")
-        return total if self.spec.norm_first else self._norm(total, norm)
+        total = self.g.op("Add", x, self._times(out, self.spec.residual_factor), name="residual")
+        return self._norm(total, norm) if norm and not self.spec.norm_first else total
+
+    def _times(self, x: ir.Value, factor: float) -> ir.Value:
+        return x if factor == 1 else self.g.op("Mul", x, self.g.scalar(factor))
 
     def _norm(self, x: ir.Value, path: str) -> ir.Value:
         """Return the norm over the last axis; mean and root are float32 in every graph, as in transformers."""
@@ -223,7 +233,7 @@ class DecoderGraph:
             x = g.op("Slice", x, start, g.ints(np.iinfo(np.int64).max), g.ints(1))
         if f"{self.family.final_norm}.weight" in self.weights.names():
             x = self._norm(x, self.family.final_norm)
-        logits = self._head(self._project(self.family.embedding_out, x))
+        logits = self._times(self._head(self._project(self.family.embedding_out, x)), 1 / self.spec.logit_divisor)
         if cap:
             limit = g.scalar(cap)
             logits = g.op("Mul", g.op("Tanh", g.op("Div", logits, limit)), limit)

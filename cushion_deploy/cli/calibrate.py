@@ -41,6 +41,7 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
     recipe = make_recipe(values)
     require_parent(output)
     from cushion_deploy.stages.pipeline import Pipeline
+    from cushion_deploy.stages.requirements import require_calibratable
 
     with progress(values["quiet"]) as report_progress:
         run = make_shared_run(values["work_dir"], report_progress, recipe)
@@ -49,6 +50,7 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
             pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix, tuned=False
         )
         with run.lock():
+            require_calibratable(pipeline, run)
             quantization = run.get(branch.quantization)
     if not run.processes.leads:
         return

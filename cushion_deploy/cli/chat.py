@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cushion_deploy.cli.generation_options import generation_options, make_params
-from cushion_deploy.cli.terminal import echo, echo_generated, echo_remarks
+from cushion_deploy.cli.terminal import echo, echo_generated, echo_remarks, stdin_lines, typed_line
 from cushion_deploy.errors import CushionError, UsageError
 from cushion_deploy.runtime import load
 from cushion_deploy.runtime.conversation import Conversation
@@ -62,12 +62,9 @@ def command(
 
 def _through_a_pipe(talk: Conversation) -> None:
     """Read lines until there are no more; an error ends it."""
-    try:
-        for line in sys.stdin:
-            if not _handle(talk, line.rstrip("\r\n")):
-                return
-    except UnicodeDecodeError as e:
-        raise UsageError(f"stdin is not {e.encoding} text: {e.reason}", hint="convert it to UTF-8") from e
+    for line in stdin_lines():
+        if not _handle(talk, line):
+            return
 
 
 def _in_terminal(talk: Conversation) -> None:
@@ -78,9 +75,13 @@ def _in_terminal(talk: Conversation) -> None:
             if not _handle(talk, line):
                 return
         except CushionError as e:
-            echo(f"error: {e.message}\n  -> {e.hint}", err=True)
+            _show(e)
         except KeyboardInterrupt:
             click.echo("\n[stopped]", err=True)
+
+
+def _show(error: CushionError) -> None:
+    echo(f"error: {error.message}\n  -> {error.hint}", err=True)
 
 
 def _lines() -> Iterator[str]:
@@ -89,12 +90,14 @@ def _lines() -> Iterator[str]:
         import readline  # noqa: F401 (gives `input` a history and editing, where the platform has it)
     while True:
         try:
-            yield input(PROMPT)
+            yield typed_line(PROMPT)
         except EOFError:
             click.echo(err=True)
             return
         except KeyboardInterrupt:
             click.echo("\n[/exit or Ctrl-D leaves]", err=True)
+        except UsageError as e:
+            _show(e)
 
 
 def _handle(talk: Conversation, line: str) -> bool:

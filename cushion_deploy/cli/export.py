@@ -63,6 +63,7 @@ def command(
     from cushion_deploy.export.write import check_exported
     from cushion_deploy.stages.base import Given, Node
     from cushion_deploy.stages.pipeline import Pipeline
+    from cushion_deploy.stages.requirements import require_calibratable
     from cushion_deploy.store import place
 
     with progress(values["quiet"]) as report_progress:
@@ -72,6 +73,8 @@ def command(
         with run.lock():
             # Without files, what a build would ship.
             found: Node[Quantization]
+            if not scales_file:
+                require_calibratable(pipeline, run)
             found = pipeline.behind(prefix).quantization if prefix_file else pipeline.shipped_quantization
             if scales_file:
                 smoothing = read_smoothing(smoothing_file) if smoothing_file else None

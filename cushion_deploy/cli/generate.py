@@ -13,7 +13,7 @@ import click
 
 from cushion_deploy.cli.generation_options import generation_options, make_params
 from cushion_deploy.cli.output import require_parent
-from cushion_deploy.cli.terminal import echo_generated, echo_remarks
+from cushion_deploy.cli.terminal import echo_generated, echo_remarks, read_stdin
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime import TextGenerator, TokenEvent, load, open_bundle
 from cushion_deploy.runtime.answers import Settings, finished, make_jobs, write_answers
@@ -72,7 +72,7 @@ def command(
     if batch:
         raise UsageError("--batch was given without --input", hint="add --input prompts.jsonl --output answers.jsonl")
     if prompt is None:
-        prompt = sys.stdin.read()
+        prompt = read_stdin()
     if system and not chat:
         raise UsageError("--system was given without --chat", hint="add --chat")
     make_draft(draft)  # an unknown name is an error before the bundle is read

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import signal
 import sys
 import traceback
+from pathlib import Path
+from tempfile import gettempdir
 from types import FrameType
 from typing import NoReturn
 
 import click
 from click.shell_completion import CompletionItem
 
+from cushion_deploy.cli.terminal import require_utf8
 from cushion_deploy.cli.version import show_version
+from cushion_deploy.dependencies import EXTRAS_OF, require_versions
 from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, missing_module
 from cushion_deploy.printable import controls_visible
+from cushion_deploy.store.files import DISK_FULL, free_bytes, human_bytes
 
 VERBS = {
     "doctor": "Check this installation, or a model before a build.",
@@ -85,7 +91,8 @@ class LazyGroup(click.Group):
     help="Show the versions that a bug report needs, and exit.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log more on stderr.")
-def cli(verbose: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, verbose: bool) -> None:
     """Build and run static per-tensor INT8 bundles of language models, verified step by step.
 
     \b
@@ -97,6 +104,8 @@ def cli(verbose: bool) -> None:
     Exit codes: 0 success, 1 a check failed, 2 bad input, 3 a dependency is missing,
     4 corrupt or untrusted file, 70 a bug, 130/143 interrupted.
     """  # noqa: D301 - click reads \b as: do not wrap this paragraph
+    # A package that is too old is named now, and not by an error in the middle of a build.
+    require_versions(*EXTRAS_OF.get(ctx.invoked_subcommand or "", ()))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "huggingface_hub", "transformers", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -112,12 +121,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # time. With this many turns they are as fast on a quiet machine, and 2 to 4 times as fast on a busy one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A locale without the characters that a model writes shows them as escapes, as stderr does.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors are printed on stderr."""
     try:
+        require_utf8(arguments)
         result = cli.main(arguments, prog_name="cushion-deploy", standalone_mode=False)
         return result if isinstance(result, int) else ExitCode.OK
     except CushionError as e:
@@ -126,6 +139,8 @@ def run(arguments: list[str]) -> int:
         return e.exit_code
     except click.ClickException as e:
         e.show(sys.stderr)
+        if isinstance(e, click.NoSuchOption):
+            _print_error("  -> text and names that begin with a dash go behind --, as in: generate -- BUNDLE -1")
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
         _print_error("interrupted; finished stages are kept, run the same command again to resume")
@@ -146,8 +161,19 @@ def run(arguments: list[str]) -> int:
         _print_error(f"error: {missing.message}")
         _print_error(f"  -> {missing.hint}")
         return missing.exit_code
+    except OSError as e:
+        return _no_room(e) if e.errno in DISK_FULL else _bug(e)
     except Exception as e:
         return _bug(e)
+
+
+def _no_room(error: OSError) -> int:
+    """Report a full disk behind a file that is not one of the product's own, such as the one stdout goes to."""
+    name = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
+    rooms = [f"{folder}: {human_bytes(free_bytes(folder))} free" for folder in (Path.cwd(), Path(gettempdir()))]
+    _print_error(f"error: cannot write{name or ' a file'}: {error.strerror} ({', '.join(rooms)})")
+    _print_error("  -> free some space where stdout or the output goes, and run again (finished stages are kept)")
+    return ExitCode.USAGE
 
 
 def _bug(error: Exception) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.store.files import disk_errors
+from cushion_deploy.store.files import disk_errors, hidden_name
 from cushion_deploy.store.owned import owned_folder, swap_in
 
 
@@ -15,6 +16,7 @@ def require_new_folder(output: Path) -> None:
     """Check that ``output`` can be created: it does not exist or is an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists and is not an empty folder", hint="choose another output folder")
+    _require_writable(output)
 
 
 def require_parent(file: Path) -> None:
@@ -23,6 +25,18 @@ def require_parent(file: Path) -> None:
         found = file.absolute().parent.is_dir()
     if not found:
         raise UsageError(f"the folder of {file} does not exist", hint="create it first, or choose another folder")
+    if not os.path.exists(file) or os.path.isfile(file):
+        _require_writable(file)
+
+
+def _require_writable(output: Path) -> None:
+    """Check that the nearest folder above ``output`` that exists may be written to."""
+    with disk_errors(output):
+        folder = output.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{folder} is not writable, so {output} cannot be created", hint="choose another folder")
 
 
 @contextmanager
@@ -32,6 +46,6 @@ def new_folder(output: Path) -> Iterator[Path]:
     target = output.absolute()
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with owned_folder(target.parent, f".{target.name}.cushion-", target) as staged:
+        with owned_folder(target.parent, f"{hidden_name(target.name)}.cushion-", target) as staged:
             yield staged
             swap_in(staged, target)

@@ -31,11 +31,13 @@ def command(output: Path, **values: Any) -> None:
     recipe = make_recipe(values)
     require_parent(output)
     from cushion_deploy.stages.pipeline import Pipeline
+    from cushion_deploy.stages.requirements import require_calibratable
 
     with progress(values["quiet"]) as report_progress:
         run = make_shared_run(values["work_dir"], report_progress, recipe)
         pipeline = Pipeline.of(recipe)
         with run.lock():
+            require_calibratable(pipeline, run)
             prefix = run.get(pipeline.prefix)
             trace = run.get(pipeline.search).trace if pipeline.search else None
     if not run.processes.leads:

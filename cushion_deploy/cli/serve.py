@@ -10,6 +10,7 @@ import click
 from cushion_deploy.cli.terminal import echo_remarks
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError, require_modules
+from cushion_deploy.store.text_files import read_utf8
 
 KEY_VARIABLE = "CUSHION_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -125,11 +126,7 @@ def _api_key(file: Path | None) -> str | None:
         key = os.environ.get(KEY_VARIABLE)
         source = f"the variable {KEY_VARIABLE}"
     else:
-        try:
-            key = file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UsageError(f"{file} cannot be read: {e}", hint="give a text file with the key") from e
-        source = str(file)
+        key, source = read_utf8(file).strip(), str(file)
     if key is not None and (not key.isascii() or not key.isprintable() or not key.strip()):
         raise UsageError(f"the key in {source} is empty or no ASCII text", hint="give a key of one line")
     return key

@@ -84,6 +84,7 @@ def command(
     require_modules("torch", "transformers", "jinja2", "matplotlib")
     from cushion_deploy.evaluate.batches import BATCH
     from cushion_deploy.stages.pipeline import Pipeline
+    from cushion_deploy.stages.requirements import require_calibration_text, require_evaluable, require_settings
     from cushion_deploy.study.cells import Cells
     from cushion_deploy.study.run import choose_parts, run_study
     from cushion_deploy.study.write import write_study
@@ -93,8 +94,12 @@ def command(
     found = find_tasks(names(tasks), task_data, limit, batch_size or BATCH) if "table2" in parts else ""
     with progress(values["quiet"]) as report_progress:
         run, pipeline = make_run(values["work_dir"], report_progress), Pipeline.of(recipe)
+        scored = texts or (recipe.evaluation.data,)
         with run.lock():
-            study = run_study(Cells(pipeline, run, texts or (recipe.evaluation.data,)), parts, found)
+            require_settings(pipeline, run)
+            require_evaluable(pipeline, run, scored)
+            require_calibration_text(pipeline, run)
+            study = run_study(Cells(pipeline, run, scored), parts, found)
     with new_folder(output) as staged:
         write_study(study, staged)
     if values["as_json"]:

@@ -46,6 +46,7 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
         raise UsageError("there is no prefix to tune: the recipe disables it", hint="drop --no-prefix or give --prefix")
     require_new_folder(output)
     from cushion_deploy.stages.pipeline import Pipeline
+    from cushion_deploy.stages.requirements import require_calibratable
 
     with progress(values["quiet"]) as report_progress:
         run = make_run(values["work_dir"], report_progress)
@@ -53,6 +54,7 @@ def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
         prefix = pipeline.given_prefix(read_prefix(prefix_file)) if prefix_file else pipeline.prefix
         branch = pipeline.behind(prefix)
         with run.lock():
+            require_calibratable(pipeline, run)
             trace = run.get(branch.tuning).trace if branch.tuning and run.get(prefix).length else None
             if trace is None:
                 why = "the given one is empty" if prefix_file else "the search found none that pays"

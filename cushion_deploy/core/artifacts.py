@@ -19,7 +19,7 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.sites import Site
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.store import replace_file
+from cushion_deploy.store.files import write_file
 
 SCALES_FILE = "scales.json"
 SMOOTHING_FILE = "smoothing.safetensors"
@@ -40,7 +40,7 @@ def write_prefix(prefix: Prefix, path: Path) -> None:
     # A single metadata entry, because safetensors writes several in an order that differs between runs.
     slides = {"slides": True} if prefix.slides else {}
     facts = json.dumps({"format": _PREFIX_FORMAT, "model_digest": prefix.model_digest, **slides})
-    replace_file(path, save(tensors, metadata={_METADATA: facts}))
+    write_file(path, save(tensors, metadata={_METADATA: facts}))
 
 
 def read_prefix(path: Path) -> Prefix:
@@ -90,7 +90,7 @@ def write_smoothing(smoothing: Smoothing, path: Path) -> None:
     tensors = {str(site): np.ascontiguousarray(factor) for site, factor in smoothing.factors.items()}
     facts: dict[str, Any] = {"format": _SMOOTHING_FORMAT, "alpha": smoothing.alpha}
     facts |= {"model_digest": smoothing.model_digest, "rotations": dict(smoothing.rotations)}
-    replace_file(path, save(tensors, metadata={_METADATA: json.dumps(facts)}))
+    write_file(path, save(tensors, metadata={_METADATA: json.dumps(facts)}))
 
 
 def read_smoothing(path: Path) -> Smoothing:
@@ -167,7 +167,7 @@ def read_cached_scales(graph: ExportedGraph) -> KvScales | None:
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:
-    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _read_json(path: Path, what: str, name: str, parse: Callable[[Any], T]) -> T:

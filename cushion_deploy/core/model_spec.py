@@ -41,6 +41,9 @@ class ModelSpec:
         attention_scale: factor of the attention scores.
         score_cap, logit_cap: c of the soft cap c * tanh(x / c) on attention scores and on logits; 0 for none.
         embedding_size: size of the embedding if it differs from the hidden size; otherwise 0.
+        unrotated: layers without rotary positions.
+        embedding_factor, residual_factor: of the embedding, and of what a block adds to the residual stream.
+        logit_divisor: of the logits, before a soft cap.
     """
 
     family: str
@@ -69,6 +72,10 @@ class ModelSpec:
     score_cap: float = 0.0
     logit_cap: float = 0.0
     embedding_size: int = 0
+    unrotated: tuple[int, ...] = ()
+    embedding_factor: float = 1.0
+    residual_factor: float = 1.0
+    logit_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -96,5 +103,6 @@ class ModelSpec:
         d = dict(data)
         for key in ("rotary", "local_rotary"):
             d[key] = RotaryScaling.from_json(d[key]) if d[key] else None
-        d["eos_token_ids"], d["windows"] = tuple(d["eos_token_ids"]), tuple(d["windows"])
+        for key in ("eos_token_ids", "windows", "unrotated"):
+            d[key] = tuple(d.get(key, ()))
         return cls(**d)

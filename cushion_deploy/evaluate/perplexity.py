@@ -76,13 +76,19 @@ def cut_windows(ids: IntArray, window: int, max_tokens: int | None, name: str) -
     Raises:
         UsageError: the text is shorter than one window.
     """
-    count = min(len(ids), max_tokens or len(ids)) // window
-    if count == 0:
+    found = min(len(ids), max_tokens or len(ids))
+    require_tokens(found, window, name)
+    count = found // window
+    return TextWindows(ids[: count * window].reshape(count, window), len(ids))
+
+
+def require_tokens(tokens: int, window: int, name: str) -> None:
+    """Check that a text of some tokens has one window; raises UsageError with its name."""
+    if tokens < window:
         raise UsageError(
-            f"{name} holds {len(ids)} tokens, fewer than one window of {window}",
+            f"{name} holds {tokens} tokens, fewer than one window of {window}",
             hint="use more text or a smaller window (evaluation.window)",
         )
-    return TextWindows(ids[: count * window].reshape(count, window), len(ids))
 
 
 def score_text(nll: TokenNll, windows: IntArray, progress: Progress = silent, task: str = "perplexity") -> TextScore:

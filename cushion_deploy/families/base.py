@@ -61,7 +61,7 @@ class Family:
         layers: path of the list of layers.
         embedding, final_norm, head: paths of the modules around the layers; a final norm without tensors is skipped.
         attention_norm, mlp_norm: paths inside a layer of the norms before attention and MLP (after the residual sum if
-            ``ModelSpec.norm_first`` is False).
+            ``ModelSpec.norm_first`` is False); None for none.
         sites: quantized inputs of a layer in the order of computation: input of q/k/v, of the output projection, of
             gate/up or the first linear of the MLP, and of the last linear of the MLP.
         activation_key: key of the activation function in config.json; None if ``activation`` is fixed.
@@ -72,6 +72,7 @@ class Family:
         norm_offset: constant that is added to a norm's stored weight.
         attention_post_norm, mlp_post_norm: norms of a block's output before it is added to the residual stream.
         query_norm, key_norm: norms of each head's query and key, before rotation.
+        norm_of_all_heads: whether those are norms of the queries and keys of all heads together.
         embedding_norm: path of a norm directly after the embedding.
         embedding_in, embedding_out: paths of linears between embedding size and hidden size, if the model has them.
         scaled_embedding: whether embeddings are multiplied by the square root of the hidden size.
@@ -96,8 +97,8 @@ class Family:
     embedding: str
     final_norm: str
     head: str
-    attention_norm: str
-    mlp_norm: str
+    attention_norm: str | None
+    mlp_norm: str | None
     sites: tuple[SiteRule, ...]
     activation_key: str | None = "hidden_act"
     activation: Activation = "silu"
@@ -109,6 +110,7 @@ class Family:
     mlp_post_norm: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
+    norm_of_all_heads: bool = False
     embedding_norm: str | None = None
     embedding_in: str | None = None
     embedding_out: str | None = None

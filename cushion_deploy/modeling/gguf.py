@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,15 @@ def _convert(source: ModelSource, folder: Path) -> None:
 
     where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
     except CushionError:
         raise
     except (ValueError, KeyError, IndexError, OSError, struct.error) as e:
         raise _damaged(source.path, e) from e
+    _require_complete(source.path, model, loaded["missing_keys"])
     # transformers refuses to save a model whose config says that it came from GGUF: drop that entry.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -82,6 +85,27 @@ def _convert(source: ModelSource, folder: Path) -> None:
     fresh.tie_weights()
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _require_complete(path: Path, model: Any, missing: Collection[str]) -> None:
+    """Refuse a file with tensors that the model does not have, or without one that it has.
+
+    transformers leaves out the former and invents the latter.
+    """
+    from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+
+    reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(kind, model.config.num_hidden_layers)
+    read = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    unused = sorted({tensor.name for tensor in reader.tensors} - read)
+    for problem, found in (("has tensors that its architecture does not use", unused), ("lacks tensors", missing)):
+        if found:
+            raise UsageError(
+                f"{path.name} {problem}: {', '.join(sorted(found)[:3])}",
+                hint="fetch it again; if it is as its author published it, give the model as a Hugging Face folder",
+            )
 
 
 def _architecture(path: Path) -> str:

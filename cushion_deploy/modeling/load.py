@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,15 +15,19 @@ from cushion_deploy.core.model_spec import ModelSpec, RotaryScaling
 from cushion_deploy.core.processes import SINGLE, Processes
 from cushion_deploy.core.progress import Progress, silent
 from cushion_deploy.core.sites import Site
-from cushion_deploy.errors import UsageError
+from cushion_deploy.errors import CushionError, UsageError
 from cushion_deploy.families import ACTIVATIONS, Family
 from cushion_deploy.modeling.checkpoint import Checkpoint
 from cushion_deploy.modeling.devices import DTYPES, resolve_device, resolve_dtype, weight_memory
 from cushion_deploy.modeling.placement import PlacedWeights
+from cushion_deploy.modeling.quantized_formats import stored_format
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import ModelSource, check_config, read_json
+from cushion_deploy.modeling.text_tower import decoder_config
+from cushion_deploy.modeling.unused_tensors import Harmless
 from cushion_deploy.recipe import Compute
 
+logger = logging.getLogger(__name__)
 ON_CPU = Compute(device="cpu", dtype="float32")
 UNLIMITED_POSITIONS = 131_072
 """Context of a model without a limit of its own (ALiBi); memory runs out far below."""
@@ -60,14 +65,20 @@ def load_folder(
             there.
         UntrustedArtifact: the weights are damaged.
     """
-    config = read_json(folder / "config.json", "give a Hugging Face folder")
-    family, device = check_config(config), resolve_device(compute.device, processes)
+    written = read_json(folder / "config.json", "give a Hugging Face folder")
+    family, device = check_config(written), resolve_device(compute.device, processes)
     dtype = DTYPES[resolve_dtype(compute, source.dtype)]
-    checkpoint = Checkpoint(folder, family)
-    module = _empty_module(folder, family, source, dtype)
+    checkpoint = Checkpoint(folder, family, stored_format(written))
+    config = _decoder_config(folder, source)
+    notes = [_untied(config, checkpoint, family)]
+    module = _empty_module(folder, config, family, source, dtype)
     spec = describe(module, family, source)
     _require_tensors(module, checkpoint, spec, family, source)
-    checkpoint.keep(module.state_dict().keys())
+    left_out = checkpoint.keep(module.state_dict().keys(), spec.num_layers, _further_layers(written))
+    notes += [_dequantized(checkpoint), *(_left_out(kind, count) for kind, count in left_out.items() if kind.notable)]
+    if processes.leads:
+        for note in filter(None, notes):
+            logger.warning("%s: %s", source.label, note)
     placed = PlacedWeights(module, checkpoint, family, spec, device, dtype)
     for path in placed.plan(weight_memory(compute, device, processes)):
         placed.stream(module.get_submodule(path), path)
@@ -77,21 +88,72 @@ def load_folder(
     return TorchRunner(spec, family, module, tokenizer, sites, checkpoint, folder, placed, processes=processes)
 
 
-def _empty_module(folder: Path, family: Family, source: ModelSource, dtype: torch.dtype) -> Any:
-    """Return the module that config.json describes, without weights, frozen and in eval mode."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+def _decoder_config(folder: Path, source: ModelSource) -> Any:
+    """Return the configuration of the decoder, without what says that its weights are quantized."""
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = decoder_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except CushionError:
+        raise
+    except Exception as e:  # the classes that transformers raises for wrong values share no other base
+        raise _not_loadable(source, e) from e
+    for key in ("quantization_config", "compression_config"):
+        if hasattr(config, key):
+            delattr(config, key)
+    return config
+
+
+def _untied(config: Any, checkpoint: Checkpoint, family: Family) -> str:
+    """Correct a configuration that ties the head to the embedding although the checkpoint has a head of its own.
+
+    transformers does the same. Returns the sentence for the user; empty if there is nothing to say.
+    """
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    if not config.tie_word_embeddings or not checkpoint.untie(head, embedding):
+        return ""
+    config.tie_word_embeddings = False
+    return (
+        f"config.json sets tie_word_embeddings, but {head} differs from the embedding: the head of the checkpoint is "
+        "used, as transformers does"
+    )
+
+
+def _further_layers(written: dict[str, Any]) -> int:
+    """Return the number of layers behind those of the model that predict further tokens."""
+    count = written.get("num_nextn_predict_layers", 0)
+    return count if isinstance(count, int) else 0
+
+
+def _dequantized(checkpoint: Checkpoint) -> str:
+    found = checkpoint.quantized()
+    if not found:
+        return ""
+    kinds = " and ".join(f"{count} as {kind}" for kind, count in sorted(found.items()))
+    return (
+        f"weights are stored quantized ({kinds}) and are dequantized; quality is measured against these, "
+        "not against the model that they were quantized from"
+    )
+
+
+def _left_out(kind: Harmless, count: int) -> str:
+    return f"left out: {kind.reason} (tensors: {count})"
+
+
+def _empty_module(folder: Path, config: Any, family: Family, source: ModelSource, dtype: torch.dtype) -> Any:
+    """Return the module that a configuration describes, without weights, frozen and in eval mode."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    try:
         with init_empty_weights(include_buffers=False):
             module = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=family.attention, trust_remote_code=False
             )
         if (folder / "generation_config.json").is_file():
             module.generation_config = GenerationConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError, RuntimeError) as e:
-        raise UsageError(f"{source.label} cannot be loaded: {_first_line(e)}", hint="fetch the model again") from e
+    except Exception as e:  # a wrong size or type in config.json fails anywhere in the module's constructors
+        raise _not_loadable(source, e) from e
     # Parameters without memory are not tied while they are created.
     module.tie_weights()
     replace_conv1d(module)
@@ -107,8 +169,16 @@ def _require_tensors(
     tied = {f"{family.head}.weight"} if spec.tied_head else set()
     wanted = module.state_dict()
     missing = sorted(wanted.keys() - names - tied)
+    if missing == [f"{family.head}.weight"]:
+        raise UsageError(
+            f"{source.label} has no {missing[0]}, and its config.json does not tie the head to the embedding",
+            hint="if the model has no head of its own, set tie_word_embeddings to true in config.json",
+        )
     if missing:
-        raise UsageError(f"{source.label} lacks tensors: {', '.join(missing[:3])}", hint="fetch it again")
+        raise UsageError(
+            f"{source.label} lacks tensors ({len(missing)}): {', '.join(missing[:3])}",
+            hint="fetch it again; if it is complete, config.json belongs to another model",
+        )
     for name in sorted(wanted.keys() & names):
         if checkpoint.shape(name) != tuple(wanted[name].shape):
             raise UsageError(
@@ -153,6 +223,7 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
     eos = c.eos_token_id if eos is None else eos
     embedding = getattr(c, "word_embed_proj_dim", c.hidden_size)
     scalar = getattr(c, "query_pre_attn_scalar", None) or head_dim
+    rotated = getattr(c, "no_rope_layers", None) or []
     return ModelSpec(
         family=family.name,
         source=Path(source.label).name if source.kind == "gguf" else source.label,
@@ -172,7 +243,7 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
         parameters=sum(p.numel() for p in module.parameters()),
         bos_token_id=c.bos_token_id,
         eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        attention_scale=scalar**-0.5,
+        attention_scale=getattr(c, "attention_multiplier", None) or scalar**-0.5,
         revision=source.revision,
         local_rotary=local,
         windows=_windows(c, family),
@@ -180,6 +251,10 @@ def describe(module: Any, family: Family, source: ModelSource) -> ModelSpec:
         score_cap=getattr(c, "attn_logit_softcapping", None) or 0.0,
         logit_cap=getattr(c, "final_logit_softcapping", None) or 0.0,
         embedding_size=embedding if embedding != c.hidden_size else 0,
+        unrotated=tuple(i for i, whether in enumerate(rotated) if not whether),
+        embedding_factor=getattr(c, "embedding_multiplier", 1.0),
+        residual_factor=getattr(c, "residual_multiplier", 1.0),
+        logit_divisor=getattr(c, "logits_scaling", 1.0),
     )
 
 
@@ -250,6 +325,15 @@ def bind_sites(module: nn.Module, family: Family, spec: ModelSpec) -> dict[Site,
             yield found
 
     return {site: tuple(resolve(paths)) for site, paths in family.linears(spec, head=True).items()}
+
+
+def _not_loadable(source: ModelSource, error: Exception) -> UsageError:
+    """Return the error for a config.json that transformers cannot make a model of."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return UsageError(
+        f"{source.label} cannot be loaded, its config.json does not describe a model: {' '.join(lines[:2]):.300}",
+        hint="correct the value in config.json, or fetch the model again",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cushion_deploy.modeling.placement import PlacedWeights, WeightFormat
 from cushion_deploy.modeling.processes import Reduction, reduce
 from cushion_deploy.modeling.sliding_windows import masks_keeping
 from cushion_deploy.modeling.sweep import Batch, Sweep
+from cushion_deploy.modeling.vocabulary import producible_tokens
 
 PIECE = 128
 """Tokens whose logits are computed at once: those of a window and a large vocabulary would take a gigabyte."""
@@ -104,6 +106,17 @@ class TorchRunner:
     def layers(self) -> nn.ModuleList:
         """The layers in order."""
         found: nn.ModuleList = self.module.get_submodule(self.family.layers)
+        return found
+
+    @cached_property
+    def vocabulary(self) -> IntArray:
+        """The tokens that some text is encoded to, ascending, int64 ``[n]``; the model may have rows for more."""
+        return producible_tokens(self.tokenizer, self.spec.vocab_size)
+
+    @cached_property
+    def padding_tokens(self) -> IntArray:
+        """The rows of the embedding that no text is encoded to, ascending, int64 ``[n]``."""
+        found: IntArray = np.setdiff1d(np.arange(self.spec.vocab_size, dtype=np.int64), self.vocabulary)
         return found
 
     @property
@@ -292,9 +305,13 @@ class TorchRunner:
         return self.array(self.reduce(torch.as_tensor(values.copy()), reduction))
 
     def head_logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits float32 ``[..., vocab]`` of last hidden states, capped as in the model."""
-        found: Tensor = self.module.get_submodule(self.family.head)(hidden).float()
-        cap = self.spec.logit_cap
+        """Return the logits float32 ``[..., vocab]`` of last hidden states, scaled and capped as in the model."""
+        return self.scaled_logits(self.module.get_submodule(self.family.head)(hidden))
+
+    def scaled_logits(self, scores: Tensor) -> Tensor:
+        """Return the logits float32 ``[..., vocab]`` of what the head puts out."""
+        found, cap, divisor = scores.float(), self.spec.logit_cap, self.spec.logit_divisor
+        found = found / divisor if divisor != 1 else found
         return cap * torch.tanh(found / cap) if cap else found
 
     def predictions(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -23,16 +23,19 @@ SAMPLES, SAMPLE_TOKENS = 32, 256
 def sample_text(model: TorchRunner, seed: int, progress: Progress = silent) -> tuple[str, ...]:
     """Return documents drawn from the model at temperature 1, the same ones for the same seed.
 
-    The first token of each is drawn uniformly from the vocabulary, so that the documents differ in topic. Random
+    The first token of each is drawn uniformly from the vocabulary, so that the documents differ in topic; rows of the
+    embedding that no text is encoded to are never drawn. Random
     numbers come from a CPU generator on every device, so that a seed means the same numbers everywhere.
     """
     generator = torch.Generator().manual_seed(seed)
     length = min(SAMPLE_TOKENS, model.spec.max_positions - len(model.bare_tokens))
-    ids = model.tensor(torch.randint(model.spec.vocab_size, (SAMPLES, 1), generator=generator))
+    drawn = torch.randint(len(model.vocabulary), (SAMPLES, 1), generator=generator)
+    ids, padding = model.tensor(model.vocabulary)[model.tensor(drawn)], model.tensor(model.padding_tokens)
     new = torch.cat([ids.new_tensor([model.bare_tokens]).expand(SAMPLES, -1), ids], dim=1)
     cache = reserved_cache(model.spec.num_layers, len(model.bare_tokens) + length)
     for step in range(1, length):
         logits = model.module(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = logits.index_fill(-1, padding, -torch.inf)
         new = model.tensor(draw(model.host(logits), generator))
         ids = torch.cat([ids, new], dim=1)
         progress("sampling text", step + 1, length)
@@ -47,13 +50,13 @@ def answer_greedily(model: TorchRunner, ids: IntArray, count: int, barred: Colle
         model: the model, not quantized.
         ids: int64 ``[rows, length]``, at least one token each.
         count: number of tokens.
-        barred: tokens that are never chosen, such as those that end an answer.
+        barred: tokens that are never chosen, such as those that end an answer; nor are rows that are padding.
 
     Returns:
         int64 ``[rows, count]``.
     """
     past, new = model.past(model.no_prefix()), model.tensor(ids)
-    found, never = [], model.tensor(sorted(barred)).long()
+    found, never = [], model.tensor(sorted({*barred, *model.padding_tokens.tolist()})).long()
     for _ in range(count):
         output = model.run(new, past, head=False, keep_cache=True)
         past = keys_values(output.past_key_values, past.kept)

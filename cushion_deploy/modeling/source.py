@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
 from cushion_deploy.families import ACTIVATIONS, Family, family_for_model_type
+from cushion_deploy.modeling.quantized_formats import stored_format
+from cushion_deploy.modeling.text_tower import has_towers, text_config
 from cushion_deploy.store.digest_cache import cached_digests
 from cushion_deploy.store.digests import digest_json
 
@@ -78,7 +80,7 @@ def resolve_source(model: str, revision: str | None = None) -> ModelSource:
     """Return the checked source for a GGUF file, a local folder or a hub id.
 
     Raises:
-        UsageError: it does not exist, is not a decoder, is of an unknown family or is already quantized.
+        UsageError: it does not exist, is not a decoder, is of an unknown family or is quantized in an unknown way.
         UntrustedArtifact: a pickle checkpoint or a damaged file.
         MissingDependency: it is a hub id and the hub cannot be reached.
     """
@@ -124,7 +126,7 @@ def _from_folder(path: Path, label: str, revision: str | None) -> ModelSource:
 
 def stored_dtype(config: dict[str, Any]) -> Dtype:
     """Return the type in which a checkpoint stores its weights, from its config.json; float32 if it does not say."""
-    named = config.get("dtype") or config.get("torch_dtype")
+    named = next((d[k] for d in (config, text_config(config)) for k in ("dtype", "torch_dtype") if d.get(k)), None)
     return next((known for known in get_args(Dtype) if known == named), "float32")
 
 
@@ -135,27 +137,29 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def check_config(config: dict[str, Any]) -> Family:
-    """Return the family of a config.json; raises UsageError unless it is a supported decoder, not yet quantized."""
+    """Return the family of a config.json.
+
+    Raises:
+        UsageError: it is no supported decoder, or its weights are quantized in a way that is not read.
+    """
     architectures = config.get("architectures") or []
-    decoders = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+    _require_names(config, architectures)
+    decoders = has_towers(config) or any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
     if config.get("is_encoder_decoder") or (architectures and not decoders):
         raise UsageError(
             f"{', '.join(architectures) or 'this model'} is not a decoder-only language model",
             hint="give a model whose architecture is a ...ForCausalLM, such as LlamaForCausalLM",
         )
+    whole, config = config, text_config(config)
     family = family_for_model_type(config.get("model_type"))
-    if "quantization_config" in config:
-        raise UsageError(
-            "the checkpoint is already quantized (config.json has quantization_config)",
-            hint="give the original floating-point checkpoint; cushion-deploy quantizes it itself",
-        )
-    if other := config.get("transformers_weights"):
+    stored_format(whole)
+    if other := whole.get("transformers_weights"):
         raise UsageError(
             f"config.json sends the loader to other weights ({other})",
             hint="name that file model.safetensors and remove transformers_weights from config.json",
         )
     key = family.activation_key
-    if key and config.get(key) is not None and config[key] not in ACTIVATIONS:
+    if key and config.get(key) is not None and str(config[key]) not in ACTIVATIONS:
         raise UsageError(
             f"activation '{config[key]}' is not supported", hint=f"supported: {', '.join(sorted(ACTIVATIONS))}"
         )
@@ -166,6 +170,22 @@ def check_config(config: dict[str, Any]) -> Family:
                 hint=f"supported: {', '.join(repr(value) for value in allowed)}",
             )
     return family
+
+
+def _require_names(config: dict[str, Any], architectures: Any) -> None:
+    """Check the types of what a config.json names its model by."""
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise UsageError(
+            f"config.json has {architectures!r:.80} as architectures, expected a list of class names",
+            hint='correct it, for instance to ["LlamaForCausalLM"], or fetch the model again',
+        )
+    for part in (config, config.get("text_config")):
+        given = part.get("model_type") if isinstance(part, dict) else None
+        if given is not None and not isinstance(given, str):
+            raise UsageError(
+                f"config.json has {given!r:.80} as model_type, expected a name",
+                hint='correct it, for instance to "llama", or fetch the model again',
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -103,8 +103,7 @@ class Teacher:
         return Fidelity(losses, divergences)
 
     def _of_hidden(self, hidden: Tensor) -> Tensor:
-        logits, cap = nn.functional.linear(hidden, self.head).float(), self.model.spec.logit_cap
-        return torch.log_softmax(cap * torch.tanh(logits / cap) if cap else logits, -1)
+        return torch.log_softmax(self.model.scaled_logits(nn.functional.linear(hidden, self.head)), -1)
 
 
 @dataclass(frozen=True)

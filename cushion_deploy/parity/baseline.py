@@ -15,6 +15,8 @@ from typing import Any
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.parity.checks import ParityCheck, ParityReport
+from cushion_deploy.store.files import write_file
+from cushion_deploy.store.text_files import decode_utf8
 
 SCHEMA = 1
 RELATIVE, OF_LIMIT = 0.5, 0.02
@@ -41,7 +43,7 @@ def write_baseline(report: ParityReport, path: Path) -> None:
     """Write the value of every check of a report, with tolerances that can be edited.
 
     Raises:
-        UsageError: a check of the report fails.
+        UsageError: a check of the report fails, or the file cannot be written.
     """
     failed = [check for check in report.checks if not check.passed or not math.isfinite(check.value)]
     if failed:
@@ -53,18 +55,18 @@ def write_baseline(report: ParityReport, path: Path) -> None:
         {"rung": c.rung, "metric": c.metric, "value": c.value, "tolerance": _tolerance(c)} for c in report.checks
     ]
     text = json.dumps({"schema": SCHEMA, "checks": entries}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_file(path, (text + "\n").encode())
 
 
 def read_baseline(path: Path) -> tuple[Entry, ...]:
     """Return the entries of a baseline.
 
     Raises:
-        UsageError: the file cannot be read.
+        UsageError: the file cannot be read, or is not UTF-8.
         UntrustedArtifact: it is not a baseline.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(decode_utf8(path.read_bytes(), str(path)))
         if found["schema"] != SCHEMA:
             raise ValueError(f"schema {found['schema']!r}, expected {SCHEMA}")
         return tuple(_entry(entry) for entry in found["checks"])

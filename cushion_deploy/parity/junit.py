@@ -7,6 +7,7 @@ from pathlib import Path
 from junitparser import Failure, JUnitXml, TestCase, TestSuite
 
 from cushion_deploy.parity.checks import ParityReport
+from cushion_deploy.store.files import temporary_folder, write_file
 
 
 def write_junit(report: ParityReport, path: Path) -> None:
@@ -23,4 +24,6 @@ def write_junit(report: ParityReport, path: Path) -> None:
         suite.add_testcase(case)
     xml = JUnitXml()
     xml.add_testsuite(suite)
-    xml.write(str(path), pretty=True)
+    with temporary_folder("cushion-junit-") as folder:
+        xml.write(str(folder / "report.xml"), pretty=True)
+        write_file(path, (folder / "report.xml").read_bytes())

@@ -9,10 +9,8 @@ codes, each segment must return identical codes; if all segments do, the two gra
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +26,7 @@ from cushion_deploy.core.session import first_caches, past_names
 from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.onnxruntime.settings import session_config
 from cushion_deploy.parity.rounding import widen
-from cushion_deploy.store import place
+from cushion_deploy.store.files import place, temporary_folder
 
 SiteCodes = dict[Site, npt.NDArray[np.int8]]
 Kernels = Literal["literal", "fused"]
@@ -130,10 +128,10 @@ def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: K
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in (LITERAL_CONFIG if kernels == "literal" else session_config()).items():
         options.add_session_config_entry(key, value)
-    with tempfile.TemporaryDirectory(prefix="cushion-parity-") as name:
+    with temporary_folder("cushion-parity-") as folder:
         data = graph.files[1]
-        place(data, Path(name) / data.name, link=True)
-        path = Path(name) / graph.path.name
+        place(data, folder / data.name, link=True)
+        path = folder / graph.path.name
         model = ir.load(graph.path)
         edit(model)
         if graph.contract.dtype != "float32":

@@ -29,12 +29,12 @@ def gather_candidates(
         random: number of uniformly random tokens to add.
         rng: source of randomness.
     """
-    vocabulary = model.spec.vocab_size
+    vocabulary = model.vocabulary
     named: dict[Source, Iterable[int]] = {
         "obvious": obvious_tokens(model),
         "self-sink": screen,
         "gradient": gradient,
-        "random": (int(t) for t in rng.choice(vocabulary, size=min(random, vocabulary), replace=False)),
+        "random": (int(t) for t in rng.choice(vocabulary, size=min(random, len(vocabulary)), replace=False)),
     }
     found: Candidates = {}
     for source, tokens in named.items():

@@ -130,7 +130,7 @@ def gradient_changes(
         progress: where to report progress.
 
     Returns:
-        float32 ``[vocab]``, relative to the approximated objective at ``start``.
+        float32 ``[vocab]``, by place in ``model.vocabulary``, relative to the approximated objective at ``start``.
     """
     task = "taking the gradient of the objective"
     progress(task, 0, 1)
@@ -139,7 +139,7 @@ def gradient_changes(
     with differentiable_objective(model, past, text[:TEXT_TOKENS], slot, objective) as value:
         # Divided before the backward pass, in which the objective of a model with sinks would overflow float16.
         (gradient,) = torch.autograd.grad(value / value.detach(), slot)
-    tokens = model.arange(0, model.spec.vocab_size)
+    tokens = model.tensor(model.vocabulary)
     changes = torch.cat([(embed(ids).float() - start) @ gradient for ids in tokens.split(CHUNK)])  # type: ignore[no-untyped-call]
     progress(task, 1, 1)
     # Backward passes are not reproducible on a GPU, and all processes need the same candidates.
@@ -148,7 +148,7 @@ def gradient_changes(
 
 def mean_embedding(model: TorchRunner) -> Tensor:
     """Return the mean input embedding of the vocabulary, float32 ``[hidden]``."""
-    embed, tokens = model.module.get_input_embeddings(), model.arange(0, model.spec.vocab_size)
+    embed, tokens = model.module.get_input_embeddings(), model.tensor(model.vocabulary)
     total = torch.stack([embed(ids).to(model.wide).sum(dim=0) for ids in tokens.split(CHUNK)]).sum(dim=0)  # type: ignore[no-untyped-call]
     return (total / len(tokens)).float()
 

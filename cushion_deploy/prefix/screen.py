@@ -33,8 +33,8 @@ def sink_depth(model: TorchRunner, rng: np.random.Generator) -> int:
     nothing before it, where sinks form if the model has any, runs through all layers once, and the vocabulary only
     through as many as the ranking of the sample needs.
     """
-    vocabulary, layers = model.spec.vocab_size, model.spec.num_layers
-    sample = rng.choice(vocabulary, size=min(DEPTH_SAMPLE, vocabulary), replace=False)
+    vocabulary, layers = model.vocabulary, model.spec.num_layers
+    sample = rng.choice(vocabulary, size=min(DEPTH_SAMPLE, len(vocabulary)), replace=False)
     return _depth_needed(model.host(_layer_maxima(model, KeysValues(), sample, layers, DEPTH_SAMPLE)))
 
 
@@ -65,10 +65,10 @@ def self_sink_sizes(
     return model.array(maxima.amax(dim=0))
 
 
-def tokens_to_screen(vocabulary: int, count: int | None, rng: np.random.Generator) -> IntArray:
-    """Return ``count`` random token ids in ascending order, int64; all if None or if there are no more than that."""
-    if count is None or count >= vocabulary:
-        return np.arange(vocabulary, dtype=np.int64)
+def tokens_to_screen(vocabulary: IntArray, count: int | None, rng: np.random.Generator) -> IntArray:
+    """Return ``count`` of the token ids in ascending order, int64; all if None or if there are no more than that."""
+    if count is None or count >= len(vocabulary):
+        return vocabulary
     return np.sort(rng.choice(vocabulary, size=count, replace=False)).astype(np.int64)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -23,9 +26,12 @@ from cushion_deploy.prefix.candidates import Candidates, count_sources, gather_c
 from cushion_deploy.prefix.gradient import gradient_changes, mean_embedding, positions_run
 from cushion_deploy.prefix.objective import score_candidates, score_prefix
 from cushion_deploy.prefix.screen import self_sink_sizes, sink_depth, tokens_to_screen
+from cushion_deploy.prefix.seeds import seed_ids
 from cushion_deploy.prefix.trace import ScoredToken, SearchStep, SearchTrace
 from cushion_deploy.recipe import Search
 from cushion_deploy.store import replace_file
+
+logger = logging.getLogger(__name__)
 
 RUNGS = (64, 128)
 """Text lengths of successive halving before the whole text. These rungs run as many layers as the screen."""
@@ -120,19 +126,21 @@ class PrefixSearch:
         past = self.model.past(self.model.compute_prefix(ids))
         text = draw_text(self.corpus, self.config.text_tokens, self.seed, number)
         before = score_prefix(self.model, past, text, self.config.objective, bits=self.config.bits)
+        if not math.isfinite(before):
+            self._refuse(f"the tokens {list(ids)}" if ids else "no prefix", before)
         self._count(1, len(text))
         if self.config.mode == "screen":
             left = floor.floor_of(self.model, past, text, self.config.objective, before, bits=self.config.bits)
             self._count(1, floor.positions_run(text))
             if floor.cannot_pay(left, self.config.tau):
                 return Skipped(left)
-        self.trace.positions_full_scan += self.model.spec.vocab_size * (len(text) + 1)
+        self.trace.positions_full_scan += len(self.model.vocabulary) * (len(text) + 1)
         if self.config.mode == "exhaustive":
-            layers, screened, entered = 0, 0, self.model.spec.vocab_size
+            layers, screened, entered = 0, 0, len(self.model.vocabulary)
             scored = self._scan(past, text, number)
             proposed = finalists = {"scan": entered}
         else:
-            screen = tokens_to_screen(self.model.spec.vocab_size, self.config.screen_tokens, self._rng(number, 4))
+            screen = tokens_to_screen(self.model.vocabulary, self.config.screen_tokens, self._rng(number, 4))
             candidates = self._candidates(past, text, screen, rng)
             layers, screened, entered = self._depth, len(screen), len(candidates)
             scored = self._halve(past, text, candidates)
@@ -171,7 +179,7 @@ class PrefixSearch:
             start = mean_embedding(self.model)
             changes = gradient_changes(self.model, past, text, start, config.objective, progress=self.progress)
             self._count(1, positions_run(text))
-            gradient = largest(-changes, config.gradient_candidates)
+            gradient = [int(self.model.vocabulary[i]) for i in largest(-changes, config.gradient_candidates)]
         screen = [int(tokens[i]) for i in largest(sizes, config.screen_candidates)]
         return gather_candidates(self.model, screen, gradient, config.random_candidates, rng)
 
@@ -193,30 +201,28 @@ class PrefixSearch:
     def _scan(self, past: KeysValues, text: IntArray, number: int) -> list[ScoredToken]:
         """Score the whole vocabulary, with a checkpoint after every chunk from which a killed scan resumes."""
         file = self.scratch / f"scan-{number}.json" if self.scratch else None
-        earlier = json.loads(file.read_text()) if file and file.is_file() else {}
-        scores: list[float] = earlier.get("scores", [])
-        seconds: float = earlier.get("seconds", 0.0)
+        scores, seconds = _checkpoint(file, self.model.spec.vocab_size) if file else ([], 0.0)
         # The cost of a scan includes what earlier, killed runs spent on it.
         self._count(len(scores), len(text) + 1)
         self.trace.seconds += seconds
-        vocabulary, begin = self.model.spec.vocab_size, time.monotonic() - seconds
-        for start in range(len(scores), vocabulary, SCAN_CHUNK):
-            scores += self._score(past, text, range(start, min(start + SCAN_CHUNK, vocabulary)))
+        vocabulary, begin = self.model.vocabulary.tolist(), time.monotonic() - seconds
+        for start in range(len(scores), len(vocabulary), SCAN_CHUNK):
+            scores += self._score(past, text, vocabulary[start : start + SCAN_CHUNK])
             if file and self.model.processes.leads:
                 replace_file(file, json.dumps({"scores": scores, "seconds": time.monotonic() - begin}).encode())
-            self.progress("scanning the vocabulary", len(scores), vocabulary)
-        return self._ranked(list(range(vocabulary)), scores, ["scan"] * vocabulary)
+            self.progress("scanning the vocabulary", len(scores), len(vocabulary))
+        return self._ranked(vocabulary, scores, ["scan"] * len(vocabulary))
 
     def _audit(self, past: KeysValues, text: IntArray, best: ScoredToken, rng: np.random.Generator) -> tuple[int, int]:
         """Return the rank of the best token in a new random sample of the vocabulary, and the size of the sample."""
-        size = min(self.config.audit_tokens, self.model.spec.vocab_size)
-        sample = rng.choice(self.model.spec.vocab_size, size=size, replace=False)
+        size = min(self.config.audit_tokens, len(self.model.vocabulary))
+        sample = rng.choice(self.model.vocabulary, size=size, replace=False)
         scores = self._score(past, text, [int(t) for t in sample])
         return 1 + sum(score < best.objective for score in scores), size
 
     def _score(self, past: KeysValues, text: IntArray, tokens: Sequence[int], depth: int | None = None) -> list[float]:
         self._count(len(tokens), len(text) + 1)
-        return score_candidates(
+        scores = score_candidates(
             self.model,
             past,
             text,
@@ -226,6 +232,17 @@ class PrefixSearch:
             depth=depth,
             batch_positions=self.config.batch_positions,
             progress=self.progress,
+        )
+        # NaN compares as equal to everything, so it would stay wherever a sort finds it.
+        for token, score in zip(tokens, scores, strict=True):
+            if not math.isfinite(score):
+                self._refuse(f"token {self.model.token_text(token)!r} ({token})", score)
+        return scores
+
+    def _refuse(self, prefix: str, score: float) -> NoReturn:
+        raise UsageError(
+            f"the objective '{self.config.objective}' behind {prefix} is {score}, which cannot be ranked",
+            hint="the model overflows in its floating-point type: give --dtype fp32, or check the checkpoint",
         )
 
     def _ranked(self, tokens: list[int], scores: list[float], sources: Sequence[str]) -> list[ScoredToken]:
@@ -241,18 +258,8 @@ class PrefixSearch:
     def _seed_ids(self) -> tuple[int, ...]:
         if not self.config.seed_tokens and self.config.max_length:
             return self.model.bare_tokens
-        ids: list[int] = []
-        for text in self.config.seed_tokens:
-            special = self.model.tokenizer.bos_token_id if text == "<bos>" else None
-            if text == "<bos>" and special is None:
-                raise UsageError("the seed is <bos>, which the tokenizer does not have", hint="choose another seed")
-            ids += [special] if special is not None else [int(i) for i in self.model.encode(text)]
-        if len(ids) > self.config.max_length:
-            raise UsageError(
-                f"the seeds are {len(ids)} tokens, more than search.max_length = {self.config.max_length}",
-                hint="give fewer seeds or a longer prefix",
-            )
-        return tuple(ids)
+        tokenizer = self.model.tokenizer
+        return seed_ids(self.config, tokenizer.bos_token_id, lambda text: self.model.encode(text).tolist())
 
     def _why_stopped(self, step: SearchStep, ids: tuple[int, ...]) -> str:
         best = f"the best of {step.candidates} candidates leaves {step.ratio:.2f} of the objective"
@@ -266,6 +273,21 @@ class PrefixSearch:
             f"tau = {self.config.tau}"
         )
         return f"{found}: another token would not pay" if ids else f"{found}: this model has no sink worth a prefix"
+
+
+def _checkpoint(file: Path, vocabulary: int) -> tuple[list[float], float]:
+    """Return the scores and seconds of an interrupted scan; none if there is no checkpoint, or a damaged one."""
+    if not file.is_file():
+        return [], 0.0
+    try:
+        found = json.loads(file.read_bytes())
+        scores, seconds = list(map(float, found["scores"])), float(found["seconds"])
+        if len(scores) > vocabulary or not all(map(math.isfinite, [*scores, seconds])):
+            raise ValueError("it has more scores than there are tokens, or one that is not finite")
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        logger.warning("the checkpoint %s is damaged, so the scan begins again: %s", file, e)
+        return [], 0.0
+    return scores, seconds
 
 
 def draw_text(corpus: IntArray, tokens: int, seed: int, step: int) -> IntArray:

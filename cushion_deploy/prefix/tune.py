@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 
@@ -38,6 +40,8 @@ from cushion_deploy.prefix.trace import TuningState, TuningTrace
 from cushion_deploy.prefix.tuning_loss import TuningLoss
 from cushion_deploy.recipe import Tuning
 from cushion_deploy.store import replace_file
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60
 """Wall time between two checkpoints, from which a killed tuning resumes."""
@@ -273,18 +277,36 @@ class PrefixTuning:
         file = self.scratch / "tuning.safetensors" if self.scratch else None
         if file is None or not file.is_file():
             return None
-        raw = file.read_bytes()
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        facts = json.loads(header["__metadata__"]["tuning"])
-        if facts["identity"] != self._identity():
+        try:
+            restored = self._read(file.read_bytes())
+        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as e:
+            logger.warning("the checkpoint %s is damaged, so the tuning begins again: %s", file, e)
             return None
-        tensors = {name: self.model.tensor(value.copy()) for name, value in load(raw).items()}
+        if restored is None:
+            return None
+        tensors, earlier, step = restored
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"now.{name}"])
                 moments = {k.rsplit(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"adam.{name}.")}
                 if moments:
                     self.optimizer.state[parameter] = moments
-        restored = TuningTrace.from_json(facts["trace"])
-        trace.states, trace.seconds, trace.skipped = restored.states, restored.seconds, restored.skipped
-        return {name: tensors[f"best.{name}"] for name in self.parameters}, int(facts["step"])
+        trace.states, trace.seconds, trace.skipped = earlier.states, earlier.seconds, earlier.skipped
+        return {name: tensors[f"best.{name}"] for name in self.parameters}, step
+
+    def _read(self, raw: bytes) -> tuple[dict[str, Tensor], TuningTrace, int] | None:
+        """Return the tensors, trace and steps of a checkpoint; None if it is of another tuning.
+
+        Raises:
+            ValueError, KeyError, TypeError, SafetensorError: it is damaged.
+        """
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        facts = json.loads(header["__metadata__"]["tuning"])
+        if facts["identity"] != self._identity():
+            return None
+        tensors = {name: self.model.tensor(value.copy()) for name, value in load(raw).items()}
+        for name, parameter in self.parameters.items():
+            for kind in ("now", "best"):
+                if tensors[f"{kind}.{name}"].shape != parameter.shape:
+                    raise ValueError(f"{kind}.{name} is {list(tensors[f'{kind}.{name}'].shape)}")
+        return tensors, TuningTrace.from_json(facts["trace"]), int(facts["step"])

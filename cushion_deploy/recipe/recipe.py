@@ -27,6 +27,7 @@ from cushion_deploy.recipe.sections import (
 )
 from cushion_deploy.recipe.text import dump_yaml, parse_yaml
 from cushion_deploy.recipe.validation import PRINT_CONFIG, unknown_setting, usage_error
+from cushion_deploy.store.text_files import decode_utf8
 
 _LIMIT = 1 << 20
 
@@ -89,8 +90,8 @@ class Recipe(Section):
         """Read a recipe from a YAML file; settings that it omits take their defaults.
 
         Raises:
-            UsageError: the file is missing, larger than 1 MiB or not YAML; a key is unknown or repeated; a value has
-                the wrong type or is out of range.
+            UsageError: the file is missing, larger than 1 MiB, not UTF-8 or not YAML; a key is unknown or repeated; a
+                value has the wrong type or is out of range.
         """
         try:
             with open(path, "rb") as f:
@@ -102,7 +103,7 @@ class Recipe(Section):
         if len(raw) > _LIMIT:
             raise UsageError(f"the recipe {path} is larger than 1 MiB", hint="give a YAML file; " + PRINT_CONFIG)
         try:
-            data = parse_yaml(raw)
+            data = parse_yaml(decode_utf8(raw, f"the recipe {path}"))
         except ValueError as e:
             raise UsageError(f"the recipe {path} is not valid YAML: {e}", hint=PRINT_CONFIG) from e
         if data is None:

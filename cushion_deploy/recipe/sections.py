@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cushion_deploy.core.dtypes import PlanDtype
+from cushion_deploy.core.graph_form import MAX_OPSET, MIN_OPSET
 from cushion_deploy.core.graphs import PrefixMode
 from cushion_deploy.core.kv_scales import KvGranularity
 from cushion_deploy.core.scales import Estimator
@@ -258,7 +259,10 @@ class Export(Section):
         description="Sites to keep in floating point, by name, or auto:N for the N most sensitive ones.",
     )
     opset: int | None = Field(
-        default=None, ge=13, description="ONNX opset; null is the lowest one with every operator of the graph."
+        default=None,
+        ge=MIN_OPSET,
+        le=MAX_OPSET,
+        description="ONNX opset; null is the lowest one with every operator of the graph.",
     )
     prefix: PrefixMode = Field(
         default="baked",

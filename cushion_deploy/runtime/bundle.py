@@ -23,10 +23,12 @@ from cushion_deploy.store import (
 )
 from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.manifest import read_json
+from cushion_deploy.store.text_files import read_utf8
 
 GRAPH_NAME = "model.onnx"
 TEXT_NAME = "text.json"
-"""How prompts are tokenized: ``{"keep_bos": bool}``, true if the file is absent."""
+"""How prompts are tokenized: ``{"keep_bos": bool}``, true if the file is absent; ``changes`` says in words
+how the tokenizer files differ from those of the model."""
 _REBUILD = "build the bundle again with this version of cushion-deploy"
 
 
@@ -228,7 +230,10 @@ def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 def _chat_template(path: Path, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]) -> ChatTemplate | None:
     file = path / "chat_template.jinja"
     if file.is_file():
-        return ChatTemplate(file.read_text(encoding="utf-8"), special)
+        try:
+            return ChatTemplate(read_utf8(file), special)
+        except UsageError as e:
+            raise UntrustedArtifact(e.message, hint="fetch the model again, or " + e.hint) from e
     source = tokenizer_config.get("chat_template")
     if isinstance(source, list):  # several templates by name
         source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")

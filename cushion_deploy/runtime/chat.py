@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -16,6 +17,7 @@ Message = Mapping[str, Any]
 """``role`` and ``content``, and any other key that the template reads."""
 
 
+_PROBE = "content-as-text"
 _MESSAGE = 'give {"role": "user", "content": "..."}'
 _CONTENT = 'give the content as text, null, or a list of {"type": "text", "text": "..."}'
 
@@ -40,7 +42,9 @@ class ChatTemplate:
             add_generation_prompt: end with the header of the assistant's turn.
             variables: further variables of the template, such as ``tools``.
 
-        The content of a message is text, null (rendered as no text), or a list of parts whose texts are joined.
+        The content of a message is text, null, or a list of text parts. It is rendered as in transformers, in the form
+        in which it was given, unless the template would write Python's ``None`` or list: then null is no text, and the
+        texts of parts are joined. A template that reads parts alone, as of models that read images, gets parts.
 
         Raises:
             UsageError: there is no message, a content is of another kind, or the template is invalid, recurses without
@@ -54,13 +58,13 @@ class ChatTemplate:
         except ImportError as e:
             raise MissingDependency("chat templates need jinja2", hint="pip install 'cushion-deploy[chat]'") from e
         plain = [plain_message(message, number) for number, message in enumerate(messages, 1)]
-        names = {**self.special_tokens, "tools": None, "documents": None, **variables}
+        names = {"add_generation_prompt": add_generation_prompt, **variables}
         try:
-            return str(
-                _environment()
-                .from_string(self.source)
-                .render(messages=plain, add_generation_prompt=add_generation_prompt, **names)
-            )
+            if self._reads_parts:
+                return self._render([_in_parts(message) for message in plain], names)
+            if plain == [dict(message) for message in messages]:
+                return self._render(plain, names)
+            return self._render_as_given(messages, plain, names)
         except RecursionError as e:
             raise UsageError(
                 "the chat template calls itself without end, or is nested too deeply",
@@ -71,6 +75,44 @@ class ChatTemplate:
                 f"the chat template rejects these messages: {e}",
                 hint="each message is an object with `role` and `content`, in the order that the model was trained on",
             ) from e
+
+    def _render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        names = {**self.special_tokens, "tools": None, "documents": None, **variables}
+        return str(_environment().from_string(self.source).render(messages=messages, **names))
+
+    def _render_as_given(
+        self, messages: Sequence[Message], plain: Sequence[Message], variables: Mapping[str, Any]
+    ) -> str:
+        """Return the rendering of contents as they are, or of their texts if the template cannot read those."""
+        import jinja2
+
+        expected = self._render(plain, variables)
+        try:
+            found = self._render(messages, variables)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
+            return expected
+        lists = [str(m["content"]) for m in messages if isinstance(m.get("content"), (list, tuple))]
+        written = any(found.count(text) > expected.count(text) for text in ("None", *lists))
+        return expected if written else found
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template leaves out content that is text, and writes the same in parts."""
+        import jinja2
+
+        def writes(content: Any) -> bool:
+            try:
+                return _PROBE in self._render([{"role": "user", "content": content}], {})
+            except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
+                return False
+
+        return not writes(_PROBE) and writes([{"type": "text", "text": _PROBE}])
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    if "content" not in message:
+        return dict(message)
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def plain_message(message: Message, number: int) -> dict[str, Any]:

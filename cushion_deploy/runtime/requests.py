@@ -10,6 +10,7 @@ from typing import Any
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime.chat import Message
+from cushion_deploy.store.text_files import decode_utf8
 
 _FORM = 'each line is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, with an "id" if you like'
 RequestId = str | int
@@ -36,12 +37,14 @@ def read_requests(file: Path) -> list[Request]:
     """Read all requests of a file; lines without a character are skipped.
 
     Raises:
-        UsageError: the file cannot be read, has no request, or has a bad line, which is named by its number.
+        UsageError: the file cannot be read, is not UTF-8, has no request, or has a bad line; its number is named.
     """
     try:
-        lines = file.read_bytes().split(b"\n")
+        data = file.read_bytes()
     except OSError as e:
         raise UsageError(f"cannot read {file}: {e.strerror}", hint="give a file with one JSON object a line") from e
+    # Not splitlines, which also splits at U+2028 and other separators that JSON strings may contain.
+    lines = decode_utf8(data, str(file)).split("\n")
     found = [_request(line, number, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UsageError(f"{file} has no request", hint=_FORM)
@@ -56,9 +59,9 @@ def read_requests(file: Path) -> list[Request]:
     return found
 
 
-def _request(line: bytes, number: int, where: str) -> Request:
+def _request(line: str, number: int, where: str) -> Request:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line)
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON and no text
     except (ValueError, RecursionError) as e:
         raise UsageError(f"{where}: not valid JSON ({str(e)[:100]})", hint=_FORM) from e

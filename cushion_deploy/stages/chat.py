@@ -42,7 +42,7 @@ class ReadChat(Derived[ChatPrompts]):
 
     def make(self, inputs: Inputs) -> ChatPrompts:
         """Render and encode the prompts."""
-        return chat_prompts(read_text_files(inputs.get(self.files).folder), inputs.get(self.text).text)
+        return chat_prompts(read_text_files(inputs.get(self.files).folder), inputs.get(self.text).prose)
 
 
 @dataclass(frozen=True)

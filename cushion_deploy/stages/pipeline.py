@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from cushion_deploy.calib.corpora import Corpus, Part
+from cushion_deploy.calib.corpora import Part
 from cushion_deploy.core.graph_form import MIN_OPSET, CacheForm, GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.host import installed_versions
@@ -37,10 +37,11 @@ from cushion_deploy.stages.plan_type import ChoosePlanType, MeasureRange, PlanGr
 from cushion_deploy.stages.publish import Publish
 from cushion_deploy.stages.quantization import AssembleQuantization, WithoutPrefix
 from cushion_deploy.stages.report import AssembleReport
-from cushion_deploy.stages.sample import ReadText, Sample
+from cushion_deploy.stages.sample import Sample
 from cushion_deploy.stages.search import NoPrefix, Search
 from cushion_deploy.stages.sensitivity import ChooseScheme, Sensitivity, is_automatic
 from cushion_deploy.stages.smooth import Smooth
+from cushion_deploy.stages.text import ReadText
 from cushion_deploy.stages.tune import Tune
 from cushion_deploy.stages.windows import Cut, longest_prefix
 
@@ -122,9 +123,9 @@ class Pipeline:
         """Return the pipeline of the same model with some settings replaced; equal nodes share their artifacts."""
         return Pipeline(self.recipe.merged(settings), self.source)
 
-    def corpus(self, data: str | None, part: Part) -> Node[Corpus]:
+    def corpus(self, data: str | None, part: Part) -> ReadText:
         """Return the node of a calibration or evaluation text."""
-        return ReadText.of(data, part, Sample(self.model, self.recipe.seed))
+        return ReadText.of(data, part, Sample(self.model, self.recipe.seed), self.files)
 
     @property
     def scheme(self) -> QuantScheme:

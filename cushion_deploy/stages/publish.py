@@ -19,6 +19,7 @@ from cushion_deploy.report.card import CARD_NAME, model_card
 from cushion_deploy.runtime.bundle import TEXT_NAME
 from cushion_deploy.runtime.genai import GENAI_NAME, genai_config
 from cushion_deploy.stages.base import Derived, Node
+from cushion_deploy.stages.bundle_tokenizer import describe_text, leave_out_bos
 from cushion_deploy.stages.compile import CompiledEngine
 from cushion_deploy.stages.load import ModelFiles
 from cushion_deploy.stages.run import Inputs
@@ -55,7 +56,9 @@ class Publish(Derived[Report]):
                 place(file, staged / file.name, link=False)
             (staged / GRAPH_FILE).write_text(json.dumps(graph.to_json(), indent=1) + "\n")
             # Search, calibration and scoring put the text directly behind the prefix, which replaces <bos>.
-            (staged / TEXT_NAME).write_text(json.dumps({"keep_bos": quantization.prefix.length == 0}) + "\n")
+            changes = leave_out_bos(staged) if quantization.prefix.length else ""
+            text = describe_text(quantization.prefix.length == 0, changes)
+            (staged / TEXT_NAME).write_text(text, encoding="utf-8")
             if not graph.contract.prefix_slots:  # other runtimes start with an empty cache, without the prefix
                 _write_genai_config(graph, files.spec, staged)
                 write_prefix(quantization.prefix, staged / PREFIX_FILE)

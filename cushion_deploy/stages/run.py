@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 from cushion_deploy.core.processes import SINGLE, Processes
@@ -18,6 +17,7 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.stages.base import Derived, Node, Stage, nodes_behind
 from cushion_deploy.store import StageStore, require_space
 from cushion_deploy.store.digests import digest_json
+from cushion_deploy.store.files import temporary_folder
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -135,8 +135,8 @@ class Run:
                 self.get(node)
         if not self.processes.leads:
             if stage.shared:
-                with TemporaryDirectory(prefix="cushion-") as unused:
-                    stage.run(inputs, Path(unused))
+                with temporary_folder("cushion-") as unused:
+                    stage.run(inputs, unused)
         else:
             if room := stage.room(inputs):
                 require_space(self.store.root, room)

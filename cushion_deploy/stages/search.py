@@ -44,7 +44,7 @@ class Search(Stage[FoundPrefix]):
     """
 
     name: ClassVar[str] = "search"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     text: Node[Corpus]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from cushion_deploy.calib.corpora import Corpus
+from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.core.sites import Site
 from cushion_deploy.errors import UsageError
@@ -96,21 +97,39 @@ class ChooseScheme(Derived[QuantScheme]):
         scheme = replace(self.scheme, int8_embedding=inputs.get(self.embedding)) if self.embedding else self.scheme
         if not self.keep_float:
             return scheme
-        spec = inputs.get(self.files).spec
-        known = list(get_family(spec.family).linears(spec, head=self.scheme.quantize_head))
+        known = check_keep_float(inputs.get(self.files).spec, self.scheme, self.keep_float)
         named = [Site(entry) for entry in self.keep_float if not is_automatic(entry)]
-        unknown = [site for site in named if site not in known]
-        if unknown:
-            raise UsageError(
-                f"export.keep_float names '{unknown[0]}', which is not a quantized Site of this model",
-                hint=f"Sites are named {known[0]} to {known[-1]}; or give auto:N",
-            )
         count = sum(_automatic(entry) for entry in self.keep_float if is_automatic(entry))
         if self.sensitivity and count:
             costs = inputs.get(self.sensitivity)
             named += [site for site in sorted(costs, key=lambda s: -costs[s]) if site not in named][:count]
         chosen = set(named)
         return replace(scheme, float_sites=tuple(site for site in known if site in chosen))
+
+
+def check_keep_float(spec: ModelSpec, scheme: QuantScheme, keep_float: tuple[str, ...]) -> list[Site]:
+    """Return the Sites that a scheme quantizes in a model, in the order of computation.
+
+    Raises:
+        UsageError: an entry of ``export.keep_float`` is not one of them, ``auto:`` lacks a number, or no Site is
+            left to quantize.
+    """
+    known = list(get_family(spec.family).linears(spec, head=scheme.quantize_head))
+    kept = len({entry for entry in keep_float if not is_automatic(entry)})
+    for entry in keep_float:
+        if is_automatic(entry):
+            kept += _automatic(entry)
+        elif entry not in known:
+            raise UsageError(
+                f"export.keep_float names '{entry}', which is not a quantized Site of this model",
+                hint=f"Sites are named {known[0]} to {known[-1]}; or give auto:N",
+            )
+    if kept >= len(known):
+        raise UsageError(
+            f"export.keep_float keeps all {len(known)} Sites of this model, so nothing would be quantized",
+            hint="keep fewer, or `cushion-deploy export --float` for a graph in floating point",
+        )
+    return known
 
 
 def is_automatic(entry: str) -> bool:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cushion_deploy.calib.corpora import BENCHMARKS, Corpus, other_pieces, pack_windows
+from cushion_deploy.calib.corpora import BENCHMARKS, Corpus
+from cushion_deploy.calib.packing import other_pieces, pack_windows
 from cushion_deploy.core.dtypes import IntArray
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.errors import UsageError
@@ -179,21 +180,3 @@ def require_positions(setting: str, tokens: int, prefix: int, spec: ModelSpec) -
             f"{spec.max_positions} positions",
             hint=f"set {setting} to at most {room}" + (", or search.max_length lower" if prefix else ""),
         )
-
-
-def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
-    """Check that every text of a build fits the model's positions, before any expensive work.
-
-    Raises:
-        UsageError: a text does not fit; the message names the setting.
-    """
-    prefix = longest_prefix(recipe)
-    needed = {
-        "search.text_tokens": recipe.search.text_tokens if prefix else 0,
-        "tuning.window": recipe.tuning.window if recipe.tuning.enabled else 0,
-        "calibration.window": recipe.calibration.window or 0,
-        "evaluation.window": Cut.of(recipe, recipe.evaluation.data).window_in(spec.max_positions, spec.smallest_window),
-        "parity.tokens + parity.decode_tokens": recipe.parity.tokens + recipe.parity.decode_tokens,
-    }
-    for setting, tokens in needed.items():
-        require_positions(setting, tokens, prefix, spec)

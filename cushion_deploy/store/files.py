@@ -8,19 +8,23 @@ import logging
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.errors import CushionError, UntrustedArtifact, UsageError
 from cushion_deploy.store.snapshot import stat_file
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Codes of a disk, a quota or a limit of the process that is exhausted."""
+_LONGEST_NAME = 200
+"""Bytes of a name that leave room for a suffix of 54."""
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
@@ -97,9 +101,18 @@ def sync_tree(folder: Path) -> None:
         sync_file(Path(current))
 
 
+def hidden_name(name: str) -> str:
+    """Return the begin of the name of a temporary file or folder beside the one of that name.
+
+    A file system allows 255 bytes for a name: one that leaves no room for what follows is replaced by its digest.
+    """
+    raw = os.fsencode(name)
+    return f".{name}" if len(raw) <= _LONGEST_NAME else f".{hashlib.sha256(raw).hexdigest()[:32]}"
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that a killed process leaves either the old or the new content, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f"{hidden_name(path.name)}.{uuid.uuid4().hex[:8]}")
     try:
         with open(temporary, "xb") as f:
             f.write(data)
@@ -189,21 +202,69 @@ def require_space(folder: Path, needed: int) -> None:
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turn a full disk, a missing permission and similar errors while writing ``folder`` into a UsageError.
 
-    Other errors pass unchanged.
+    Other errors pass unchanged. Libraries written in Rust and C++ raise errors of their own, which are recognized by
+    the words of the operating system in them.
     """
     try:
         yield
-    except OSError as e:
-        where = os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else str(folder)
-        if e.errno in _FULL:
-            raise UsageError(
-                f"cannot write {where}: {e.strerror} ({human_bytes(free_bytes(folder))} free)",
-                hint="free some space or choose a folder on a larger disk, and run again (finished stages are kept)",
-            ) from e
-        if e.errno in _REFUSED:
-            raise UsageError(
-                f"cannot use {where}: {e.strerror}", hint="change its permissions or choose a folder you may write to"
-            ) from e
-        if e.errno == errno.ENAMETOOLONG:
-            raise UsageError(f"the name {where} is too long", hint="choose a shorter path") from e
+    except CushionError:
         raise
+    except Exception as e:
+        error = _disk_error(e, folder)
+        if error is None:
+            raise
+        raise error from e
+
+
+def _disk_error(e: Exception, folder: Path) -> UsageError | None:
+    code = e.errno if isinstance(e, OSError) else _code_in(str(e))
+    if code is None:
+        return None
+    name = getattr(e, "filename", None)
+    where, reason = os.fsdecode(name) if isinstance(name, (str, bytes)) else str(folder), os.strerror(code)
+    if code in DISK_FULL:
+        return UsageError(
+            f"cannot write {where}: {reason} ({human_bytes(free_bytes(folder))} free)",
+            hint="free some space or choose a folder on a larger disk, and run again (finished stages are kept)",
+        )
+    if code in _REFUSED:
+        return UsageError(
+            f"cannot use {where}: {reason}", hint="change its permissions or choose a folder you may write to"
+        )
+    if code == errno.ENAMETOOLONG:
+        return UsageError(f"the name {where} is too long", hint="choose a shorter path")
+    return None
+
+
+def _code_in(message: str) -> int | None:
+    """Return the code of a disk error that a message names, as Rust does by number and C++ in words."""
+    for code in DISK_FULL | _REFUSED:
+        if f"(os error {code})" in message or (code in DISK_FULL | {errno.EROFS} and os.strerror(code) in message):
+            return code
+    return None
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Yield an empty folder for temporary files, which is removed on exit.
+
+    Raises:
+        UsageError: the disk that holds temporary files is full or not writable.
+    """
+    with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix=prefix) as name:
+        yield Path(name)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that a user asked for: whole, or not at all; a device or a pipe is written to.
+
+    Raises:
+        UsageError: the disk is full or not writable; a file that was there is unchanged.
+    """
+    target = Path(os.path.realpath(path))
+    with disk_errors(path):
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as f:
+                f.write(data)
+        else:
+            replace_file(target, data)

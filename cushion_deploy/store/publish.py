@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.store.files import disk_errors, list_files, sync_tree
+from cushion_deploy.store.files import disk_errors, hidden_name, list_files, sync_tree
 from cushion_deploy.store.manifest import (
     MANIFEST_NAME,
     PICKLE_SUFFIXES,
@@ -26,7 +26,7 @@ _ELSEWHERE = "choose another output folder, or move this one away first"
 
 
 def _prefix(target: Path) -> str:
-    return f".{target.name}.cushion-"
+    return f"{hidden_name(target.name)}.cushion-"
 
 
 def _resolve(out: Path) -> Path:

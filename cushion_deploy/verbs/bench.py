@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from cushion_deploy.stages.export import engine_form
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
+from cushion_deploy.store.files import temporary_folder
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 
 CPU_ENGINE, INT8 = DEFAULT_ENGINE, "INT8"
@@ -259,7 +258,7 @@ class _Twins:
         graph = self.graph(*engine_form(form, ENGINES[engine], dtype, limits["context"]))
         options = CompileOptions(artifact.targets, limits["batch"], limits["context"], limits["prefill"])
         # Compiled anew in a private folder: opening a plan runs code, and others may be able to write to a work folder.
-        with tempfile.TemporaryDirectory(prefix="cushion-bench-") as name:
-            made = ENGINES[engine].compile(graph, Path(name), options)
-            plan = next(Path(name) / file for file in made.files if file != ENGINE_FILE).read_bytes()
+        with temporary_folder("cushion-bench-") as folder:
+            made = ENGINES[engine].compile(graph, folder, options)
+            plan = next(folder / file for file in made.files if file != ENGINE_FILE).read_bytes()
         return dtype, ENGINES[engine].open(graph, plan)

@@ -20,8 +20,13 @@ from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.plan import NotFinished, PlannedStage, ReadOnlyRun
 from cushion_deploy.stages.publish import Publish
+from cushion_deploy.stages.requirements import (
+    require_calibration_text,
+    require_comparable,
+    require_evaluable,
+    require_settings,
+)
 from cushion_deploy.stages.run import Inputs, Run
-from cushion_deploy.stages.windows import require_recipe_fits
 from cushion_deploy.store import recover, require_publishable, require_space
 
 LIBRARIES = ("torch", "transformers", "onnx_ir", "onnxruntime", "matplotlib", "jinja2")
@@ -47,10 +52,14 @@ def build(
     require_modules(*LIBRARIES)
     recover(output)
     pipeline, end = _checked(recipe, output, targets, allow_float_linears)
-    _require_other_text(pipeline, run)
+    _read_texts(pipeline, run)
     with run.lock():
-        require_recipe_fits(recipe, run.get(pipeline.files).spec)
         run.number(end)
+        require_settings(pipeline, run)
+        require_evaluable(pipeline, run, [recipe.evaluation.data])
+        require_comparable(pipeline, run)
+        # Last, because the text may have to be sampled.
+        require_calibration_text(pipeline, run)
         return run.get(end)
 
 
@@ -66,17 +75,20 @@ def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ())
     require_modules(*LIBRARIES)
     pipeline, end = _checked(recipe, output, targets, 0)
     found = ReadOnlyRun.of(run)
-    with suppress(NotFinished):  # one of the texts is sampled from the model
-        _require_other_text(pipeline, found)
+    _read_texts(pipeline, found)
     files = found.known(pipeline.files)
     if files:
-        require_recipe_fits(recipe, files.spec)
+        require_settings(pipeline, found)
+        require_evaluable(pipeline, found, [recipe.evaluation.data])
+        require_comparable(pipeline, found)
+        with suppress(NotFinished):  # the text is sampled from the model
+            require_calibration_text(pipeline, found)
     stages = found.plan(end)
     _require_room(end, stages, files.spec if files else None, run)
     data, source = recipe.calibration.data, pipeline.source
     return {
         "model": {"label": source.label, "kind": source.kind, "sha256": source.digest},
-        "calibration": SAMPLED[data] if data in SAMPLED else found.get(pipeline.text).name,
+        "calibration": SAMPLED[data] if data in SAMPLED else found.get(pipeline.text.rows).name,
         "engines": [stage.engine for stage in end.engines if isinstance(stage, Compile)],
         "stages": [asdict(stage) for stage in stages],
         "work_dir": str(run.store.root),
@@ -125,12 +137,17 @@ def _checked(
     return pipeline, pipeline.build(tuple(engine.name for engine in engines), options, output)
 
 
-def _require_other_text(pipeline: Pipeline, run: Run) -> None:
-    """Refuse to evaluate on the calibration text."""
-    calibration, evaluation = pipeline.recipe.calibration.data, pipeline.recipe.evaluation.data
+def _read_texts(pipeline: Pipeline, run: Run) -> None:
+    """Read the texts that need no model, so that a bad one is found at once; refuse the calibration text twice."""
+    recipe = pipeline.recipe
+    calibration, evaluation = recipe.calibration.data, recipe.evaluation.data
+    texts = pipeline.text, pipeline.evaluation_text, pipeline.corpus(recipe.parity.data, "evaluation")
+    for data, text in zip((calibration, evaluation, recipe.parity.data), texts, strict=True):
+        if data not in SAMPLED:
+            run.get(text.rows)
     if calibration in SAMPLED or evaluation is None:
         return
-    if run.digest(pipeline.text) == run.digest(pipeline.evaluation_text):
+    if run.digest(pipeline.text.rows) == run.digest(pipeline.evaluation_text.rows):
         raise UsageError(
             f"{evaluation} is also the calibration text, so its perplexity would be too optimistic",
             hint="give a different text with --eval-data, or omit the option",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from cushion_deploy.calib.corpora import Corpus, load_corpus
+from cushion_deploy.calib.corpora import Corpus, load_rows
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.progress import Progress
@@ -24,6 +24,7 @@ from cushion_deploy.runtime.engine import DEFAULT_ENGINE, open_engine
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
+from cushion_deploy.stages.text import render_rows
 from cushion_deploy.verbs.parity import pipeline_of_bundle
 
 if TYPE_CHECKING:
@@ -75,8 +76,13 @@ class Columns:
         return self.run.get(self.pipeline.model)
 
     def corpus(self, data: str | None) -> Corpus:
-        """Return a text; the model is loaded only if the text is sampled from it."""
-        return self.run.get(self.pipeline.corpus(data, "evaluation")) if data == "self" else read_text(data)
+        """Return a text, with conversations rendered through the chat template of the bundle or model.
+
+        With a bundle, the model is loaded only for text that is sampled from it.
+        """
+        if self.bundle is None or data == "self":
+            return self.run.get(self.pipeline.corpus(data, "evaluation"))
+        return render_rows(load_rows(data, "evaluation"), self.bundle.chat_template)
 
     @contextmanager
     def open(self, column: str) -> Iterator[Column]:
@@ -123,15 +129,9 @@ class Columns:
         return Column(scorer, encoding, lambda ids, progress, task: model.token_nll(ids, prefix, progress, task))
 
     def _encoding(self) -> Encoding:
-        if self.bundle is not None:
-            return Encoding.of_bundle(self.bundle)
+        """Return the encoding of the model; the tokenizer of a bundle with a prefix adds no beginning of sequence."""
         tokenizer = self.model.tokenizer
         source = tokenizer.chat_template
         template = ChatTemplate(source, tokenizer.special_tokens_map) if isinstance(source, str) else None
         common = tokenizer.backend_tokenizer, tokenizer.bos_token_id, self.model.spec
         return Encoding.of_tokenizer(*common, chat_template=template)
-
-
-def read_text(data: str | None) -> Corpus:
-    """Return an evaluation text that needs no model."""
-    return load_corpus(data, "evaluation")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from cushion_deploy.core.artifacts import SCALES_FILE, read_scales
 from cushion_deploy.core.engine_artifact import ENGINE_FILE, read_artifact
@@ -24,6 +23,7 @@ from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Inputs, Run
 from cushion_deploy.store.digests import digest_json
+from cushion_deploy.store.files import temporary_folder
 
 
 def pipeline_of_bundle(recipe: Recipe, bundle: Path) -> Pipeline:
@@ -119,8 +119,8 @@ def climb(run: Run, stage: Parity, *, reuse: bool) -> ParityReport:
     """
     if reuse:
         return run.get(stage).report
-    with TemporaryDirectory(prefix="cushion-parity-") as folder:
-        return read_result(stage.climb(Inputs(run, stage), Path(folder))).report
+    with temporary_folder("cushion-parity-") as folder:
+        return read_result(stage.climb(Inputs(run, stage), folder)).report
 
 
 def _graphs_behind_plans(

@@ -92,14 +92,14 @@ class SpeedProbe:
         return quantized, entered - begin + time.perf_counter() - left
 
     def _scored(self) -> float:
-        text, tokens = self.windows[0, :SCORED_TOKENS], list(range(min(SCORED, self.model.spec.vocab_size)))
+        text, tokens = self.windows[0, :SCORED_TOKENS], self.model.vocabulary[:SCORED].tolist()
         objective = self.recipe.search.objective
         seconds = self._median(lambda: score_candidates(self.model, KeysValues(), text, tokens, objective))
         return seconds / (len(tokens) * (len(text) + 1))
 
     def _screened(self, depth: int) -> float:
         """Return the seconds of a token through all layers, alone in its row."""
-        tokens = np.arange(min(SCREENED, self.model.spec.vocab_size))
+        tokens = self.model.vocabulary[:SCREENED]
         seconds = self._median(lambda: self_sink_sizes(self.model, KeysValues(), tokens, depth))
         return seconds / len(tokens) * self.model.spec.num_layers / depth
 

@@ -6,10 +6,8 @@ consumer; a graph that is not fused runs slower than float32 without any message
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ import numpy as np
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.onnxruntime.settings import CPU, import_onnxruntime, session_options
-from cushion_deploy.store import require_space
+from cushion_deploy.store.files import require_space, temporary_folder
 
 _ATTENTION = ("MultiHeadAttention", "GroupQueryAttention", "Attention")
 _INTEGER_MATMUL = "MatMulIntegerToFloat"
@@ -62,8 +60,7 @@ def read_coverage(graph: ExportedGraph) -> Coverage:
     import onnx_ir as ir
 
     ort = import_onnxruntime()
-    with tempfile.TemporaryDirectory(prefix="cushion-ort-") as name:
-        folder = Path(name)
+    with temporary_folder("cushion-ort-") as folder:
         require_space(folder, 2 * graph.size)
         options = session_options()
         options.optimized_model_filepath = str(folder / "optimized.onnx")

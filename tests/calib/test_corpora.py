@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cushion_deploy.calib.corpora import MAX_HUB_DOCUMENTS, Corpus, load_corpus, pack_windows
+from cushion_deploy.calib.corpora import MAX_HUB_DOCUMENTS, Corpus, load_corpus
+from cushion_deploy.calib.packing import pack_windows
 from cushion_deploy.errors import ExitCode, UntrustedArtifact, UsageError
 
 
@@ -51,7 +52,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
 
 def test_parquet_gives_its_text_column(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["one", "", None, "two"], "n": [1, 2, 3, 4]}), file)
+    pq.write_table(pa.table({"text": ["one", "", "two"], "n": [1, 2, 3]}), file)
     assert load_corpus(str(file), "calibration").documents == ("one", "two")
 
 
@@ -68,10 +69,20 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
         load_corpus(str(tmp_path / "a.parquet"), "calibration")
 
 
-def test_text_that_is_not_utf8_is_bad_usage(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(UsageError, match="not UTF-8"):
-        load_corpus(str(tmp_path / "a.txt"), "calibration")
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_text_that_is_not_utf8_is_bad_usage(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(b'{"text": "caf\xe9 au lait"}')
+    with pytest.raises(UsageError, match=f"{suffix} is not UTF-8 text: byte 0xe9 at offset 13"):
+        load_corpus(str(file), "calibration")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, suffix: str) -> None:
+    text = "one" if suffix == ".txt" else '{"text": "one"}'
+    file = tmp_path / f"a{suffix}"
+    file.write_text(text, encoding="utf-8-sig")
+    assert load_corpus(str(file), "calibration").documents == ("one",)
 
 
 @pytest.mark.parametrize("content", ["", " \n\t\n"])
@@ -225,9 +236,20 @@ def test_the_text_of_wikitext_is_what_published_perplexities_are_measured_on(tmp
 
 def test_a_data_set_without_text_is_bad_usage(tmp_path: Path) -> None:
     write_dataset(tmp_path, "words")
-    done = load_offline(tmp_path, "org/name", "calibration")
-    assert done.returncode == ExitCode.USAGE, done.stdout + done.stderr
-    assert "no field 'text'" in done.stdout
+    (tmp_path / "org" / "nulls").mkdir()
+    rows = [json.dumps({"text": text}) for text in ("one", None, "three")]
+    (tmp_path / "org" / "nulls" / "train.jsonl").write_text("\n".join(rows) + "\n")
+    # Importing the library takes most of the time: one process for both.
+    code = (
+        "from cushion_deploy.calib.corpora import load_corpus\nfrom cushion_deploy.errors import UsageError\n"
+        "for name in ('org/name', 'org/nulls'):\n    try:\n        load_corpus(name, 'calibration')\n"
+        "    except UsageError as e:\n        print(e.message)\n"
+    )
+    done = run_offline(tmp_path, code)
+    assert done.stdout.splitlines() == [
+        "data set 'org/name' has no field 'text', 'messages' or 'conversations', but words",
+        "org/nulls (train), row 2: 'text' is null, expected text",
+    ], done.stderr
 
 
 def test_a_data_set_that_cannot_be_fetched_says_so(tmp_path: Path) -> None:

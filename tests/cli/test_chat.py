@@ -52,7 +52,7 @@ main()
 @pytest.fixture
 def piped(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def run(bundle: Path, lines: list[str], *options: object) -> Any:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode())))
         return cli("chat", bundle, "--max-new-tokens", 5, *options)
 
     return run

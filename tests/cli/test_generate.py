@@ -78,7 +78,7 @@ def test_text_is_streamed_behind_the_prompt(cli: Any, planted_bundle: Any) -> No
 
 
 def test_the_prompt_may_come_from_stdin(cli: Any, planted_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     options = ["--max-new-tokens", 4, "--json"]
     piped = cli("generate", planted_bundle.bundle, *options).json
     assert piped["token_ids"] == cli("generate", planted_bundle.bundle, PROMPT, *options).json["token_ids"]

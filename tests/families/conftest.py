@@ -34,6 +34,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "num_key_value_heads": 1},
     ),
     "qwen3": ("qwen3", {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": WINDOW, "attention_bias": True},
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.15,
+            "logits_scaling": 0.7,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("olmo2", {"initializer_range": 0.3}),
     "gemma2": (
         "gemma2",
         {
@@ -86,6 +101,9 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", SLIDING),
     "qwen2": ("qwen2", {**SLIDING, "use_sliding_window": True, "max_window_layers": 0}),
     "qwen3": ("qwen3", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [0, 1, 0]}),
+    "granite": ("granite", {}),
+    "olmo2": ("olmo2", {"initializer_range": 0.08}),
     "gemma2": ("gemma2", {**SLIDING, "query_pre_attn_scalar": 16}),
     "gemma3": ("gemma3_text", {**SLIDING, "query_pre_attn_scalar": 16}),
     "phi3": ("phi3", SLIDING),

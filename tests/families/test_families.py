@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from cushion_deploy.calib.smooth import choose_rotations
 from cushion_deploy.core.prefix import Prefix
@@ -128,6 +129,23 @@ def test_an_unknown_model_type_is_answered_with_the_supported_ones(model_type: s
     with pytest.raises(UsageError, match=f"'{model_type}' is not supported") as e:
         family_for_model_type(model_type)
     assert all(t in e.value.hint for f in FAMILIES.values() for t in f.model_types)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "missing"),
+    [
+        ("qwen3_moe", "experts"),
+        ("gpt_oss", "learned sinks"),
+        ("qwen3_5_text", "linear attention"),
+        ("gemma4_text", "embeddings for every layer"),
+        ("deepseek_v3", "latent attention"),
+        ("mamba2", "state-space"),
+    ],
+)
+def test_what_a_known_architecture_has_that_no_family_describes_is_named(model_type: str, missing: str) -> None:
+    assert model_type in CONFIG_MAPPING
+    with pytest.raises(UsageError, match=missing):
+        family_for_model_type(model_type)
 
 
 def test_a_rule_is_found_by_its_kind() -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models
 
 from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.store import StageStore, publish, staging_area, verify_bundle
+from cushion_deploy.store.files import temporary_folder, write_file
 
 
 def _write_to_full_disk() -> None:
@@ -89,3 +95,70 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
             _bundle(tmp_path / "out", "new")
     finally:
         tmp_path.chmod(0o755)
+
+
+@pytest.mark.parametrize("library", ["safetensors", "tokenizers"])
+def test_a_full_disk_is_recognized_in_errors_of_libraries(tmp_path: Path, library: str) -> None:
+    # Not /dev/full: these libraries replace the file that they write to.
+    def save() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            if library == "safetensors":
+                save_file({"x": np.zeros(4096, dtype=np.float32)}, tmp_path / "tmp" / "x.safetensors")
+            else:
+                vocabulary = {f"token {i}": i for i in range(4096)}
+                Tokenizer(models.WordLevel(vocabulary)).save(str(tmp_path / "tmp" / "tokenizer.json"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with pytest.raises(UsageError, match=r"File too large \(.* free\)") as e:
+        _stage(tmp_path, save)
+    assert not isinstance(e.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_file_that_a_user_asked_for_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    file = tmp_path / "baseline.json"
+    write_file(file, b"old")
+
+    def fsync(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UsageError, match=os.strerror(code)) as e:
+        write_file(file, b"new")
+    assert str(file) in e.value.message
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_pipe_that_a_user_names_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        write_file(pipe, b"report")
+        assert os.read(reader, 100) == b"report"
+        assert pipe.is_fifo()
+    finally:
+        os.close(reader)
+
+
+def test_a_full_disk_for_temporary_files_names_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(UsageError, match=rf"cannot write {tmp_path}: No space left"), temporary_folder("cushion-"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "ü" * 127, "a" * 201])
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path, name: str) -> None:
+    _bundle(tmp_path / name, "old")
+    _bundle(tmp_path / name, "new")
+    verify_bundle(tmp_path / name)
+    assert (tmp_path / name / "model.onnx").read_text() == "new"
+    write_file(tmp_path / name[:-1], b"x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, name[:-1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter, RopeScalingType, TokenType, dequantize
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from cushion_deploy.core.prefix import Prefix
 from cushion_deploy.core.weights import whole
@@ -197,3 +198,22 @@ def test_a_real_file_cut_in_the_middle_is_refused(smollm2_gguf: Path, tmp_path: 
         cut.write_bytes(f.read(smollm2_gguf.stat().st_size // 2))
     with pytest.raises(UntrustedArtifact, match="truncated or damaged"):
         convert_gguf(resolve_source(str(cut)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.0.attn_q_norm.weight", "blk.1.strange.weight", "strange"])
+def test_a_tensor_that_the_architecture_does_not_have_is_refused(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    file = write_gguf(
+        tiny_folder, tmp_path / "more.gguf", more=lambda writer: writer.add_tensor(name, np.ones(64, np.float32))
+    )
+    with pytest.raises(UsageError, match=r"more\.gguf has tensors that .*" + re.escape(name)):
+        convert_gguf(resolve_source(str(file)), tmp_path)
+
+
+def test_a_tensor_that_is_missing_is_not_invented(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "less"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    file = write_gguf(folder, tmp_path / "less.gguf")
+    with pytest.raises(UsageError, match=r"lacks tensors: .*layers\.1\.mlp\.up_proj"):
+        convert_gguf(resolve_source(str(file)), tmp_path)

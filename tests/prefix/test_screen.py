@@ -101,7 +101,7 @@ def test_a_part_of_the_vocabulary_gets_the_sizes_that_it_has_in_the_whole(plante
 def test_the_part_is_a_uniform_sample_of_different_tokens() -> None:
     counts = np.zeros(60, dtype=int)
     for seed in range(500):
-        tokens = tokens_to_screen(60, 12, np.random.default_rng(seed))
+        tokens = tokens_to_screen(np.arange(60), 12, np.random.default_rng(seed))
         assert len(set(tokens.tolist())) == 12
         counts[tokens] += 1
     # Each is drawn 100 times of 500 on average, with a standard deviation of 9.
@@ -110,4 +110,4 @@ def test_the_part_is_a_uniform_sample_of_different_tokens() -> None:
 
 @pytest.mark.parametrize("count", [None, 60, 61])
 def test_a_small_vocabulary_is_screened_whole(count: int | None) -> None:
-    assert tokens_to_screen(60, count, np.random.default_rng(0)).tolist() == list(range(60))
+    assert tokens_to_screen(np.arange(60), count, np.random.default_rng(0)).tolist() == list(range(60))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,35 @@ def test_a_scan_that_was_interrupted_goes_on_where_it_stopped(
     assert scored == list(range(128, 320))
     assert [s.best for s in resumed.steps] == [s.best for s in whole.steps]
     assert resumed.positions_scored == whole.positions_scored
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[1]", b'{"scores": [1, NaN], "seconds": 1}', b'{"scores": "ab"}', b"\xff"]
+)
+def test_a_damaged_checkpoint_of_a_scan_begins_it_again(
+    planted_model: TorchRunner, plain_ids: IntArray, tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config(mode="exhaustive", max_length=1, audit_tokens=0, text_tokens=16)
+    (tmp_path / "scan-0.json").write_bytes(damage)
+    _, found = PrefixSearch(planted_model, plain_ids, settings, scratch=tmp_path).run()
+    _, whole = PrefixSearch(planted_model, plain_ids, settings).run()
+    assert [s.best for s in found.steps] == [s.best for s in whole.steps]
+    assert found.positions_scored == whole.positions_scored
+    assert "scan-0.json is damaged, so the scan begins again" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_objective_that_is_no_number_is_refused_by_name(
+    planted_model: TorchRunner, plain_ids: IntArray, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def score(model: Any, past: Any, text: Any, tokens: Any, *rest: Any, **options: Any) -> list[float]:
+        return [3.0, value, *[1.0] * (len(tokens) - 2)]
+
+    monkeypatch.setattr(search, "score_candidates", score)
+    token = planted_model.token_text(1)
+    with pytest.raises(UsageError) as e:
+        PrefixSearch(planted_model, plain_ids, config(mode="exhaustive", max_length=1)).run()
+    assert f"behind token {token!r} (1) is {value}, which cannot be ranked" in e.value.message
 
 
 def test_the_seconds_of_an_interrupted_scan_add_up(

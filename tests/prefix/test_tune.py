@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.estimators import RangeEstimator
@@ -218,6 +218,25 @@ def test_a_checkpoint_of_another_tuning_is_not_taken(
     other.progress = lambda task, done, total, *_: begun.append(done) if task.startswith("tuning") else None
     other.run()
     assert begun[0] == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "no facts"])
+def test_a_damaged_checkpoint_of_a_tuning_begins_it_again(
+    tuning: MakeTuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tune, "CHECKPOINT_SECONDS", 0)
+    whole, _, _ = tuning(tmp_path, epochs=1).run()
+    file = tmp_path / "tuning.safetensors"
+    raw = file.read_bytes()
+    damaged = {"empty": b"", "cut": raw[:-10], "text": b"not a checkpoint", "no facts": save({"x": np.zeros(1)})}
+    file.write_bytes(damaged[damage])
+    begun: list[int] = []
+    again = tuning(tmp_path, epochs=1)
+    again.progress = lambda task, done, total, *_: begun.append(done) if task.startswith("tuning") else None
+    prefix, _, _ = again.run()
+    assert begun[0] == 1
+    np.testing.assert_array_equal(prefix.keys, whole.keys)
+    assert "tuning.safetensors is damaged, so the tuning begins again" in caplog.text
 
 
 def test_an_empty_prefix_cannot_be_tuned(planted_model: TorchRunner, plain_ids: IntArray) -> None:

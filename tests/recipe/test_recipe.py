@@ -198,10 +198,21 @@ def test_a_bad_recipe_is_refused_in_two_clear_lines(text: str) -> None:
         assert len(line) < 600
 
 
-@pytest.mark.parametrize("raw", [b"\xff\xfe\xfa", b"\x00", b"model: \xc3"])
-def test_bytes_that_are_no_text_are_refused(raw: bytes) -> None:
-    with pytest.raises(UsageError, match="not valid YAML"):
+@pytest.mark.parametrize(
+    ("raw", "found"),
+    [
+        (b"\xff\xfe\xfa", "is UTF-16 text"),
+        (b"\x00", "not valid YAML"),
+        (b"model: \xc3", "not UTF-8 text: byte 0xc3 at offset 7"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused(raw: bytes, found: str) -> None:
+    with pytest.raises(UsageError, match=found):
         _load(raw)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe() -> None:
+    assert _load(b"\xef\xbb\xbfseed: 7\n").seed == 7
 
 
 def test_a_missing_file_a_folder_and_a_huge_file_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""The versions of other packages that this one admits, checked before anything is done with one that is too old."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+from cushion_deploy.errors import MissingDependency
+
+NAME = "cushion-deploy"
+_COMPUTE = ("build", "cpu", "report", "chat")
+_RUN = ("cpu", "openvino", "chat")
+EXTRAS_OF: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("doctor", "build", "search", "tune", "calibrate", "export", "engine", "study"), _COMPUTE),
+    **dict.fromkeys(("parity", "bench"), (*_COMPUTE, "openvino")),
+    "eval": (*_COMPUTE, "openvino", "eval"),
+    **dict.fromkeys(("generate", "chat"), _RUN),
+    "serve": (*_RUN, "serve"),
+    "push": ("hub",),
+    "report": ("report",),
+}
+"""Extras whose packages a command may use; what it needs and is not installed, it reports itself."""
+
+
+def require_versions(*extras: str) -> None:
+    """Check the installed packages that the metadata of this package names; one that is not installed is left out.
+
+    Nothing is checked in a source tree that is not installed, which has no metadata.
+
+    Args:
+        extras: the extras to check, in addition to what is always needed.
+
+    Raises:
+        MissingDependency: a version is not admitted; the hint is the command that installs one that is.
+    """
+    try:
+        lines = metadata.requires(NAME) or []
+    except metadata.PackageNotFoundError:
+        return
+    for requirement in map(Requirement, lines):
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            continue
+        try:
+            found = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue
+        # Builds for an accelerator are versions such as 2.13.0+cpu or 1.24.0.dev20.
+        if not requirement.specifier.contains(found, prereleases=True):
+            raise MissingDependency(
+                f"{requirement.name} {found} is installed, and {NAME} needs {requirement.name}{requirement.specifier}",
+                hint=f"pip install '{requirement.name}{requirement.specifier}'",
+            )
