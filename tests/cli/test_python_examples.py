@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +13,25 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROOT = EXAMPLES.parent
-Example = Callable[..., "subprocess.CompletedProcess[str]"]
+Example = Callable[..., Any]
 
 
 @pytest.fixture
-def example(tmp_path: Path) -> Example:
-    """Return a function that runs an example in an empty folder."""
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Example:
+    """Return a function that runs an example in an empty folder, and returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
 
-    def run(name: str, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
-        command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=200
-        )
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capfd.readouterr()
 
     return run
 
@@ -51,9 +56,9 @@ def test_build_and_chat(example: Example, planted_bundle: Any, planted_folder: P
     )
     (tmp_path / "recipe.yaml").write_text(settings + "\nexport: {quantize_head: true}\n")
     options = ("--recipe", "recipe.yaml", "--work-dir", planted_bundle.work)
-    done = example("build_and_chat.py", planted_folder, "OUT", "Name three rivers.", *options)
-    assert done.returncode == 0, done.stderr
-    perplexity, parity, *answer = done.stdout.splitlines()
+    code, out, err = example("build_and_chat.py", planted_folder, "OUT", "Name three rivers.", *options)
+    assert code == 0, err
+    perplexity, parity, *answer = out.splitlines()
     report = json.loads((tmp_path / "OUT" / "report" / "report.json").read_text())
     assert f"{report['perplexity']['fp']:.2f} originally" in perplexity
     assert parity == f"parity: {len(report['parity'])} of {len(report['parity'])} checks hold"
@@ -64,38 +69,38 @@ def test_comparing_prefixes_finds_the_planted_absorber(
     example: Example, planted_folder: Path, planted_model: Any, plant: Any
 ) -> None:
     absorber = planted_model.token_text(plant.absorbers[0])
-    done = example("compare_prefixes.py", planted_folder, absorber, "A", "--tokens", 96)
-    assert done.returncode == 0, done.stderr
-    rows = {
-        line[:20].strip(): [float(v.replace(",", "")) for v in line[20:].split()]
-        for line in done.stdout.splitlines()[1:]
-    }
+    code, out, err = example("compare_prefixes.py", planted_folder, absorber, "A", "--tokens", 96)
+    assert code == 0, err
+    rows = {line[:20].strip(): [float(v.replace(",", "")) for v in line[20:].split()] for line in out.splitlines()[1:]}
     assert set(rows) == {"none", repr(absorber), "'A'"}
     assert rows[repr(absorber)][1] < 0.5 * rows["none"][1]
     assert rows[repr(absorber)][1] < rows["'A'"][1]
 
 
-def test_parity_in_ci(example: Example, planted_bundle: Any, planted_folder: Path, tmp_path: Path) -> None:
+def test_parity_in_ci(
+    example: Example, planted_bundle: Any, planted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page, baseline = tmp_path / "summary.md", tmp_path / "baseline.json"
     # The result of the build is reused here; tests/parity and tests/cli/test_verbs.py compute it.
     options = ("--work-dir", planted_bundle.work, "--reuse")
     arguments = (planted_bundle.bundle, planted_folder, baseline, *options)
-    done = example("parity_in_ci.py", *arguments, GITHUB_STEP_SUMMARY=str(page))
-    assert done.returncode == 0, done.stderr
-    assert "all unchanged" in done.stdout
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
+    code, out, err = example("parity_in_ci.py", *arguments)
+    assert code == 0, err
+    assert "all unchanged" in out
     assert page.read_text().count("✅") >= 5
     assert "testcase" in (tmp_path / "parity.xml").read_text()
     recorded = json.loads(baseline.read_text())
     worse = next(entry for entry in recorded["checks"] if "agreement" in entry["metric"])
     worse.update(value=worse["value"] + 1.0, tolerance=0.0)
     baseline.write_text(json.dumps(recorded))
-    done = example("parity_in_ci.py", *arguments)
-    assert done.returncode == 1, done.stdout
-    assert done.stdout.count("❌") == 1
+    code, out, _ = example("parity_in_ci.py", *arguments)
+    assert code == 1, out
+    assert out.count("❌") == 1
 
 
 def test_parity_in_ci_stops_at_a_damaged_bundle(example: Example, copy: Path, planted_folder: Path) -> None:
     (copy / "scales.json").write_text("{}")
-    done = example("parity_in_ci.py", copy, planted_folder, "baseline.json")
-    assert done.returncode == 4
-    assert "scales.json" in done.stderr
+    code, _, err = example("parity_in_ci.py", copy, planted_folder, "baseline.json")
+    assert code == 4
+    assert "scales.json" in err
