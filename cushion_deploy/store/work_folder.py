@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.files import disk_errors, remove_tree, sync_tree
 from cushion_deploy.store.manifest import check_files, measure_files, parse_files, read_json
 from cushion_deploy.store.owned import owned_folder, swap_in, sweep_dead
@@ -59,9 +61,11 @@ class StageStore:
         if not folder.is_dir():
             return None
         try:
-            _, data = read_json(folder / STAGE_MANIFEST)
+            raw, data = read_json(folder / STAGE_MANIFEST)
             if not isinstance(data, dict) or (data.get("stage"), data.get("key")) != (stage, key):
                 raise UntrustedArtifact(f"{STAGE_MANIFEST} belongs to another stage", hint="run the stage again")
+            if _manifest_bytes({name: value for name, value in data.items() if name != "digest"}) != raw:
+                raise UntrustedArtifact(f"{STAGE_MANIFEST} was altered", hint="run the stage again")
             check_files(folder, parse_files(data.get("files")), STAGE_MANIFEST)
         except (UntrustedArtifact, OSError) as e:
             logger.warning("stage %s is damaged and will run again: %s", stage, e)
@@ -103,8 +107,7 @@ class StageStore:
                 files = {path: asdict(entry) for path, entry in measure_files(staged).items()}
                 parse_files(files)  # a name that find() would reject must fail here, not in every later run
                 manifest = {"stage": stage, "key": key, "facts": dict(facts or {}), "files": files}
-                text = json.dumps(manifest, indent=1, ensure_ascii=False)
-                (staged / STAGE_MANIFEST).write_text(text + "\n", encoding="utf-8")
+                (staged / STAGE_MANIFEST).write_bytes(_manifest_bytes(manifest))
                 sync_tree(staged)
                 swap_in(staged, target)
         remove_tree(self._folder("scratch", stage, key))
@@ -161,3 +164,9 @@ class StageStore:
         if removed:
             logger.info("removed %d unfinished folders of killed runs", len(removed))
         return removed
+
+
+def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
+    """Return the text of ``stage.json``: its content and the digest of that, in the only form that is accepted."""
+    text = json.dumps({**content, "digest": digest_json(content)}, indent=1, ensure_ascii=False)
+    return text.encode("utf-8", "surrogatepass") + b"\n"

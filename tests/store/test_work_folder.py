@@ -18,7 +18,7 @@ KEY = "0" * 64
 
 def _filled(root: Path) -> StageStore:
     store = StageStore(root)
-    with store.write("search", KEY) as folder:
+    with store.write("search", KEY, {"device": "cpu"}) as folder:
         (folder / "prefix.safetensors").write_bytes(b"keys and values")
         (folder / "trace").mkdir()
         (folder / "trace" / "1.json").write_text("{}")
@@ -45,7 +45,7 @@ def test_nothing_is_found_while_a_stage_is_being_written(tmp_path: Path) -> None
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-DAMAGE = ["flip", "truncate", "append", "delete", "extra", "link", "no manifest", "other key", "not json"]
+DAMAGE = ["fact", "flip", "truncate", "append", "delete", "extra", "link", "no manifest", "other key", "not json"]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -56,7 +56,11 @@ def test_a_damaged_stage_is_swept_away_with_a_warning(
     folder = tmp_path / "stages" / "search" / KEY
     victim, manifest = folder / "prefix.safetensors", folder / "stage.json"
     data = victim.read_bytes()
-    if damage == "flip":
+    if damage == "fact":
+        text = manifest.read_text()
+        assert '"device": "cpu"' in text
+        manifest.write_text(text.replace('"device": "cpu"', '"device": "cpq"'))
+    elif damage == "flip":
         victim.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     elif damage == "truncate":
         victim.write_bytes(data[:-1])
