@@ -35,7 +35,7 @@ def commands(path: Path, prose: bool = True) -> list[list[str]]:
     code = "\n".join(re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     if prose:
         code += "\n" + "\n".join(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text))
-    found = re.findall(r"^(?:\$ )?((?:\S*/)?cushion-deploy\b[^\n|>&;#]*)", code, re.MULTILINE)
+    found = re.findall(r"^(?:\$ )?(?:[A-Z_]+=\S* )*((?:\S*/)?cushion-deploy\b[^\n|>&;#]*)", code, re.MULTILINE)
     return [shlex.split(line) for line in found if line.count('"') % 2 == 0 and line.count("'") % 2 == 0]
 
 

@@ -108,12 +108,13 @@ def text(site: Path, name: str) -> str:
     return re.sub(r"<[^>]+>", "", (site / name).read_text())
 
 
-def test_the_reference_of_the_command_line_is_complete(site: Path) -> None:
+def test_the_reference_of_the_command_line_is_complete(site: Path, pages: dict[Path, Page]) -> None:
     from click import Context
 
     from cushion_deploy.cli.main import cli
 
     page = text(site, "reference/command-line.html")
+    assert set(VERBS) <= pages[site / "reference/command-line.html"].anchors
     for verb in VERBS:
         command = cli.get_command(Context(cli), verb)
         assert command is not None
