@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT := The three primary colours are
 
-.PHONY: demo test test-gpu test-lowest lint types imports unit clean
+.PHONY: demo test test-gpu test-lowest lint types imports unit docs figures clean
 
 demo: $(VENV)/.demo $(MODEL)
 	$(BIN)/cushion-deploy build --model $(MODEL) --precision w8a8 --output demo
@@ -39,6 +39,13 @@ unit:
 	CUSHION_OPTIMUM_PYTHON=$(abspath $(VENV))/optimum/bin/python CUSHION_ORT_INCLUDE=$(abspath $(VENV))/onnxruntime \
 	$(BIN)/python -m pytest
 
+# Static pages in .site; they request nothing from elsewhere.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+figures: demo
+	$(BIN)/python bench/figures.py demo docs/figures
+
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0
@@ -47,6 +54,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) install -q -c constraints.txt -e '.[cpu,build,openvino,rtx,cuda,report,chat,serve,sign,eval,others,test]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(PIP) install -q -c constraints.txt -e '.[docs,serve]'
 	@touch $@
 
 # optimum wants an older transformers than this project, so it has an environment of its own.
@@ -70,4 +81,4 @@ $(MODEL): bench/fetch_model.py
 	$(PYTHON) bench/fetch_model.py $@
 
 clean:
-	rm -rf $(VENV) .models .cushion-work demo
+	rm -rf $(VENV) .models .cushion-work .site demo
