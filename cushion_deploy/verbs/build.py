@@ -79,13 +79,12 @@ def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ())
     files = found.known(pipeline.files)
     if files:
         require_settings(pipeline, found)
-        for check in (
-            lambda: require_evaluable(pipeline, found, [recipe.evaluation.data]),
-            lambda: require_comparable(pipeline, found),
-            lambda: require_calibration_text(pipeline, found),
-        ):
-            with suppress(NotFinished):  # the text is sampled from the model
-                check()
+        with suppress(NotFinished):  # each of these texts may have to be sampled from the model
+            require_evaluable(pipeline, found, [recipe.evaluation.data])
+        with suppress(NotFinished):
+            require_comparable(pipeline, found)
+        with suppress(NotFinished):
+            require_calibration_text(pipeline, found)
     stages = found.plan(end)
     _require_room(end, stages, files.spec if files else None, run)
     data, source = recipe.calibration.data, pipeline.source
