@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,8 +51,8 @@ def document_of(row: object, where: str) -> Document:
         where: file and row, for errors.
 
     Raises:
-        UsageError: it is not an object, has none of :data:`FIELDS`, or the field is of another kind; nothing is
-            turned into text by guessing.
+        UsageError: it is not an object, has none of :data:`FIELDS`, the field is of another kind, or a message holds a
+            value that JSON cannot, such as a date of a table; nothing is turned into text by guessing.
     """
     if not isinstance(row, Mapping):
         raise _expected(where, f"found {kind_of(row)}", "an object")
@@ -117,7 +118,9 @@ def _message(message: object, where: str, what: str) -> Mapping[str, Any]:
         return {"role": _ROLES[speaker], "content": _text(message.get("value"), where, f"'value' of {what}")}
     _text(message.get("role"), where, f"'role' of {what}")
     # A table has every key in every message, null where it is absent; templates ask whether a key is there.
-    return {str(key): value for key, value in message.items() if value is not None or key == "content"}
+    kept = {str(key): value for key, value in message.items() if value is not None or key == "content"}
+    _require_json(kept, where, what)
+    return kept
 
 
 def _tools(tools: object, where: str) -> tuple[Mapping[str, Any], ...] | None:
@@ -125,4 +128,23 @@ def _tools(tools: object, where: str) -> tuple[Mapping[str, Any], ...] | None:
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
         raise _expected(where, f"'tools' is {kind_of(tools)}", "a list of objects, or nothing")
+    _require_json(tools, where, "'tools'")
     return tuple(tools)
+
+
+def _require_json(whole: object, where: str, what: str) -> None:
+    """Check that a value holds nothing but what JSON can: templates write it, and digests are computed of it."""
+    pending = [(whole, what)]
+    while pending:
+        value, name = pending.pop()
+        if isinstance(value, str):
+            _text(value, where, name)
+        elif isinstance(value, Mapping):
+            pending += [(key, f"a key of {what}") for key in value]
+            pending += [(each, f"'{key!s:.40}' of {what}") for key, each in value.items()]
+        elif isinstance(value, (list, tuple)):
+            pending += [(each, name) for each in value]
+        elif not (
+            value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
+        ):
+            raise _expected(where, f"{name} is {kind_of(value)}", "a value of JSON")

@@ -89,12 +89,9 @@ class GraphForm:
             UsageError: the prefix or the cache scales are for another model or another place of the prefix, scales
                 are missing, the capacity does not fit, or the prefix exceeds the range of float16.
         """
-        prefix, width = quantization.prefix, spec.embedding_size or spec.hidden_size
-        if self.holds_codes(quantization.scheme) and width % EMBEDDING_BLOCK:
-            raise UsageError(
-                f"an INT8 embedding has blocks of {EMBEDDING_BLOCK} values, and rows of this model have {width}",
-                hint="set export.embedding to auto or float",
-            )
+        prefix = quantization.prefix
+        if self.holds_codes(quantization.scheme):
+            require_blocks(spec)
         if prefix.model_digest != spec.weights_digest:
             raise UsageError("the prefix was made for another model", hint="run `cushion-deploy search` for this model")
         if self.quantized and quantization.scales is None:
@@ -205,4 +202,14 @@ def _check_float16(prefix: Prefix) -> None:
         raise UsageError(
             f"the prefix reaches {largest:,.0f}, but the float16 maximum is {_FLOAT16_MAX:,.0f}",
             hint="compile plans with --plan-dtype bf16",
+        )
+
+
+def require_blocks(spec: ModelSpec) -> None:
+    """Check that the rows of a model's embedding are whole blocks; raises UsageError if they are not."""
+    width = spec.embedding_size or spec.hidden_size
+    if width % EMBEDDING_BLOCK:
+        raise UsageError(
+            f"an INT8 embedding has blocks of {EMBEDDING_BLOCK} values, and rows of this model have {width}",
+            hint="set export.embedding to auto or float",
         )

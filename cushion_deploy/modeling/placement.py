@@ -250,6 +250,29 @@ class PlacedWeights(Mapping[str, Tensor]):
         self._unloaded = True
         return_freed_memory()
 
+    @contextmanager
+    def on_cpu(self) -> Iterator[None]:
+        """Run on the CPU within the context.
+
+        Raises:
+            UsageError: weights are quantized.
+        """
+        home = self.device
+        self._move(torch.device("cpu"))
+        try:
+            yield
+        finally:
+            self._move(home)
+
+    @torch.inference_mode(False)
+    def _move(self, device: torch.device) -> None:
+        self.unload()
+        self.device = device
+        self._enter(self.state)
+        for hook in self._streamed.values():
+            hook.execution_device = device
+        self.load()
+
     @property
     def streamed_layers(self) -> int:
         """Number of layers whose weights are not kept on the device."""

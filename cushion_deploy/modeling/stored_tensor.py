@@ -83,6 +83,8 @@ def with_scales(
         UsageError: the meaning of the stored numbers is not certain.
     """
     scales = [beside[suffix] for suffix in SCALES if suffix in beside]
+    if not scales and ZERO_POINT in beside:
+        raise UsageError(f"{name} has zero points beside it and no scale", hint=ORIGINAL)
     if weight.dtype in FLOATS:
         if scales and not (form and form.floats):
             raise UsageError(

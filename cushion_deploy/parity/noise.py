@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,10 @@ def float_noise(model: TorchRunner, prefix: Prefix, ids: IntArray) -> float:
     """
     sample = ids[:, :SAMPLE_TOKENS]
     single = model.logits(sample, prefix).astype(np.float64)
-    tokens, past = model.tensor(sample), model.past(prefix)
-    with Float64Arithmetic():  # type: ignore[no-untyped-call]
-        double = model.run(tokens, past).logits
+    # mps has no float64.
+    with nullcontext() if model.wide == torch.float64 else model.placed.on_cpu():
+        tokens, past = model.tensor(sample), model.past(prefix)
+        with Float64Arithmetic():  # type: ignore[no-untyped-call]
+            double = model.array(model.run(tokens, past).logits)
     ulp = float(np.finfo(np.float32).eps) * float(np.abs(single).max())
-    return max(float(np.abs(single - model.array(double)).max()), ulp)
+    return max(float(np.abs(single - double).max()), ulp)

@@ -41,7 +41,7 @@ class Calibrate(Observation[CalibratedScales]):
     """
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     shared: ClassVar[bool] = True
     smoothing: Node[Smoothing] | None
     estimator: Estimator
@@ -91,7 +91,7 @@ class CalibrateCache(Observation[KvScales]):
     """
 
     name: ClassVar[str] = "calibrate-kv"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     shared: ClassVar[bool] = True
     smoothing: Node[Smoothing] | None
     estimator: Estimator

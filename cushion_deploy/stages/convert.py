@@ -21,7 +21,7 @@ class Convert(Stage[Path]):
     """
 
     name: ClassVar[str] = "convert"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     source: ModelSource
 
     @property

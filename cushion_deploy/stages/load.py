@@ -95,7 +95,7 @@ class DescribeModel(Stage[ModelFiles]):
     """
 
     name: ClassVar[str] = "tokenizer"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runs_model: ClassVar[bool] = False
     model: Node[TorchRunner]
     generation: str

@@ -47,7 +47,7 @@ class MeasureRange(Stage[ValueRange]):
     """
 
     name: ClassVar[str] = "value-range"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runs_model: ClassVar[bool] = False
     model: Node[TorchRunner]
     quantization: Node[Quantization]

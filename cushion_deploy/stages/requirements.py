@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from cushion_deploy.calib.corpora import Corpus
 from cushion_deploy.calib.packing import require_window
+from cushion_deploy.core.graph_form import require_blocks
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.perplexity import require_tokens
@@ -100,10 +101,10 @@ def require_comparable(pipeline: Pipeline, run: Run) -> None:
 
 
 def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
-    """Check that every text of a build fits the model's positions.
+    """Check that every text of a build fits the model's positions, and the embedding the blocks of its codes.
 
     Raises:
-        UsageError: a text does not fit; the message names the setting.
+        UsageError: something does not fit; the message names the setting.
     """
     prefix = longest_prefix(recipe)
     needed = {
@@ -115,6 +116,8 @@ def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
     }
     for setting, tokens in needed.items():
         require_positions(setting, tokens, prefix, spec)
+    if recipe.export.embedding == "int8":
+        require_blocks(spec)
 
 
 def _require_calibration_text(recipe: Recipe, spec: ModelSpec, tokenizer: Tokenizer, corpus: Corpus) -> None:

@@ -40,7 +40,7 @@ class Sensitivity(Stage[dict[Site, float]]):
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     shared: ClassVar[bool] = True
     model: Node[TorchRunner]
     quantization: AssembleQuantization

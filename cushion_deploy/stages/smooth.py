@@ -23,7 +23,7 @@ class Smooth(Observation[Smoothing]):
     """
 
     name: ClassVar[str] = "smooth"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     shared: ClassVar[bool] = True
     config: SmoothQuant
 

@@ -80,9 +80,11 @@ def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ())
     files = found.known(pipeline.files)
     if files:
         require_settings(pipeline, found)
-        require_evaluable(pipeline, found, [recipe.evaluation.data])
-        require_comparable(pipeline, found)
-        with suppress(NotFinished):  # the text is sampled from the model
+        with suppress(NotFinished):  # each of these texts may have to be sampled from the model
+            require_evaluable(pipeline, found, [recipe.evaluation.data])
+        with suppress(NotFinished):
+            require_comparable(pipeline, found)
+        with suppress(NotFinished):
             require_calibration_text(pipeline, found)
     stages = found.plan(end)
     _require_room(end, stages, files.spec if files else None, run)
@@ -140,17 +142,24 @@ def _checked(
 
 
 def _read_texts(pipeline: Pipeline, run: Run) -> None:
-    """Read the texts that need no model, so that a bad one is found at once; refuse the calibration text twice."""
+    """Read the texts that need no model, so that a bad one is found at once; refuse the calibration text twice.
+
+    What is sampled from the model is the same text wherever it is used.
+    """
     recipe = pipeline.recipe
     calibration, evaluation = recipe.calibration.data, recipe.evaluation.data
     texts = pipeline.text, pipeline.evaluation_text, pipeline.corpus(recipe.parity.data, "evaluation")
     for data, text in zip((calibration, evaluation, recipe.parity.data), texts, strict=True):
         if data not in SAMPLED:
             run.get(text.rows)
-    if calibration in SAMPLED or evaluation is None:
+    if evaluation is None:
         return
-    if run.digest(pipeline.text.rows) == run.digest(pipeline.evaluation_text.rows):
+    sampled = calibration in SAMPLED, evaluation in SAMPLED
+    if all(sampled) or (
+        not any(sampled) and run.digest(pipeline.text.rows) == run.digest(pipeline.evaluation_text.rows)
+    ):
+        whole = "the" if calibration else "part of the"
         raise UsageError(
-            f"{evaluation} is also the calibration text, so its perplexity would be too optimistic",
+            f"{evaluation} is also {whole} calibration text, so its perplexity would be too optimistic",
             hint="give a different text with --eval-data, or omit the option",
         )

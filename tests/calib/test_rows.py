@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,24 @@ def test_text_that_is_none_is_never_turned_into_words(tmp_path: Path, suffix: st
         ({"conversations": [{"from": "alien", "value": "x"}]}, "message 1 is from 'alien', expected one of human"),
         ({"conversations": [{"from": "human", "value": 3}]}, "'value' of message 1 is the number 3"),
         ({"messages": ASKED, "tools": "none"}, "'tools' is text"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "'content' of message 1 has half a character, U+D800"),
+        ({"messages": [{"role": "user", "content": [{"text": "\ud800"}]}]}, "'text' of message 1 has half a character"),
+        ({"messages": [{"role": "user", "content": "x", "a": float("nan")}]}, "'a' of message 1 is the number nan"),
+        ({"messages": ASKED, "tools": [{"name": "\udfff"}]}, "'name' of 'tools' has half a character, U+DFFF"),
     ],
 )
 def test_a_row_that_holds_no_document_is_named(tmp_path: Path, row: Any, found: str) -> None:
     with pytest.raises(UsageError, match=r"a\.jsonl, line 2: ") as e:
         load_rows(write(tmp_path / "a.jsonl", {"text": "one"}, row), "calibration")
     assert found in e.value.message
+
+
+def test_a_message_of_a_table_with_a_date_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", {"messages": [{**ASKED[0], "at": datetime(2025, 1, 1)}]})
+    with pytest.raises(
+        UsageError, match=r"a\.parquet, row 1: 'at' of message 1 is datetime\.datetime\(2025, 1, 1.*JSON"
+    ):
+        load_rows(file, "calibration")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

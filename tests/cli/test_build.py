@@ -187,6 +187,27 @@ def test_dry_run_refuses_what_a_build_would(cli: Any, planted_bundle: Any, tmp_p
     assert cli("build", *options, *sampled, "--work-dir", tmp_path / "w").code == 0
 
 
+@pytest.mark.parametrize("option", ["evaluation.data=self", "parity.data=self"])
+def test_dry_run_leaves_out_what_needs_a_text_that_is_not_sampled_yet(
+    cli: Any, planted_bundle: Any, tmp_path: Path, option: str
+) -> None:
+    options = [*planted_bundle.options, "--output", tmp_path / "o", "--set", option]
+    found = stages_of(cli, *options)
+    assert (found["search"], found["sample"], found["parity"]) == (True, False, False)
+    assert set(stages_of(cli, *options, "--work-dir", tmp_path / "w").values()) == {False}
+
+
+@pytest.mark.parametrize(("calibration", "said"), [("self", "the"), (None, "part of the")])
+def test_text_sampled_for_calibration_is_not_evaluated_on(
+    cli: Any, tiny_folder: Path, tmp_path: Path, calibration: str | None, said: str
+) -> None:
+    texts = ["--eval-data", "self", *(["--calib-data", calibration] if calibration else [])]
+    places = ["--output", tmp_path / "o", "--work-dir", tmp_path / "w"]
+    done = cli("build", "--model", tiny_folder, *texts, *places, "--engine", "onnxruntime")
+    assert (done.code, f"self is also {said} calibration text" in done.err) == (2, True)
+    assert not (tmp_path / "w").exists()
+
+
 def test_dry_run_says_that_the_disk_is_too_small(
     cli: Any, planted_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,15 @@ def test_the_verbs_of_single_stages_check_as_early(attempt: Any, work: Path, ver
     assert made(work) <= {"tokenizer"}
 
 
+def test_an_embedding_without_whole_blocks_is_refused_before_the_search(
+    attempt: Any, tiny_writer: Callable[..., Path], work: Path, tmp_path: Path
+) -> None:
+    folder = tiny_writer(tmp_path / "narrow", hidden_size=48, num_attention_heads=3, num_key_value_heads=3)
+    found = attempt("build", "--model", folder, "--set", "export.embedding=int8")
+    assert (found.code, "blocks of 32 values, and rows of this model have 48" in found.err) == (ExitCode.USAGE, True)
+    assert made(work) <= {"tokenizer"}
+
+
 def test_rows_of_a_chat_need_a_template_before_the_search(
     attempt: Any, tiny_folder: Path, work: Path, tmp_path: Path
 ) -> None:

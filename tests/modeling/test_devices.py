@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import set_module_tensor_to_device
 
 from cushion_deploy.calib.calibrate import choose_scales, observe_sites
 from cushion_deploy.calib.estimators import RangeEstimator
@@ -121,6 +122,24 @@ def test_half_the_bits_give_nearly_the_same_prefix_and_scales(
     rough = load_folder(bfloat16_folder, source, compute=Compute(device="cpu", dtype=dtype))  # type: ignore[arg-type]
     assert {str(p.dtype) for p in rough.module.parameters()} == {f"torch.{dtype}"}
     require_close(measured(rough, ids), measured(exact, ids), dtype)
+
+
+@pytest.mark.parametrize("memory", [None, 1e-6])
+def test_a_model_can_visit_the_cpu(tiny_folder: Path, plain_ids: IntArray, memory: float | None) -> None:
+    """From the only other device that every machine has, which has no numbers: meta."""
+    compute, ids = Compute(device="cpu", dtype="float32", memory=memory), plain_ids[None, :16]
+    model = load_folder(tiny_folder, resolve_source(str(tiny_folder)), compute=compute)
+    assert bool(model.placed.streamed_layers) is (memory is not None)
+    expected, meta = model.logits(ids, model.no_prefix()), torch.device("meta")
+    buffers = dict(model.module.named_buffers())
+    model.placed._move(meta)
+    for name, buffer in buffers.items():  # which no checkpoint has
+        set_module_tensor_to_device(model.module, name, "cpu", value=buffer)
+    with model.placed.on_cpu():
+        assert model.device == torch.device("cpu")
+        np.testing.assert_array_equal(model.logits(ids, model.no_prefix()), expected)
+    assert model.device == meta
+    assert {tensor.device for tensor in (*model.module.parameters(), *model.module.buffers())} == {meta}
 
 
 @pytest.fixture

@@ -250,6 +250,12 @@ def test_what_is_not_read_is_refused_by_name_before_any_weight_is(name: str, fol
 
 STORED_WRONGLY: dict[str, tuple[dict[str, torch.Tensor | None], dict[str, Any], str]] = {
     "a float with a scale": ({BESIDE + "weight_scale": scales(96)}, NOTHING, "not certain"),
+    "a float with zero points": ({BESIDE + "weight_zero_point": scales(96)}, NOTHING, "zero points beside it and no"),
+    "FP8 with zero points": (
+        {PROJECTION: codes(FP8)[0], BESIDE + "weight_zero_point": scales(96)},
+        NOTHING,
+        "zero points beside it and no scale",
+    ),
     "codes without a scale": ({PROJECTION: codes(INT8)[0]}, NOTHING, "without a scale"),
     "FP8 that should have a scale": ({PROJECTION: codes(FP8)[0]}, fp8(), "without a scale"),
     "another type": ({PROJECTION: torch.ones(96, 64, dtype=torch.uint8)}, NOTHING, "stored as U8"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import DynamicCache
 
 from cushion_deploy.engines.onnxruntime.session import open_session
 from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.parity.blame import SiteInputs
 from cushion_deploy.parity.ladder import NOISE, decode_rung, float_rung
@@ -101,3 +104,21 @@ def test_a_tie_within_the_noise_may_be_broken_either_way(deployed) -> None:
     check = float_rung(reference, deployed.twin, dict)[1]
     assert check.limit == pytest.approx(1 - 3 / len(margins))
     assert "are ties within the noise" in check.note
+
+
+def test_the_cpu_measures_the_noise_of_a_device_without_float64(deployed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on mps: a float32 model that must not see a number of 64 bits unless it was moved to the CPU."""
+    placed, moved = deployed.model.placed, []
+    on_cpu = placed.on_cpu
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        moved.append(placed.device)
+        with on_cpu():
+            yield
+
+    monkeypatch.setattr(TorchRunner, "wide", torch.float32)
+    monkeypatch.setattr(placed, "on_cpu", noted)
+    found = float_noise(deployed.model, deployed.prefix, deployed.reference.ids)
+    assert found == deployed.reference.noise
+    assert len(moved) == 1
