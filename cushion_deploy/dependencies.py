@@ -47,9 +47,16 @@ def require_versions(*extras: str) -> None:
             found = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             continue
-        # Builds for an accelerator are versions such as 2.13.0+cpu or 1.24.0.dev20.
-        if not requirement.specifier.contains(found, prereleases=True):
+        if not is_admitted(requirement, found):
             raise MissingDependency(
                 f"{requirement.name} {found} is installed, and {NAME} needs {requirement.name}{requirement.specifier}",
                 hint=f"pip install '{requirement.name}{requirement.specifier}'",
             )
+
+
+def is_admitted(requirement: Requirement, version: str) -> bool:
+    """Return whether an installed version is one that a requirement admits.
+
+    Builds for an accelerator are versions such as 2.13.0+cpu or 1.24.0.dev20, so those before a release count too.
+    """
+    return requirement.specifier.contains(version, prereleases=True)
