@@ -61,7 +61,9 @@ def test_what_is_absent_is_missing(installed: Installed) -> None:
     assert lacking("serve") == ["uvicorn>=0.34"]
 
 
-@pytest.mark.parametrize(("version", "enough"), [("2.8", True), ("2.8.0", True), ("2.13.0+cpu", True), ("3", True), ("2.7.9", False)])
+@pytest.mark.parametrize(
+    ("version", "enough"), [("2.8", True), ("2.8.0", True), ("2.13.0+cpu", True), ("3", True), ("2.7.9", False)]
+)
 def test_versions_are_compared_as_numbers(installed: Installed, version: str, enough: bool) -> None:
     installed(cushion_deploy="1", torch=version, onnx_ir="1.0")
     assert lacking("build") == ([] if enough else [f"torch>=2.8 (found {version})"])
