@@ -69,12 +69,13 @@ $(VENV)/optimum/.done: tests/optimum.txt $(VENV)/.test
 # For the example in C. Without npm, or without the package, its tests are skipped with the reason.
 $(VENV)/onnxruntime/onnxruntime_c_api.h: examples/c/fetch_headers.py
 	-$(PYTHON) examples/c/fetch_headers.py $(@D)
+
 $(VENV)/lowest/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)/lowest
 	$(VENV)/lowest/bin/python -m pip --disable-pip-version-check install -q uv
 	$(VENV)/lowest/bin/uv pip install -q --python $(VENV)/lowest/bin/python --resolution lowest-direct \
 		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) torch==2.13.0 \
-		-e '.[cpu,build,openvino,rtx,cuda,report,chat,hub,serve,eval,others,test]'
+		-e '.[cpu,build,openvino,rtx,cuda,report,chat,hub,serve,sign,eval,others,test]'
 	@touch $@
 
 $(MODEL): bench/fetch_model.py

@@ -159,8 +159,12 @@ def _batch(kind: Input, folder: Path, seed: int, first: int, last: int) -> tuple
     progress.write_text("")
     pid = os.fork()
     if pid == 0:
-        _read_mutations(kind, folder, seed, range(first, last), progress)
-        os._exit(0)
+        code = 1
+        try:
+            _read_mutations(kind, folder, seed, range(first, last), progress)
+            code = 0
+        finally:  # in any case: this process must not clean up what its parent has open
+            os._exit(code)
     end = time.monotonic() + SECONDS * 1.5 * (last - first)
     status = 0
     while True:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from forked import Child, start
 from planted_model import SHAPES, write_model, write_text
@@ -55,11 +57,9 @@ class SmallBuild:
         inputs.mkdir(parents=True)
         pid = os.fork()  # torch starts its threads in the child: forks of the parent must not have lost any
         if pid == 0:
-            write_model(inputs / "model", SHAPES["small"], "cpu", 0)
-            for seed, (name, tokens) in enumerate((("calib.txt", 4000), ("eval.txt", 2000))):
-                write_text(inputs / name, SHAPES["small"], tokens, seed)
-            os._exit(0)
-        os.waitpid(pid, 0)
+            _write_inputs(inputs)
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+            raise RuntimeError("the inputs of the build could not be written")
         (inputs / "recipe.yaml").write_text(RECIPE)
         planned = cls(inputs, folder / "bundle", folder / "work")
         began = time.monotonic()
@@ -131,6 +131,20 @@ class SmallBuild:
         if left or kept:
             return f"left behind: {(left + kept)[0]}"
         return self.half(work, bundle)
+
+
+def _write_inputs(folder: Path) -> NoReturn:
+    """Write model and texts in a fork, and end it in any case: it must not clean up what its parent has open."""
+    code = 1
+    try:
+        write_model(folder / "model", SHAPES["small"], "cpu", 0)
+        for seed, (name, tokens) in enumerate((("calib.txt", 4000), ("eval.txt", 2000))):
+            write_text(folder / name, SHAPES["small"], tokens, seed)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -45,7 +45,8 @@ def killed(build: SmallBuild, root: Path, count: int, seed: int) -> Iterator[Tri
                 early = child.wait(chance.uniform(0, until))
                 child.send(signal.SIGKILL)
                 code = early if early is not None else child.finish()
-                wrong = build.half(work, bundle) or build.goes_on(work, bundle, folder / "log")
+                wrong = "" if code in (0, -signal.SIGKILL) else f"exit code {code}: {child.output[-300:]}"
+                wrong = wrong or build.half(work, bundle) or build.goes_on(work, bundle, folder / "log")
                 yield Trial(kind, code == -signal.SIGKILL, wrong)
 
 

@@ -10,18 +10,23 @@ from packaging.requirements import Requirement
 from cushion_deploy.errors import MissingDependency
 
 NAME = "cushion-deploy"
-_COMPUTE = ("build", "cpu", "report", "chat")
-_RUN = ("cpu", "openvino", "chat")
+COMPUTE = ("build", "cpu", "report", "chat")
+"""Extras of every command that computes with a model."""
+_RUN = ("cpu", "chat")
 EXTRAS_OF: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("doctor", "build", "search", "tune", "calibrate", "export", "engine", "study"), _COMPUTE),
-    **dict.fromkeys(("parity", "bench"), (*_COMPUTE, "openvino")),
-    "eval": (*_COMPUTE, "openvino", "eval"),
+    **dict.fromkeys(("build", "search", "tune", "calibrate", "export", "engine", "parity", "bench", "study"), COMPUTE),
+    "eval": (*COMPUTE, "eval"),
     **dict.fromkeys(("generate", "chat"), _RUN),
     "serve": (*_RUN, "serve"),
     "push": ("hub",),
+    "sign": ("sign",),
     "report": ("report",),
 }
-"""Extras whose packages a command may use; what it needs and is not installed, it reports itself."""
+"""Extras whose packages a command uses; what it needs and is not installed, it reports itself.
+
+Left out are `doctor` without a model, which reports every version, and engines other than ONNX Runtime, which check
+their own library when it is loaded: a bundle runs without it.
+"""
 
 
 def require_versions(*extras: str) -> None:
@@ -47,9 +52,16 @@ def require_versions(*extras: str) -> None:
             found = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             continue
-        # Builds for an accelerator are versions such as 2.13.0+cpu or 1.24.0.dev20.
-        if not requirement.specifier.contains(found, prereleases=True):
+        if not is_admitted(requirement, found):
             raise MissingDependency(
                 f"{requirement.name} {found} is installed, and {NAME} needs {requirement.name}{requirement.specifier}",
                 hint=f"pip install '{requirement.name}{requirement.specifier}'",
             )
+
+
+def is_admitted(requirement: Requirement, version: str) -> bool:
+    """Return whether an installed version is one that a requirement admits.
+
+    Builds for an accelerator are versions such as 2.13.0+cpu or 1.24.0.dev20, so those before a release count too.
+    """
+    return requirement.specifier.contains(version, prereleases=True)

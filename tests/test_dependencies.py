@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,8 @@ from packaging.requirements import Requirement
 
 from cushion_deploy.cli.main import VERBS, run
 from cushion_deploy.dependencies import EXTRAS_OF
-from cushion_deploy.errors import ExitCode
+from cushion_deploy.engines.openvino.library import import_openvino
+from cushion_deploy.errors import ExitCode, MissingDependency
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
@@ -22,11 +23,12 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Return a function that writes what pip records about an installed package, which is found before all others."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def record(name: str, version: str, *requires: str) -> None:
+    def record(name: str, version: str, *requires: str, extras: Iterable[str] = ()) -> None:
         info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         lines = ["Metadata-Version: 2.4", f"Name: {name}", f"Version: {version}"]
-        (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)]) + "\n")
+        lines += [f"Requires-Dist: {line}" for line in requires]
+        (info / "METADATA").write_text("\n".join([*lines, *(f"Provides-Extra: {extra}" for extra in extras)]) + "\n")
 
     return record
 
@@ -50,6 +52,29 @@ def test_a_package_that_is_too_old_is_named_before_a_build(
     ]
     # Another command does not ask for what it does not use.
     assert run(["verify", str(tmp_path / "nowhere")]) == ExitCode.USAGE
+
+
+def test_the_doctor_reports_a_package_that_is_too_old(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    install("cushion-deploy", "9.9", *of_project(), extras=PROJECT["optional-dependencies"])
+    install("transformers", "5.0.0")
+    assert run(["doctor"]) == ExitCode.OK
+    assert "(found 5.0.0)" in capsys.readouterr().out
+    assert run(["doctor", "nowhere"]) == ExitCode.MISSING
+
+
+def test_the_library_of_an_engine_is_checked_where_it_is_loaded(install: Install, tmp_path: Path) -> None:
+    install("cushion-deploy", "9.9", *of_project())
+    install("openvino", "2025.1.0")
+    # ONNX Runtime needs none.
+    assert run(["generate", str(tmp_path / "nowhere"), "text"]) == ExitCode.USAGE
+    with pytest.raises(MissingDependency, match=r"openvino 2025\.1\.0 is installed"):
+        import_openvino.__wrapped__()
+
+
+def test_a_bundle_is_not_signed_with_a_library_that_is_too_old(install: Install, tmp_path: Path) -> None:
+    install("cushion-deploy", "9.9", *of_project())
+    install("model-signing", "1.0.1")
+    assert run(["sign", str(tmp_path), "--key", "private.pem"]) == ExitCode.MISSING
 
 
 @pytest.mark.parametrize(("version", "code"), [("2.13.0+cpu", ExitCode.OK), ("2.1.0+cpu", ExitCode.MISSING)])

@@ -83,11 +83,12 @@ def command(
 
     with progress(values["quiet"]) as report_progress:
         run = make_run(values["work_dir"], report_progress)
+        options: dict[str, Any] = {"targets": split_targets(targets), "allow_float_linears": allow_float_linears}
         if dry_run:
-            found = describe(recipe, run, output, split_targets(targets))
+            found = describe(recipe, run, output, **options)
             click.echo(json.dumps(found) if values["as_json"] else "\n".join(dry_run_lines(found)))
             return ExitCode.OK
-        report = build(recipe, run, output, targets=split_targets(targets), allow_float_linears=allow_float_linears)
+        report = build(recipe, run, output, **options)
     passed = all(row.passed for row in report.parity)
     if values["as_json"]:
         click.echo(report.to_text())

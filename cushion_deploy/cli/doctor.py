@@ -11,6 +11,7 @@ import click
 from cushion_deploy.cli.environment import environment_lines
 from cushion_deploy.cli.options import compute_options, make_run, parse_settings, run_options
 from cushion_deploy.cli.progress import progress
+from cushion_deploy.dependencies import COMPUTE, require_versions
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.render.formatting import count, duration, percent, perplexity, plural, size
@@ -57,6 +58,7 @@ def command(
         here = examine_environment()
         click.echo(json.dumps(here.to_json()) if as_json else "\n".join(environment_lines(here)))
         return
+    require_versions(*COMPUTE)
     from cushion_deploy.stages.pipeline import Pipeline
     from cushion_deploy.verbs.doctor import diagnose
 

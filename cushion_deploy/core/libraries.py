@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from types import MappingProxyType
 
+from packaging.requirements import Requirement
+
 from cushion_deploy.core.host import installed_versions
+from cushion_deploy.dependencies import is_admitted
 
 TOOL = "cushion-deploy"
 LIBRARIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -36,9 +38,6 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Name of each library in reports, and the distributions that may contain it."""
 RUNNING = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 """The libraries that compute something."""
-
-_REQUIREMENT = re.compile(r"([\w.-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;)]*)\)?\s*(?:;.*\bextra\s*==\s*['\"]([\w-]+)['\"].*)?")
-_BOUND = re.compile(r"(>=|==)\s*([\w.]+)")
 
 
 @dataclass(frozen=True)
@@ -83,27 +82,10 @@ def missing_of_extra(extra: str) -> tuple[Missing, ...] | None:
 
 
 def _missing(extra: str) -> Iterator[Missing]:
-    for text in metadata.requires(TOOL) or ():
-        found = _REQUIREMENT.match(text)
-        if found is None or found[3] != extra:
+    for requirement in map(Requirement, metadata.requires(TOOL) or ()):
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": extra}):
             continue
-        name, wanted = found[1], found[2].strip()
-        installed = installed_versions([name]).get(name, "")
-        if not installed or not _within(installed, wanted):
-            yield Missing(name, wanted, installed)
-
-
-def _within(version: str, wanted: str) -> bool:
-    """Return whether a version is within its bounds; only the kinds of bounds that pyproject.toml has are compared."""
-    for sign, bound in _BOUND.findall(wanted):
-        if sign == "==" and version != bound:
-            return False
-        if sign == ">=" and _numbers(version) < _numbers(bound):
-            return False
-    return True
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return the release of a version as numbers, such as ``(2, 13, 0)`` for ``2.13.0+cpu``."""
-    release = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, release[0].split("."))) if release else ()
+        installed = installed_versions([requirement.name]).get(requirement.name, "")
+        if not installed or not is_admitted(requirement, installed):
+            yield Missing(requirement.name, str(requirement.specifier), installed)

@@ -64,7 +64,9 @@ def build(
         return run.get(end)
 
 
-def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ()) -> dict[str, Any]:
+def dry_run(
+    recipe: Recipe, run: Run, output: Path, *, targets: Sequence[str] = (), allow_float_linears: int = 0
+) -> dict[str, Any]:
     """Make every check of a build that needs no computation, and return what the build would do, JSON-ready.
 
     Nothing is written, and no model is loaded. What depends on stages that are not finished is checked by the build
@@ -74,7 +76,7 @@ def dry_run(recipe: Recipe, run: Run, output: Path, targets: Sequence[str] = ())
         CushionError: the build would end with the same error.
     """
     require_modules(*LIBRARIES)
-    pipeline, end = _checked(recipe, output, targets, 0, run.progress)
+    pipeline, end = _checked(recipe, output, targets, allow_float_linears, run.progress)
     found = ReadOnlyRun.of(run)
     _read_texts(pipeline, found)
     files = found.known(pipeline.files)

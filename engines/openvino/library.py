@@ -7,6 +7,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from cushion_deploy.dependencies import require_versions
 from cushion_deploy.errors import MissingDependency, UsageError
 
 NAME = "openvino"
@@ -18,12 +19,13 @@ _TELEMETRY = "openvino_telemetry"
 
 @functools.cache
 def import_openvino() -> Any:
-    """Return the module; raises MissingDependency, with the install command, if it is not installed.
+    """Return the module; raises MissingDependency, with the install command, if it is not installed or too old.
 
     Importing it imports ``openvino_telemetry``, which its converter of models sends through. cushion-deploy does not
     convert, but a library that can send is not loaded here: OpenVINO works without that module and then uses a
     substitute that does nothing. A program that has imported it before keeps it.
     """
+    require_versions("openvino")
     blocked = _TELEMETRY not in sys.modules
     if blocked:
         sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # the documented way to make an import fail

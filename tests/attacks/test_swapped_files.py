@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from tiny_llama import bundle_path, hf_folder, tiny, tokenizer
 
 from cushion_deploy.engines.onnxruntime.engine import OnnxRuntime
 from cushion_deploy.errors import UntrustedArtifact, UsageError
+from cushion_deploy.parity.segments import edited_session
 from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.runtime.engine import open_engine
+from cushion_deploy.store import publish, staging_area
+from cushion_deploy.verbs.parity import engines_to_run
 
 __all__ = ["bundle_path", "hf_folder", "tiny", "tokenizer"]
 
@@ -88,3 +92,23 @@ def test_documents_may_be_edited_at_any_time(tiny: Any, bundle: Path) -> None:
     opened = open_bundle(bundle)
     (bundle / "README.md").write_text("edited")
     open_engine(opened, threads=1).close()
+
+
+@pytest.mark.parametrize("tiny", ["baked"], indirect=True)
+def test_the_parity_ladder_links_data_and_opens_engines_all_the_same(
+    tiny: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # one file system has both, so that a link is possible
+    opened = open_bundle(bundle)
+    (engine,) = engines_to_run(opened, ["openvino"])
+    edited_session(opened.graph, lambda _: None, "fused")
+    with pytest.raises(UntrustedArtifact):  # otherwise there was no link, and nothing is tested here
+        opened.require_unchanged()
+    engine.open().close()
+    with staging_area(bundle) as staged:
+        for file in opened.manifest.files:
+            shutil.copyfile(bundle / file, staged / file)
+        publish(staged, bundle, {"another": "build"}, {})
+    with pytest.raises(UntrustedArtifact, match="was replaced while it was checked"):
+        engine.open()

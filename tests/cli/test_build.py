@@ -157,6 +157,9 @@ def test_dry_run_says_what_an_earlier_build_has_finished(cli: Any, planted_bundl
     later = stages_of(cli, *options, "--set", "calibration.percentile=99.5")
     assert {name for name, finished in later.items() if finished} >= {"tokenizer", "search", "smooth"}
     assert not any(later[name] for name in ("calibrate", "export", "engine-onnxruntime", "evaluate", "parity"))
+    # Options of a compilation count as well.
+    allowed = stages_of(cli, *options, "--allow-float-linears", "3")
+    assert (allowed["export"], allowed["engine-onnxruntime"]) == (True, False)
 
 
 def test_dry_run_keeps_a_damaged_stage_and_says_that_it_runs_again(

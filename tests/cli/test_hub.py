@@ -107,8 +107,9 @@ def test_a_later_push_removes_what_only_the_earlier_bundle_had(
 
 
 def test_a_signature_travels_with_the_bundle(hub: FakeHub, pushed: Any, run: Run, copy: Path, tmp_path: Path) -> None:
-    ec = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec", reason="cryptography is not installed")
+    pytest.importorskip("model_signing", reason="model-signing is not installed")
     from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
 
     key, private, public = ec.generate_private_key(ec.SECP256R1()), tmp_path / "private.pem", tmp_path / "public.pem"
     private.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))

@@ -18,6 +18,7 @@ REQUIRES = [
     "torch>=2.8 ; extra == 'build'",
     'onnx-ir (>=1.0) ; extra == "build"',
     'tensorrt-rtx-cu13==1.7.1.116; extra == "rtx"',
+    'lm-eval<0.5,>=0.4.13; extra == "eval"',
     'uvicorn[standard]>=0.34; python_version >= "3.10" and extra == "serve"',
 ]
 
@@ -37,7 +38,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
         def metadata(name: str) -> Message:
             version(name)
             found = Message()
-            for extra in ("cpu", "build", "rtx", "serve"):
+            for extra in ("cpu", "build", "rtx", "serve", "eval"):
                 found["Provides-Extra"] = extra
             return found
 
@@ -60,7 +61,9 @@ def test_what_is_absent_is_missing(installed: Installed) -> None:
     assert lacking("serve") == ["uvicorn>=0.34"]
 
 
-@pytest.mark.parametrize(("version", "enough"), [("2.8", True), ("2.13.0+cpu", True), ("3", True), ("2.7.9", False)])
+@pytest.mark.parametrize(
+    ("version", "enough"), [("2.8", True), ("2.8.0", True), ("2.13.0+cpu", True), ("3", True), ("2.7.9", False)]
+)
 def test_versions_are_compared_as_numbers(installed: Installed, version: str, enough: bool) -> None:
     installed(cushion_deploy="1", torch=version, onnx_ir="1.0")
     assert lacking("build") == ([] if enough else [f"torch>=2.8 (found {version})"])
@@ -71,6 +74,14 @@ def test_an_exact_version_is_exact(installed: Installed) -> None:
     assert lacking("rtx") == ["tensorrt-rtx-cu13==1.7.1.116 (found 1.7.1.117)"]
     installed(cushion_deploy="1", tensorrt_rtx_cu13="1.7.1.116")
     assert lacking("rtx") == []
+
+
+@pytest.mark.parametrize(
+    ("version", "enough"), [("0.4.13", True), ("0.4.13.0", True), ("0.4.99", True), ("0.5", False), ("0.4.12", False)]
+)
+def test_a_version_may_also_be_too_new(installed: Installed, version: str, enough: bool) -> None:
+    installed(cushion_deploy="1", lm_eval=version)
+    assert lacking("eval") == ([] if enough else [f"lm-eval<0.5,>=0.4.13 (found {version})"])
 
 
 def test_an_extra_that_is_not_known_is_none(installed: Installed) -> None:

@@ -6,19 +6,21 @@ import codecs
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.store.text_files import decode_utf8, read_utf8
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.text())
 def test_a_byte_order_mark_is_no_part_of_the_text(text: str) -> None:
     assert decode_utf8(text.encode(), "a") == text.removeprefix("\ufeff")
     assert decode_utf8(codecs.BOM_UTF8 + text.encode(), "a") == text
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.text(max_size=20), st.sampled_from([*range(0x80, 0xC1), 0xFF]), st.booleans())
 def test_the_first_wrong_byte_is_named_with_its_offset(text: str, wrong: int, marked: bool) -> None:
     before = codecs.BOM_UTF8 * marked + text.encode()

@@ -92,7 +92,8 @@ def built(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 
     pipeline, first = Pipeline.of(recipe), run()
     quantization = pipeline.quantized.quantization
-    forms = pipeline.form, dataclasses.replace(pipeline.form, dtype="float16")
+    # As plans are compiled from: TensorRT gathers no codes of an embedding.
+    forms = pipeline.form, dataclasses.replace(pipeline.form, dtype="float16", gathers_codes=False)
     graph, half = (first.get(pipeline.graph(quantization, form)) for form in forms)
     return Built(pipeline, run, first.get(quantization), graph, half)
 
@@ -114,7 +115,8 @@ def test_an_engine_compiles_the_graph_of_its_type(built: Built) -> None:
 
     assert (chosen("onnxruntime"), chosen("tensorrt-rtx")) == (built.graph, built.half)
     assert distinct_graphs([built.graph, built.half, built.half], built.graph) == (built.half,)
-    assert chosen("tensorrt-rtx", **{"tensorrt.dtype": "float32"}) == built.graph
+    # An export of its own, in which nothing differs: this embedding is stored in floating point anyway.
+    assert chosen("tensorrt-rtx", **{"tensorrt.dtype": "float32"}).digest == built.graph.digest
 
 
 def test_the_float16_graph_has_rungs_of_its_own_and_is_part_of_the_key(built: Built) -> None:
