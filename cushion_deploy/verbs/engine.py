@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ def _engine_graph(
 ) -> tuple[Node[ExportedGraph], Node[PlanType] | None]:
     """Return the graph to compile, the bundle's own or one exported from the original model, and the type of a plan."""
     own = Pipeline.form_of(recipe)
+    if not bundle.graph.int8_embedding:  # an engine that reads no codes can then compile the same graph
+        own = replace(own, gathers_codes=False)
     form, context = engine_form(own, engine, recipe.tensorrt.dtype, options.max_context)
     if form == own and not (context and bundle.graph.contract.prefix_slots):
         return Given(bundle.graph), Given(PlanType(form.dtype, form.dtype)) if has_plan_type(engine.name) else None
