@@ -76,9 +76,13 @@ def cut_windows(ids: IntArray, window: int, max_tokens: int | None, name: str) -
     Raises:
         UsageError: the text is shorter than one window.
     """
-    found = min(len(ids), max_tokens or len(ids))
-    require_tokens(found, window, name)
-    count = found // window
+    if max_tokens and max_tokens < window <= len(ids):
+        raise UsageError(
+            f"{name} holds {len(ids)} tokens, of which {max_tokens} may be used, fewer than one window of {window}",
+            hint="use a smaller window (evaluation.window), or more tokens (evaluation.max_tokens)",
+        )
+    require_tokens(len(ids), window, name)
+    count = min(len(ids), max_tokens or len(ids)) // window
     return TextWindows(ids[: count * window].reshape(count, window), len(ids))
 
 

@@ -74,13 +74,14 @@ def require_evaluable(pipeline: Pipeline, run: Run, texts: Sequence[str | None])
         texts: as in ``evaluation.data``.
 
     Raises:
-        UsageError: a text cannot be read, or is too short.
+        UsageError: a text cannot be read, is too short, or its windows do not fit the model's positions.
     """
     files = run.get(pipeline.files)
     tokenizer = read_text_files(files.folder).tokenizer
     for data in texts:
         corpus = run.get(pipeline.corpus(data, "evaluation"))
         window = Cut.of(pipeline.recipe, data).window_in(files.spec.max_positions, files.spec.smallest_window)
+        require_positions("evaluation.window", window, longest_prefix(pipeline.recipe), files.spec)
         require_tokens(len(_tokens(tokenizer, corpus.text)), window, corpus.name)
 
 
@@ -88,9 +89,12 @@ def require_comparable(pipeline: Pipeline, run: Run) -> None:
     """Check the text of the parity ladder.
 
     Raises:
-        UsageError: it cannot be read, or is too short.
+        UsageError: it cannot be read, is too short, or does not fit the model's positions.
     """
-    recipe = pipeline.recipe
+    recipe, settings = pipeline.recipe, pipeline.recipe.parity
+    tokens = settings.tokens + settings.decode_tokens
+    spec = run.get(pipeline.files).spec
+    require_positions("parity.tokens + parity.decode_tokens", tokens, longest_prefix(recipe), spec)
     corpus = run.get(pipeline.corpus(recipe.parity.data or recipe.evaluation.data, "evaluation"))
     tokenizer = read_text_files(run.get(pipeline.files).folder).tokenizer
     if (count := len(_tokens(tokenizer, corpus.text))) < SHORTEST_PARITY:
@@ -101,7 +105,7 @@ def require_comparable(pipeline: Pipeline, run: Run) -> None:
 
 
 def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
-    """Check that every text of a build fits the model's positions, and the embedding the blocks of its codes.
+    """Check that the texts of search, tuning and calibration fit the model's positions, and the embedding its blocks.
 
     Raises:
         UsageError: something does not fit; the message names the setting.
@@ -111,8 +115,6 @@ def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
         "search.text_tokens": recipe.search.text_tokens if prefix else 0,
         "tuning.window": recipe.tuning.window if recipe.tuning.enabled else 0,
         "calibration.window": recipe.calibration.window or 0,
-        "evaluation.window": Cut.of(recipe, recipe.evaluation.data).window_in(spec.max_positions, spec.smallest_window),
-        "parity.tokens + parity.decode_tokens": recipe.parity.tokens + recipe.parity.decode_tokens,
     }
     for setting, tokens in needed.items():
         require_positions(setting, tokens, prefix, spec)

@@ -363,7 +363,7 @@ def test_an_unexpected_exception_is_a_bug(cli: Any, tmp_path: Path, monkeypatch:
 def test_a_command_line_that_is_none(cli: Any, arguments: list[str]) -> None:
     done = cli(*arguments)
     assert (done.code, done.out) == (2, "")
-    assert "Error: " in done.err
+    assert "error: " in done.err.lower()
     assert "Traceback" not in done.err
 
 

@@ -77,7 +77,7 @@ def test_a_key_comes_from_a_file(process: Any, tmp_path: Path) -> None:
     [
         (["--host", "0.0.0.0"], "no API key"),
         (["--host", "192.0.2.1", "--allow-anonymous"], "cannot listen"),
-        (["--api-key-file", "missing"], "cannot be read"),
+        (["--api-key-file", "missing"], "cannot read"),
         (["--engine", "tensorrt-rtx", "--port", "0"], "not built for"),
         (["--max-rows", "0"], "max-rows"),
     ],
