@@ -88,6 +88,8 @@ def resolve_source(model: str, revision: str | None = None) -> ModelSource:
         MissingDependency: it is a hub id and the hub cannot be reached.
     """
     path = Path(model).expanduser()
+    if not model:  # as a path, the folder of the process
+        raise UsageError("model '' does not exist", hint=f"give {SUPPORTED}")
     if path.is_file():
         return _from_file(path, model)
     if path.is_dir():

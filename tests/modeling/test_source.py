@@ -243,7 +243,7 @@ def test_a_folder_without_config_or_without_weights_is_bad_usage(folder: Path) -
     (folder / "model.safetensors").unlink()
     assert "no safetensors weights" in refused(folder, ExitCode.USAGE).message
     (folder / "config.json").unlink()
-    assert "config.json does not exist" in refused(folder, ExitCode.USAGE).message
+    assert "has no config.json" in refused(folder, ExitCode.USAGE).message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff\xfe"])
