@@ -116,7 +116,8 @@ def test_the_estimate_follows_the_recipe(
     def stages(**changes: object) -> set[str]:
         return set(estimate(**changes).seconds)
 
-    usual = {"load", "search", "choose", "smooth", "calibrate", "export", "value-range", "engine", "evaluate", "parity"}
+    usual = {"load", "search", "choose", "smooth", "calibrate", "embedding", "export", "value-range", "engine"}
+    usual |= {"evaluate", "parity"}
     assert stages() == usual
     assert stages(tuning__enabled=True) == {*usual, "tune"}
     assert stages(search__enabled=False, tuning__enabled=True) == usual - {"search", "choose"}
