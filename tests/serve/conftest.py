@@ -69,7 +69,8 @@ def running(path: Path, app: AppSettings, settings: EngineSettings, drain: float
     engine = Engine("tiny", bundle, session, settings=settings, observer=metrics)
     server = Server(create_app(engine, metrics, app), engine, drain)
     listener = bind("127.0.0.1", 0)
-    thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
+    # A daemon, so that a server that does not stop cannot keep the test run from ending.
+    thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
     try:
         while not server.started:
