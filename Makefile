@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT := The three primary colours are
+# Processes that share the tests.
+JOBS   ?= 2
 
 .PHONY: demo test test-gpu test-lowest lint types imports unit docs figures clean
 
@@ -37,7 +39,7 @@ imports:
 
 unit:
 	CUSHION_OPTIMUM_PYTHON=$(abspath $(VENV))/optimum/bin/python CUSHION_ORT_INCLUDE=$(abspath $(VENV))/onnxruntime \
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 # Static pages in .site; they request nothing from elsewhere.
 docs: $(VENV)/.docs

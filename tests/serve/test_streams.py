@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from cushion_deploy.serve.api.answer import Answer
 from cushion_deploy.serve.api.chat import ChatForm
 from cushion_deploy.serve.api.chat_models import ChatRequest
 from cushion_deploy.serve.api.completions import CompletionForm, CompletionRequest
+from cushion_deploy.serve.api.stream import EventStream
 from cushion_deploy.serve.api.token_text import TokenText
 from cushion_deploy.serve.request import Delivery, SequenceRequest
 from cushion_deploy.serve.sequence import Sequence
@@ -158,3 +159,34 @@ def test_what_may_begin_a_stop_string_is_held_back_and_then_sent(any_tokenizer: 
     whole, chunks = answers(any_tokenizer, ids, [stop], chat=False)
     assert whole["text"] == behind(any_tokenizer, ids)
     assert [chunk["text"] for chunk in chunks][-1].endswith("b")
+
+
+async def _bodies_after_leaving(count: int, leave_after: int) -> tuple[int, int]:
+    """Return how many events follow the callback that tells of the disconnect, and how often the stream ended."""
+    gone, ended = asyncio.Event(), []
+    sent = after = 0
+
+    async def chunks() -> AsyncIterator[dict[str, Any]]:
+        for number in range(count):
+            yield {"number": number}
+
+    async def receive() -> dict[str, str]:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        nonlocal sent, after
+        sent += message["type"] == "http.response.body"
+        after += sent > leave_after
+        if sent == leave_after:  # as a socket does: the failed write schedules the notice
+            asyncio.get_running_loop().call_soon(gone.set)
+
+    stream = EventStream(chunks(), lambda: ended.append(True))
+    await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+    return after, len(ended)
+
+
+def test_ready_chunks_are_not_written_to_a_client_that_has_gone() -> None:
+    after, ended = asyncio.run(_bodies_after_leaving(1000, 3))
+    assert after <= 5  # asyncio warns from the sixth write on
+    assert ended == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -45,6 +46,8 @@ async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     try:
         async for chunk in chunks:
             yield event(chunk)
+            # Chunks that wait already are sent without a pause in which the loop could see that the client has gone.
+            await asyncio.sleep(0)
     except ApiError as e:
         yield event(e.body)
         return
