@@ -157,10 +157,8 @@ class Pipeline:
             tuning = Tune(self.model, start, self.text, recipe.tuning, recipe.seed)
             if not recipe.tuning.quantized:
                 return replace(self.behind(tuning.tuned_prefix, tuned=False), tuning=tuning)
+            # Trained or not, the scales are those that the kept state was judged with.
             prefix, scales = tuning.tuned_prefix, tuning.tuned_scales
-            if not recipe.tuning.trains_scales:
-                calibration = self._calibrate(prefix, smoothing)
-                scales = calibration.scales
         quantization = AssembleQuantization(prefix, scheme, scales, smoothing, self._kv_scales(prefix, smoothing))
         return Branch(smoothing, calibration, scheme, tuning, quantization)
 
