@@ -12,11 +12,11 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from cushion_deploy.core.session import HeldCache, RowSlice
+from cushion_deploy.engines.onnxruntime.cache_graphs import TYPES, gather_graph, slice_graph
 from cushion_deploy.engines.onnxruntime.device_cache import DeviceCache
 from cushion_deploy.engines.onnxruntime.session import OnnxRuntimeSession
 from cushion_deploy.engines.onnxruntime.settings import CPU, CUDA, TENSORRT
 from cushion_deploy.errors import UsageError
-from cushion_deploy.engines.onnxruntime.cache_graphs import TYPES, gather_graph, slice_graph
 from cushion_deploy.runtime.prompt_cache import PromptCache
 from cushion_deploy.serve.kv_pool import KvPool
 from cushion_deploy.serve.rows import BatchedRows
