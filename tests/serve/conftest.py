@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from cushion_deploy.runtime.engine import open_engine
 from cushion_deploy.serve.app import AppSettings, create_app
 from cushion_deploy.serve.engine import Engine, EngineSettings
 from cushion_deploy.serve.metrics import Metrics
-from cushion_deploy.serve.server import Server, bind
+from cushion_deploy.serve.server import Patience, Server, bind
 
 __all__ = ["any_tokenizer", "bundle_path", "session", "tiny", "tokenizer"]
 
@@ -67,7 +68,7 @@ def running(path: Path, app: AppSettings, settings: EngineSettings, drain: float
     bundle, metrics = open_bundle(path), Metrics()
     session = change(open_engine(bundle, threads=1))
     engine = Engine("tiny", bundle, session, settings=settings, observer=metrics)
-    server = Server(create_app(engine, metrics, app), engine, drain)
+    server = Server(create_app(engine, metrics, app), engine, Patience(drain))
     listener = bind("127.0.0.1", 0)
     # A daemon, so that a server that does not stop cannot keep the test run from ending.
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
@@ -84,6 +85,9 @@ def running(path: Path, app: AppSettings, settings: EngineSettings, drain: float
         server.should_exit = True
         thread.join(30)
         listener.close()
+        if thread.is_alive():
+            faulthandler.dump_traceback(all_threads=True)
+            pytest.fail("the server did not stop")
 
 
 @pytest.fixture
