@@ -15,7 +15,7 @@ class Connection(H11Protocol):
     until the answer is complete. When the connection ends, the application is told that the client has gone.
 
     Args:
-        stall_seconds: most seconds in which a client takes nothing of an answer that waits for it.
+        stall_seconds: seconds in which a client must take 48 KiB of an answer that waits for it, or all of it.
         more: arguments of uvicorn.
     """
 

@@ -53,7 +53,7 @@ class Patience:
     Attributes:
         drain: from a signal until what still runs is cut off.
         request: until a connection has sent the head of a request, or the next one.
-        stall: until a client takes something of an answer that waits for it.
+        stall: in which a client must take 48 KiB of an answer that waits for it, or all of it.
         margin: from the cut until connections that are still open are closed.
     """
 
