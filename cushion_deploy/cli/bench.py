@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cushion_deploy.cli.options import compute_options, compute_settings, engines_option, make_run, names, run_options
+from cushion_deploy.cli.engine_options import engines_option
+from cushion_deploy.cli.help import FILE, option, verb
+from cushion_deploy.cli.options import compute_options, compute_settings, make_run, model_option, names, run_options
 from cushion_deploy.cli.progress import progress
+from cushion_deploy.cli.session_options import threads_option
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report.render.formatting import size
 
@@ -17,16 +20,18 @@ if TYPE_CHECKING:
     from cushion_deploy.verbs.bench import Bench
 
 
-@click.command("bench")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--model", help="Original model, for the float twin. Default: from the bundle's recipe.")
-@click.option("--no-float", is_flag=True, help="Skip the float twin; the original model is then not needed.")
-@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Number of prompt tokens.")
-@click.option("--decoded", type=click.IntRange(1), default=32, show_default=True, help="Decode steps after the prompt.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Number of timed rounds.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of every engine. Default: one per physical core.")
-@engines_option("Engines beside ONNX Runtime on the CPU. Default: those that the bundle was built for.")
+@verb("bench", "bench OUT", "bench OUT --prompt 128 --decoded 64 --threads 1 --no-float")
+@click.argument("bundle", type=FILE)
+@model_option
+@option(
+    "--no-float", heading="Workload", is_flag=True, help="Leave out the float model, so that --model is not needed."
+)
+@option("--prompt", heading="Workload", type=click.IntRange(1), default=512, help="Tokens of the prompt.")
+@option("--decoded", heading="Workload", type=click.IntRange(1), default=32, help="Tokens decoded after the prompt.")
+@option("--batch", heading="Workload", type=click.IntRange(1), default=1, help="Sequences in a batch.")
+@option("--rounds", heading="Workload", type=click.IntRange(1), default=5, help="Timed rounds; medians are shown.")
+@threads_option
+@engines_option("Engines to time beside ONNX Runtime on the CPU", "those that the bundle was built for")
 @compute_options
 @run_options
 def command(
@@ -45,7 +50,11 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Time prefill and decode of BUNDLE's engines and of the same model in floating point, in interleaved rounds."""
+    """Measure the speed of BUNDLE, and of the same model in floating point.
+
+    Prefill and decode of every engine are timed in interleaved rounds, so that a change in the load of the machine
+    affects all of them. The table has tokens per second, and milliseconds per decode step.
+    """
     from cushion_deploy.evaluate.speed import Workload
     from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.verbs.bench import bench_bundle

@@ -9,49 +9,50 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.next_steps import after_build
-from cushion_deploy.cli.options import (
-    compute_options,
+from cushion_deploy.cli.engine_options import (
+    engines_option,
     float_linears_option,
-    make_recipe,
-    make_run,
     plan_options,
-    recipe_options,
     split_targets,
     target_option,
 )
+from cushion_deploy.cli.help import option, output_option, verb
+from cushion_deploy.cli.next_steps import after_build
+from cushion_deploy.cli.options import compute_options, make_recipe, make_run, recipe_options
 from cushion_deploy.cli.progress import progress
+from cushion_deploy.engines.registry import compiling_engines
 from cushion_deploy.errors import ExitCode, UsageError
 
 
-@click.command("build")
+@verb(
+    "build",
+    "build model.gguf --output OUT",
+    "build org/name --calib-data chats.jsonl --engine onnxruntime,openvino --output OUT",
+    "build --recipe recipe.yaml --set search.tau=0.4 --dry-run",
+)
 @click.argument("model_argument", metavar="[MODEL]", required=False)
 @recipe_options
 @compute_options
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    default=Path("bundle"),
-    show_default=True,
-    help="Folder of the bundle.",
-)
-@click.option(
-    "--prefix",
-    "ship",
+@output_option("FOLDER", "Folder of the bundle; an existing bundle is replaced.", default=Path("bundle"))
+@option(
+    *("--prefix", "ship"),
+    heading="Prefix",
     type=click.Choice(["auto", "always", "never"]),
-    help="Ship the searched prefix: if the quantized model is closer to the original with it (auto, the default), "
-    "always, or never, without a search (as --no-prefix).",
+    metavar="auto|always|never",
+    fallback="auto",
+    help="Ship the prefix if the quantized model is closer to the original with it than without it (auto), in any "
+    "case (always), or search for none (never, as --no-prefix).",
 )
-@click.option("--engine", "engines", multiple=True, help="Engine to compile; repeatable. Default: all available.")
+@engines_option(f"Engines to compile for ({', '.join(compiling_engines())})", "every engine that can compile here")
 @target_option
 @plan_options
 @float_linears_option
-@click.option("--print-config", is_flag=True, help="Print the complete recipe as YAML and stop.")
-@click.option(
+@option("--print-config", heading="Output", is_flag=True, help="Print the complete recipe as YAML, and stop.")
+@option(
     "--dry-run",
+    heading="Output",
     is_flag=True,
-    help="Check everything that needs no computation, print the stages and which are finished, and stop.",
+    help="Check the input, print the stages and which of them are finished, and stop.",
 )
 def command(
     model_argument: str | None,
@@ -63,9 +64,13 @@ def command(
     ship: str | None,
     **values: Any,
 ) -> int:
-    """Build a bundle of MODEL: search for a prefix, calibrate, export, compile, check, report, publish.
+    """Build an INT8 bundle of MODEL.
 
-    The exit code is 1 if a parity check fails; the bundle is still written, and its report names the failed checks.
+    MODEL is a GGUF file, a Hugging Face folder, or a hub id (org/name). A build searches for the prefix, calibrates
+    static scales, exports the ONNX graph, compiles it, evaluates it, and compares what was compiled with what was
+    evaluated (parity). Finished stages are kept: the same command continues an interrupted build.
+
+    The exit code is 1 if a parity check fails. The bundle is written nevertheless; its report names the failed checks.
     """
     if model_argument is not None:
         if values["model"] is not None:

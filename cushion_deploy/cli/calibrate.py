@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import compute_options, make_recipe, make_shared_run, recipe_options
+from cushion_deploy.cli.help import output_option, verb
+from cushion_deploy.cli.options import compute_options, make_recipe, make_shared_run, prefix_option, recipe_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import (
@@ -22,22 +23,21 @@ from cushion_deploy.core.artifacts import (
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE
 
 
-@click.command("calibrate")
+@verb(
+    "calibrate",
+    "calibrate --model model.gguf --prefix prefix.safetensors",
+    "calibrate --model org/name --no-prefix --calib-data chats.jsonl --output scales.json",
+)
 @recipe_options
 @compute_options
-@click.option(
-    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors. Default: found by a search."
-)
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    default=Path(SCALES_FILE),
-    show_default=True,
-    help="File to write.",
-)
+@prefix_option("found by a search")
+@output_option("FILE", "File to write; smoothing factors and cache scales go beside it.", default=Path(SCALES_FILE))
 def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
-    """Observe every Site with the prefix; write the scales, and smoothing and cache scales into the same folder."""
+    """Calibrate static activation scales with a prefix.
+
+    Observes every Site (an input that quantized linears share) on the calibration text behind the prefix. Writes the
+    scales, and into the same folder the smoothing factors and, with --kv-cache int8, the scales of the cache.
+    """
     recipe = make_recipe(values)
     require_parent(output)
     from cushion_deploy.stages.pipeline import Pipeline

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from cushion_deploy.cli.generation_options import generation_options, make_params
+from cushion_deploy.cli.help import FILE, option, verb
 from cushion_deploy.cli.terminal import echo, echo_generated, echo_remarks, stdin_lines, typed_line
 from cushion_deploy.errors import CushionError, UsageError
 from cushion_deploy.runtime import load
@@ -28,9 +29,11 @@ A message that begins with a slash is written with two. Ctrl-C stops an answer."
 PROMPT = "> "
 
 
-@click.command("chat")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--system", help="System message.")
+@verb(
+    "chat", "chat OUT", 'chat OUT --system "Answer in one sentence." --temperature 0.7', "chat org/name < messages.txt"
+)
+@click.argument("bundle", type=FILE)
+@option("--system", heading="Generation", metavar="TEXT", help="System message.")
 @generation_options(max_new_tokens=512)
 def command(
     bundle: Path,
@@ -42,11 +45,11 @@ def command(
     threads: int | None,
     **sampling: Any,
 ) -> None:
-    """Talk with the model of BUNDLE, one message per line.
+    """Chat with BUNDLE in the terminal.
 
-    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub. Answers are streamed; each message is
-    answered with all earlier ones in view. In a terminal, Ctrl-C stops an answer and /help lists the commands. If stdin
-    is no terminal, each line is a message, stdout has the answers only, and the first error ends the program.
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub. Every message is answered with the
+    whole conversation in view. In a terminal, Ctrl-C stops an answer and /help lists the commands. From a pipe or a
+    file, each line is a message, stdout has the answers only, and the first error ends the program.
     """
     params = make_params(sampling)
     make_draft(draft)  # an unknown name is an error before the bundle is read

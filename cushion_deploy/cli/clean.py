@@ -7,31 +7,28 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.cli.options import WORK_DIR
+from cushion_deploy.cli.help import json_option, option, verb
+from cushion_deploy.cli.options import work_dir_option
 from cushion_deploy.store.clean import Removed, clean
 from cushion_deploy.store.files import human_bytes
 
 
-@click.command("clean")
-@click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path),
-    default=WORK_DIR,
-    show_default=True,
-    help="Work folder to empty.",
-)
-@click.option(
+@verb("clean", "clean --dry-run", "clean --older-than 7")
+@work_dir_option("Work folder to empty.")
+@option(
     "--older-than",
+    heading="Computation",
     type=click.FloatRange(min=0),
     metavar="DAYS",
-    help="Remove only stages that were written at least DAYS days ago.",
+    fallback="all",
+    help="Remove only stages that finished at least this many days ago.",
 )
-@click.option("--dry-run", is_flag=True, help="Remove nothing; show what would be removed.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@option("--dry-run", heading="Output", is_flag=True, help="Remove nothing; show what would be removed.")
+@json_option()
 def command(work_dir: Path, older_than: float | None, dry_run: bool, as_json: bool) -> None:
-    """Remove the finished stages, partial results and leftovers of a work folder, and show how much space that freed.
+    """Remove finished stages, partial results and leftovers from a work folder.
 
-    Bundles are not touched. A later build runs the removed stages again.
+    Shows how much space is freed. Bundles are not touched; a later build runs the removed stages again.
     """
     removed = clean(work_dir, older_than=older_than, dry_run=dry_run)
     total = sum(row.bytes for row in removed)

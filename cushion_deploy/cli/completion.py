@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from cushion_deploy.cli.help import verb
 from cushion_deploy.errors import MissingDependency, UsageError
 
 NAME, VARIABLE = "cushion-deploy", "_CUSHION_DEPLOY_COMPLETE"
@@ -12,17 +13,19 @@ NAME, VARIABLE = "cushion-deploy", "_CUSHION_DEPLOY_COMPLETE"
 SHELLS = ("bash", "zsh", "fish")
 
 
-@click.command("completion")
+@verb("completion")
 @click.argument("shell", type=click.Choice(SHELLS))
 def command(shell: str) -> None:
-    """Print the completion script of SHELL, which completes commands, options and files.
+    """Print the script with which SHELL completes commands, options and file names.
+
+    To install it, run one of these lines:
 
     \b
     bash  echo 'source <(cushion-deploy completion bash)' >> ~/.bashrc
     zsh   echo 'source <(cushion-deploy completion zsh)' >> ~/.zshrc
     fish  cushion-deploy completion fish > ~/.config/fish/completions/cushion-deploy.fish
 
-    For zsh the line belongs below `compinit`. bash has to be 4.4 or later.
+    In ~/.zshrc, the line has to come after `compinit`. bash has to be version 4.4 or later.
     """  # noqa: D301 - click reads \b as: do not wrap this paragraph
     from cushion_deploy.cli.main import cli
 

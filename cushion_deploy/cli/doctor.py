@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from cushion_deploy.cli.environment import environment_lines
-from cushion_deploy.cli.options import compute_options, make_run, parse_settings, run_options
+from cushion_deploy.cli.evaluation_options import TEXTS
+from cushion_deploy.cli.help import FILE, option, verb
+from cushion_deploy.cli.options import (
+    compute_options,
+    make_run,
+    parse_settings,
+    revision_option,
+    run_options,
+    set_option,
+)
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.dependencies import COMPUTE, require_versions
 from cushion_deploy.errors import UsageError
@@ -24,12 +33,18 @@ if TYPE_CHECKING:
     from cushion_deploy.verbs.doctor import Diagnosis
 
 
-@click.command("doctor")
+@verb("doctor", "doctor", "doctor model.gguf", "doctor org/name --calib-data chats.jsonl")
 @click.argument("model", metavar="[MODEL]", required=False)
-@click.option("--revision", help="Revision of a hub model.")
-@click.option("--recipe", "file", type=click.Path(path_type=Path), help="YAML file with settings of the build.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Override any setting of the recipe.")
-@click.option("--calib-data", metavar="DATA", help="Text to examine the model on. Default: from the recipe.")
+@revision_option
+@option("--recipe", "file", heading="Recipe", type=FILE, metavar="FILE", help="YAML file with settings.")
+@set_option
+@option(
+    "--calib-data",
+    heading="Calibration",
+    metavar="DATA",
+    fallback="from the recipe, as in `build`",
+    help=f"Text to examine the model on: {TEXTS}; self is text sampled from the model.",
+)
 @compute_options
 @run_options
 def command(
@@ -44,10 +59,13 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Report whether MODEL has sinks, what static INT8 costs, what a build needs here, and what will not work.
+    """Check this installation; with MODEL, what static INT8 would cost that model.
 
-    Without MODEL, report what is installed, which engines and devices are present, and the command that installs what
-    is missing.
+    Without MODEL: which libraries, engines and GPUs are there, what is missing, and the command that installs it.
+
+    With MODEL (GGUF file, Hugging Face folder, or hub id): whether it has attention sinks, how much accuracy static
+    INT8 costs without and with each remedy, and how much time, memory and disk a build needs here. Takes one to two
+    minutes for a small model.
     """
     if model is None:
         _refuse_without_model(

@@ -9,14 +9,9 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.cli.options import (
-    float_linears_option,
-    make_run,
-    plan_options,
-    run_options,
-    split_targets,
-    target_option,
-)
+from cushion_deploy.cli.engine_options import float_linears_option, plan_options, split_targets, target_option
+from cushion_deploy.cli.help import FILE, option, output_option, verb
+from cushion_deploy.cli.options import make_run, model_option, run_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.dtypes import PlanDtype
@@ -36,16 +31,25 @@ SHOWN = 2000
 """Maximum length of the printed vendor command; with 30 layers it has 20,000 characters."""
 
 
-@click.command("engine")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--engine", "name", required=True, help=f"One of: {', '.join(compiling_engines())}.")
+@verb(
+    "engine",
+    "engine OUT --engine openvino --output OUT",
+    "engine OUT --engine tensorrt-rtx --target sm86,sm89 --output OUT-RTX",
+    "engine GRAPH --engine onnxruntime --output COMPILED",
+)
+@click.argument("folder", type=FILE)
+@option(
+    *("--engine", "name"),
+    heading="Engine",
+    metavar="NAME",
+    required=True,
+    help=f"Engine to compile for: {', '.join(compiling_engines())}.",
+)
 @target_option
 @plan_options
 @float_linears_option
-@click.option("--model", help="Original model of the bundle. Default: from its recipe.")
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder, or the bundle itself."
-)
+@model_option
+@output_option("FOLDER", "New folder; for a bundle also the bundle itself.")
 @run_options
 def command(
     folder: Path,
@@ -62,11 +66,11 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Compile FOLDER for an engine and count the linears that run in INT8.
+    """Compile FOLDER for an engine, and count the linears that run in INT8.
 
-    FOLDER is a graph written by `export`, or a bundle. For a graph, OUTPUT is the compiled engine; for a bundle, OUTPUT
-    is the bundle with that engine added or replaced. If the engine needs a graph other than the bundle's (a different
-    floating-point type, a static cache), it is exported from the original model.
+    FOLDER is a bundle, or a graph that `export` wrote. From a bundle, --output becomes the bundle with that engine
+    added or replaced; from a graph, the compiled engine alone. An engine that needs another graph than the bundle's
+    (another floating-point type, a static cache) is compiled from a new export of the original model.
     """
     (engine,) = choose_engines([name])
     if plan_dtype and plan_dtype not in ("auto", *engine.dtypes):

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cushion_deploy.cli.evaluation_options import TEXTS, scored_text, task_options, window_options
+from cushion_deploy.cli.help import FILE, option, verb
 from cushion_deploy.cli.options import (
     compute_options,
     compute_settings,
-    engine_option,
     make_shared_run,
+    model_option,
     names,
     run_options,
-    scored_text,
 )
 from cushion_deploy.cli.progress import progress
+from cushion_deploy.cli.session_options import threads_option
+from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.recipe import Recipe
 
@@ -27,44 +30,41 @@ if TYPE_CHECKING:
     from cushion_deploy.verbs.eval import Evaluation
 
 
-@click.command("eval")
+@verb(
+    "eval",
+    "eval OUT",
+    "eval OUT --data wikitext --data held-out.txt",
+    "eval OUT --tasks lambada,piqa --columns fp,engine --limit 200",
+)
 @click.argument("target", metavar="TARGET")
-@click.option(
+@option(
     "--data",
+    heading="Evaluation",
     multiple=True,
     metavar="DATA",
-    help="Text to score: a file, wikitext, c4, or org/name. Repeatable. Default without --tasks: from the recipe.",
+    fallback="from the recipe; none with --tasks",
+    help=f"Text to evaluate on: {TEXTS}. Repeatable.",
 )
-@click.option(
-    "--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe; 2048 for wikitext."
-)
-@click.option(
-    "--max-tokens", type=click.IntRange(2), help="Tokens to read per text. Default: from the recipe; wikitext: all."
-)
-@click.option(
-    "--tasks",
-    multiple=True,
-    metavar="TASKS",
-    help="Comma-separated lm-eval names (lambada, hellaswag, piqa, winogrande, openbookqa, rte, copa, or all), task "
-    "files, or folders of task files. Task files can run Python code.",
-)
-@click.option(
-    "--task-data",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder with the data files that task files refer to.",
-)
-@click.option("--limit", type=click.IntRange(1), help="Rows per task. Default: all.")
-@click.option("--batch-size", type=click.IntRange(1), help="Contexts of tasks that run together. Default: 8.")
-@click.option("--chat-template", is_flag=True, help="Ask tasks in the model's chat template, as a user's message.")
-@click.option(
+@window_options
+@task_options("Zero-shot tasks")
+@option("--chat-template", heading="Tasks", is_flag=True, help="Ask tasks as a user's message in the chat template.")
+@option(
     "--columns",
+    heading="Evaluation",
     metavar="NAMES",
-    help="Comma-separated: fp, fp-prefix, quantized, quantized-prefix, engine. Default: all.",
+    fallback="all",
+    help="Ways to run a bundle, comma-separated: fp, fp-prefix, quantized, quantized-prefix (in torch), engine.",
 )
-@engine_option("Engine of the column 'engine'.")
-@click.option("--model", metavar="MODEL", help="Original model of the bundle. Default: from its recipe.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings; only for a model.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the engine. Default: one per physical core.")
+@option(
+    "--engine",
+    heading="Engine",
+    metavar="NAME",
+    fallback="onnxruntime",
+    help=f"Engine of the column 'engine': {', '.join(ENGINES)}.",
+)
+@threads_option
+@model_option
+@option("--recipe", heading="Recipe", type=FILE, metavar="FILE", help="YAML file with settings; only for a model.")
 @compute_options
 @run_options
 def command(
@@ -88,11 +88,13 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Score a bundle or a model on texts and tasks.
+    """Measure perplexity and zero-shot accuracy of a bundle or a model.
 
-    TARGET is a bundle or a model. A bundle is run in torch (FP and fake-quant, each with and without the prefix)
-    and on its engine; a model is run in FP. The exit code is 1 if the engine differs from fake-quant by more than the
-    noise of the measurement.
+    TARGET is a bundle, or a model (GGUF file, Hugging Face folder, hub id). A bundle is run in torch, in floating point
+    and in simulated quantization (fake-quant), each with and without the prefix, and on its engine; this needs the
+    original model. A model is run in floating point.
+
+    The exit code is 1 if the engine differs from fake-quant by more than the noise of the measurement.
     """
     from cushion_deploy.evaluate.batches import BATCH
     from cushion_deploy.evaluate.zeroshot import TaskSuite

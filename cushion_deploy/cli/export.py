@@ -9,35 +9,54 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import device_option, dtype_option, make_recipe, make_run, recipe_options
+from cushion_deploy.cli.engine_options import dtype_option
+from cushion_deploy.cli.help import FILE, option, output_option, verb
+from cushion_deploy.cli.options import device_option, make_recipe, make_run, prefix_option, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import read_kv_scales, read_prefix, read_scales, read_smoothing
 from cushion_deploy.errors import UsageError
 
 
-@click.command("export")
+@verb(
+    "export",
+    "export --model model.gguf --output GRAPH",
+    "export --model model.gguf --prefix prefix.safetensors --scales scales.json --smoothing smoothing.safetensors "
+    "--output GRAPH",
+)
 @recipe_options
 @device_option
-@click.option(
-    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors. Default: what a build ships."
+@prefix_option("what a build ships")
+@option(
+    *("--scales", "scales_file"),
+    heading="Calibration",
+    type=FILE,
+    metavar="FILE",
+    fallback="calibrated now",
+    help="Scales to use, as `calibrate` writes them (scales.json).",
 )
-@click.option("--scales", "scales_file", type=click.Path(path_type=Path), help="scales.json; calibrated by default.")
-@click.option(
-    "--smoothing",
-    "smoothing_file",
-    type=click.Path(path_type=Path),
-    help="smoothing.safetensors of the calibration that wrote the scales; requires --scales.",
+@option(
+    *("--smoothing", "smoothing_file"),
+    heading="Calibration",
+    type=FILE,
+    metavar="FILE",
+    help="smoothing.safetensors of the calibration that wrote the scales. Requires --scales.",
 )
-@click.option(
-    "--kv-scales",
-    "kv_file",
-    type=click.Path(path_type=Path),
-    help="kv_scales.json of the same calibration, for an INT8 cache; requires --scales.",
+@option(
+    *("--kv-scales", "kv_file"),
+    heading="Calibration",
+    type=FILE,
+    metavar="FILE",
+    help="kv_scales.json of the same calibration, for --kv-cache int8. Requires --scales.",
 )
-@dtype_option("--dtype", "dtype", "Type of everything that is not INT8.", default="fp32")
-@click.option("--float", "float_twin", is_flag=True, help="Write the float twin: the same graph without Q/DQ nodes.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the graph.")
+@dtype_option("--dtype", "dtype", "Graph", "Floating-point type of everything that is not INT8.", default="fp32")
+@option(
+    *("--float", "float_twin"),
+    heading="Graph",
+    is_flag=True,
+    help="Write the same graph in floating point, without Q/DQ nodes.",
+)
+@output_option("FOLDER", "New folder for the graph.")
 def command(
     prefix_file: Path | None,
     scales_file: Path | None,
@@ -48,7 +67,11 @@ def command(
     output: Path,
     **values: Any,
 ) -> None:
-    """Write model.onnx: Q/DQ nodes at the inputs of linears, INT8 weights, the prefix as initializers."""
+    """Export a model as an ONNX graph with Q/DQ nodes.
+
+    The graph has INT8 weights, constant scales and the prefix as initializers; `engine` compiles it. Without files of
+    an earlier search and calibration, it is the graph that `build` would ship.
+    """
     recipe = make_recipe(values)
     require_new_folder(output)
     if smoothing_file and not scales_file:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from cushion_deploy.cli.generation_options import generation_options, make_params
+from cushion_deploy.cli.help import FILE, json_option, option, verb
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.terminal import echo_generated, echo_remarks, read_stdin
 from cushion_deploy.errors import UsageError
@@ -23,23 +24,39 @@ from cushion_deploy.runtime.hub import local_bundle
 from cushion_deploy.runtime.requests import read_requests
 
 
-@click.command("generate")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@verb(
+    "generate",
+    'generate OUT "The capital of France is"',
+    'generate OUT "Name three rivers." --chat --temperature 0.7 --seed 1',
+    "generate OUT --input prompts.jsonl --output answers.jsonl --batch 8",
+)
+@click.argument("bundle", type=FILE)
 @click.argument("prompt", required=False)
-@click.option("--chat", is_flag=True, help="Apply the chat template to the prompt as a user message.")
-@click.option("--system", help="System message; requires --chat.")
+@option("--chat", heading="Generation", is_flag=True, help="Send PROMPT as a user's message through the chat template.")
+@option("--system", heading="Generation", metavar="TEXT", help="System message. Requires --chat.")
 @generation_options(max_new_tokens=128)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming text.")
-@click.option(
-    "--input",
-    "requests",
-    type=click.Path(path_type=Path),
-    help='JSON Lines with one {"prompt": ...} or {"messages": [...]} each; requires --output.',
+@json_option("Print one JSON object at the end instead of streaming text.")
+@option(
+    *("--input", "requests"),
+    heading="Files of prompts",
+    type=FILE,
+    metavar="FILE",
+    help='JSON Lines, each {"prompt": ...} or {"messages": [...]}. Requires --output.',
 )
-@click.option(
-    "--output", "answers", type=click.Path(path_type=Path), help="JSON Lines file for the answers, which is continued."
+@option(
+    *("--output", "-o", "answers"),
+    heading="Files of prompts",
+    type=FILE,
+    metavar="FILE",
+    help="JSON Lines file for the answers; if it exists, the answers that it lacks are added.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Prompts of --input to run at once. Default: 1.")
+@option(
+    "--batch",
+    heading="Files of prompts",
+    type=click.IntRange(min=1),
+    fallback="1",
+    help="Prompts of --input that run at once.",
+)
 def command(
     bundle: Path,
     prompt: str | None,
@@ -56,12 +73,11 @@ def command(
     batch: int | None,
     **sampling: Any,
 ) -> None:
-    """Generate text from PROMPT with BUNDLE. Without PROMPT, the prompt is read from stdin.
+    """Continue PROMPT with BUNDLE; without PROMPT, the text on stdin.
 
-    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub, which is fetched into its cache.
-
-    With --input, every line of a file is answered and the answers are written to --output, in the same order. The same
-    command continues an interrupted run behind the last complete answer.
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub. With --input, every prompt of a file
+    is answered, and the answers are written to --output in the same order; the same command continues an interrupted
+    run behind the last complete answer.
     """
     params = make_params(sampling)
     if requests or answers:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import click
-
-from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.cli.help import option
+from cushion_deploy.cli.session_options import engine_option, threads_option
 from cushion_deploy.runtime.draft import DRAFTS
 from cushion_deploy.runtime.sampling import SamplingParams
 
@@ -21,60 +20,77 @@ def generation_options(max_new_tokens: int) -> Callable[[F], F]:
         max_new_tokens: default of ``--max-new-tokens``.
     """
     options = [
-        click.option(
+        option(
             "--max-new-tokens",
+            heading="Generation",
             type=int,
             default=max_new_tokens,
-            show_default=True,
             help="Maximum number of tokens to generate.",
         ),
-        click.option(
+        option(
             "--temperature",
+            heading="Generation",
             type=float,
             default=0.0,
-            show_default=True,
-            help="Sampling temperature; 0 for greedy decoding.",
+            help="Sampling temperature; 0 always takes the most probable token.",
         ),
-        click.option(
-            "--top-k", type=int, default=0, show_default=True, help="Sample from the k most probable tokens; 0 for all."
+        option(
+            "--top-k",
+            heading="Generation",
+            type=int,
+            default=0,
+            help="Sample from the K most probable tokens; 0 is all of them.",
+            metavar="K",
         ),
-        click.option(
+        option(
             "--top-p",
+            heading="Generation",
             type=float,
             default=1.0,
-            show_default=True,
-            help="Sample from the most probable tokens whose probabilities sum to this value.",
+            help="Sample from the most probable tokens whose probabilities add up to this.",
         ),
-        click.option(
+        option(
             "--min-p",
+            heading="Generation",
             type=float,
             default=0.0,
-            show_default=True,
-            help="Drop tokens below this fraction of the highest probability.",
+            help="Leave out tokens below this fraction of the highest probability.",
         ),
-        click.option(
+        option(
             "--repetition-penalty",
+            heading="Generation",
             type=float,
             default=1.0,
-            show_default=True,
-            help="Values above 1 make tokens that have already occurred less probable.",
+            help="Above 1, tokens that occurred before are less probable.",
         ),
-        click.option("--seed", type=int, help="Random seed."),
-        click.option("--stop", multiple=True, help="Text that ends the generation; repeatable."),
-        click.option(
+        option(
+            "--seed",
+            heading="Generation",
+            type=int,
+            fallback="a new one in every run",
+            help="Seed of the sampling.",
+        ),
+        option(
+            "--stop",
+            heading="Generation",
+            multiple=True,
+            metavar="TEXT",
+            help="Text that ends the generation. Repeatable.",
+        ),
+        option(
             "--draft",
-            metavar="NAME",
-            help=f"Guess tokens ahead and check them in one call; the text stays the same: {', '.join(DRAFTS)}.",
+            heading="Generation",
+            metavar="|".join(DRAFTS),
+            help="Guess several tokens and check them in one call. Faster where the answer repeats the prompt; the "
+            "text is the same.",
         ),
-        click.option(
-            "--engine", default="onnxruntime", show_default=True, help=f"Engine to run on: {', '.join(ENGINES)}."
-        ),
-        click.option("--threads", type=int, help="Threads of an engine on the CPU. Default: one per physical core."),
+        engine_option,
+        threads_option,
     ]
 
     def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
+        for each in reversed(options):
+            function = each(function)
         return function
 
     return decorate

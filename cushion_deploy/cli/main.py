@@ -18,6 +18,7 @@ from typing import NoReturn
 import click
 from click.shell_completion import CompletionItem
 
+from cushion_deploy.cli.help import WIDTH
 from cushion_deploy.cli.terminal import require_utf8
 from cushion_deploy.cli.version import show_version
 from cushion_deploy.dependencies import EXTRAS_OF, require_versions
@@ -25,29 +26,41 @@ from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, UsageError, mi
 from cushion_deploy.printable import controls_visible
 from cushion_deploy.store.files import DISK_FULL, free_bytes, human_bytes, no_temporary_root
 
-VERBS = {
-    "doctor": "Check this installation, or a model before a build.",
-    "build": "Build a verified INT8 bundle from a model.",
-    "search": "Search for the prefix (CushionCache) of a model.",
-    "tune": "Train the keys and values of a prefix.",
-    "calibrate": "Calibrate smoothing and static activation scales with a prefix.",
-    "export": "Export the ONNX graph with Q/DQ nodes and the prefix.",
-    "engine": "Compile a graph for an engine.",
-    "parity": "Check that a bundle computes what was evaluated.",
-    "eval": "Evaluate a bundle or a model on texts and zero-shot tasks.",
-    "bench": "Benchmark a bundle against floating point.",
-    "study": "Reproduce the tables and figures of the paper for a model.",
-    "verify": "Compare every file of a bundle with the manifest.",
-    "sign": "Sign a bundle with a private key.",
-    "generate": "Generate text with a bundle.",
-    "chat": "Talk with a bundle in the terminal.",
-    "push": "Put a bundle on the Hugging Face hub.",
-    "serve": "Serve a bundle through the OpenAI API, with a chat page.",
-    "report": "Show the report of a bundle.",
-    "inspect": "Show the contents of a bundle, prefix or scales file.",
-    "clean": "Empty a work folder.",
-    "completion": "Print a script that completes commands in bash, zsh or fish.",
+GROUPS = {
+    "Build a bundle": {
+        "doctor": "Check this installation, or a model before it is built.",
+        "build": "Build an INT8 bundle of a model.",
+        "search": "Search for the prefix (CushionCache) of a model.",
+        "tune": "Train the keys and values of a prefix.",
+        "calibrate": "Calibrate static activation scales with a prefix.",
+        "export": "Export a model as an ONNX graph with Q/DQ nodes.",
+        "engine": "Compile a bundle or a graph for an engine.",
+        "clean": "Remove finished stages from a work folder.",
+    },
+    "Check a bundle": {
+        "verify": "Verify every file of a bundle, and its signature.",
+        "inspect": "Show the contents of a bundle, prefix or scales file.",
+        "report": "Show what the build of a bundle measured.",
+        "parity": "Check that a bundle computes what was evaluated.",
+        "eval": "Measure perplexity and zero-shot accuracy.",
+        "bench": "Measure speed, beside floating point.",
+        "study": "Reproduce the tables and figures of the paper.",
+    },
+    "Run a bundle": {
+        "generate": "Continue a prompt, or answer a file of prompts.",
+        "chat": "Chat in the terminal.",
+        "serve": "Serve an OpenAI-compatible API and a chat page.",
+    },
+    "Ship a bundle": {
+        "sign": "Sign a bundle with a private key.",
+        "push": "Upload a bundle to the Hugging Face hub.",
+    },
+    "Shell": {
+        "completion": "Print the script for completion in bash, zsh or fish.",
+    },
 }
+"""The commands under their headings, each with a line of help."""
+VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()}
 
 
 KEEPS_STAGES = frozenset(("build", "search", "tune", "calibrate", "export", "parity", "eval", "study"))
@@ -86,8 +99,10 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+        longest = max(map(len, VERBS))
+        for heading, verbs in GROUPS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(f"{verb:<{longest}}", text) for verb, text in verbs.items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete the names of commands without importing them: a shell waits for the answer."""
@@ -96,28 +111,32 @@ class LazyGroup(click.Group):
         return commands + click.Command.shell_complete(self, ctx, incomplete)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+)
 @click.option(
     "--version",
     is_flag=True,
     expose_value=False,
     is_eager=True,
     callback=show_version,
-    help="Show the versions that a bug report needs, and exit.",
+    help="Show the versions of cushion-deploy and its libraries, and exit.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Log more on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Show more messages on stderr.")
 @click.pass_context
 def cli(ctx: click.Context, verbose: bool) -> None:
-    """Build and run static per-tensor INT8 bundles of language models, verified step by step.
+    """Build language models in static per-tensor INT8 (W8A8), run them, and prove what they compute.
 
     \b
-    cushion-deploy build --model MODEL --precision w8a8 --output OUT
-    cushion-deploy generate OUT "The capital of France is"
+    cushion-deploy doctor                         what is installed, and what is missing
+    cushion-deploy build --model MODEL --output OUT
+    cushion-deploy chat OUT
 
-    Completion of commands and options in a shell: see `cushion-deploy completion --help`.
+    `cushion-deploy COMMAND --help` describes a command and gives examples.
 
-    Exit codes: 0 success, 1 a check failed, 2 bad input, 3 a dependency is missing,
-    4 corrupt or untrusted file, 70 a bug, 130/143 interrupted.
+    Exit codes: 0 success, 1 a check failed, 2 bad input, 3 a dependency is missing, 4 corrupt or untrusted file, 70 a
+    bug, 130/143 interrupted.
     """  # noqa: D301 - click reads \b as: do not wrap this paragraph
     # A package that is too old is named now, and not by an error in the middle of a build.
     require_versions(*EXTRAS_OF.get(ctx.invoked_subcommand or "", ()))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from cushion_deploy.cli.evaluation_options import EVALUATION_TEXT, TEXTS, eval_data_option
+from cushion_deploy.cli.help import FILE, json_option, option
 from cushion_deploy.core.dtypes import Dtype
 from cushion_deploy.core.processes import Processes, require_one_process
 from cushion_deploy.core.scales import ESTIMATORS
@@ -55,71 +57,185 @@ FLAGS: dict[str, str] = {
 """Recipe setting that each flag overrides; ``--set`` overrides all others."""
 
 
+DEFAULTS = {setting.name: setting.default for setting in Recipe.settings()}
+
+
+def default_of(setting: str) -> str:
+    """Return the default of a setting of the recipe as help shows it."""
+    return str(DEFAULTS[setting])
+
+
+def model_option(function: F) -> F:
+    """Add ``--model`` for a command that reads a bundle: the model that it was built from."""
+    return option(
+        "--model",
+        heading="Model",
+        metavar="MODEL",
+        fallback="from the bundle's recipe",
+        help="Original model of the bundle: GGUF file, Hugging Face folder, or hub id (org/name).",
+    )(function)
+
+
+revision_option = option(
+    "--revision",
+    heading="Model",
+    metavar="REVISION",
+    fallback="the main branch",
+    help="Branch, tag or commit of a model on the hub.",
+)
+
+set_option = option(
+    *("--set", "settings"),
+    heading="Recipe",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change one setting of the recipe, such as search.tau=0.4. `build --print-config` lists all. Repeatable.",
+)
+
+
 def recipe_options(function: F) -> F:
     """Add the options that a recipe is made from, and those of :func:`run_options`."""
     options = [
-        click.option("--model", metavar="MODEL", help="GGUF file, Hugging Face folder, or hub id (org/name)."),
-        click.option("--revision", help="Revision of a hub model."),
-        click.option("--precision", metavar="NAME", help=f"Precision: {', '.join(PRECISIONS)}."),
-        click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with settings."),
-        click.option(
-            "--set",
-            "settings",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Override any setting of the recipe; `build --print-config` lists them.",
+        option(
+            "--model",
+            heading="Model",
+            metavar="MODEL",
+            help="GGUF file, Hugging Face folder, or hub id (org/name).",
         ),
-        click.option("--seed", type=int, help="Seed of all random numbers."),
-        click.option("--calib-data", metavar="DATA", help="Calibration text: a file, wikitext, c4, org/name, or self."),
-        click.option(
-            "--eval-data", metavar="DATA", help="Text to measure perplexity on; must differ from the calibration text."
+        revision_option,
+        option(
+            "--precision",
+            heading="Recipe",
+            metavar="|".join(PRECISIONS),
+            fallback=default_of("precision"),
+            help="Precision of weights and activations.",
         ),
-        click.option("--estimator", metavar="NAME", help=f"Range estimator: {', '.join(ESTIMATORS)}."),
-        click.option(
+        option("--recipe", heading="Recipe", type=FILE, metavar="FILE", help="YAML file with settings."),
+        set_option,
+        option("--seed", heading="Recipe", type=int, fallback=default_of("seed"), help="Seed of all random numbers."),
+        option(
+            "--calib-data",
+            heading="Calibration",
+            metavar="DATA",
+            fallback="topics of the Python language reference, and text sampled from the model",
+            help=f"Text to calibrate on: {TEXTS}; self is text sampled from the model.",
+        ),
+        eval_data_option(
+            f"Text to evaluate on: {TEXTS}. Must differ from the calibration text.",
+            fallback=EVALUATION_TEXT,
+        ),
+        option(
+            "--estimator",
+            heading="Calibration",
+            metavar="|".join(ESTIMATORS),
+            fallback=default_of("calibration.estimator"),
+            help="How the range of an activation is estimated.",
+        ),
+        option(
             "--quantize-head/--no-quantize-head",
+            heading="Graph",
             default=None,
-            help="Quantize the output head to INT8 as well.",
+            fallback="no-quantize-head",
+            help="Quantize the output head (lm_head) to INT8 as well.",
         ),
-        click.option("--tune/--no-tune", default=None, help="Tune the prefix (tuning.loss)."),
-        click.option("--smooth-alpha", type=float, help="Migration strength (alpha) of SmoothQuant, 0 to 1."),
-        click.option(
+        option(
+            "--tune/--no-tune",
+            heading="Prefix",
+            default=None,
+            fallback="no-tune",
+            help="Train the keys and values of the prefix after the search. Slow without a GPU.",
+        ),
+        option(
+            "--smooth-alpha",
+            heading="Calibration",
+            type=float,
+            fallback=default_of("smoothing.alpha"),
+            help="Migration strength (alpha) of SmoothQuant, from 0 to 1.",
+        ),
+        option(
             "--keep-float",
+            heading="Graph",
             multiple=True,
             metavar="SITE|auto:N",
-            help="Site to keep in floating point, or auto:N for the N most sensitive ones; repeatable.",
+            help="Keep a Site (an input that quantized linears share) in floating point, or the N most sensitive ones "
+            "(auto:N). Repeatable.",
         ),
-        click.option("--kv-cache", metavar="NAME", help="Storage of the key/value cache: float or int8."),
-        click.option("--max-length", type=int, help="Maximum number of prefix tokens."),
-        click.option(
-            "--seed-token", "seed_tokens", multiple=True, help="Token that the prefix begins with; repeatable."
+        option(
+            "--kv-cache",
+            heading="Graph",
+            metavar="float|int8",
+            fallback=default_of("export.kv_cache"),
+            help="Type in which the key/value cache is stored.",
         ),
-        click.option("--objective", metavar="NAME", help="Objective of the search: error or max."),
-        click.option("--exhaustive", is_flag=True, help="Score every token of the vocabulary exactly; resumable."),
-        click.option("--no-prefix", is_flag=True, help="Build without a prefix."),
+        option(
+            "--max-length",
+            heading="Prefix",
+            type=int,
+            fallback=default_of("search.max_length"),
+            help="Maximum number of prefix tokens.",
+        ),
+        option(
+            *("--seed-token", "seed_tokens"),
+            heading="Prefix",
+            multiple=True,
+            metavar="TOKEN",
+            help="Token that the prefix starts with. Repeatable.",
+        ),
+        option(
+            "--objective",
+            heading="Prefix",
+            metavar="error|max",
+            fallback=default_of("search.objective"),
+            help="What the search minimizes: the quantization error, or the largest activation.",
+        ),
+        option(
+            "--exhaustive",
+            heading="Prefix",
+            is_flag=True,
+            help="Score every token of the vocabulary instead of a selection. Far slower; an interrupted search "
+            "resumes.",
+        ),
+        option("--no-prefix", heading="Prefix", is_flag=True, help="Use no prefix, and skip the search."),
     ]
     function = run_options(function)
-    for option in reversed(options):
-        function = option(function)
+    for each in reversed(options):
+        function = each(function)
     return function
+
+
+def prefix_option(fallback: str) -> Callable[[F], F]:
+    """Return an option for the file of a prefix."""
+    return option(
+        *("--prefix", "prefix_file"),
+        heading="Prefix",
+        type=FILE,
+        metavar="FILE",
+        fallback=fallback,
+        help="Prefix to use, as `search` writes it (prefix.safetensors).",
+    )
 
 
 def device_option(function: F) -> F:
     """Add ``--device``."""
-    return click.option(
+    return option(
         "--device",
+        heading="Computation",
         metavar="auto|cpu|cuda[:N]|mps",
-        help="Device that runs the model in torch. Default: a GPU, or the CPU.",
+        fallback="auto, which is a GPU if there is one",
+        help="Device on which torch runs the model.",
     )(function)
 
 
 def compute_options(function: F) -> F:
     """Add ``--device`` and ``--dtype``: where and in which type torch runs the model."""
-    dtype = click.option(
+    dtype = option(
         *("--dtype", "compute_dtype"),
+        heading="Computation",
         type=click.Choice(["auto", *DTYPES, *DTYPES.values()]),
         metavar="auto|fp32|bf16|fp16",
         callback=lambda _, __, value: DTYPES.get(value, value),
-        help="Type that torch computes in. Default: fp32 on a CPU, the checkpoint's own on a GPU.",
+        fallback="auto, which is fp32 on a CPU and the type of the checkpoint on a GPU",
+        help="Floating-point type in which torch computes.",
     )
     return device_option(dtype(function))
 
@@ -129,88 +245,15 @@ def compute_settings(device: str | None, dtype: str | None) -> dict[str, object]
     return {"compute.device": device or "auto", "compute.dtype": dtype or "auto", "compute.memory": None}
 
 
+def work_dir_option(what: str = "Folder of finished stages, which later runs reuse.") -> Callable[[F], F]:
+    """Return an option for the work folder."""
+    return option("--work-dir", heading="Computation", type=FILE, metavar="FOLDER", default=WORK_DIR, help=what)
+
+
 def run_options(function: F) -> F:
     """Add the options of every command that runs stages on a model: the work folder and the output."""
-    options = [
-        click.option(
-            "--work-dir",
-            type=click.Path(path_type=Path),
-            default=WORK_DIR,
-            show_default=True,
-            help="Folder for finished stages; later runs reuse them.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        click.option("--quiet", is_flag=True, help="Do not show progress on stderr."),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-target_option = click.option(
-    *("--target", "--targets", "targets"),
-    multiple=True,
-    metavar="TARGET",
-    help="GPU architecture to compile TensorRT plans for, e.g. sm86; comma-separated or repeated.",
-)
-
-float_linears_option = click.option(
-    "--allow-float-linears",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Number of linears that may stay in floating point.",
-)
-
-
-def split_targets(given: Sequence[str]) -> tuple[str, ...]:
-    """Return the values of :data:`target_option` as single targets."""
-    return tuple(target.strip() for text in given for target in text.split(",") if target.strip())
-
-
-def dtype_option(
-    flag: str, name: str, help_text: str, default: str | None = None, *, auto: bool = False
-) -> Callable[[F], F]:
-    """Return an option for the type of a graph, whose value is the long name of a type, or ``auto`` if allowed."""
-    more = ["auto"] if auto else []
-    return click.option(
-        *(flag, name),
-        type=click.Choice([*more, *DTYPES, *DTYPES.values()]),
-        metavar="|".join((*more, "fp16", "bf16", "fp32")),
-        default=default,
-        show_default=default is not None,
-        callback=lambda _, __, value: DTYPES.get(value, value),
-        help=help_text,
-    )
-
-
-def engine_option(help_text: str) -> Callable[[F], F]:
-    """Return an option for the engine to run on."""
-    return click.option("--engine", metavar="NAME", help=f"{help_text} Default: onnxruntime, on the CPU.")
-
-
-def engines_option(help_text: str) -> Callable[[F], F]:
-    """Return an option for the engines to run on."""
-    return click.option("--engine", "engines", multiple=True, metavar="NAMES", help=f"Comma-separated. {help_text}")
-
-
-def plan_options(function: F) -> F:
-    """Add the options of TensorRT plans, which default to the settings of the recipe: type, optimization profiles."""
-    for option in (
-        click.option(
-            "--max-prefill", type=int, help="Maximum number of prompt tokens per call. Default: from the recipe."
-        ),
-        click.option("--max-context", type=int, help="Maximum context of TensorRT profiles. Default: from the recipe."),
-        click.option("--max-batch", type=int, help="Maximum batch of TensorRT profiles. Default: from the recipe."),
-        dtype_option(
-            "--plan-dtype",
-            "plan_dtype",
-            "Type of TensorRT plans: auto is fp16 where the values measured on the calibration text fit, else bf16. "
-            "Default: from the recipe, auto.",
-            auto=True,
-        ),
-    ):
-        function = option(function)
-    return function
+    quiet = option("--quiet", heading="Output", is_flag=True, help="Show no progress on stderr.")
+    return work_dir_option()(json_option()(quiet(function)))
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
@@ -228,7 +271,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     if values["no_prefix"]:
         overrides["search.enabled"] = False
     if values.get("engines"):
-        overrides["engines"] = list(values["engines"])
+        overrides["engines"] = names(values["engines"])
     overrides |= parse_settings(values["settings"])
     return recipe.merged(overrides)
 
@@ -280,18 +323,6 @@ def make_shared_run(work_dir: Path, progress: Display, recipe: Recipe) -> Run:
     if not processes.leads:
         return Run(StageStore(work_dir), processes=processes)
     return Run(StageStore(work_dir), progress, processes=processes, watcher=progress)
-
-
-def scored_text(recipe: Recipe, window: int | None, max_tokens: int | None) -> dict[str, object]:
-    """Return the settings that ``--window`` and ``--max-tokens`` override, so that at least one window is scored."""
-    given: dict[str, object] = {}
-    if window is not None:
-        given["evaluation.window"] = window
-        if recipe.evaluation.max_tokens is not None:
-            given["evaluation.max_tokens"] = max(window, recipe.evaluation.max_tokens)
-    if max_tokens is not None:
-        given["evaluation.max_tokens"] = max_tokens
-    return given
 
 
 def names(values: Sequence[str]) -> list[str]:

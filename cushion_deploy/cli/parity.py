@@ -7,22 +7,42 @@ from pathlib import Path
 
 import click
 
-from cushion_deploy.cli.options import compute_options, compute_settings, engines_option, make_run, names, run_options
+from cushion_deploy.cli.engine_options import engines_option
+from cushion_deploy.cli.evaluation_options import TEXTS, eval_data_option
+from cushion_deploy.cli.help import FILE, option, verb
+from cushion_deploy.cli.options import compute_options, compute_settings, make_run, model_option, names, run_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import ExitCode
 from cushion_deploy.recipe import Recipe
 
 
-@click.command("parity")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--model", help="Original model. Default: from the bundle's recipe.")
-@click.option("--eval-data", metavar="DATA", help="Text to compare on. Default: the one used by the build.")
-@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML for CI.")
-@click.option("--baseline", type=click.Path(path_type=Path), help="Also fail if a check is worse than in this file.")
-@click.option("--write-baseline", type=click.Path(path_type=Path), help="Write the value of every check to this file.")
-@engines_option("Engines on the ladder besides ONNX Runtime on the CPU. Default: those that the bundle was built for.")
-@click.option("--reuse", is_flag=True, help="Use the stored result of an earlier run, if there is one.")
+@verb(
+    "parity",
+    "parity OUT --junit parity.xml",
+    "parity OUT --model org/name --write-baseline baseline.json",
+    "parity OUT --model org/name --baseline baseline.json",
+)
+@click.argument("bundle", type=FILE)
+@model_option
+@eval_data_option(f"Text to compare on: {TEXTS}.", "that of the build")
+@option("--junit", heading="Checks", type=FILE, metavar="FILE", help="Write the checks as JUnit XML, for CI.")
+@option(
+    "--baseline",
+    heading="Checks",
+    type=FILE,
+    metavar="FILE",
+    help="Also fail if a check is worse than in this file of --write-baseline.",
+)
+@option(
+    "--write-baseline",
+    heading="Checks",
+    type=FILE,
+    metavar="FILE",
+    help="Write the value of every check, with tolerances to edit.",
+)
+@option("--reuse", heading="Checks", is_flag=True, help="Use the result of an earlier run of the same checks.")
+@engines_option("Engines to check beside ONNX Runtime on the CPU", "those that the bundle was built for")
 @compute_options
 @run_options
 def command(
@@ -40,7 +60,12 @@ def command(
     compute_dtype: str | None,
     quiet: bool,
 ) -> int:
-    """Run the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 if a check fails."""
+    """Check that BUNDLE computes what was evaluated.
+
+    Compares the original model in torch, its simulated quantization (fake-quant), model.onnx, every engine, and
+    decoding token by token with prefill; a check that fails names the first Site that differs. Needs the original
+    model. The exit code is 1 if a check fails.
+    """
     from cushion_deploy.parity import baseline as baselines
     from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.verbs.parity import check_bundle, engines_to_run

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.help import FILE, json_option, option, verb
 from cushion_deploy.cli.terminal import echo
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime.hub import is_hub_name
@@ -15,16 +16,17 @@ from cushion_deploy.store import read_manifest
 from cushion_deploy.verbs.push import push_bundle
 
 
-@click.command("push")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@verb("push", "push OUT org/name", "push OUT org/name --private")
+@click.argument("bundle", type=FILE)
 @click.argument("name")
-@click.option("--private", is_flag=True, help="Create the repository as a private one.")
-@click.option("--json", "as_json", is_flag=True, help="Print the commit as JSON.")
+@option("--private", heading="Network", is_flag=True, help="Make the repository private if it is created.")
+@json_option()
 def command(bundle: Path, name: str, private: bool, as_json: bool) -> None:
-    """Verify BUNDLE and put it on the Hugging Face hub as NAME (org/name), in one commit.
+    """Upload BUNDLE to the Hugging Face hub as NAME (org/name), in one commit.
 
-    Log in with `hf auth login` first, or set HF_TOKEN. `generate`, `chat`, `serve` and `verify` then take NAME.
-    A later push removes what only the earlier bundle had; a repository with other files and no bundle is refused.
+    BUNDLE is verified first. Log in with `hf auth login`, or set HF_TOKEN. `generate`, `chat`, `serve` and `verify`
+    take NAME afterwards. Files that only an earlier bundle had are removed; a repository with other files and no bundle
+    is refused.
     """
     if not is_hub_name(name):
         raise UsageError(f"'{name}' is not the name of a repository", hint="give org/name")

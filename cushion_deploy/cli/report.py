@@ -6,15 +6,19 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.help import FILE, json_option, verb
 from cushion_deploy.report import read_report, summary
 from cushion_deploy.store import verify_bundle
 
 
-@click.command("report")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print report.json.")
+@verb("report", "report OUT", "report OUT --json > report.json")
+@click.argument("bundle", type=FILE)
+@json_option("Print report.json instead of the summary.")
 def command(bundle: Path, as_json: bool) -> None:
-    """Print the measurements of the build of BUNDLE. The full report is BUNDLE/report/report.html."""
+    """Show what the build of BUNDLE measured.
+
+    The full report, with figures, is the page BUNDLE/report/report.html.
+    """
     verify_bundle(bundle)
     report = read_report(bundle / "report" / "report.json")
     if as_json:

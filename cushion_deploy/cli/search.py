@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from cushion_deploy.cli.help import output_option, verb
 from cushion_deploy.cli.options import compute_options, make_recipe, make_shared_run, recipe_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
@@ -15,19 +16,16 @@ from cushion_deploy.core.artifacts import write_prefix
 from cushion_deploy.core.prefix import PREFIX_FILE
 
 
-@click.command("search")
+@verb("search", "search --model model.gguf", "search --model org/name --max-length 8 --output prefix.safetensors")
 @recipe_options
 @compute_options
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    default=Path(PREFIX_FILE),
-    show_default=True,
-    help="File to write.",
-)
+@output_option("FILE", "File to write.", default=Path(PREFIX_FILE))
 def command(output: Path, **values: Any) -> None:
-    """Search for the prefix by Algorithm 1 and write it as safetensors (keys, values, token_ids)."""
+    """Search for the prefix of a model (Algorithm 1 of the paper).
+
+    Writes a safetensors file with the keys and values of the prefix, and the tokens it was found with. `build` runs
+    this search too; options that do not concern it are accepted, so that both commands share finished stages.
+    """
     recipe = make_recipe(values)
     require_parent(output)
     from cushion_deploy.stages.pipeline import Pipeline

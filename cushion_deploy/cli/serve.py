@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.help import FILE, option, verb
+from cushion_deploy.cli.session_options import engine_option, threads_option
 from cushion_deploy.cli.terminal import echo_remarks
-from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError, require_modules
 from cushion_deploy.store.text_files import read_utf8
 
@@ -16,39 +17,91 @@ KEY_VARIABLE = "CUSHION_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@click.command("serve")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 for a free one.")
-@click.option("--engine", default="onnxruntime", show_default=True, help=f"Engine to run on: {', '.join(ENGINES)}.")
-@click.option("--threads", type=int, help="Threads of an engine on the CPU. Default: one per physical core.")
-@click.option("--model-name", help="Name of the model for clients. Default: the name of the folder.")
-@click.option(
+@verb(
+    "serve",
+    "serve OUT",
+    "serve OUT --host 0.0.0.0 --api-key-file key.txt --tls-cert cert.pem --tls-key key.pem",
+)
+@click.argument("bundle", type=FILE)
+@option("--host", heading="Network", metavar="ADDRESS", default="127.0.0.1", help="Address to listen on.")
+@option("--port", heading="Network", type=click.IntRange(0, 65535), default=8000, help="Port; 0 takes a free one.")
+@engine_option
+@threads_option
+@option(
+    "--model-name",
+    heading="Network",
+    metavar="NAME",
+    fallback="the name of the folder",
+    help="Name of the model in the API.",
+)
+@option(
     "--api-key-file",
-    type=click.Path(path_type=Path),
-    help=f"File with the key that requests must carry. Default: the variable {KEY_VARIABLE}; without it no key.",
+    heading="Security",
+    type=FILE,
+    metavar="FILE",
+    fallback=f"the variable {KEY_VARIABLE}, or no key",
+    help="File with the key that requests must carry.",
 )
-@click.option("--allow-anonymous", is_flag=True, help="Listen beyond this machine without a key.")
-@click.option("--allowed-host", multiple=True, help="Host name that requests may be sent to; repeatable.")
-@click.option("--cors-origin", multiple=True, help="Origin whose pages may call the API; repeatable. Default: none.")
-@click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM certificate (with its chain): serve HTTPS.")
-@click.option("--tls-key", type=click.Path(path_type=Path), help="PEM key of --tls-cert, without a password.")
-@click.option("--max-rows", type=click.IntRange(1), default=8, show_default=True, help="Most sequences in one batch.")
-@click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Most sequences that wait.")
-@click.option(
-    "--prefill-chunk", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens between two steps."
+@option(
+    "--allow-anonymous", heading="Security", is_flag=True, help="Allow other machines to send requests without a key."
 )
-@click.option(
-    "--kv-pool-mib", type=click.IntRange(0), default=512, show_default=True, help="Memory for keys and values to reuse."
+@option(
+    "--allowed-host",
+    heading="Security",
+    multiple=True,
+    metavar="NAME",
+    help="Host name that requests may be addressed to. Repeatable.",
 )
-@click.option(
-    "--request-timeout", type=click.FloatRange(min=1), default=600, show_default=True, help="Seconds for an answer."
+@option(
+    "--cors-origin",
+    heading="Security",
+    multiple=True,
+    metavar="ORIGIN",
+    fallback="none",
+    help="Origin whose web pages may call the API, such as https://example.com. Repeatable.",
 )
-@click.option(
-    "--max-body-kib", type=click.IntRange(1), default=4096, show_default=True, help="Largest body of a request."
+@option(
+    "--tls-cert",
+    heading="Security",
+    type=FILE,
+    metavar="FILE",
+    help="Certificate with its chain (PEM), to serve HTTPS. Requires --tls-key.",
 )
-@click.option(
-    "--drain-timeout", type=click.FloatRange(min=0), default=20, show_default=True, help="Seconds to end on SIGTERM."
+@option("--tls-key", heading="Security", type=FILE, metavar="FILE", help="Key of --tls-cert (PEM), without a password.")
+@option("--max-rows", heading="Limits", type=click.IntRange(1), default=8, help="Sequences in one batch.")
+@option("--queue", heading="Limits", type=click.IntRange(1), default=64, help="Sequences that wait; more are refused.")
+@option(
+    "--prefill-chunk",
+    heading="Limits",
+    type=click.IntRange(1),
+    default=128,
+    help="Tokens of a long prompt that are computed between two steps of the other sequences.",
+)
+@option(
+    "--kv-pool-mib",
+    heading="Limits",
+    type=click.IntRange(0),
+    default=512,
+    help="Memory for the keys and values of earlier prompts, in MiB; 0 keeps none.",
+)
+@option(
+    "--request-timeout",
+    heading="Limits",
+    type=click.FloatRange(min=1),
+    default=600,
+    metavar="SECONDS",
+    help="Time after which an answer is ended.",
+)
+@option(
+    "--max-body-kib", heading="Limits", type=click.IntRange(1), default=4096, help="Size of a request's body, in KiB."
+)
+@option(
+    "--drain-timeout",
+    heading="Limits",
+    type=click.FloatRange(min=0),
+    default=20,
+    metavar="SECONDS",
+    help="Time that answers under way have to end after SIGTERM or Ctrl-C.",
 )
 def command(
     bundle: Path,
@@ -71,7 +124,11 @@ def command(
     max_body_kib: int,
     drain_timeout: float,
 ) -> None:
-    """Serve BUNDLE (a folder, or org/name of the hub) through the OpenAI API, with a chat page at `/`."""
+    """Serve BUNDLE through an OpenAI-compatible API, with a chat page at `/`.
+
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub. The server listens on this machine
+    only, unless --host says otherwise. Ctrl-C ends it after the answers that are under way.
+    """
     require_modules("fastapi", "uvicorn", "prometheus_client", "llguidance")
     key = _api_key(api_key_file)
     local = host in LOOPBACK

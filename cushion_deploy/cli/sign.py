@@ -8,29 +8,49 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.help import FILE, json_option, option, verb
 from cushion_deploy.errors import UsageError
 from cushion_deploy.verbs.sign import sign_bundle
 
 PASSWORD_VARIABLE = "CUSHION_KEY_PASSWORD"
 
 
-@click.command("sign")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--key", type=click.Path(path_type=Path), required=True, help="Private key: PEM, P-256, P-384 or P-521.")
-@click.option(
+@verb(
+    "sign",
+    "sign OUT --key private.pem",
+    "verify OUT --signature --public-key public.pem",
+)
+@click.argument("bundle", type=FILE)
+@option(
+    "--key",
+    heading="Signature",
+    type=FILE,
+    metavar="FILE",
+    required=True,
+    help="Private key in PEM format, of the curve P-256, P-384 or P-521.",
+)
+@option(
     "--key-password-file",
-    type=click.Path(path_type=Path),
-    help=f"File with the password of an encrypted key. Default: the variable {PASSWORD_VARIABLE}.",
+    heading="Signature",
+    type=FILE,
+    metavar="FILE",
+    fallback=f"the variable {PASSWORD_VARIABLE}",
+    help="File with the password of an encrypted key.",
 )
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), help="Signature file; default: model.sig in the bundle."
+@option(
+    *("--output", "-o"),
+    heading="Output",
+    type=FILE,
+    metavar="FILE",
+    fallback="model.sig in the bundle",
+    help="Signature file to write.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was signed as JSON.")
+@json_option()
 def command(bundle: Path, key: Path, key_password_file: Path | None, output: Path | None, as_json: bool) -> None:
-    """Verify BUNDLE and sign its files and its manifest with a private key, without any network.
+    """Sign the files and the manifest of BUNDLE with a private key, without a network.
 
-    `verify BUNDLE --public-key public.pem` checks the signature. README.md and the other documents that no run reads
-    are not signed, so that they can be edited. `push` puts the signature on the hub with the bundle.
+    BUNDLE is verified first. Documents that no run reads, such as README.md, are not signed, so that they can be
+    edited. `push` uploads the signature together with the bundle. To make a pair of keys:
 
     \b
     openssl ecparam -name prime256v1 -genkey -noout -out private.pem

@@ -7,44 +7,33 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import compute_options, make_recipe, make_run, names, recipe_options, scored_text
+from cushion_deploy.cli.evaluation_options import EVALUATION_TEXT, TEXTS, scored_text, task_options, window_options
+from cushion_deploy.cli.help import Option, option, output_option, verb
+from cushion_deploy.cli.options import compute_options, make_recipe, make_run, names, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.errors import UsageError, require_modules
 
 
-@click.command("study")
+@verb(
+    "study",
+    "study model.gguf --output STUDY",
+    "study org/name --only table1,figure2 --output STUDY",
+)
 @click.argument("model", metavar="MODEL")
 @recipe_options
 @compute_options
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder to write the study to."
-)
-@click.option(
+@output_option("FOLDER", "New folder for the study.")
+@option(
     "--only",
+    heading="Evaluation",
     multiple=True,
     metavar="PARTS",
-    help="Comma-separated parts: table1 to table6, remedies, figure2, figure3. Default: all.",
+    fallback="all",
+    help="Parts to measure, comma-separated: table1 to table6, remedies, figure2, figure3. Repeatable.",
 )
-@click.option(
-    "--window", type=click.IntRange(2), help="Tokens per window. Default: from the recipe; 2048 for wikitext."
-)
-@click.option(
-    "--max-tokens", type=click.IntRange(2), help="Tokens to read per text. Default: from the recipe; wikitext: all."
-)
-@click.option(
-    "--tasks",
-    multiple=True,
-    metavar="TASKS",
-    help="Zero-shot tasks for Table 2, as in `eval`: lm-eval names, task files, or folders of task files.",
-)
-@click.option(
-    "--task-data",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder with the data files that task files refer to.",
-)
-@click.option("--limit", type=click.IntRange(1), help="Rows per task. Default: all.")
-@click.option("--batch-size", type=click.IntRange(1), help="Contexts of tasks that run together. Default: 8.")
+@window_options
+@task_options("Zero-shot tasks for Table 2")
 def command(
     output: Path,
     only: tuple[str, ...],
@@ -56,10 +45,11 @@ def command(
     batch_size: int | None,
     **values: Any,
 ) -> None:
-    """Measure the tables and figures of the CushionCache paper for MODEL and compare them with the published numbers.
+    """Reproduce the tables and figures of the CushionCache paper for MODEL.
 
-    Every measurement is stored in the work folder, so an interrupted study continues where it stopped, and a study
-    with more parts measures only what is missing. The recipe determines the prefix; --tune tunes it.
+    MODEL is a GGUF file, a Hugging Face folder, or a hub id (org/name). Measurements are compared with the published
+    numbers. Each is kept in the work folder: the same command continues an interrupted study, and a study with more
+    parts measures only what is missing.
     """
     from cushion_deploy.study.document import PARTS
 
@@ -124,8 +114,13 @@ def _summary(study: Any) -> list[str]:
 
 def _study_options(params: list[click.Parameter]) -> list[click.Parameter]:
     """Return the options of `build`, with the model as an argument and --eval-data repeatable."""
-    texts = click.Option(
-        ["--eval-data"], multiple=True, metavar="DATA", help="Text to measure perplexity on. Repeatable."
+    texts = Option(
+        ["--eval-data"],
+        heading="Evaluation",
+        multiple=True,
+        metavar="DATA",
+        fallback=EVALUATION_TEXT,
+        help=f"Text to evaluate on: {TEXTS}. Must differ from the calibration text. Repeatable.",
     )
     kept = [p for p in params if not (isinstance(p, click.Option) and p.name in ("model", "eval_data"))]
     at = next(i for i, p in enumerate(kept) if p.name == "calib_data") + 1

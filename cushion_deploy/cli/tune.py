@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from cushion_deploy.cli.options import compute_options, make_recipe, make_run, recipe_options
+from cushion_deploy.cli.help import output_option, verb
+from cushion_deploy.cli.options import compute_options, make_recipe, make_run, prefix_option, recipe_options
 from cushion_deploy.cli.output import new_folder, require_new_folder
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.core.artifacts import (
@@ -26,20 +27,24 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.prefix.trace import TuningState
 
 
-@click.command("tune")
+@verb(
+    "tune",
+    "tune --model model.gguf --output TUNED",
+    "tune --model model.gguf --prefix TUNED/prefix.safetensors --set tuning.loss=distill --output TUNED-2",
+)
 @recipe_options
 @compute_options
-@click.option(
-    "--prefix", "prefix_file", type=click.Path(path_type=Path), help="prefix.safetensors. Default: found by a search."
-)
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="New folder for the files.")
+@prefix_option("found by a search")
+@output_option("FOLDER", "New folder for the files.")
 def command(prefix_file: Path | None, output: Path, **values: Any) -> None:
-    """Tune a prefix, resumably; write prefix.safetensors, scales.json and smoothing.safetensors for `export`.
+    """Train the keys and values of a prefix.
 
-    With --kv-cache int8 also kv_scales.json, calibrated behind the tuned prefix.
-    The best state on held-out text is kept; the untuned prefix is one of the candidates. By default the prefix becomes
-    invisible to the unquantized model; with --set tuning.loss=distill, also in a second run on the files of the first,
-    it and the scales are trained through the quantized model.
+    Writes prefix.safetensors, scales.json and smoothing.safetensors for `export`, and with --kv-cache int8 also
+    kv_scales.json. The state that is best on held-out text is kept, which may be the untuned one. The same command
+    continues an interrupted run.
+
+    By default, training makes the prefix invisible to the unquantized model. With --set tuning.loss=distill, prefix and
+    scales are trained through the quantized model instead, or after a first run.
     """
     recipe = make_recipe({**values, "tune": True})
     if not prefix_file and not recipe.search.enabled:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.help import FILE, json_option, option, verb
 from cushion_deploy.cli.terminal import echo
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime.hub import local_bundle
@@ -17,25 +18,32 @@ IN_BUNDLE = ""
 """Value of ``--signature`` without a file."""
 
 
-@click.command("verify")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
+@verb("verify", "verify OUT", "verify org/name --signature --public-key public.pem")
+@click.argument("bundle", type=FILE)
+@option(
     "--signature",
+    heading="Signature",
     metavar="[FILE]",
     is_flag=False,
     flag_value=IN_BUNDLE,
-    help=f"Verify a signature too; without FILE, {SIGNATURE_NAME} in the bundle. Needs --public-key.",
+    help=f"Verify a signature as well: FILE, or {SIGNATURE_NAME} in the bundle. Requires --public-key.",
 )
-@click.option("--public-key", type=click.Path(path_type=Path), help="Public key that the bundle must be signed with.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@option(
+    "--public-key",
+    heading="Signature",
+    type=FILE,
+    metavar="FILE",
+    help=f"Public key (PEM) to verify the signature with; without --signature that of {SIGNATURE_NAME}.",
+)
+@json_option("Print the manifest as JSON instead of text.")
 def command(bundle: Path, signature: str | None, public_key: Path | None, as_json: bool) -> None:
-    """Verify that BUNDLE contains exactly the files in its manifest, byte for byte. Exit code 4 if it does not.
+    """Verify that BUNDLE has exactly the files of its manifest, byte for byte.
 
-    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub, which is fetched into its cache. A
-    README, a licence and the files of git and the hub are named, and not compared.
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub. Documents that no run reads (README,
+    licence, files of git and the hub) are not compared; they are named if they changed. With --public-key, the
+    signature of the bundle is verified too.
 
-    With --public-key, the signature that `sign` has written must be made with the private key that belongs to it, and
-    be of exactly these files.
+    The exit code is 4 if a file is missing, added or changed, or if the signature does not hold.
     """
     if signature is not None and public_key is None:
         raise UsageError("--signature without a key proves nothing", hint="give --public-key public.pem too")

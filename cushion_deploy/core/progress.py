@@ -32,7 +32,10 @@ class StageWatcher(Protocol):
     """
 
     def begin(self, stage: str, number: int, total: int) -> None:
-        """A stage begins: its label, and which of how many it is; both 0 if they are not counted."""
+        """A stage begins: its label, and which of how many it is; both 0 if they are not counted.
+
+        Stages are numbered in the order in which they end, so one that waits for another still rises.
+        """
         ...
 
     def end(self, stage: str, number: int, total: int, *, reused: bool) -> None:

@@ -59,12 +59,13 @@ class Run:
     processes: Processes = SINGLE
     watcher: StageWatcher = field(default_factory=Unwatched)
     _artifacts: dict[Node[Any], Any] = field(default_factory=dict, repr=False)
-    _numbers: dict[Node[Any], int] = field(default_factory=dict, repr=False)
+    _counted: set[Node[Any]] = field(default_factory=set, repr=False)
+    _ended: int = field(default=0, repr=False)
 
     def number(self, end: Node[Any]) -> None:
-        """Number the stages that a node depends on, so that the watcher learns which of how many is running."""
-        stages = [node for node in nodes_behind(end) if isinstance(node, Stage)]
-        self._numbers = {stage: i for i, stage in enumerate(stages, 1)}
+        """Count the stages that a node depends on, so that the watcher learns which of how many is running."""
+        self._counted = {node for node in nodes_behind(end) if isinstance(node, Stage)}
+        self._ended = 0
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -106,14 +107,15 @@ class Run:
     def _kept(self, stage: Stage[T], inputs: Inputs) -> T:
         found = stage.shortcut(inputs)
         if found is not None:
+            self._ended += stage in self._counted
             return found
-        key, number = self.key(stage), self._number(stage)
+        key = self.key(stage)
         start, inner = time.monotonic(), self.seconds
         folder = self.store.find(stage.name, key) if self.processes.leads else None
         reused = self._leader_says(folder is not None)
         if not reused:
             logger.info("%s: running", stage.label)
-            self.watcher.begin(stage.label_of(inputs), *number)
+            self.watcher.begin(stage.label_of(inputs), *self._number(stage))
             try:
                 self._execute(stage, key, inputs)
             except BaseException:
@@ -127,13 +129,13 @@ class Run:
         seconds = time.monotonic() - start - (self.seconds - inner)
         ran_on = self.store.facts(stage.name, key).get("ran_on", "")
         self.times.append(StageTime(stage.label_of(inputs), seconds, reused, ran_on))
-        self.watcher.end(stage.label_of(inputs), *number, reused=reused)
+        self.watcher.end(stage.label_of(inputs), *self._number(stage), reused=reused)
+        self._ended += stage in self._counted
         return stage.read(folder)
 
     def _number(self, stage: Stage[Any]) -> tuple[int, int]:
-        """Return which of how many stages this is; twice 0 if it was not numbered."""
-        found = self._numbers.get(stage, 0)
-        return (found, len(self._numbers)) if found else (0, 0)
+        """Return which of how many stages this is, in the order in which they end; twice 0 if it is not counted."""
+        return (self._ended + 1, len(self._counted)) if stage in self._counted else (0, 0)
 
     def _execute(self, stage: Stage[T], key: str, inputs: Inputs) -> None:
         """Run a stage: its artifact is written by the first process, and every process waits for it."""

@@ -8,6 +8,7 @@ from inspect import cleandoc
 
 import click
 
+from cushion_deploy.cli.help import Command, by_heading
 from cushion_deploy.cli.main import VERBS, cli
 
 _CODE = re.compile(r"(?::\w+:)?(`+)~?(.+?)\1")
@@ -44,7 +45,7 @@ def prose(text: str) -> str:
 
 
 def section(verb: str) -> str:
-    """Return the section of one command: usage, help, and a table of its options."""
+    """Return the section of one command: usage, help, examples, and a table of its options for each heading."""
     context = click.Context(cli, info_name="cushion-deploy")
     command = cli.get_command(context, verb)
     if command is None:
@@ -59,8 +60,10 @@ def section(verb: str) -> str:
         "",
         prose(command.help or ""),
     ]
-    records = [r for p in command.get_params(own) if isinstance(p, click.Option) and (r := p.get_help_record(own))]
-    lines += ["", "| option | |", "| --- | --- |", *(f"| {code(n)} | {cell(h)} |" for n, h in records)]
+    if isinstance(command, Command) and command.examples:
+        lines += ["", "```", *command.examples, "```"]
+    for heading, records in by_heading(command, own).items():
+        lines += ["", f"| {heading} | |", "| --- | --- |", *(f"| {code(n)} | {cell(h)} |" for n, h in records)]
     return "\n".join(lines)
 
 

@@ -7,10 +7,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
+import click
 import pytest
 
 from cushion_deploy.cli import progress as module
-from cushion_deploy.cli.progress import LINE_SECONDS, Display, clock, progress
+from cushion_deploy.cli.progress import LINE_SECONDS, Display, progress
+from cushion_deploy.cli.running import clock
 
 
 class Clock:
@@ -111,18 +113,56 @@ def test_a_stage_is_one_line_at_its_end_and_one_every_ten_seconds(moved: Clock) 
 
 def test_a_stage_that_needs_another_goes_on_behind_it(moved: Clock) -> None:
     with displayed() as (report, err):
-        report.begin("sample", 2, 2)
+        report.begin("sample", 1, 2)
         report.begin("convert", 1, 2)
         moved.now += LINE_SECONDS
         report("converting", 1, 2)
         report.end("convert", 1, 2, reused=False)
         moved.now += LINE_SECONDS
         report("sampling", 1, 256)
-    assert [line.partition(":")[0] for line in err.getvalue().splitlines()] == [
-        "[1/2] convert, 10 s",
-        "[1/2] convert",
-        "[2/2] sample, 20 s",
+        report.end("sample", 2, 2, reused=False)
+    # Stages are numbered as they end, and the time of one is without that of the others.
+    assert err.getvalue().splitlines() == [
+        "[1/2] convert, 10 s: converting: 1/2",
+        "[1/2] convert: done in 10 s",
+        "[2/2] sample, 10 s: sampling: 1/256",
+        "[2/2] sample: done in 10 s",
     ]
+
+
+def test_a_stage_rises_behind_one_that_is_reused(moved: Clock) -> None:
+    with displayed() as (report, err):
+        report.begin("sample", 1, 2)
+        report.end("convert", 1, 2, reused=True)
+        moved.now += LINE_SECONDS
+        report("sampling", 0, 256)
+    assert err.getvalue().splitlines() == [
+        "[1/2] convert: reused from an earlier run",
+        "[2/2] sample, 10 s: sampling: 0/256",
+    ]
+
+
+def test_a_task_that_is_done_is_not_shown_as_running(moved: Clock) -> None:
+    with displayed() as (report, err):
+        report.begin("search", 1, 1)
+        report("comparing", 4, 4)
+        moved.now += LINE_SECONDS
+        report.beat()  # type: ignore[attr-defined]
+    assert err.getvalue() == "[1/1] search, 10 s: after comparing\n"
+
+
+def test_nothing_that_runs_outside_of_stages_is_silent(moved: Clock) -> None:
+    @click.command("doctor")
+    def command() -> None:
+        with progress() as report:
+            report("loading weights", 3, 3)
+            for _ in range(2):
+                moved.now += LINE_SECONDS
+                report.beat()  # type: ignore[attr-defined]
+
+    with redirect_stderr(io.StringIO()) as err:
+        command.main([], prog_name="doctor", standalone_mode=False)
+    assert err.getvalue().splitlines() == ["loading weights: 3/3", "doctor, 10 s", "doctor, 20 s"]
 
 
 def test_a_stage_that_reports_nothing_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,10 +222,10 @@ def test_a_terminal_has_one_live_line_and_keeps_what_has_ended(monkeypatch: pyte
         report.begin("search", 2, 2)
         for task in ("first", "second"):
             report(task, 3, 7)
-            report.bars.refresh()  # type: ignore[attr-defined]
-            assert len(report.bars.tasks) == 1  # type: ignore[attr-defined]
+            report.live.refresh()  # type: ignore[attr-defined]
+            assert sum(row.visible for row in report.live.tasks) == 1  # type: ignore[attr-defined]
         report.end("search", 2, 2, reused=False)
-        assert not report.bars.tasks  # type: ignore[attr-defined]
+        assert [row.description for row in report.live.tasks if row.visible] == ["working"]  # type: ignore[attr-defined]
         report("alone", 7, 7)
     shown = err.getvalue()
     assert "[2/2] search: second" in shown

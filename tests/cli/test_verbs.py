@@ -309,8 +309,9 @@ def test_no_option_of_a_verb_is_dead(verb: str) -> None:
     declared = {
         id(argument)
         for n in nodes
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in ("option", "argument")
-        for argument in n.args
+        if isinstance(n, ast.Call) and re.search(r"(option|argument)$", ast.unparse(n.func))
+        for given in n.args
+        for argument in ast.walk(given)
     }
     used |= {n.id for n in nodes if isinstance(n, ast.Name)}
     used |= {n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in declared}
