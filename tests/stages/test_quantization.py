@@ -171,7 +171,9 @@ def test_prefix_and_scales_ship_as_the_pair_that_was_judged(one_run: MakeRun, sc
     teacher.remember(rows[[0, -1]])
     model = one.model.folded(found.smoothing)
     with simulated(model, found.scheme, found.scales):
-        assert teacher.compare(model, found.prefix, rows[[0, -1]]).divergence == pytest.approx(trace.best.whole, rel=1e-3)
+        assert teacher.compare(model, found.prefix, rows[[0, -1]]).divergence == pytest.approx(
+            trace.best.whole, rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("loss", ["invisible", "distill"])

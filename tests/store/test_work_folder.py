@@ -46,7 +46,19 @@ def test_nothing_is_found_while_a_stage_is_being_written(tmp_path: Path) -> None
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-DAMAGE = ["fact", "flip", "truncate", "append", "delete", "extra", "link", "no manifest", "other key", "no table", "not json"]
+DAMAGE = [
+    "fact",
+    "flip",
+    "truncate",
+    "append",
+    "delete",
+    "extra",
+    "link",
+    "no manifest",
+    "other key",
+    "no table",
+    "not json",
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
