@@ -24,7 +24,7 @@ from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.engines.base import CompileOptions, Engine
-from cushion_deploy.engines.registry import choose_engines, compiling_engines
+from cushion_deploy.engines.registry import ENGINES, choose_engines
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
@@ -38,7 +38,7 @@ SHOWN = 2000
 
 @click.command("engine")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--engine", "name", required=True, help=f"One of: {', '.join(compiling_engines())}.")
+@click.option("--engine", "name", required=True, help=f"One of: {', '.join(ENGINES)}.")
 @target_option
 @plan_options
 @float_linears_option

@@ -50,7 +50,7 @@ def load_graph(model_path: Path, settings: SessionSettings) -> tuple[Any, Placem
             f"this ONNX Runtime has no {provider.name}; it has {', '.join(available)}", hint=provider.install
         )
     try:
-        session = ort.InferenceSession(model_path, session_options(settings), providers=provider.chain)
+        session = ort.InferenceSession(model_path, session_options(settings), providers=provider.configured)
     except Exception as e:  # its errors share no base class but Exception
         raise UntrustedArtifact(
             f"ONNX Runtime cannot load {model_path}: {str(e).splitlines()[0]:.300}",
