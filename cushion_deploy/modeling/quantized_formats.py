@@ -117,7 +117,7 @@ def _packing(weights: Mapping[str, Any], method: str, key: str) -> tuple[int, bo
     _require(strategy in ("channel", "group"), method, f"packed weights with scales per {strategy!r}", key)
     _require(symmetric in (True, False, None), method, f"symmetric {symmetric!r}", key)
     _require(weights.get("actorder") in _ORDERS, method, f"columns ordered by {weights.get('actorder')!r}", key)
-    return int(bits), symmetric is False
+    return int(bits or 0), symmetric is False
 
 
 def _block(size: Any, method: str, key: str) -> tuple[int, int] | None:
