@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cushion_deploy.cli.bundle_options import bundle_argument, open_named
 from cushion_deploy.cli.options import compute_options, compute_settings, engines_option, make_run, names, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.recipe import Recipe
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("bench")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument
 @click.option("--model", help="Original model, for the float twin. Default: from the bundle's recipe.")
 @click.option("--no-float", is_flag=True, help="Skip the float twin; the original model is then not needed.")
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Number of prompt tokens.")
@@ -47,10 +48,9 @@ def command(
 ) -> None:
     """Time prefill and decode of BUNDLE's engines and of the same model in floating point, in interleaved rounds."""
     from cushion_deploy.evaluate.speed import Workload
-    from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.verbs.bench import bench_bundle
 
-    opened = open_bundle(bundle)
+    opened = open_named(bundle)
     recipe = Recipe.from_bundle(opened.manifest.recipe).merged(
         {**({"model": model} if model else {}), **compute_settings(device, compute_dtype)}
     )

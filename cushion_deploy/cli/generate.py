@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from cushion_deploy.cli.bundle_options import RequiredSignature, bundle_argument, open_named, signature_options
 from cushion_deploy.cli.generation_options import generation_options, make_params
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.terminal import echo_generated, echo_remarks, read_stdin
 from cushion_deploy.errors import UsageError
-from cushion_deploy.runtime import TextGenerator, TokenEvent, load, open_bundle
+from cushion_deploy.runtime import TextGenerator, TokenEvent
 from cushion_deploy.runtime.answers import Settings, finished, make_jobs, write_answers
+from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.draft import make_draft
 from cushion_deploy.runtime.engine import open_engine
-from cushion_deploy.runtime.hub import local_bundle
 from cushion_deploy.runtime.requests import read_requests
 
 
 @click.command("generate")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument
 @click.argument("prompt", required=False)
 @click.option("--chat", is_flag=True, help="Apply the chat template to the prompt as a user message.")
 @click.option("--system", help="System message; requires --chat.")
@@ -40,6 +42,7 @@ from cushion_deploy.runtime.requests import read_requests
     "--output", "answers", type=click.Path(path_type=Path), help="JSON Lines file for the answers, which is continued."
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Prompts of --input to run at once. Default: 1.")
+@signature_options
 def command(
     bundle: Path,
     prompt: str | None,
@@ -54,6 +57,7 @@ def command(
     requests: Path | None,
     answers: Path | None,
     batch: int | None,
+    required: RequiredSignature | None,
     **sampling: Any,
 ) -> None:
     """Generate text from PROMPT with BUNDLE. Without PROMPT, the prompt is read from stdin.
@@ -67,7 +71,7 @@ def command(
     if requests or answers:
         _refuse_with_input(prompt=prompt, chat=chat, system=system, draft=draft, json=as_json)
         settings = Settings(params, max_new_tokens, stop, engine)
-        _answer_file(bundle, requests, answers, settings, threads, batch or 1)
+        _answer_file(partial(open_named, bundle, required), requests, answers, settings, threads, batch or 1)
         return
     if batch:
         raise UsageError("--batch was given without --input", hint="add --input prompts.jsonl --output answers.jsonl")
@@ -76,7 +80,8 @@ def command(
     if system and not chat:
         raise UsageError("--system was given without --chat", hint="add --chat")
     make_draft(draft)  # an unknown name is an error before the bundle is read
-    generator = load(local_bundle(bundle), engine, threads)
+    opened = open_named(bundle, required)
+    generator = TextGenerator(opened, open_engine(opened, engine, threads))
     echo_remarks(engine, generator.session)
     options: dict[str, Any] = {"params": params, "max_new_tokens": max_new_tokens, "stop": stop, "draft": draft}
     if chat:
@@ -120,7 +125,12 @@ def _refuse_with_input(**given: object) -> None:
 
 
 def _answer_file(
-    path: Path, requests: Path | None, answers: Path | None, settings: Settings, threads: int | None, batch: int
+    open_it: Callable[[], Bundle],
+    requests: Path | None,
+    answers: Path | None,
+    settings: Settings,
+    threads: int | None,
+    batch: int,
 ) -> None:
     if requests is None or answers is None:
         raise UsageError(
@@ -131,7 +141,7 @@ def _answer_file(
     lines = read_requests(requests)
     if os.path.exists(answers) and answers.samefile(requests):
         raise UsageError(f"--input and --output are the same file, {requests}", hint="give another --output")
-    bundle = open_bundle(local_bundle(path))
+    bundle = open_it()
     jobs = make_jobs(bundle, lines, settings)
     done, _ = finished(answers, jobs)
     if done < len(jobs):

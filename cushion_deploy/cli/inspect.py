@@ -13,14 +13,15 @@ from cushion_deploy.cli.terminal import echo
 from cushion_deploy.core.artifacts import read_kv_scales, read_prefix, read_scales
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
 from cushion_deploy.errors import CheckFailed, MissingDependency, UsageError
+from cushion_deploy.runtime.hub import local_bundle
 
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(path: Path, as_json: bool) -> None:
-    """Show the contents of PATH: a bundle, a prefix.safetensors, or a scales.json."""
-    facts = _facts(path)
+    """Show the contents of PATH: a bundle (a folder or org/name), a prefix.safetensors, or a scales.json."""
+    facts = _facts(local_bundle(path))
     if as_json:
         click.echo(json.dumps(facts))
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.bundle_options import bundle_argument, open_named
 from cushion_deploy.cli.options import compute_options, compute_settings, engines_option, make_run, names, run_options
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.progress import progress
@@ -15,7 +16,7 @@ from cushion_deploy.recipe import Recipe
 
 
 @click.command("parity")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument
 @click.option("--model", help="Original model. Default: from the bundle's recipe.")
 @click.option("--eval-data", metavar="DATA", help="Text to compare on. Default: the one used by the build.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML for CI.")
@@ -42,10 +43,9 @@ def command(
 ) -> int:
     """Run the parity ladder for BUNDLE: torch, fake-quant, ONNX, engine, decode. Exit code 1 if a check fails."""
     from cushion_deploy.parity import baseline as baselines
-    from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.verbs.parity import check_bundle, engines_to_run
 
-    opened = open_bundle(bundle)
+    opened = open_named(bundle)
     overrides = {"model": model, "evaluation.data": eval_data, "parity.data": eval_data}
     given = {name: value for name, value in overrides.items() if value is not None}
     recipe = Recipe.from_bundle(opened.manifest.recipe).merged({**given, **compute_settings(device, compute_dtype)})

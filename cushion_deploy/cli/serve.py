@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.bundle_options import RequiredSignature, bundle_argument, open_named, signature_options
 from cushion_deploy.cli.terminal import echo_remarks
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import UsageError, require_modules
@@ -17,7 +18,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @click.command("serve")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 for a free one.")
 @click.option("--engine", default="onnxruntime", show_default=True, help=f"Engine to run on: {', '.join(ENGINES)}.")
@@ -50,6 +51,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--drain-timeout", type=click.FloatRange(min=0), default=20, show_default=True, help="Seconds to end on SIGTERM."
 )
+@signature_options
 def command(
     bundle: Path,
     host: str,
@@ -70,6 +72,7 @@ def command(
     request_timeout: float,
     max_body_kib: int,
     drain_timeout: float,
+    required: RequiredSignature | None,
 ) -> None:
     """Serve BUNDLE (a folder, or org/name of the hub) through the OpenAI API, with a chat page at `/`."""
     require_modules("fastapi", "uvicorn", "prometheus_client", "llguidance")
@@ -80,9 +83,7 @@ def command(
             f"{host} can be reached from other machines, and there is no API key",
             hint=f"set {KEY_VARIABLE} or give --api-key-file; --allow-anonymous serves everyone",
         )
-    from cushion_deploy.runtime import open_bundle
     from cushion_deploy.runtime.engine import open_engine
-    from cushion_deploy.runtime.hub import local_bundle
     from cushion_deploy.serve.app import AppSettings, create_app
     from cushion_deploy.serve.engine import Engine, EngineSettings
     from cushion_deploy.serve.metrics import Metrics
@@ -98,11 +99,10 @@ def command(
     settings = EngineSettings(max_rows, Limits(queue, prefill_chunk), kv_pool_mib << 20)
     # Before the bundle is read, because a port in use is found at once.
     with bind(host, port) as listener:
-        folder = local_bundle(bundle)
-        opened, metrics = open_bundle(folder), Metrics()
+        opened, metrics = open_named(bundle, required), Metrics()
         session = open_engine(opened, engine, threads)
         echo_remarks(engine, session)
-        worker = Engine(model_name or _name(bundle, folder), opened, session, engine, settings, metrics)
+        worker = Engine(model_name or _name(bundle, opened.path), opened, session, engine, settings, metrics)
         server = Server(create_app(worker, metrics, http), worker, Patience(drain_timeout), tls)
         # Before the line is printed, because whoever waits for it connects at once.
         listener.listen()
