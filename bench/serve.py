@@ -146,8 +146,8 @@ def started(name: str, options: argparse.Namespace) -> Iterator[ServerProcess]:
         return
     port, threads = str(bind_free_port()), str(options.threads)
     flags = ["--model", str(options.gguf), "--port", port, "--n_threads", threads, "--n_threads_batch", threads]
-    # Without the last option a request breaks off the answer to the one before it.
-    flags += ["--n_ctx", "4096", "--interrupt_requests", "false"]
+    # By default a request breaks off the answer to the one before it, and logits are kept that nobody asks for.
+    flags += ["--n_ctx", "4096", "--interrupt_requests", "false", "--logits_all", "false"]
     command = [sys.executable, "-m", "llama_cpp.server", *flags]
     with other_server(command, f"http://127.0.0.1:{port}", str(options.gguf)) as server:
         yield server

@@ -22,6 +22,7 @@ from cushion_deploy.runtime.generate import Usage
 
 HELP = """/system TEXT  set the system message; without TEXT, remove it
 /reset        forget the conversation, except for the system message
+/forget N     forget the N oldest messages with their answers, to make room; one without N
 /save FILE    write the conversation to a new file, as one line for `generate --input`
 /help         show this
 /exit         leave, as Ctrl-D does
@@ -124,6 +125,8 @@ def _answer(talk: Conversation, text: str) -> None:
             echo_generated(event.text)
             usage, reason = event.usage, event.finish_reason
     click.echo()
+    if usage and reason == "length" and talk.is_full(usage):
+        click.echo("[cut off: the model has no room for more; /forget or /reset makes some]", err=True)
     if usage and sys.stdin.isatty() and sys.stderr.isatty():
         click.echo(f"[{_summary(usage)}, {reason}]", err=True)
 
@@ -148,6 +151,14 @@ def _reset(talk: Conversation, _: str) -> bool:
     return True
 
 
+def _forget(talk: Conversation, number: str) -> bool:
+    if not (number or "1").isdecimal():
+        raise UsageError(f"/forget has {number!r}", hint="write /forget 2 for the two oldest messages")
+    count = talk.forget(int(number or 1))
+    click.echo(f"[{count} {'message' if count == 1 else 'messages'} forgotten, with the answers]", err=True)
+    return True
+
+
 def _save(talk: Conversation, file: str) -> bool:
     if not file:
         raise UsageError("/save has no file", hint="write /save conversation.jsonl")
@@ -168,6 +179,7 @@ def _exit(_: Conversation, __: str) -> bool:
 COMMANDS: dict[str, Callable[[Conversation, str], bool]] = {
     "system": _system,
     "reset": _reset,
+    "forget": _forget,
     "save": _save,
     "help": _help,
     "exit": _exit,
