@@ -36,6 +36,9 @@ def typed_line(prompt: str) -> str:
         EOFError: Ctrl-D.
     """
     try:
+        if not sys.stdout.isatty():  # what goes to a file or a pipe is the answers
+            click.echo(prompt, nl=False, err=True)
+            prompt = ""
         line = input(prompt)
     except UnicodeDecodeError as e:
         decode_utf8(e.object, "the line")

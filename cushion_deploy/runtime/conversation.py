@@ -10,7 +10,7 @@ from typing import Any
 
 from cushion_deploy.core.session import context_limit
 from cushion_deploy.errors import UsageError
-from cushion_deploy.runtime.generate import TokenEvent
+from cushion_deploy.runtime.generate import TokenEvent, Usage
 from cushion_deploy.runtime.sampling import SamplingParams
 from cushion_deploy.runtime.text import TextGenerator
 from cushion_deploy.store.files import disk_errors, replace_file
@@ -50,6 +50,17 @@ class Conversation:
         """Forget all messages but the system message."""
         self.turns.clear()
 
+    def forget(self, messages: int) -> int:
+        """Forget the oldest messages of the user with their answers; return how many, which may be fewer."""
+        asked = [i for i, turn in enumerate(self.turns) if turn["role"] == "user"]
+        count = min(max(messages, 0), len(asked))
+        del self.turns[: asked[count] if count < len(asked) else len(self.turns)]
+        return count
+
+    def is_full(self, usage: Usage) -> bool:
+        """Return whether an answer ended because the model has no more positions."""
+        return usage.prompt_tokens + usage.new_tokens >= context_limit(self.generator.session.contract)
+
     def answer(self, text: str) -> Generator[TokenEvent, None, None]:
         """Yield the answer to a message as it is generated.
 
@@ -75,7 +86,7 @@ class Conversation:
         if length >= limit:
             raise UsageError(
                 f"the conversation has {length} tokens, and the model has positions for {limit} with an answer",
-                hint="forget it with /reset, or send a shorter message",
+                hint="forget its oldest message with /forget or all of it with /reset, or send a shorter message",
             )
         return self.generator.stream_chat(
             messages,

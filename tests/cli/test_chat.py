@@ -17,6 +17,7 @@ import pytest
 
 from cushion_deploy.cli.terminal import echo_generated
 from cushion_deploy.runtime import load
+from cushion_deploy.runtime.generate import TextStream
 
 # Each token takes a moment, and stderr says when an answer is under way.
 SLOW = """
@@ -80,7 +81,7 @@ def test_each_line_is_a_message_and_stdout_the_answers(piped: Any, request: Any,
 
 def test_commands_of_a_conversation(piped: Any, planted_bundle: Any, tmp_path: Path) -> None:
     file = tmp_path / "c.jsonl"
-    lines = ["Hi", "/reset", "/system Be kind.", "//etc", f"/save {file}", "/system", "/help", "/exit", "never asked"]
+    lines = ["Hi", "/forget", "/system Be kind.", "//etc", f"/save {file}", "/system", "/help", "/exit", "never asked"]
     done = piped(planted_bundle.bundle, lines)
     assert done.code == 0, done.err
     first, second = answers(planted_bundle.bundle, ["Hi"]), answers(planted_bundle.bundle, ["/etc"], "Be kind.")
@@ -95,13 +96,45 @@ def test_commands_of_a_conversation(piped: Any, planted_bundle: Any, tmp_path: P
 
 @pytest.mark.parametrize(
     ("lines", "words"),
-    [(["/quit"], "no command '/quit'"), (["/save"], "/save has no file"), (["word " * 400], "conversation has")],
+    [
+        (["/forget all"], "/forget has 'all'"),
+        (["/quit"], "no command '/quit'"),
+        (["/save"], "/save has no file"),
+        (["word " * 400], "conversation has"),
+    ],
 )
 def test_an_error_ends_a_pipe(piped: Any, planted_bundle: Any, lines: list[str], words: str) -> None:
     done = piped(planted_bundle.bundle, [*lines, "Hi"])
     assert (done.code, done.out) == (2, "")
     assert words in done.err
     assert "  -> " in done.err
+
+
+def test_a_prompt_in_a_terminal_does_not_go_into_a_file(planted_bundle: Any) -> None:
+    done = in_terminal("from cushion_deploy.cli.main import main; main()", planted_bundle.bundle, ["Hi", "/exit"])
+    assert (done.returncode, done.stdout) == (0, f"{answers(planted_bundle.bundle, ['Hi'])[0]}\n")
+    assert done.stderr.startswith("/help lists the commands.\n> ")
+
+
+push = TextStream.push
+
+
+def endless(stream: TextStream, token: int) -> Any:
+    """Push a token that no end token is recognized in."""
+    stream._stop_ids = frozenset()
+    return push(stream, token)
+
+
+@pytest.mark.parametrize(("most", "told"), [(10**6, True), (5, False)])
+def test_an_answer_that_ends_with_the_context_says_so(
+    cli: Any, tiny_bundle: Any, monkeypatch: pytest.MonkeyPatch, most: int, told: bool
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+    # No token ends the answer before.
+    monkeypatch.setattr(TextStream, "push", endless)
+    done = cli("chat", tiny_bundle.bundle, "--max-new-tokens", most)
+    assert done.code == 0, done.err
+    assert ("cut off: the model has no room for more" in done.err) == told
 
 
 def test_a_draft_changes_no_answer(piped: Any, planted_bundle: Any) -> None:

@@ -68,6 +68,27 @@ def test_reset_keeps_the_system_message(talk: Conversation) -> None:
     assert said(talk, "a") == first
 
 
+def test_the_oldest_messages_are_forgotten_with_their_answers(talk: Conversation) -> None:
+    for text in ("a", "c"):
+        said(talk, text)
+    kept = talk.turns[2:]
+    assert (talk.forget(1), talk.turns) == (1, kept)
+    assert (talk.forget(-1), talk.turns) == (0, kept)
+    again = load(talk.generator.bundle.path, threads=1)
+    messages = [*talk.messages, {"role": "user", "content": "a"}]
+    assert said(talk, "a") == again.chat(messages, max_new_tokens=4).text
+    assert (talk.forget(5), talk.turns) == (2, [])
+
+
+def test_an_answer_that_ends_with_the_model_is_told_from_one_that_ends_before(talk: Conversation) -> None:
+    usages = []
+    for most in (4, 10**6):
+        talk.max_new_tokens = most
+        usages += [e.usage for e in talk.answer("a") if e.usage and e.finish_reason == "length"]
+        talk.reset()
+    assert [talk.is_full(usage) for usage in usages] == [False, True]
+
+
 def test_saving_writes_a_new_file_only(talk: Conversation, tmp_path: Path) -> None:
     said(talk, "a")
     file = tmp_path / "c.jsonl"
