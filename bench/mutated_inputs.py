@@ -22,6 +22,8 @@ from cushion_deploy.errors import CushionError
 
 BATCH = 50
 """Inputs that one process reads; a crash ends it, and the rest of its batch is read by another."""
+ROUND = 1000
+"""Inputs after which every kind has had its turn."""
 SECONDS = 10
 MEMORY = 1 << 30
 """What a process may allocate beyond its start; the inputs have at most a megabyte."""
@@ -76,23 +78,33 @@ def inputs(build: SmallBuild) -> tuple[Input, ...]:
 
 
 def mutated(build: SmallBuild, root: Path, count: int, seed: int) -> Iterator[Trial]:
-    """Read about ``count`` mutated inputs, each kind its share, in child processes."""
-    for kind in inputs(build):
-        with scratch(root, "mutated") as folder:
-            intact = folder / "intact"
-            intact.mkdir()
-            kind.prepare(intact)
-            kind.read(intact)  # an intact input that is refused would make the rest meaningless
-            remaining = round(kind.share * count)
-            first = 0
-            while first < remaining:
-                results, crash = _batch(kind, folder, seed, first, min(first + BATCH, remaining))
-                for wrong in results:
-                    yield Trial(f"mutated {kind.name}", True, wrong)
-                first += len(results)
-                if crash:
-                    yield Trial(f"mutated {kind.name}", True, f"{crash} at input {first} of seed {seed}")
-                    first += 1
+    """Read about ``count`` mutated inputs, each kind its share, in child processes.
+
+    The kinds take turns, so that a run that is stopped has read some of each.
+    """
+    rounds = max(1, count // ROUND)
+    with scratch(root, "mutated") as top:
+        folders = {kind: top / str(number) for number, kind in enumerate(inputs(build))}
+        for kind, folder in folders.items():
+            (folder / "intact").mkdir(parents=True)
+            kind.prepare(folder / "intact")
+            kind.read(folder / "intact")  # an intact input that is refused would make the rest meaningless
+        for number in range(rounds):
+            for kind, folder in folders.items():
+                total = round(kind.share * count)
+                yield from _some(kind, folder, seed, total * number // rounds, total * (number + 1) // rounds)
+
+
+def _some(kind: Input, folder: Path, seed: int, first: int, last: int) -> Iterator[Trial]:
+    """Read mutations ``first`` to ``last`` of a kind."""
+    while first < last:
+        results, crash = _batch(kind, folder, seed, first, min(first + BATCH, last))
+        for wrong in results:
+            yield Trial(f"mutated {kind.name}", True, wrong)
+        first += len(results)
+        if crash:
+            yield Trial(f"mutated {kind.name}", True, f"{crash} at input {first} of seed {seed}")
+            first += 1
 
 
 def mutate(content: bytes, chance: random.Random) -> bytes:

@@ -90,6 +90,11 @@ class SmallBuild:
                 break
             shutil.copytree(self.work / "stages" / stage, target / "stages" / stage)
 
+    def copy_later(self, target: Path, after: str) -> None:
+        """Copy the stages that were finished after ``after``; a run reuses them if all before have the same bytes."""
+        for stage in self.stages[self.stages.index(after) + 1 :]:
+            shutil.copytree(self.work / "stages" / stage, target / "stages" / stage, dirs_exist_ok=True)
+
     def half(self, work: Path, bundle: Path) -> str:
         """Return what is corrupt after a stopped build: empty for nothing."""
         if bundle.exists():

@@ -1,6 +1,7 @@
 """Count faults of every kind against the product: ``python bench/trust.py [KIND ...] [--share 0.1]``.
 
-stderr shows one line a kind, stdout is one JSON object. Exit code 1 if anything was not as it should be.
+stderr shows one line a kind, stdout is one JSON object. Exit code 1 if anything was not as it should be. A run that
+gets SIGINT or SIGTERM ends after the trial that is running, prints what it has counted, and exits with 130 or 143.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import argparse
 import collections
 import json
 import logging
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from flipped_bits import flipped
 from forked import import_libraries
@@ -46,6 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"unknown kind {min(unknown)!r}; known: {', '.join(KINDS)}")
+    stop = Stop()
     import_libraries()
     logging.disable(logging.WARNING)  # a stage that is damaged on purpose is no news
     result = {}
@@ -53,17 +57,37 @@ def main() -> None:
         root = Path(folder)
         build = SmallBuild.undisturbed(root / "undisturbed")
         for name in options.kinds or KINDS:
+            if stop.number:
+                break
             run, whole = KINDS[name]
             began = time.monotonic()
-            counted = _count(run(build, root, max(1, round(options.share * whole)), options.seed))
+            counted = _count(run(build, root, max(1, round(options.share * whole)), options.seed), stop)
             result[name] = {**counted, "seconds": round(time.monotonic() - began)}
     versions = {"cushion-deploy": tool_version(), **installed_versions(PACKAGES)}
-    print(json.dumps({"seed": options.seed, "cpu": cpu_description(), "versions": versions, "kinds": result}, indent=1))
-    sys.exit(any(found["wrong"] for found in result.values()))
+    facts = {"seed": options.seed, "share": options.share, "stopped": bool(stop.number)}
+    print(json.dumps({**facts, "cpu": cpu_description(), "versions": versions, "kinds": result}, indent=1))
+    sys.exit(any(found["wrong"] for found in result.values()) or (stop.number and 128 + stop.number))
 
 
-def _count(trials: Iterator[Trial]) -> dict[str, object]:
-    """Return how many trials there were and hit, by kind, and what was wrong."""
+class Stop:
+    """Remembers the first SIGINT or SIGTERM, so that no trial is cut off.
+
+    Attributes:
+        number: the signal; 0 for none.
+    """
+
+    def __init__(self) -> None:
+        """Wait for the signals from now on."""
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+
+
+def _count(trials: Iterator[Trial], stop: Stop) -> dict[str, object]:
+    """Return how many trials there were and hit until the end or a signal, by kind, and what was wrong."""
     done: collections.Counter[str] = collections.Counter()
     hit: collections.Counter[str] = collections.Counter()
     wrong: list[dict[str, str]] = []
@@ -73,6 +97,8 @@ def _count(trials: Iterator[Trial]) -> dict[str, object]:
         if trial.wrong:
             wrong.append({"kind": trial.kind, "wrong": trial.wrong})
             print(f"{trial.kind}: {trial.wrong}", file=sys.stderr, flush=True)
+        if stop.number:
+            break
     for kind, number in done.items():
         print(f"{kind}: {number} tried, {hit[kind]} struck", file=sys.stderr, flush=True)
     return {"tried": dict(done), "struck": dict(hit), "wrong": wrong}

@@ -31,14 +31,19 @@ def one_linear(weights: Any) -> bytes:
 def one_head(weights: Any, block: int) -> bytes:
     """Return a serialized ONNX model: float32 ``x`` ``[rows, in]`` times DQ of ``weights`` with scales by block: ``y``.
 
+    It has the nodes of an exported head: codes by row of the table, their Transpose, and written-out zero points.
+
     Args:
-        weights: int8 ``[in, out]``; every scale is 1.
+        weights: int8 ``[in, out]``; every scale is 1 and every zero point 0.
         block: inputs that share a scale.
     """
     width, out = weights.shape
-    tensors = [tensor("w", weights), tensor("w_scale", np.ones((width // block, out), np.float32))]
+    shape = width // block, out
+    codes = [tensor("table", np.ascontiguousarray(weights.T)), tensor("w_zero", np.zeros(shape, np.int8))]
+    tensors = [*codes, tensor("w_scale", np.ones(shape, np.float32))]
     nodes = [
-        node("DequantizeLinear", ("w", "w_scale"), "dw", axis=0, block_size=block),
+        node("Transpose", ("table",), "w"),
+        node("DequantizeLinear", ("w", "w_scale", "w_zero"), "dw", axis=0, block_size=block),
         node("MatMul", ("x", "dw"), "y"),
     ]
     inputs, output = [value("x", FLOAT, ("rows", width))], value("y", FLOAT, ("rows", out))

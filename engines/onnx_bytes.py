@@ -11,7 +11,7 @@ from typing import Any
 OPSET, IR_VERSION = 19, 9
 BLOCK_OPSET = 21
 """The first with scales by block."""
-FLOAT, INT8, INT64 = 1, 3, 7
+FLOAT, INT8, INT64, FLOAT16 = 1, 3, 7, 10
 """Values of ``TensorProto.DataType``."""
 _INT_ATTRIBUTE = 2
 
@@ -52,8 +52,8 @@ def node(operator: str, inputs: Sequence[str], output: str, **attributes: int) -
 
 
 def tensor(name: str, values: Any) -> bytes:
-    """Return an initializer of type float32, int8 or int64."""
-    kind = {"float32": FLOAT, "int8": INT8, "int64": INT64}[values.dtype.name]
+    """Return an initializer of type float32, float16, int8 or int64."""
+    kind = {"float32": FLOAT, "float16": FLOAT16, "int8": INT8, "int64": INT64}[values.dtype.name]
     dims = b"".join(_field(1, size) for size in values.shape)
     return dims + _field(2, kind) + _field(8, name.encode()) + _field(9, values.tobytes())
 

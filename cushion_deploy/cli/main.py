@@ -24,7 +24,7 @@ from cushion_deploy.cli.version import show_version
 from cushion_deploy.dependencies import EXTRAS_OF, require_versions
 from cushion_deploy.errors import EXTRAS, CushionError, ExitCode, UsageError, missing_module
 from cushion_deploy.printable import controls_visible
-from cushion_deploy.store.files import DISK_FULL, free_bytes, human_bytes
+from cushion_deploy.store.files import DISK_FULL, free_bytes, human_bytes, no_temporary_root
 
 GROUPS = {
     "Build a bundle": {
@@ -168,9 +168,7 @@ def run(arguments: list[str]) -> int:
         result = cli.main(arguments, prog_name="cushion-deploy", standalone_mode=False)
         return result if isinstance(result, int) else ExitCode.OK
     except CushionError as e:
-        _print_error(f"error: {e.message}")
-        _print_error(f"  -> {e.hint}")
-        return e.exit_code
+        return _refused(e)
     except click.ClickException as e:
         message = e.format_message().rstrip(".")
         _print_error(f"error: {message[:1].lower()}{message[1:]}")
@@ -189,13 +187,10 @@ def run(arguments: list[str]) -> int:
             raise
         return ExitCode.BROKEN_PIPE
     except ModuleNotFoundError as e:
-        if e.name not in EXTRAS:
-            return _bug(e)
-        missing = missing_module(e.name)
-        _print_error(f"error: {missing.message}")
-        _print_error(f"  -> {missing.hint}")
-        return missing.exit_code
+        return _refused(missing_module(e.name)) if e.name in EXTRAS else _bug(e)
     except OSError as e:
+        if unusable := no_temporary_root(e):
+            return _refused(unusable)
         return _no_room(e) if e.errno in DISK_FULL else _bug(e)
     except Exception as e:
         return _bug(e)
@@ -210,6 +205,12 @@ def _usage_hint(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption) and not error.possibilities:
         return f"{usage}; text that begins with a dash goes behind --, as in: generate -- BUNDLE -1"
     return f"{usage}; `{context.command_path} --help` describes it"
+
+
+def _refused(error: CushionError) -> int:
+    _print_error(f"error: {error.message}")
+    _print_error(f"  -> {error.hint}")
+    return error.exit_code
 
 
 def _no_room(error: OSError) -> int:

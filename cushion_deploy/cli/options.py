@@ -19,6 +19,7 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.recipe.text import parse_yaml
 from cushion_deploy.stages.run import Run
 from cushion_deploy.store import StageStore
+from cushion_deploy.store.files import temporary_root
 
 if TYPE_CHECKING:
     from cushion_deploy.cli.progress import Display
@@ -299,8 +300,9 @@ def make_run(work_dir: Path, progress: Display) -> Run:
     """Return a run on a work folder, in one process.
 
     Raises:
-        UsageError: torchrun started several processes.
+        UsageError: torchrun started several processes, or there is no folder for temporary files.
     """
+    temporary_root()  # some stages need one, after minutes
     require_one_process(str(click.get_current_context().info_name))
     return Run(StageStore(work_dir), progress, watcher=progress)
 
@@ -309,8 +311,9 @@ def make_shared_run(work_dir: Path, progress: Display, recipe: Recipe) -> Run:
     """Return a run on a work folder whose work all processes of torchrun share; they are connected until the end.
 
     Raises:
-        UsageError: the recipe asks for a device that is not there.
+        UsageError: the recipe asks for a device that is not there, or there is no folder for temporary files.
     """
+    temporary_root()
     processes = Processes.of_torchrun()
     if processes.size > 1:
         from cushion_deploy.modeling.processes import join, leave

@@ -144,7 +144,7 @@ def command(
     from cushion_deploy.serve.engine import Engine, EngineSettings
     from cushion_deploy.serve.metrics import Metrics
     from cushion_deploy.serve.scheduler import Limits
-    from cushion_deploy.serve.server import Server, TlsFiles, bind, run, url
+    from cushion_deploy.serve.server import Patience, Server, TlsFiles, bind, run, url
 
     if (tls_cert is None) != (tls_key is None):
         raise UsageError("--tls-cert and --tls-key belong together", hint="give both, or neither")
@@ -160,7 +160,7 @@ def command(
         session = open_engine(opened, engine, threads)
         echo_remarks(engine, session)
         worker = Engine(model_name or _name(bundle, folder), opened, session, engine, settings, metrics)
-        server = Server(create_app(worker, metrics, http), worker, drain_timeout, tls)
+        server = Server(create_app(worker, metrics, http), worker, Patience(drain_timeout), tls)
         # Before the line is printed, because whoever waits for it connects at once.
         listener.listen()
         address = url(listener, tls=tls is not None)

@@ -189,8 +189,8 @@ class Tuning(Section):
     )
     scales: bool = Field(
         default=True,
-        description="Train the static activation scales together with the prefix. Not with the loss invisible: its "
-        "smoothing and scales are measured behind the tuned prefix.",
+        description="Train the static activation scales together with the prefix; false keeps those of the untuned "
+        "prefix. Not with the loss invisible: its smoothing and scales are measured behind the tuned prefix.",
     )
     learning_rate: float = Field(default=0.01, gt=0, description="Adam learning rate of the keys and values.")
     scale_learning_rate: float = Field(

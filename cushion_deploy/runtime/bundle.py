@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,19 @@ class Bundle:
     def require_unchanged(self) -> None:
         """Check that no file was written since it was verified; raises UntrustedArtifact if one was."""
         require_unchanged(self.path, self.states)
+
+    def verified_again(self) -> Bundle:
+        """Return the bundle with the present state of its files, after comparing every byte with the same manifest.
+
+        Raises:
+            UntrustedArtifact: a file was altered, or another bundle is in the folder.
+        """
+        states = file_states(self.path)
+        if verify_bundle(self.path).digest != self.manifest.digest:
+            raise UntrustedArtifact(
+                f"{self.path} was replaced by another bundle while it was loaded", hint="run the command again"
+            )
+        return replace(self, states=states)
 
     def require_chat_template(self) -> ChatTemplate:
         """Return the chat template; raises UsageError if the model has none."""

@@ -10,7 +10,10 @@ from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.registry import find_engine
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.runtime.bundle import Bundle, read_graph
+from cushion_deploy.store import relinked
 
+ATTEMPTS = 3
+"""How often a bundle is opened whose files are linked elsewhere meanwhile."""
 DEFAULT_ENGINE = "onnxruntime"
 """The engine on which every bundle runs: ONNX Runtime on the CPU."""
 
@@ -24,7 +27,9 @@ def open_engine(bundle: Bundle, engine: str = DEFAULT_ENGINE, threads: int | Non
         threads: threads of an engine on the CPU; None for one per physical core.
 
     The library opens ``model.onnx`` and its data by path, after they were verified. So the files are compared with
-    their state at verification once the session is open, and it is closed if one was written or replaced meanwhile.
+    their state at verification once the session is open, and it is closed if one was written or replaced meanwhile. A
+    build that linked them into another folder meanwhile changed nothing but their times: they are verified and opened
+    again.
 
     Raises:
         UsageError: an unknown engine, or one that the bundle was not built for.
@@ -33,13 +38,27 @@ def open_engine(bundle: Bundle, engine: str = DEFAULT_ENGINE, threads: int | Non
         UntrustedArtifact: the plan is not the one in the manifest (no library has read a byte of it then), or a file
             changed while it was loaded.
     """
-    session = _open(bundle, engine, threads)
-    try:
-        bundle.require_unchanged()
-    except BaseException:
-        session.close()
-        raise
-    return session
+    attempts = ATTEMPTS
+    while True:
+        attempts -= 1
+        session = _open(bundle, engine, threads)
+        try:
+            bundle.require_unchanged()
+        except BaseException as e:
+            session.close()
+            if not isinstance(e, UntrustedArtifact) or not attempts or not _only_linked(bundle):
+                raise
+        else:
+            return session
+        bundle = bundle.verified_again()
+
+
+def _only_linked(bundle: Bundle) -> bool:
+    """Return whether nothing differs from the state at verification but change times of files that an engine reads."""
+    graph = {file.relative_to(bundle.path).as_posix() for file in bundle.graph.files}
+    # No build links what the bundle itself has read, such as the tokenizer, and verifying that again would not help.
+    found = relinked(bundle.path, bundle.states)
+    return bool(found) and all(name in graph or name.startswith("engines/") for name in found)
 
 
 def _open(bundle: Bundle, engine: str, threads: int | None) -> DecoderSession:

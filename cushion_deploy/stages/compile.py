@@ -128,6 +128,8 @@ class Compile(Stage[CompiledEngine]):
         engine: name of the engine, a key of ``ENGINES``.
         engine_version: version of the library that compiles.
         options: targets, limits of the optimization profiles, linears that may stay in floating point.
+        gpus: GPUs of this machine that the engine could run on. A plan may be built for the first of them, and whether
+            it was run is part of the result.
     """
 
     name: ClassVar[str] = "engine"
@@ -136,11 +138,12 @@ class Compile(Stage[CompiledEngine]):
     engine: str
     engine_version: str
     options: CompileOptions
+    gpus: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, graph: Node[ExportedGraph], engine: str, options: CompileOptions) -> Compile:
-        """Return the stage for the installed version of the engine's library."""
-        return cls(graph, engine, ENGINES[engine].version(), options)
+        """Return the stage for the installed version of the engine's library and the GPUs of this machine."""
+        return cls(graph, engine, ENGINES[engine].version(), options, ENGINES[engine].gpus() or ())
 
     @property
     def label(self) -> str:

@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from cushion_deploy.core.dtypes import Dtype, PlanDtype
 from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import GRAPH_FILE, ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.progress import elapsed
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.engines.base import Engine
 from cushion_deploy.stages.base import Node, Speed, Stage
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.store.json_files import read_json, write_json
@@ -87,19 +85,3 @@ class Export(Stage[ExportedGraph]):
     def seconds(self, speed: Speed) -> float:
         """Count every parameter, because each is read, quantized and written once."""
         return EXPORT_SECONDS * speed.spec.parameters
-
-
-def engine_form(form: GraphForm, engine: Engine, dtype: PlanDtype, context: int) -> tuple[GraphForm, int]:
-    """Return the form of the graph that an engine compiles, and its ``in_place_context``.
-
-    Args:
-        form: the form of the bundle's graph.
-        engine: the engine.
-        dtype: requested floating-point type; an engine that does not compile it uses the first type that it supports,
-            and so it does for ``auto``.
-        context: longest context in tokens, without the prefix.
-    """
-    in_place = engine.in_place_cache and form.prefix == "cache" and form.cache == "growing"
-    found: Dtype = next((known for known in engine.dtypes if known == dtype), engine.dtypes[0])
-    gathers_codes = form.gathers_codes and engine.gathers_codes
-    return replace(form, dtype=found, gathers_codes=gathers_codes), context if in_place else 0

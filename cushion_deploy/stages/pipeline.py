@@ -29,11 +29,12 @@ from cushion_deploy.stages.choose import Choose, Chosen
 from cushion_deploy.stages.compile import Compile, EngineToRun, OpenCompiled
 from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.embedding import ExactEmbedding
+from cushion_deploy.stages.engine_graph import EngineGraph, engine_form
 from cushion_deploy.stages.evaluate import Evaluate
-from cushion_deploy.stages.export import Export, engine_form
+from cushion_deploy.stages.export import Export
 from cushion_deploy.stages.load import DescribeModel, Load, compute_dtype
 from cushion_deploy.stages.parity import GraphsOfPlans, Parity
-from cushion_deploy.stages.plan_type import ChoosePlanType, MeasureRange, PlanGraph, has_plan_type
+from cushion_deploy.stages.plan_type import ChoosePlanType, MeasureRange, has_plan_type
 from cushion_deploy.stages.publish import Publish
 from cushion_deploy.stages.quantization import AssembleQuantization, WithoutPrefix
 from cushion_deploy.stages.report import AssembleReport
@@ -157,10 +158,8 @@ class Pipeline:
             tuning = Tune(self.model, start, self.text, recipe.tuning, recipe.seed)
             if not recipe.tuning.quantized:
                 return replace(self.behind(tuning.tuned_prefix, tuned=False), tuning=tuning)
+            # Trained or not, the scales are those that the kept state was judged with.
             prefix, scales = tuning.tuned_prefix, tuning.tuned_scales
-            if not recipe.tuning.trains_scales:
-                calibration = self._calibrate(prefix, smoothing)
-                scales = calibration.scales
         quantization = AssembleQuantization(prefix, scheme, scales, smoothing, self._kv_scales(prefix, smoothing))
         return Branch(smoothing, calibration, scheme, tuning, quantization)
 
@@ -251,12 +250,12 @@ class Pipeline:
         self, quantization: Node[Quantization], graph: Node[ExportedGraph], engine: str
     ) -> Node[ExportedGraph]:
         """Return the graph that an engine compiles: the bundle's ``graph``, or an export in another form."""
-        plans = self.recipe.tensorrt
-        wanted = engine_form(self.form, ENGINES[engine], plans.dtype, plans.max_context)
-        if wanted[0].dtype == "float16":
-            export = self.graph(quantization, *wanted)
-            return PlanGraph(self.plan_type(quantization), export, ENGINES[engine].dtypes)
-        return graph if wanted == (self.form, 0) else self.graph(quantization, *wanted)
+        plans, dtypes = self.recipe.tensorrt, ENGINES[engine].dtypes
+        form, in_place_context = engine_form(self.form, ENGINES[engine], plans.dtype, plans.max_context)
+        if (form, in_place_context) == (self.form, 0):
+            return graph
+        plan_type = self.plan_type(quantization) if form.dtype == "float16" else None
+        return EngineGraph(graph, self.form, self.graph(quantization, form, in_place_context), plan_type, dtypes)
 
     def plan_type(self, quantization: Node[Quantization], measured: Node[ValueRange] | None = None) -> ChoosePlanType:
         """Return the floating-point type of plans, chosen from values that were ``measured`` before or will be."""

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, ClassVar, get_args
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from cushion_deploy.calib.corpora import Corpus
-from cushion_deploy.core.dtypes import Dtype, PlanDtype
+from cushion_deploy.core.dtypes import PlanDtype
 from cushion_deploy.core.graph_form import GraphForm
-from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.progress import elapsed
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.core.value_range import HALF_MAX, LargestValue, PlanType, ValueRange, choose_plan_type
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.stages.base import Derived, Node, Speed, Stage
-from cushion_deploy.stages.export import EXPORT_SECONDS, Export
+from cushion_deploy.stages.export import EXPORT_SECONDS
 from cushion_deploy.stages.run import Inputs
 from cushion_deploy.stages.windows import WINDOW, calibration_windows, require_positions
 from cushion_deploy.store import require_space
@@ -121,24 +120,3 @@ class ChoosePlanType(Derived[PlanType]):
     def make(self, inputs: Inputs) -> PlanType:
         """Return the type; raises UsageError if float16 is asked for and a value exceeds its range."""
         return choose_plan_type(self.wanted, inputs.get(self.measured) if self.measured else None)
-
-
-@dataclass(frozen=True)
-class PlanGraph(Derived[ExportedGraph]):
-    """The graph that a plan is compiled from, in the type that was chosen.
-
-    Attributes:
-        plan_type: the type.
-        export: the export in float16.
-        dtypes: types that the engine compiles; where the chosen one is not among them, the graph is float32.
-    """
-
-    plan_type: Node[PlanType]
-    export: Export
-    dtypes: tuple[Dtype, ...] = get_args(Dtype)
-
-    def make(self, inputs: Inputs) -> ExportedGraph:
-        """Return the graph; only that of the chosen type is exported."""
-        chosen = inputs.get(self.plan_type).dtype
-        dtype: Dtype = chosen if chosen in self.dtypes else "float32"
-        return inputs.get(replace(self.export, form=replace(self.export.form, dtype=dtype)))

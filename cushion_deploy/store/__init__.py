@@ -6,7 +6,7 @@ before its SHA-256 has been compared. The package knows nothing of models, graph
 
 from __future__ import annotations
 
-from cushion_deploy.store.file_state import FileState, file_states, require_unchanged
+from cushion_deploy.store.file_state import FileState, file_states, relinked, require_unchanged
 from cushion_deploy.store.files import hash_file, hash_files, place, replace_file, require_space
 from cushion_deploy.store.manifest import (
     MANIFEST_NAME,
@@ -35,6 +35,7 @@ __all__ = [
     "publish",
     "read_manifest",
     "recover",
+    "relinked",
     "replace_file",
     "require_publishable",
     "require_space",

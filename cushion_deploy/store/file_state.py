@@ -45,6 +45,20 @@ def file_states(folder: Path) -> dict[str, FileState]:
     return states
 
 
+def relinked(folder: Path, states: Mapping[str, FileState]) -> frozenset[str]:
+    """Return the files of :func:`file_states` whose change time is another, if nothing else differs in the folder.
+
+    A build that links such a file into another folder does that, but so does a write that sets the times back: the
+    files have to be verified again. Empty if something else differs too.
+    """
+    now = file_states(folder)
+    if states.keys() != now.keys():
+        return frozenset()
+    different = frozenset(name for name, state in states.items() if state != now[name])
+    only_times = all(states[name]._replace(changed=now[name].changed) == now[name] for name in different)
+    return different if only_times else frozenset()
+
+
 def require_unchanged(folder: Path, states: Mapping[str, FileState]) -> None:
     """Check that a folder still has the files of :func:`file_states`, none of them written or replaced since.
 

@@ -249,10 +249,32 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
     """Yield an empty folder for temporary files, which is removed on exit.
 
     Raises:
-        UsageError: the disk that holds temporary files is full or not writable.
+        UsageError: no folder for temporary files can be used, or the disk that holds it is full or not writable.
     """
-    with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix=prefix) as name:
+    with disk_errors(temporary_root()), tempfile.TemporaryDirectory(prefix=prefix) as name:
         yield Path(name)
+
+
+def temporary_root() -> Path:
+    """Return the folder in which temporary files are created.
+
+    Raises:
+        UsageError: there is none that can be written to.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as e:
+        raise (no_temporary_root(e) or e) from e
+
+
+def no_temporary_root(e: OSError) -> UsageError | None:
+    """Return the error for what ``tempfile`` raises if it finds no folder; None for any other error."""
+    if not str(e.strerror).startswith("No usable temporary directory"):
+        return None
+    return UsageError(
+        f"no folder for temporary files can be written to: {e.strerror}",
+        hint="set TMPDIR to a folder that you may write to, on a disk that is not full",
+    )
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -133,8 +133,8 @@ class BundleManifest:
         )
 
 
-def _bad(what: str) -> NoReturn:
-    raise UntrustedArtifact(f"{MANIFEST_NAME} {what}", hint=_REBUILD)
+def _bad(what: str, name: str = MANIFEST_NAME) -> NoReturn:
+    raise UntrustedArtifact(f"{name} {what}", hint=_REBUILD)
 
 
 def check_path(path: str) -> str | None:
@@ -153,30 +153,30 @@ def _fold(path: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
-def parse_files(data: Any) -> dict[str, FileEntry]:
-    """Validate and rebuild the ``files`` of a manifest.
+def parse_files(data: Any, manifest_name: str = MANIFEST_NAME) -> dict[str, FileEntry]:
+    """Validate and rebuild the ``files`` of a manifest, which no manifest lists itself among.
 
     Raises:
         UntrustedArtifact: the message names the first invalid path.
     """
     if not isinstance(data, dict):
-        _bad("has no table of files")
+        _bad("has no table of files", manifest_name)
     files: dict[str, FileEntry] = {}
     folded: dict[str, str] = {}
     for path, entry in sorted(data.items()):
         if reason := check_path(path):
-            _bad(f"lists {path!r:.200}, which {reason}")
+            _bad(f"lists {path!r:.200}, which {reason}", manifest_name)
         key = _fold(path)
         if key in folded:
-            _bad(f"lists {folded[key]!r} and {path!r}, which differ in case only")
+            _bad(f"lists {folded[key]!r} and {path!r}, which differ in case only", manifest_name)
         folded[key] = path
-        if key == MANIFEST_NAME:
-            _bad("lists itself")
+        if key == manifest_name:
+            _bad("lists itself", manifest_name)
         if not isinstance(entry, dict) or set(entry) != {"sha256", "size"}:
-            _bad(f"has no sha256 and size for {path!r}")
+            _bad(f"has no sha256 and size for {path!r}", manifest_name)
         sha256, size = entry["sha256"], entry["size"]
         if not isinstance(sha256, str) or not _DIGEST.fullmatch(sha256) or type(size) is not int or size < 0:
-            _bad(f"has an invalid sha256 or size for {path!r}")
+            _bad(f"has an invalid sha256 or size for {path!r}", manifest_name)
         files[path] = FileEntry(sha256, size)
     return files
 

@@ -66,7 +66,7 @@ class StageStore:
                 raise UntrustedArtifact(f"{STAGE_MANIFEST} belongs to another stage", hint="run the stage again")
             if _manifest_bytes({name: value for name, value in data.items() if name != "digest"}) != raw:
                 raise UntrustedArtifact(f"{STAGE_MANIFEST} was altered", hint="run the stage again")
-            check_files(folder, parse_files(data.get("files")), STAGE_MANIFEST)
+            check_files(folder, parse_files(data.get("files"), STAGE_MANIFEST), STAGE_MANIFEST)
         except (UntrustedArtifact, OSError) as e:
             logger.warning("stage %s is damaged and will run again: %s", stage, e)
             if self.read_only:
@@ -105,7 +105,9 @@ class StageStore:
                 yield staged
                 (staged / STAGE_MANIFEST).unlink(missing_ok=True)
                 files = {path: asdict(entry) for path, entry in measure_files(staged).items()}
-                parse_files(files)  # a name that find() would reject must fail here, not in every later run
+                parse_files(
+                    files, STAGE_MANIFEST
+                )  # a name that find() would reject must fail here, not in every later run
                 manifest = {"stage": stage, "key": key, "facts": dict(facts or {}), "files": files}
                 (staged / STAGE_MANIFEST).write_bytes(_manifest_bytes(manifest))
                 sync_tree(staged)

@@ -174,7 +174,7 @@ class Score(TextCell):
     """
 
     name: ClassVar[str] = "study-score"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     teacher: Node[Teacher] = field(compare=False)
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Magnitudes(TextCell):
     """Magnitudes of every layer's output on the first window (Figure 2)."""
 
     name: ClassVar[str] = "study-magnitudes"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def compute(self, inputs: Inputs) -> list[dict[str, float]]:
         """Return one row per layer."""
@@ -211,7 +211,7 @@ class LastBlock(TextCell):
     """Magnitudes at the input of the last block (Table 5), with the number and length of the windows."""
 
     name: ClassVar[str] = "study-last-block"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:
         """Return the magnitudes of the input."""
@@ -227,7 +227,7 @@ class Attention(TextCell):
     """Distribution of attention (Figure 3), and the tokens of the text."""
 
     name: ClassVar[str] = "study-attention"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def compute(self, inputs: Inputs) -> dict[str, Any]:
         """Return the shares for every layer."""
@@ -255,7 +255,7 @@ class Task(CellStage):
     """
 
     name: ClassVar[str] = "study-task"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     variant: Node[Variant]
     task: str
     limit: int | None

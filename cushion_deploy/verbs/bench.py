@@ -23,7 +23,7 @@ from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.engine import DEFAULT_ENGINE, is_built_for, open_engine, read_engine
 from cushion_deploy.stages.base import Given
-from cushion_deploy.stages.export import engine_form
+from cushion_deploy.stages.engine_graph import engine_form
 from cushion_deploy.stages.pipeline import Pipeline
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from cushion_deploy.runtime.bundle import Bundle, verify_graph
 from cushion_deploy.runtime.engine import DEFAULT_ENGINE, read_engine
 from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.compile import Compile
-from cushion_deploy.stages.export import engine_form
+from cushion_deploy.stages.engine_graph import EngineGraph, engine_form, is_same_graph
 from cushion_deploy.stages.pipeline import Pipeline
-from cushion_deploy.stages.plan_type import PlanGraph, has_plan_type
+from cushion_deploy.stages.plan_type import has_plan_type
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.report import engine_row, plan_type_row
 from cushion_deploy.stages.run import Run
@@ -99,17 +98,16 @@ def _engine_graph(
     recipe: Recipe, bundle: Bundle, engine: Engine, options: CompileOptions
 ) -> tuple[Node[ExportedGraph], Node[PlanType] | None]:
     """Return the graph to compile, the bundle's own or one exported from the original model, and the type of a plan."""
-    own = Pipeline.form_of(recipe)
-    if not bundle.graph.int8_embedding:  # an engine that reads no codes can then compile the same graph
-        own = replace(own, gathers_codes=False)
+    own, graph = Pipeline.form_of(recipe), bundle.graph
     form, context = engine_form(own, engine, recipe.tensorrt.dtype, options.max_context)
-    if form == own and not (context and bundle.graph.contract.prefix_slots):
-        return Given(bundle.graph), Given(PlanType(form.dtype, form.dtype)) if has_plan_type(engine.name) else None
+    if is_same_graph(graph, own, form, context):
+        return Given(graph), Given(PlanType(form.dtype, form.dtype)) if has_plan_type(engine.name) else None
     pipeline = pipeline_of_bundle(recipe, bundle.path)
-    quantization = Given(read_quantization(bundle.path, bundle.graph, pipeline.scheme))
+    quantization = Given(read_quantization(bundle.path, graph, pipeline.scheme))
     export, measured = pipeline.graph(quantization, form, context), _measured(bundle)
     plan_type = pipeline.plan_type(quantization, Given(measured) if measured else None)
-    return PlanGraph(plan_type, export, engine.dtypes) if form.dtype == "float16" else export, plan_type
+    chosen = plan_type if form.dtype == "float16" else None
+    return EngineGraph(Given(graph), own, export, chosen, engine.dtypes), plan_type
 
 
 def _measured(bundle: Bundle) -> ValueRange | None:

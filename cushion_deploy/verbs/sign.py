@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.store import MANIFEST_NAME, BundleManifest, replace_file, verify_bundle
-from cushion_deploy.store.files import disk_errors
+from cushion_deploy.store.files import disk_errors, temporary_folder
 from cushion_deploy.store.snapshot import DOCUMENTS, SIGNATURE_NAME, is_document
 from cushion_deploy.verbs.signing_keys import (
     check_private_key,
@@ -28,6 +27,8 @@ from cushion_deploy.verbs.signing_keys import (
 UNSIGNED = sorted({*DOCUMENTS, "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"})
 """Documents that a signature leaves out, in the spellings that people use; model-signing compares names exactly."""
 _FOLDERS = [".git", ".cache/huggingface"]
+_KIND = "application/vnd.dev.sigstore.bundle"
+"""Beginning of the media type of a signature file; its version follows."""
 _LARGEST = 16 << 20
 _DO_NOT_USE = "do not use the bundle; get bundle, signature and public key from who made it"
 
@@ -64,9 +65,9 @@ def sign_bundle(path: Path, key: Path, *, password: bytes | None = None, output:
     _require_writable(path, target)
     digests = BundleDigests(path, manifest)
     signer = signing.Config().use_elliptic_key_signer(private_key=key, password=password)
-    with tempfile.TemporaryDirectory() as folder, disk_errors(target.parent):
-        signer.set_hashing_config(digests).sign(path, Path(folder, SIGNATURE_NAME))
-        replace_file(target, Path(folder, SIGNATURE_NAME).read_bytes())
+    with temporary_folder("cushion-sign-") as folder, disk_errors(target.parent):
+        signer.set_hashing_config(digests).sign(path, folder / SIGNATURE_NAME)
+        replace_file(target, (folder / SIGNATURE_NAME).read_bytes())
     return Signed(target, manifest.digest, tuple(digests.files))
 
 
@@ -147,10 +148,21 @@ def _require_writable(path: Path, target: Path) -> None:
 def _is_signature(file: Path) -> bool:
     """Return whether a file is a bundle of sigstore, as model-signing writes them."""
     try:
-        found = json.loads(read_small_file(file, _LARGEST, ValueError))
-    except (ValueError, RecursionError):
+        return not _why_no_signature(read_small_file(file, _LARGEST, ValueError))
+    except ValueError:
         return False
-    return isinstance(found, dict) and str(found.get("mediaType", "")).startswith("application/vnd.dev.sigstore.bundle")
+
+
+def _why_no_signature(data: bytes) -> str:
+    """Return why the content of a file is no bundle of sigstore; empty if it is one."""
+    if not data.strip():
+        return "it is empty"
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return "it is not JSON"
+    kind = found.get("mediaType") if isinstance(found, dict) else None
+    return "" if str(kind).startswith(_KIND) else f"its mediaType is {kind!r:.60}, expected {_KIND}"
 
 
 def _read_signature(file: Path, *, named: bool) -> None:
@@ -160,7 +172,14 @@ def _read_signature(file: Path, *, named: bool) -> None:
             hint="give the signature with --signature FILE if it lies elsewhere",
         )
     hint = "give the file that `cushion-deploy sign` has written"
-    read_small_file(file, _LARGEST, lambda reason: UsageError(f"cannot read the signature {file}: {reason}", hint=hint))
+    data = read_small_file(
+        file, _LARGEST, lambda reason: UsageError(f"cannot read the signature {file}: {reason}", hint=hint)
+    )
+    if reason := _why_no_signature(data):
+        raise UntrustedArtifact(
+            f"{file} is not a signature: {reason}",
+            hint="get the signature again from who made the bundle; if that is you, run `cushion-deploy sign` again",
+        )
 
 
 @contextlib.contextmanager

@@ -39,10 +39,12 @@ def check_private_key(path: Path, password: bytes | None) -> None:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     data = _read(path, _MAKE_PRIVATE)
-    if password is None and (b"ENCRYPTED PRIVATE KEY" in data or b"Proc-Type: 4,ENCRYPTED" in data):
+    encrypted = b"ENCRYPTED PRIVATE KEY" in data or b"Proc-Type: 4,ENCRYPTED" in data
+    if encrypted and not password:
+        what = "there is no password for it" if password is None else "the password that was given is empty"
         raise UsageError(
-            f"the private key {path} is encrypted, and there is no password for it",
-            hint="give the password in a file with --key-password-file",
+            f"the private key {path} is encrypted, and {what}",
+            hint="write the password into a file, on one line, and give that with --key-password-file",
         )
     try:
         key = load_pem_private_key(data, password)
@@ -52,8 +54,15 @@ def check_private_key(path: Path, password: bytes | None) -> None:
             hint="leave out the password, or give the encrypted key",
         ) from e
     except Exception as e:  # ValueError of a damaged file or a wrong password; UnsupportedAlgorithm
-        problem = "the password is wrong, or it is damaged" if password else "it has no private key in PEM form"
-        raise UsageError(f"cannot read the private key {path}: {problem}", hint=_MAKE_PRIVATE) from e
+        if encrypted:
+            raise UsageError(
+                f"cannot read the private key {path}: the password is wrong, or the key is damaged",
+                hint=f"try `openssl pkey -in {path} -noout`, which asks for the password; in a password file, everything "
+                "before the end of the line counts, spaces too",
+            ) from e
+        raise UsageError(
+            f"cannot read the private key {path}: it has no private key in PEM form", hint=_MAKE_PRIVATE
+        ) from e
     _require_curve(path, "private", key, _MAKE_PRIVATE)
 
 

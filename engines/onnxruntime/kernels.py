@@ -51,7 +51,7 @@ def exact_kernels() -> Mapping[str, str]:
     """
     for value in WAYS:
         if adds_exactly(value):
-            return {UINT8_WEIGHTS: value, HEAD_ACTIVATIONS: INT8_HEAD if head_adds_exactly() else FLOAT_HEAD}
+            return {UINT8_WEIGHTS: value, HEAD_ACTIVATIONS: INT8_HEAD if head_adds_exactly(value) else FLOAT_HEAD}
     raise CheckFailed(
         "ONNX Runtime adds products of INT8 codes wrongly on this processor, whatever the setting",
         hint="use the pinned version of onnxruntime, and report this with the name of the processor",
@@ -72,10 +72,15 @@ def adds_exactly(value: str) -> bool:
     return all(is_exact(codes, weights, found) for codes, found in products)
 
 
-def head_adds_exactly() -> bool:
-    """Return whether a head that reads codes by block has the sums of integer arithmetic with 8-bit activations."""
+def head_adds_exactly(value: str) -> bool:
+    """Return whether a head that reads codes by block has the sums of integer arithmetic with 8-bit activations.
+
+    Args:
+        value: of :data:`UINT8_WEIGHTS` in the sessions that run the head: it may convert the codes of a head, too.
+    """
     weights = extreme_weights()
-    products = _products(weights, one_head(weights, EMBEDDING_BLOCK), {HEAD_ACTIVATIONS: INT8_HEAD})
+    config = {UINT8_WEIGHTS: value, HEAD_ACTIVATIONS: INT8_HEAD}
+    products = _products(weights, one_head(weights, EMBEDDING_BLOCK), config)
     return all(is_exact(codes, weights, found) for codes, found in products)
 
 

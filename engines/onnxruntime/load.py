@@ -51,9 +51,10 @@ def load_graph(model_path: Path, settings: SessionSettings) -> tuple[Any, Placem
         )
     try:
         session = ort.InferenceSession(model_path, session_options(settings), providers=provider.chain)
+        _read_names(session)
     except Exception as e:  # its errors share no base class but Exception
         raise UntrustedArtifact(
-            f"ONNX Runtime cannot load {model_path}: {str(e).splitlines()[0]:.300}",
+            f"ONNX Runtime cannot load {model_path}: {(str(e) or type(e).__name__).splitlines()[0]:.300}",
             hint="run `cushion-deploy verify` on the bundle; if it is intact, build it again",
         ) from e
     # If a driver or a library of the provider is missing, it falls back to the CPU without an error.
@@ -63,6 +64,12 @@ def load_graph(model_path: Path, settings: SessionSettings) -> tuple[Any, Placem
             hint="check `nvidia-smi`, and which CUDA this onnxruntime needs; or run --engine onnxruntime",
         )
     return session, None if len(provider.chain) == 1 else _placement(session, settings)
+
+
+def _read_names(session: Any) -> None:
+    """Read every name and dimension of a graph's interface: bytes that are not UTF-8 raise UnicodeDecodeError."""
+    for value in (*session.get_inputs(), *session.get_outputs(), *session.get_overridable_initializers()):
+        value.name, value.shape  # noqa: B018 - they are decoded when they are read
 
 
 def _placement(session: Any, settings: SessionSettings) -> Placement:

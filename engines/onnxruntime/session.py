@@ -40,12 +40,8 @@ from cushion_deploy.engines.onnxruntime.settings import (
 )
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 
-TYPES = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "bfloat16": "tensor(bfloat16)",
-    "int8": "tensor(int8)",
-}
+TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
+"""ONNX Runtime's name of the types that a cache can have here: not bfloat16, which numpy lacks."""
 LOGITS_START = "logits_start"
 """Initializer of a graph, int64 ``[1]``, that a caller may override: the head is computed from this token on."""
 
@@ -91,7 +87,7 @@ class OnnxRuntimeSession:
     Raises:
         MissingDependency: onnxruntime is not installed, or does not run the graph on the provider.
         CheckFailed: the provider leaves matrix products to the CPU.
-        UsageError: the file does not exist, or the prefix or its scales are missing.
+        UsageError: the file does not exist, its cache is bfloat16, or the prefix or its scales are missing.
         UntrustedArtifact: the file is not a graph, or not the one that the contract describes.
     """
 
@@ -107,6 +103,11 @@ class OnnxRuntimeSession:
         """Load the graph; the cache is empty."""
         if not model_path.is_file():
             raise UsageError(f"{model_path} does not exist", hint="give the .onnx file of a bundle")
+        if contract.cache_dtype not in TYPES:
+            raise UsageError(
+                f"{model_path} has a cache of {contract.cache_dtype}, which ONNX Runtime cannot exchange with numpy",
+                hint="run a float32 or float16 graph here; bfloat16 is for TensorRT plans (--plan-dtype bf16)",
+            )
         self.contract = contract
         self.chunk = settings.chunk
         self._ort = import_onnxruntime()
@@ -201,7 +202,14 @@ class OnnxRuntimeSession:
         if not slices or min(s.length for s in slices) < 1:
             raise UsageError("a row without a token cannot be batched", hint="feed its prompt before gathering it")
         c, longest = self.contract, max(s.length for s in slices)
-        slots, values = c.prefix_slots, []
+        gather = self._device.gather if self._device else self._gather
+        values = gather(slices, c.prefix_slots)
+        return HeldCache(tuple(values), len(slices), longest, held_bytes(c, len(slices), longest))
+
+    def _gather(self, slices: Sequence[RowSlice], slots: int) -> list[Any]:
+        """Return the values of :meth:`gather`, copied in the memory of the host."""
+        c, longest = self.contract, max(s.length for s in slices)
+        values = []
         for i in range(len(self._past_names)):
             arrays = [s.cache.values[i].numpy() for s in slices]
             shape = (len(slices), c.num_kv_heads, slots + longest, c.head_dim)
@@ -210,7 +218,7 @@ class OnnxRuntimeSession:
                 row[:, :slots] = array[s.row, :, :slots]
                 row[:, slots + longest - s.length :] = array[s.row, :, slots + s.begin : slots + s.end]
             values.append(self._value(joined))
-        return HeldCache(tuple(values), len(slices), longest, held_bytes(c, len(slices), longest))
+        return values
 
     def run(
         self,

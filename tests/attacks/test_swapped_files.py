@@ -87,6 +87,61 @@ def test_a_file_swapped_for_the_time_of_the_load_only_is_found(
     assert closed
 
 
+@pytest.fixture
+def opens(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Return a list of what is done after ONNX Runtime has opened a graph, one element for each time."""
+    todo: list[Callable[[], None]] = []
+    real = OnnxRuntime.open
+
+    def watched(self: OnnxRuntime, *arguments: Any, **options: Any) -> Any:
+        session = real(self, *arguments, **options)
+        todo.pop(0)()
+        return session
+
+    monkeypatch.setattr(OnnxRuntime, "open", watched)
+    return todo
+
+
+@pytest.mark.parametrize("tiny", ["baked"], indirect=True)
+def test_a_file_that_another_build_links_meanwhile_is_verified_and_opened_again(
+    tiny: Any, bundle: Path, opens: list[Callable[[], None]]
+) -> None:
+    opened, links = open_bundle(bundle), bundle.parent / "links"
+    links.mkdir()
+    opens += [lambda: os.link(bundle / "model.onnx.data", links / "0"), lambda: None]
+    open_engine(opened, threads=1).close()
+    assert not opens
+    opens += [lambda i=i: os.link(bundle / "model.onnx", links / str(i)) for i in range(1, 4)]  # type: ignore[misc]
+    with pytest.raises(UntrustedArtifact, match="was written or replaced while"):
+        open_engine(opened, threads=1)
+    assert not opens
+
+
+@pytest.mark.parametrize("tiny", ["baked"], indirect=True)
+def test_a_file_written_in_place_for_the_time_of_the_load_is_not_what_runs(
+    tiny: Any, bundle: Path, opens: list[Callable[[], None]]
+) -> None:
+    opened, data = open_bundle(bundle), bundle / "model.onnx.data"
+
+    def restore() -> None:
+        _overwrite(data)
+        closed.append(opened)
+
+    closed: list[Any] = []
+    _overwrite(data)  # the first session reads other weights, and nothing but the change time tells later
+    opens += [restore, lambda: closed.append(data)]
+    open_engine(opened, threads=1).close()
+    assert closed == [opened, data]
+
+
+@pytest.mark.parametrize("tiny", ["baked"], indirect=True)
+def test_a_tokenizer_whose_change_time_is_another_is_not_used(tiny: Any, bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    os.link(bundle / "tokenizer.json", bundle.parent / "link")
+    with pytest.raises(UntrustedArtifact, match="'tokenizer.json' .* was written or replaced while"):
+        open_engine(opened, threads=1)
+
+
 @pytest.mark.parametrize("tiny", ["baked"], indirect=True)
 def test_documents_may_be_edited_at_any_time(tiny: Any, bundle: Path) -> None:
     opened = open_bundle(bundle)

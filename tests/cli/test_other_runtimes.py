@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +103,64 @@ def test_openvino_reads_the_graph_itself(planted_bundle: Any) -> None:
     assert nearest <= 0.02 * np.abs(expected).max()
 
 
-def test_optimum_generates_the_same_tokens(planted_bundle: Any) -> None:
+@pytest.fixture
+def through_optimum() -> Callable[..., list[dict[str, Any]]]:
+    """Return a function that feeds a bundle prompts through optimum; see ``optimum_greedy.py``."""
     # optimum-onnx wants transformers 4 and this project 5, so it has an environment of its own.
     python = os.environ.get("CUSHION_OPTIMUM_PYTHON")
     if not python:
         pytest.skip("CUSHION_OPTIMUM_PYTHON names no environment with optimum-onnx; `make test` makes one")
-    script = Path(__file__).with_name("optimum_greedy.py")
-    command = [python, str(script), str(planted_bundle.bundle), str(TOKENS), *map(str, PROMPT[0])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    expected = greedy(planted_bundle.bundle)
-    assert found["tokens"] == expected[: len(found["tokens"])]
-    assert len(found["tokens"]) == TOKENS or found["tokens"][-1] == 2, "it stopped without an end"
-    assert found["decoded"]
+
+    def feed(bundle: Path, *prompts: Any) -> list[dict[str, Any]]:
+        script = Path(__file__).with_name("optimum_greedy.py")
+        command = [python, str(script), str(bundle), str(TOKENS), *map(json.dumps, prompts)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()[-len(prompts) :]]
+
+    return feed
+
+
+TEXT, MESSAGES = "The quick brown fox", [{"role": "user", "content": " When nothing else is worth it "}]
+
+
+def generated(cli: Any, bundle: Path, *arguments: str) -> list[int]:
+    """Return the tokens of ``generate``."""
+    done = cli("generate", bundle, *arguments, "--max-new-tokens", TOKENS, "--json")
+    assert done.code == 0, done.err
+    tokens: list[int] = done.json["token_ids"]
+    return tokens
+
+
+def test_optimum_generates_the_same_from_ids_texts_and_conversations(
+    through_optimum: Any, planted_bundle: Any, cli: Any
+) -> None:
+    # The tokenizer of the model puts <s> before a text; behind the prefix, which takes its place, the one of the bundle
+    # does not.
+    bundle = open_bundle(planted_bundle.bundle)
+    of_ids, of_text, of_chat = through_optimum(bundle.path, PROMPT[0].tolist(), TEXT, MESSAGES)
+    expected = greedy(bundle.path)
+    assert of_ids["tokens"] == expected[: len(of_ids["tokens"])]
+    assert len(of_ids["tokens"]) == TOKENS or of_ids["tokens"][-1] == 2, "it stopped without an end"
+    assert of_ids["text"]
+    assert (of_text["ids"], of_chat["ids"]) == (bundle.encode_prompt(TEXT), bundle.encode_chat(MESSAGES))
+    assert 1 not in of_text["ids"] + of_chat["ids"]
+    assert of_text["tokens"] == generated(cli, bundle.path, TEXT)
+    assert of_chat["tokens"] == generated(cli, bundle.path, MESSAGES[0]["content"], "--chat")
+
+
+def test_optimum_reads_a_text_as_generate_does_without_a_prefix(
+    through_optimum: Any, planted_bundle: Any, tmp_path: Path, cli: Any
+) -> None:
+    options = ["--no-prefix", "--engine", "onnxruntime", "--output", tmp_path / "bare"]
+    assert cli("build", *planted_bundle.options, *options).code == 0
+    bundle = open_bundle(tmp_path / "bare")
+    of_text, of_chat = through_optimum(bundle.path, TEXT, MESSAGES)
+    assert of_text["ids"] == bundle.encode_prompt(TEXT)
+    assert of_text["ids"][0] == 1
+    assert of_text["tokens"] == generated(cli, bundle.path, TEXT)
+    # The template leaves out <s>, and apply_chat_template of transformers does not add it.
+    assert [1, *of_chat["ids"]] == bundle.encode_chat(MESSAGES)
 
 
 @pytest.mark.parametrize("mode", ["baked", "cache"])

@@ -218,6 +218,18 @@ def test_every_field_of_the_signature_counts(signed: Path, keys: Any, cli: Any) 
         refused(cli("verify", signed, "--public-key", keys[1]), 4, "model.sig")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "it is empty"), (b"\n", "it is empty"), (b"MEUC", "it is not JSON"), (b"[]", "its mediaType is None")],
+)
+def test_a_file_that_is_no_signature_is_told_from_one_that_does_not_hold(
+    signed: Path, keys: Any, cli: Any, content: bytes, words: str
+) -> None:
+    (signed / "model.sig").write_bytes(content)
+    done = cli("verify", signed, "--public-key", keys[1])
+    refused(done, 4, f"model.sig is not a signature: {words}", "`cushion-deploy sign`")
+
+
 def test_a_missing_signature_is_no_success(bundle: Path, keys: Any, cli: Any, tmp_path: Path) -> None:
     refused(cli("verify", bundle, "--public-key", keys[1]), 4, "is not signed")
     options = ("--signature", tmp_path / "gone", "--public-key", keys[1])
@@ -235,7 +247,9 @@ def test_an_encrypted_key_needs_its_password(
     openssl("pkey", "-in", keys[0], "-aes256", "-passout", "pass:correct horse", "-out", private)
     refused(cli("sign", bundle, "--key", private), 2, "is encrypted", "--key-password-file")
     password.write_text("wrong\n")
-    refused(cli("sign", bundle, "--key", private, "--key-password-file", password), 2, "the password is wrong")
+    refused(cli("sign", bundle, "--key", private, "--key-password-file", password), 2, "the password is wrong", "pkey")
+    password.write_text("\n")
+    refused(cli("sign", bundle, "--key", private, "--key-password-file", password), 2, "the password that was given is")
     refused(cli("sign", bundle, "--key", keys[0], "--key-password-file", password), 2, "is not encrypted")
     refused(cli("sign", bundle, "--key", private, "--key-password-file", tmp_path / "gone"), 2, "gone")
     assert not (bundle / "model.sig").exists()

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
+from cushion_deploy.cli.main import cli, run
 from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.store import StageStore, publish, staging_area, verify_bundle
 from cushion_deploy.store.files import temporary_folder, write_file
@@ -152,6 +153,35 @@ def test_a_full_disk_for_temporary_files_names_their_folder(tmp_path: Path, monk
     with pytest.raises(UsageError, match=rf"cannot write {tmp_path}: No space left"), temporary_folder("cushion-"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave tempfile no folder that exists: root could write to those of a real machine."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+
+
+@pytest.mark.usefixtures("no_temporary_folder")
+def test_a_machine_without_a_folder_for_temporary_files_is_told_so_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "never read"
+    arguments = ["build", "--model", str(model), "--output", str(tmp_path / "out")]
+    assert run(arguments) == ExitCode.USAGE
+    found = capsys.readouterr().err
+    assert "no folder for temporary files can be written to" in found
+    assert "['/nowhere']" in found
+    assert found.splitlines()[-1] == "  -> set TMPDIR to a folder that you may write to, on a disk that is not full"
+
+
+@pytest.mark.usefixtures("no_temporary_folder")
+def test_a_library_that_finds_no_folder_for_temporary_files_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "main", lambda *_, **__: tempfile.mkdtemp())
+    assert run([]) == ExitCode.USAGE
+    assert "set TMPDIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "ü" * 127, "a" * 201])

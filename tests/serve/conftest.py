@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from cushion_deploy.runtime.engine import open_engine
 from cushion_deploy.serve.app import AppSettings, create_app
 from cushion_deploy.serve.engine import Engine, EngineSettings
 from cushion_deploy.serve.metrics import Metrics
-from cushion_deploy.serve.server import Server, bind
+from cushion_deploy.serve.server import Patience, Server, bind
 
 __all__ = ["any_tokenizer", "bundle_path", "session", "tiny", "tokenizer"]
 
@@ -63,12 +65,16 @@ class Served:
 
 
 @contextmanager
-def running(path: Path, app: AppSettings, settings: EngineSettings, drain: float, change: Any) -> Iterator[Served]:
+def running(
+    path: Path, app: AppSettings, settings: EngineSettings, patience: Patience, change: Any, buffer: int | None = None
+) -> Iterator[Served]:
     bundle, metrics = open_bundle(path), Metrics()
     session = change(open_engine(bundle, threads=1))
     engine = Engine("tiny", bundle, session, settings=settings, observer=metrics)
-    server = Server(create_app(engine, metrics, app), engine, drain)
+    server = Server(create_app(engine, metrics, app), engine, patience)
     listener = bind("127.0.0.1", 0)
+    if buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     # A daemon, so that a server that does not stop cannot keep the test run from ending.
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
@@ -84,6 +90,9 @@ def running(path: Path, app: AppSettings, settings: EngineSettings, drain: float
         server.should_exit = True
         thread.join(30)
         listener.close()
+        if thread.is_alive():
+            faulthandler.dump_traceback(all_threads=True)
+            pytest.fail("the server did not stop")
 
 
 @pytest.fixture
@@ -99,8 +108,12 @@ def serve(bundle_path: Path) -> Iterator[Callable[..., Served]]:
             drain: float = 5,
             change: Any = lambda session: session,
             path: Path = bundle_path,
+            patience: Patience | None = None,
+            buffer: int | None = None,
         ) -> Served:
-            return stack.enter_context(running(path, app or AppSettings(), settings or EngineSettings(), drain, change))
+            """``buffer`` is the size of the send buffers of its sockets in bytes."""
+            patience, app, settings = patience or Patience(drain), app or AppSettings(), settings or EngineSettings()
+            return stack.enter_context(running(path, app, settings, patience, change, buffer))
 
         yield start
 
@@ -108,7 +121,9 @@ def serve(bundle_path: Path) -> Iterator[Callable[..., Served]]:
 @pytest.fixture(scope="session")
 def served(bundle_path: Path) -> Iterator[Served]:
     """Return a server that many tests share; the test that changes it starts its own."""
-    with running(bundle_path, AppSettings(), EngineSettings(max_rows=4), 5, lambda session: session) as server:
+    with running(
+        bundle_path, AppSettings(), EngineSettings(max_rows=4), Patience(5), lambda session: session
+    ) as server:
         yield server
 
 

@@ -20,6 +20,7 @@ from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.evaluate.chat import ANSWER_TOKENS
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
+from cushion_deploy.modeling.teacher import Teacher
 from cushion_deploy.parity.ladder import TIED_HEAD_LOGITS
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle
@@ -152,11 +153,27 @@ def test_an_invisible_prefix_ships_with_smoothing_and_scales_of_its_own(one_run:
     assert {site.site: site.scale for site in report.calibration.sites} == found.static_scales.scales
 
 
-def test_without_tuned_scales_the_scales_are_calibrated_behind_the_tuned_prefix(one_run: MakeRun) -> None:
-    one = one_run(tuning__enabled=True, tuning__loss="distill", tuning__scales=False, tuning__learning_rate=0.05)
-    found = one.quantization
+@pytest.mark.parametrize("scales", [False, True])
+def test_prefix_and_scales_ship_as_the_pair_that_was_judged(one_run: MakeRun, scales: bool) -> None:
+    one = one_run(tuning__enabled=True, tuning__loss="distill", tuning__scales=scales, tuning__learning_rate=0.05)
+    found, tuning = one.quantization, one.pipeline.quantized.tuning
+    assert tuning is not None
+    trace = one.run.get(tuning).trace
+    assert trace is not None
+    assert trace.best.step > 0
+    untuned = one.run.get(one.pipeline.behind(one.pipeline.prefix, tuned=False).quantization)
+    assert (found.static_scales.scales == untuned.static_scales.scales) is not scales
     assert found.static_scales.lineage.prefix == found.prefix.digest
-    assert found.static_scales.estimator == one.pipeline.recipe.calibration.estimator
+    # Judged on the first and the last of six windows that are spread over the text: measured here as evaluations are.
+    ids = one.model.encode(one.run.get(one.pipeline.text).text)
+    rows = ids[: len(ids) // 32 * 32].reshape(-1, 32)
+    teacher = Teacher(one.model)
+    teacher.remember(rows[[0, -1]])
+    model = one.model.folded(found.smoothing)
+    with simulated(model, found.scheme, found.scales):
+        assert teacher.compare(model, found.prefix, rows[[0, -1]]).divergence == pytest.approx(
+            trace.best.whole, rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("loss", ["invisible", "distill"])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.store import StageStore, place
+from cushion_deploy.store.digests import digest_json
 
 KEY = "0" * 64
 
@@ -45,7 +46,19 @@ def test_nothing_is_found_while_a_stage_is_being_written(tmp_path: Path) -> None
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-DAMAGE = ["fact", "flip", "truncate", "append", "delete", "extra", "link", "no manifest", "other key", "not json"]
+DAMAGE = [
+    "fact",
+    "flip",
+    "truncate",
+    "append",
+    "delete",
+    "extra",
+    "link",
+    "no manifest",
+    "other key",
+    "no table",
+    "not json",
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -77,11 +90,17 @@ def test_a_damaged_stage_is_swept_away_with_a_warning(
         manifest.unlink()
     elif damage == "other key":
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "key": "1" * 64}))
+    elif damage == "no table":
+        content = {"stage": "search", "key": KEY, "files": []}
+        text = json.dumps({**content, "digest": digest_json(content)}, indent=1)
+        manifest.write_text(f"{text}\n")
     else:
         manifest.write_text("{")
     with caplog.at_level(logging.WARNING):
         assert store.find("search", KEY) is None
     assert "stage search is damaged" in caplog.text
+    assert "cushion.json" not in caplog.text
+    assert damage != "no table" or "stage.json has no table of files" in caplog.text
     assert not folder.exists()
     _filled(tmp_path)
     assert store.find("search", KEY) == folder

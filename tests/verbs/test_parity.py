@@ -115,8 +115,8 @@ def test_an_engine_compiles_the_graph_of_its_type(built: Built) -> None:
 
     assert (chosen("onnxruntime"), chosen("tensorrt-rtx")) == (built.graph, built.half)
     assert distinct_graphs([built.graph, built.half, built.half], built.graph) == (built.half,)
-    # An export of its own, in which nothing differs: this embedding is stored in floating point anyway.
-    assert chosen("tensorrt-rtx", **{"tensorrt.dtype": "float32"}).digest == built.graph.digest
+    # TensorRT reads no codes, but this embedding is stored in floating point anyway: nothing would differ.
+    assert chosen("tensorrt-rtx", **{"tensorrt.dtype": "float32"}) is built.graph
 
 
 def test_the_float16_graph_has_rungs_of_its_own_and_is_part_of_the_key(built: Built) -> None:

@@ -64,6 +64,11 @@ def test_the_bytes_are_a_valid_model_of_one_head() -> None:
     weights = rng.integers(-127, 128, (64, 7), dtype=np.int8)
     model = onnx.load_from_string(one_head(weights, 32))
     onnx.checker.check_model(model, full_check=True)
+    assert [(node.op_type, len(node.input)) for node in model.graph.node] == [
+        ("Transpose", 1),
+        ("DequantizeLinear", 3),
+        ("MatMul", 2),
+    ], "as an exported head: the codes are a table of rows, and zero points are written out"
     x = rng.integers(-127, 128, (5, 64)).astype(np.float32)
     (found,) = ReferenceEvaluator(model).run(None, {"x": x})
     np.testing.assert_array_equal(found, x @ weights.astype(np.float32))
@@ -71,11 +76,15 @@ def test_the_bytes_are_a_valid_model_of_one_head() -> None:
 
 @pytest.mark.skipif(not has_head_kernel(), reason="this ONNX Runtime has no kernel for the head")
 @pytest.mark.parametrize("level", [INT8_HEAD, FLOAT_HEAD])
-def test_onnx_runtime_multiplies_a_head_in_the_kernel_that_the_setting_names(level: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("value", WAYS)
+def test_onnx_runtime_multiplies_a_head_in_the_kernel_that_the_setting_names(
+    value: str, level: str, tmp_path: Any
+) -> None:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(UINT8_WEIGHTS, value)
     options.add_session_config_entry(HEAD_ACTIVATIONS, level)
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     ort.InferenceSession(one_head(np.ones((64, 8), np.int8), 32), options, providers=["CPUExecutionProvider"])
@@ -134,17 +143,21 @@ def test_what_is_chosen_here_is_exact_and_the_first_that_is() -> None:
     found = exact_kernels()
     assert adds_exactly(found[UINT8_WEIGHTS])
     assert found[UINT8_WEIGHTS] == "0" or not adds_exactly("0")
-    assert (found[HEAD_ACTIVATIONS] == INT8_HEAD) is head_adds_exactly()
+    assert (found[HEAD_ACTIVATIONS] == INT8_HEAD) is head_adds_exactly(found[UINT8_WEIGHTS])
     assert "exact in a test" in kernels_in_words()
 
 
-def products_with(multiply: dict[str, Callable[[Any, Any], np.ndarray]]) -> Callable[..., Iterator[tuple[Any, Any]]]:
-    """Return a replacement of the run in ONNX Runtime: what each value of a setting computes of the same codes."""
+def products_with(
+    multiply: dict[tuple[str, ...], Callable[[Any, Any], np.ndarray]],
+) -> Callable[..., Iterator[tuple[Any, Any]]]:
+    """Return a replacement of the run in ONNX Runtime: what it computes of the same codes with the values of settings.
+
+    Those of a head are :data:`UINT8_WEIGHTS`, :data:`HEAD_ACTIVATIONS`; those of a linear the first of them.
+    """
 
     def products(weights: Any, model: bytes, config: dict[str, str]) -> Iterator[tuple[Any, Any]]:
         codes = np.full((2, len(weights)), 127, dtype=np.int8)
-        (value,) = config.values()
-        yield codes, multiply[value](codes, weights)
+        yield codes, multiply[tuple(config.values())](codes, weights)
 
     return products
 
@@ -156,14 +169,27 @@ def exact(codes: Any, weights: Any) -> np.ndarray:
 
 @pytest.mark.usefixtures("untried")
 def test_a_processor_that_saturates_gets_uint8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_products", products_with({"0": saturating, "1": exact, INT8_HEAD: saturating}))
+    found = {("0",): saturating, ("1",): exact, ("0", INT8_HEAD): saturating, ("1", INT8_HEAD): saturating}
+    monkeypatch.setattr(kernels, "_products", products_with(found))
     assert exact_kernels() == {UINT8_WEIGHTS: "1", HEAD_ACTIVATIONS: FLOAT_HEAD}
     assert "in which uint8 activations x int8 weights was not" in kernels_in_words()
 
 
 @pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize(("linear", "head"), [("0", FLOAT_HEAD), ("1", INT8_HEAD)])
+def test_a_head_is_tried_with_the_weights_of_the_sessions(
+    linear: str, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The setting for the weights of linears applies to the whole session: only its chosen value counts for a head."""
+    found = {("0",): exact if linear == "0" else saturating, ("1",): exact}
+    found |= {("0", INT8_HEAD): saturating, ("1", INT8_HEAD): exact}
+    monkeypatch.setattr(kernels, "_products", products_with(found))
+    assert exact_kernels() == {UINT8_WEIGHTS: linear, HEAD_ACTIVATIONS: head}
+
+
+@pytest.mark.usefixtures("untried")
 def test_a_processor_that_is_never_exact_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_products", products_with({"0": saturating, "1": saturating}))
+    monkeypatch.setattr(kernels, "_products", products_with({("0",): saturating, ("1",): saturating}))
     with pytest.raises(CheckFailed, match="whatever the setting"):
         exact_kernels()
 
@@ -172,6 +198,6 @@ def test_a_processor_that_is_never_exact_is_refused(monkeypatch: pytest.MonkeyPa
 def test_the_kernels_are_tried_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     monkeypatch.setattr(kernels, "adds_exactly", lambda value: tried.append(value) or True)
-    monkeypatch.setattr(kernels, "head_adds_exactly", lambda: tried.append("head") or True)
+    monkeypatch.setattr(kernels, "head_adds_exactly", lambda value: tried.append(f"head {value}") or True)
     assert exact_kernels() == exact_kernels() == {UINT8_WEIGHTS: "0", HEAD_ACTIVATIONS: INT8_HEAD}
-    assert tried == ["0", "head"]
+    assert tried == ["0", "head 0"]

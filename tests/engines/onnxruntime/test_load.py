@@ -8,9 +8,9 @@ from typing import Any
 import onnxruntime
 import pytest
 
+from cushion_deploy.engines.onnxruntime.cache_graphs import slice_graph
 from cushion_deploy.engines.onnxruntime.load import load_graph
 from cushion_deploy.engines.onnxruntime.settings import Provider, SessionSettings
-from cushion_deploy.engines.onnxruntime.slice_graph import slice_graph
 from cushion_deploy.errors import CheckFailed, MissingDependency
 
 # A provider that every build on Linux and Windows has, and that takes no node: the silent fallback, for real.

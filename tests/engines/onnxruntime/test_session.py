@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,17 @@ def test_file_that_is_no_graph_is_refused(tiny: Any, tmp_path: Path) -> None:
         OnnxRuntimeSession(tmp_path / "model.onnx", tiny.plain.contract)
     with pytest.raises(UsageError, match="does not exist"):
         OnnxRuntimeSession(tmp_path / "none.onnx", tiny.plain.contract)
+
+
+@pytest.mark.parametrize("name", [b"position_ids", b"logits", b"batch"])
+def test_a_graph_with_names_that_are_no_text_is_refused(tiny: Any, tmp_path: Path, name: bytes) -> None:
+    folder = shutil.copytree(tiny.plain.path.parent, tmp_path / "graph")
+    graph = folder / tiny.plain.path.name
+    content = graph.read_bytes()
+    assert name in content
+    graph.write_bytes(content.replace(name, b"\xff" + name[1:]))
+    with pytest.raises(UntrustedArtifact, match="cannot load"):
+        OnnxRuntimeSession(graph, tiny.plain.contract, SessionSettings(threads=1))
 
 
 @pytest.mark.parametrize("change", [{"num_layers": 3}, {"head_dim": 8}, {"vocab_size": 11}, {"dtype": "float16"}])
