@@ -274,9 +274,10 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         asyncio.run(load.run())
         seconds = time.monotonic() - began
         left = [server.metric(f"cushion_sequences_{kind}") for kind in ("running", "waiting")]
-        memory = [rss for number, rss in load.memory if number >= options.requests // 10]
         log = server.log
     load.judge_differing()
+    memory = [rss for number, rss in load.memory if number >= options.requests // 10]
+    curve = [statistics.median(part) for part in np.array_split([rss for _, rss in load.memory], 10)]
     middle = statistics.median(memory)
     spread = (min(memory) / middle - 1, max(memory) / middle - 1)
     problems = [*load.wrong]
@@ -295,6 +296,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "requests_per_second": round(options.requests / seconds, 1),
         "tokens_per_second": round(load.tokens / seconds, 1),
         "memory_mb": {"median": round(middle / 1e6, 1), "lowest": spread[0], "highest": spread[1]},
+        "memory_mb_by_tenth_of_the_requests": [round(float(rss) / 1e6, 1) for rss in curve],
         "log_lines": len(log.splitlines()),
     }
     return result, problems

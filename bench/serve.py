@@ -1,12 +1,12 @@
 """How a server behaves under several clients, over HTTP: first tokens, tokens per second, the second turn of a chat.
 
-    python bench/serve.py BUNDLE --clients 1 4 8 16 [--gguf MODEL.gguf]
+    python bench/serve.py BUNDLE --clients 1 4 8 16 [--engines onnxruntime openvino] [--gguf MODEL.gguf]
 
 Each client streams one answer after the other; all prompts begin differently, so nothing is reused. While the clients
 of the last row generate, a long prompt arrives: the longest pause between two events of the others shows what it costs
 them. The second turn adds a message to a conversation with a long first one. llama.cpp's server is measured in the same
-run if ``--gguf`` is given and llama-cpp-python[server] is installed; if it fails, the result has the reason.
-onnxruntime-genai and OpenVINO come without a server. Prints JSON.
+run if ``--gguf`` is given and llama-cpp-python[server] is installed; if it fails, the result has the reason. Engines
+other than onnxruntime serve one request at a time; onnxruntime-genai and OpenVINO come without a server. Prints JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cushion_deploy.core.host import cpu_description, installed_versions
 
 WORDS = ("river", "stone", "late", "copper", "garden", "seven", "window", "quiet", "bridge", "salt", "paper", "north")
 LLAMA = "llama.cpp"
-PACKAGES = ("onnxruntime", "uvicorn", "llama-cpp-python")
+PACKAGES = ("onnxruntime", "openvino", "uvicorn", "llama-cpp-python")
 
 
 @dataclass
@@ -69,11 +69,15 @@ def prompt(random: np.random.Generator, words: int) -> str:
     return f"{random.integers(10**9)} " + " ".join(random.choice(WORDS, words))
 
 
+def _fixed(server: ServerProcess, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what is the same in all requests; no token ends an answer early, so that all have the same length."""
+    return {"model": server.model, "max_tokens": options.tokens, "logit_bias": dict.fromkeys(options.ends, -100)}
+
+
 async def clients(server: ServerProcess, number: int, options: argparse.Namespace, *, long: bool) -> dict[str, Any]:
     """Return the measurements of one number of clients."""
     random = np.random.default_rng(number + 100 * long)
-    # No token ends an answer early, so that all have the same length.
-    fixed = {"model": server.model, "max_tokens": options.tokens, "logit_bias": dict.fromkeys(options.ends, -100)}
+    fixed = _fixed(server, options)
     everyone = [Client() for _ in range(number)]
     async with httpx2.AsyncClient(base_url=server.url, timeout=600) as http:
 
@@ -108,7 +112,7 @@ async def second_turn(server: ServerProcess, options: argparse.Namespace) -> dic
         for _ in range(options.rounds):
             client = Client()
             messages = [{"role": "user", "content": prompt(random, options.history)}]
-            body: dict[str, Any] = {"model": server.model, "max_tokens": 16}
+            body: dict[str, Any] = {**_fixed(server, options), "max_tokens": 16}
             said = await client.ask(http, "chat/completions", {**body, "messages": messages})
             messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "And then?"}]
             await client.ask(http, "chat/completions", {**body, "messages": messages})
@@ -134,15 +138,17 @@ def measure(server: ServerProcess, options: argparse.Namespace) -> dict[str, Any
 
 @contextmanager
 def started(name: str, options: argparse.Namespace) -> Iterator[ServerProcess]:
-    """Run one of the servers."""
+    """Run one of the servers: llama.cpp's, or this one on an engine."""
     if name != LLAMA:
-        rows = ["--max-rows", str(max(options.clients) + 1)]
-        with cushion_server(options.bundle, *rows, threads=options.threads) as server:
+        flags = ["--max-rows", str(max(options.clients) + 1), "--engine", name]
+        with cushion_server(options.bundle, *flags, threads=options.threads) as server:
             yield server
         return
     port, threads = str(bind_free_port()), str(options.threads)
     flags = ["--model", str(options.gguf), "--port", port, "--n_threads", threads, "--n_threads_batch", threads]
-    command = [sys.executable, "-m", "llama_cpp.server", *flags, "--n_ctx", "4096"]
+    # Without the last option a request breaks off the answer to the one before it.
+    flags += ["--n_ctx", "4096", "--interrupt_requests", "false"]
+    command = [sys.executable, "-m", "llama_cpp.server", *flags]
     with other_server(command, f"http://127.0.0.1:{port}", str(options.gguf)) as server:
         yield server
 
@@ -152,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--gguf", type=Path, help="the model for llama.cpp's server")
+    parser.add_argument("--engines", nargs="+", default=["onnxruntime"], help="engines of the bundle")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--answers", type=int, default=2, help="answers of each client")
@@ -162,7 +169,7 @@ def main() -> None:
     parser.add_argument("--ends", nargs="*", default=["2"], help="ids of the tokens that end an answer")
     options = parser.parse_args()
     found: dict[str, Any] = {}
-    for name in ["cushion-deploy", *([LLAMA] if options.gguf else [])]:
+    for name in [*options.engines, *([LLAMA] if options.gguf else [])]:
         try:
             with started(name, options) as server:
                 found[name] = measure(server, options)

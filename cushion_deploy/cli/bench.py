@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cushion_deploy.cli.bundle_options import bundle_argument, open_named
 from cushion_deploy.cli.engine_options import engines_option
-from cushion_deploy.cli.help import FILE, option, verb
+from cushion_deploy.cli.help import option, verb
 from cushion_deploy.cli.options import compute_options, compute_settings, make_run, model_option, names, run_options
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.cli.session_options import threads_option
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @verb("bench", "bench OUT", "bench OUT --prompt 128 --decoded 64 --threads 1 --no-float")
-@click.argument("bundle", type=FILE)
+@bundle_argument
 @model_option
 @option(
     "--no-float", heading="Workload", is_flag=True, help="Leave out the float model, so that --model is not needed."
@@ -56,10 +57,9 @@ def command(
     affects all of them. The table has tokens per second, and milliseconds per decode step.
     """
     from cushion_deploy.evaluate.speed import Workload
-    from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.verbs.bench import bench_bundle
 
-    opened = open_bundle(bundle)
+    opened = open_named(bundle)
     recipe = Recipe.from_bundle(opened.manifest.recipe).merged(
         {**({"model": model} if model else {}), **compute_settings(device, compute_dtype)}
     )

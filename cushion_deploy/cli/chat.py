@@ -10,15 +10,16 @@ from typing import Any
 
 import click
 
+from cushion_deploy.cli.bundle_options import RequiredSignature, bundle_argument, open_named, signature_options
 from cushion_deploy.cli.generation_options import generation_options, make_params
-from cushion_deploy.cli.help import FILE, option, verb
+from cushion_deploy.cli.help import option, verb
 from cushion_deploy.cli.terminal import echo, echo_generated, echo_remarks, stdin_lines, typed_line
 from cushion_deploy.errors import CushionError, UsageError
-from cushion_deploy.runtime import load
+from cushion_deploy.runtime import TextGenerator
 from cushion_deploy.runtime.conversation import Conversation
 from cushion_deploy.runtime.draft import make_draft
+from cushion_deploy.runtime.engine import open_engine
 from cushion_deploy.runtime.generate import Usage
-from cushion_deploy.runtime.hub import local_bundle
 
 HELP = """/system TEXT  set the system message; without TEXT, remove it
 /reset        forget the conversation, except for the system message
@@ -32,9 +33,10 @@ PROMPT = "> "
 @verb(
     "chat", "chat OUT", 'chat OUT --system "Answer in one sentence." --temperature 0.7', "chat org/name < messages.txt"
 )
-@click.argument("bundle", type=FILE)
+@bundle_argument
 @option("--system", heading="Generation", metavar="TEXT", help="System message.")
 @generation_options(max_new_tokens=512)
+@signature_options
 def command(
     bundle: Path,
     system: str | None,
@@ -43,6 +45,7 @@ def command(
     draft: str | None,
     engine: str,
     threads: int | None,
+    required: RequiredSignature | None,
     **sampling: Any,
 ) -> None:
     """Chat with BUNDLE in the terminal.
@@ -53,9 +56,10 @@ def command(
     """
     params = make_params(sampling)
     make_draft(draft)  # an unknown name is an error before the bundle is read
-    generator = load(local_bundle(bundle), engine, threads)
+    opened = open_named(bundle, required)
+    opened.require_chat_template()
+    generator = TextGenerator(opened, open_engine(opened, engine, threads))
     echo_remarks(engine, generator.session)
-    generator.bundle.require_chat_template()
     talk = Conversation(generator, system, params, max_new_tokens, stop, draft)
     if sys.stdin.isatty():
         _in_terminal(talk)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from cushion_deploy.cli.bundle_options import RequiredSignature, bundle_argument, open_named, signature_options
 from cushion_deploy.cli.generation_options import generation_options, make_params
 from cushion_deploy.cli.help import FILE, json_option, option, verb
 from cushion_deploy.cli.output import require_parent
 from cushion_deploy.cli.terminal import echo_generated, echo_remarks, read_stdin
 from cushion_deploy.errors import UsageError
-from cushion_deploy.runtime import TextGenerator, TokenEvent, load, open_bundle
+from cushion_deploy.runtime import TextGenerator, TokenEvent
 from cushion_deploy.runtime.answers import Settings, finished, make_jobs, write_answers
+from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.draft import make_draft
 from cushion_deploy.runtime.engine import open_engine
-from cushion_deploy.runtime.hub import local_bundle
 from cushion_deploy.runtime.requests import read_requests
 
 
@@ -30,7 +32,7 @@ from cushion_deploy.runtime.requests import read_requests
     'generate OUT "Name three rivers." --chat --temperature 0.7 --seed 1',
     "generate OUT --input prompts.jsonl --output answers.jsonl --batch 8",
 )
-@click.argument("bundle", type=FILE)
+@bundle_argument
 @click.argument("prompt", required=False)
 @option("--chat", heading="Generation", is_flag=True, help="Send PROMPT as a user's message through the chat template.")
 @option("--system", heading="Generation", metavar="TEXT", help="System message. Requires --chat.")
@@ -57,6 +59,7 @@ from cushion_deploy.runtime.requests import read_requests
     fallback="1",
     help="Prompts of --input that run at once.",
 )
+@signature_options
 def command(
     bundle: Path,
     prompt: str | None,
@@ -71,6 +74,7 @@ def command(
     requests: Path | None,
     answers: Path | None,
     batch: int | None,
+    required: RequiredSignature | None,
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with BUNDLE; without PROMPT, the text on stdin.
@@ -83,7 +87,7 @@ def command(
     if requests or answers:
         _refuse_with_input(prompt=prompt, chat=chat, system=system, draft=draft, json=as_json)
         settings = Settings(params, max_new_tokens, stop, engine)
-        _answer_file(bundle, requests, answers, settings, threads, batch or 1)
+        _answer_file(partial(open_named, bundle, required), requests, answers, settings, threads, batch or 1)
         return
     if batch:
         raise UsageError("--batch was given without --input", hint="add --input prompts.jsonl --output answers.jsonl")
@@ -92,7 +96,8 @@ def command(
     if system and not chat:
         raise UsageError("--system was given without --chat", hint="add --chat")
     make_draft(draft)  # an unknown name is an error before the bundle is read
-    generator = load(local_bundle(bundle), engine, threads)
+    opened = open_named(bundle, required)
+    generator = TextGenerator(opened, open_engine(opened, engine, threads))
     echo_remarks(engine, generator.session)
     options: dict[str, Any] = {"params": params, "max_new_tokens": max_new_tokens, "stop": stop, "draft": draft}
     if chat:
@@ -136,7 +141,12 @@ def _refuse_with_input(**given: object) -> None:
 
 
 def _answer_file(
-    path: Path, requests: Path | None, answers: Path | None, settings: Settings, threads: int | None, batch: int
+    open_it: Callable[[], Bundle],
+    requests: Path | None,
+    answers: Path | None,
+    settings: Settings,
+    threads: int | None,
+    batch: int,
 ) -> None:
     if requests is None or answers is None:
         raise UsageError(
@@ -147,7 +157,7 @@ def _answer_file(
     lines = read_requests(requests)
     if os.path.exists(answers) and answers.samefile(requests):
         raise UsageError(f"--input and --output are the same file, {requests}", hint="give another --output")
-    bundle = open_bundle(local_bundle(path))
+    bundle = open_it()
     jobs = make_jobs(bundle, lines, settings)
     done, _ = finished(answers, jobs)
     if done < len(jobs):

@@ -14,18 +14,19 @@ from cushion_deploy.cli.terminal import echo
 from cushion_deploy.core.artifacts import read_kv_scales, read_prefix, read_scales
 from cushion_deploy.core.kv_scales import KV_SCALES_FILE, KvScales
 from cushion_deploy.errors import CheckFailed, MissingDependency, UsageError
+from cushion_deploy.runtime.hub import local_bundle
 
 
 @verb("inspect", "inspect OUT", "inspect prefix.safetensors", "inspect scales.json --json")
 @click.argument("path", type=FILE)
 @json_option()
 def command(path: Path, as_json: bool) -> None:
-    """Show the contents of PATH: a bundle, a prefix.safetensors, or a scales.json.
+    """Show the contents of PATH: a bundle (a folder or org/name), a prefix.safetensors, or a scales.json.
 
     For a bundle that includes the graph, the prefix, the INT8 coverage of every engine, and the INT8 kernels that ONNX
     Runtime uses on this machine.
     """
-    facts = _facts(path)
+    facts = _facts(local_bundle(path))
     if as_json:
         click.echo(json.dumps(facts))
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.bundle_options import bundle_argument, open_named
 from cushion_deploy.cli.engine_options import engines_option
 from cushion_deploy.cli.evaluation_options import TEXTS, eval_data_option
 from cushion_deploy.cli.help import FILE, option, verb
@@ -23,7 +24,7 @@ from cushion_deploy.recipe import Recipe
     "parity OUT --model org/name --write-baseline baseline.json",
     "parity OUT --model org/name --baseline baseline.json",
 )
-@click.argument("bundle", type=FILE)
+@bundle_argument
 @model_option
 @eval_data_option(f"Text to compare on: {TEXTS}.", "that of the build")
 @option("--junit", heading="Checks", type=FILE, metavar="FILE", help="Write the checks as JUnit XML, for CI.")
@@ -67,10 +68,9 @@ def command(
     model. The exit code is 1 if a check fails.
     """
     from cushion_deploy.parity import baseline as baselines
-    from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.verbs.parity import check_bundle, engines_to_run
 
-    opened = open_bundle(bundle)
+    opened = open_named(bundle)
     overrides = {"model": model, "evaluation.data": eval_data, "parity.data": eval_data}
     given = {name: value for name, value in overrides.items() if value is not None}
     recipe = Recipe.from_bundle(opened.manifest.recipe).merged({**given, **compute_settings(device, compute_dtype)})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cushion_deploy.cli.bundle_options import RequiredSignature, bundle_argument, open_named, signature_options
 from cushion_deploy.cli.help import FILE, option, verb
 from cushion_deploy.cli.session_options import engine_option, threads_option
 from cushion_deploy.cli.terminal import echo_remarks
@@ -22,7 +23,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
     "serve OUT",
     "serve OUT --host 0.0.0.0 --api-key-file key.txt --tls-cert cert.pem --tls-key key.pem",
 )
-@click.argument("bundle", type=FILE)
+@bundle_argument
 @option("--host", heading="Network", metavar="ADDRESS", default="127.0.0.1", help="Address to listen on.")
 @option("--port", heading="Network", type=click.IntRange(0, 65535), default=8000, help="Port; 0 takes a free one.")
 @engine_option
@@ -103,6 +104,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
     metavar="SECONDS",
     help="Time that answers under way have to end after SIGTERM or Ctrl-C.",
 )
+@signature_options
 def command(
     bundle: Path,
     host: str,
@@ -123,6 +125,7 @@ def command(
     request_timeout: float,
     max_body_kib: int,
     drain_timeout: float,
+    required: RequiredSignature | None,
 ) -> None:
     """Serve BUNDLE through an OpenAI-compatible API, with a chat page at `/`.
 
@@ -137,9 +140,7 @@ def command(
             f"{host} can be reached from other machines, and there is no API key",
             hint=f"set {KEY_VARIABLE} or give --api-key-file; --allow-anonymous serves everyone",
         )
-    from cushion_deploy.runtime import open_bundle
     from cushion_deploy.runtime.engine import open_engine
-    from cushion_deploy.runtime.hub import local_bundle
     from cushion_deploy.serve.app import AppSettings, create_app
     from cushion_deploy.serve.engine import Engine, EngineSettings
     from cushion_deploy.serve.metrics import Metrics
@@ -155,11 +156,10 @@ def command(
     settings = EngineSettings(max_rows, Limits(queue, prefill_chunk), kv_pool_mib << 20)
     # Before the bundle is read, because a port in use is found at once.
     with bind(host, port) as listener:
-        folder = local_bundle(bundle)
-        opened, metrics = open_bundle(folder), Metrics()
+        opened, metrics = open_named(bundle, required), Metrics()
         session = open_engine(opened, engine, threads)
         echo_remarks(engine, session)
-        worker = Engine(model_name or _name(bundle, folder), opened, session, engine, settings, metrics)
+        worker = Engine(model_name or _name(bundle, opened.path), opened, session, engine, settings, metrics)
         server = Server(create_app(worker, metrics, http), worker, Patience(drain_timeout), tls)
         # Before the line is printed, because whoever waits for it connects at once.
         listener.listen()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,13 @@ class Bundle:
         return encode_prompt(self.tokenizer, text, self.bos_token_id, keep_bos=self.keep_bos)
 
 
-def open_bundle(path: Path | str) -> Bundle:
+def open_bundle(path: Path | str, *, accept: Callable[[BundleManifest], object] | None = None) -> Bundle:
     """Verify a bundle and read it; no engine is loaded.
+
+    Args:
+        path: folder of the bundle.
+        accept: is called with the manifest when every file has been compared with it and none has been read; what it
+            raises refuses the bundle.
 
     Raises:
         UsageError: the path is not a folder.
@@ -130,6 +135,8 @@ def open_bundle(path: Path | str) -> Bundle:
     # Only the folder of a bundle is searched: another could be large.
     states = file_states(path) if (path / MANIFEST_NAME).is_file() else {}
     manifest = verify_bundle(path)
+    if accept is not None:
+        accept(manifest)
     config = _read(path / "config.json")
     generation = _read(path / "generation_config.json", optional=True)
     text = read_text_files(path)

@@ -73,6 +73,9 @@ def test_the_name_is_as_good_as_the_folder(hub: FakeHub, pushed: Any, run: Run, 
     assert ".gitattributes" not in hub.fetched
     before = list(hub.fetched)
     assert run("verify", f"{NAME}@{pushed['commit']}").returncode == 0
+    for verb in ("inspect", "report"):
+        named, folder = run(verb, NAME, "--json"), cli(verb, tiny_bundle.bundle, "--json")
+        assert (named.returncode, json.loads(named.stdout)) == (0, folder.json), named.stderr
     offline = run("generate", NAME, *options, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     assert json.loads(offline.stdout)["token_ids"] == json.loads(done.stdout)["token_ids"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 
 from cushion_deploy.store import publish, staging_area
 
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("model_signing", reason="model-signing is not installed")
 OPENSSL = shutil.which("openssl")
 if OPENSSL is None:
@@ -300,3 +302,33 @@ def test_without_the_library_the_extra_is_named(signed: Path, keys: Any, python:
         assert done.returncode == 3
         assert "pip install 'cushion-deploy[sign]'" in done.stderr
     assert python(code, "verify", signed).returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "serve"])
+def test_what_runs_a_bundle_can_demand_a_signature(
+    copy: Path, keys: Any, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+    monkeypatch.setattr("cushion_deploy.serve.server.run", lambda server, listener: None)
+    command: tuple[object, ...] = {
+        "generate": ("generate", copy, "A head", "--max-new-tokens", 2),
+        "chat": ("chat", copy, "--max-new-tokens", 2),
+        "serve": ("serve", copy, "--port", 0),
+    }[verb]
+    opened: list[object] = []
+    original = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **m: opened.append(a) or original(*a, **m))
+    _, other = make_keys(tmp_path / "other", *curve("P-256"))
+    refused(cli(*command, "--public-key", keys[1]), 4, "is not signed")
+    assert cli("sign", copy, "--key", keys[0], "--output", tmp_path / "s").code == 0
+    refused(cli(*command, "--public-key", other, "--signature", tmp_path / "s"), 4, "another key")
+    refused(cli(*command, "--public-key", keys[0]), 2, "it has a private key")
+    refused(cli(*command, "--signature", tmp_path / "s"), 2, "--public-key")
+    # Valid in itself, with a tokenizer that cannot be read: nothing is read before the signature.
+    forged = write_bundle(tmp_path / "forged", {"tokenizer.json": b"evil", "config.json": b"evil"})
+    on_forged = [forged if part is copy else part for part in command]
+    refused(cli(*on_forged, "--public-key", keys[1], "--signature", tmp_path / "s"), 4, "is of other files")
+    assert not opened
+    done = cli(*command, "--public-key", keys[1], "--signature", tmp_path / "s")
+    assert done.code == 0, done.err
+    assert opened
