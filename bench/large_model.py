@@ -136,7 +136,7 @@ def _export(model: Path, folder: Path, dtype: str) -> dict[str, Any]:
     from cushion_deploy.export.write import export_graph
     from cushion_deploy.families import get_family
     from cushion_deploy.modeling.checkpoint import Checkpoint
-    from cushion_deploy.modeling.load import describe
+    from cushion_deploy.modeling.describe import describe
     from cushion_deploy.modeling.source import ModelSource
 
     family = get_family("llama")

@@ -12,11 +12,10 @@ from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.session import DecoderSession
 
-Product = Literal["plan", "graph", "blob", "report", "nothing"]
+Product = Literal["plan", "graph", "blob", "report"]
 """What :meth:`Engine.compile` writes: a plan, which then runs instead of ``model.onnx``; a graph, which then runs
 instead of ``model.onnx`` unless that suits the engine as it is; a blob, which spares compiling ``model.onnx`` again on
-machines like this one; a report on how ``model.onnx`` runs; or nothing, for an engine that runs ``model.onnx``
-unseen."""
+machines like this one; or a report on how ``model.onnx`` runs."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Engine(Protocol):
 
         Raises:
             MissingDependency: the library or the GPU that it needs is missing.
-            UsageError: an unknown target, a limit that cannot be met, or an engine that compiles nothing.
+            UsageError: an unknown target, or a limit that cannot be met.
             CheckFailed: fewer linears run in INT8 than ``allow_float_linears`` permits.
         """
         ...

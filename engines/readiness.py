@@ -19,7 +19,7 @@ class Readiness:
 
     Attributes:
         name: name of the engine.
-        compiles: whether it compiles something, and can do so here.
+        compiles: whether it can compile here.
         runs: whether it can run here; a plan also has to be for the GPU of this machine.
         version: version of its library; empty if that is not installed or cannot be used.
         note: what is missing and what installs it; empty if it runs.
@@ -33,7 +33,7 @@ class Readiness:
 
 
 def readiness() -> tuple[Readiness, ...]:
-    """Return what every engine can do on this machine; those that only run ``model.onnx`` are included."""
+    """Return what every engine can do on this machine."""
     return tuple(map(_readiness, ENGINES.values()))
 
 
@@ -43,7 +43,7 @@ def driver_gpus() -> tuple[str, ...]:
 
 
 def _readiness(engine: Engine) -> Readiness:
-    compiles = engine.compiles_to != "nothing" and why_missing(engine) is None
+    compiles = why_missing(engine) is None
     try:
         version = engine.version()
     except MissingDependency as e:

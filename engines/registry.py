@@ -28,7 +28,7 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in _ENGINES}
 
 @dataclass(frozen=True)
 class Availability:
-    """What a compiling engine can do on this machine.
+    """What an engine can do on this machine.
 
     Attributes:
         name: name of the engine.
@@ -45,11 +45,6 @@ class Availability:
     note: str
 
 
-def compiling_engines() -> dict[str, Engine]:
-    """Return the engines that compile something; the others run ``model.onnx`` as it is."""
-    return {name: engine for name, engine in ENGINES.items() if engine.compiles_to != "nothing"}
-
-
 def find_engine(name: str) -> Engine:
     """Return an engine by name; raises UsageError, with the valid names, if there is none."""
     if name not in ENGINES:
@@ -61,28 +56,27 @@ def choose_engines(names: Sequence[str] | None) -> list[Engine]:
     """Return the engines to compile for: the named ones, or every one that can compile on this machine.
 
     A graph of an engine's own takes as much space as the bundle's, so without names it is only compiled where it could
-    run.
+    run, and one with a dequantized embedding, which takes more, only by name.
 
     Raises:
-        UsageError: an unknown name, or an engine that compiles nothing; the hint lists the valid names.
+        UsageError: an unknown name; the hint lists the valid ones.
         MissingDependency: a named engine cannot compile here; the hint is the install command.
     """
-    engines = compiling_engines()
     if names is None:
-        found = [engine for engine in engines.values() if why_missing(engine) is None]
-        return [engine for engine in found if engine.compiles_to != "graph" or engine.gpus()]
+        found = [engine for engine in ENGINES.values() if why_missing(engine) is None]
+        return [e for e in found if e.compiles_to != "graph" or (e.gathers_codes and e.gpus())]
     chosen = []
     for name in names:
-        if name not in engines:
-            raise unknown_choice("engine", name, sorted(engines))
-        engines[name].require()
-        chosen.append(engines[name])
+        if name not in ENGINES:
+            raise unknown_choice("engine", name, sorted(ENGINES))
+        ENGINES[name].require()
+        chosen.append(ENGINES[name])
     return chosen
 
 
 def availabilities() -> tuple[Availability, ...]:
-    """Return what each compiling engine can do on this machine."""
-    return tuple(map(_availability, compiling_engines().values()))
+    """Return what each engine can do on this machine."""
+    return tuple(map(_availability, ENGINES.values()))
 
 
 def why_missing(engine: Engine) -> MissingDependency | None:

@@ -20,7 +20,7 @@ from cushion_deploy.cli.help import option, output_option, verb
 from cushion_deploy.cli.next_steps import after_build
 from cushion_deploy.cli.options import compute_options, make_recipe, make_run, recipe_options
 from cushion_deploy.cli.progress import progress
-from cushion_deploy.engines.registry import compiling_engines
+from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import ExitCode, UsageError
 
 
@@ -43,7 +43,7 @@ from cushion_deploy.errors import ExitCode, UsageError
     help="Ship the prefix if the quantized model is closer to the original with it than without it (auto), in any "
     "case (always), or search for none (never, as --no-prefix).",
 )
-@engines_option(f"Engines to compile for ({', '.join(compiling_engines())})", "every engine that can compile here")
+@engines_option(f"Engines to compile for ({', '.join(ENGINES)})", "every engine that can compile here")
 @target_option
 @plan_options
 @float_linears_option

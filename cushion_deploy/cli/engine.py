@@ -19,7 +19,7 @@ from cushion_deploy.core.engine_artifact import EngineArtifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.engines.base import CompileOptions, Engine
-from cushion_deploy.engines.registry import choose_engines, compiling_engines
+from cushion_deploy.engines.registry import ENGINES, choose_engines
 from cushion_deploy.errors import UsageError
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle, read_graph, verify_graph
@@ -43,7 +43,7 @@ SHOWN = 2000
     heading="Engine",
     metavar="NAME",
     required=True,
-    help=f"Engine to compile for: {', '.join(compiling_engines())}.",
+    help=f"Engine to compile for: {', '.join(ENGINES)}.",
 )
 @target_option
 @plan_options

@@ -78,6 +78,8 @@ class EngineArtifact:
         if dtype := self.details.get("float_products"):
             said = self.details.get("remarks") or [f"{self.linears} linears multiply {dtype} values of the INT8 codes"]
             return "; ".join(map(str, said))
+        if self.details.get("uncounted"):
+            return f"INT8 is not counted in {self.linears} linears"
         return f"{self.int8_linears} of {self.linears} linears in INT8"
 
     def to_json(self) -> dict[str, Any]:

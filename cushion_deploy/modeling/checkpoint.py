@@ -15,7 +15,15 @@ from cushion_deploy.errors import UntrustedArtifact, UsageError
 from cushion_deploy.families import Family
 from cushion_deploy.modeling.quantized_formats import StoredFormat
 from cushion_deploy.modeling.source import weight_files
-from cushion_deploy.modeling.stored_tensor import SCALES, ZERO_POINT, StoredTensor, with_scales
+from cushion_deploy.modeling.stored_tensor import (
+    PACKED,
+    SCALES,
+    SHAPE,
+    ZERO_POINT,
+    StoredTensor,
+    packed_weight,
+    with_scales,
+)
 from cushion_deploy.modeling.unused_tensors import Harmless, harmless_kinds
 
 TOWERS = ("language_model.model.", "language_model.lm_head.", "model.language_model.", "model.text_model.")
@@ -27,8 +35,8 @@ COMPARED = 4096
 class Checkpoint:
     """A ``WeightSource`` of the tensors in a folder, by their names in the module; nothing is kept in memory.
 
-    Linears that a family stores as ``[in, out]`` are returned as ``[out, in]``, as in torch. FP8 and INT8 weights are
-    dequantized with the scales beside them.
+    Linears that a family stores as ``[in, out]`` are returned as ``[out, in]``, as in torch. FP8, INT8 and packed INT4
+    weights are dequantized with the scales beside them.
     """
 
     def __init__(self, folder: Path, family: Family, form: StoredFormat | None = None) -> None:
@@ -36,7 +44,7 @@ class Checkpoint:
 
         Raises:
             UntrustedArtifact: a file is damaged.
-            UsageError: two tensors have the same name in the module.
+            UsageError: two tensors have the same name in the module, or the meaning of packed codes is not certain.
         """
         self._family, self._form = family, form
         self._transposed = tuple(f".{part}.weight" for part in family.transposed)
@@ -50,6 +58,21 @@ class Checkpoint:
                         self._add(StoredTensor(file, key, part.get_dtype(), tuple(part.get_shape())))
             except SafetensorError as e:
                 raise UntrustedArtifact(f"{file.name} is damaged: {e}", hint="fetch the model again") from e
+        for name in [name for name in self._found if name.endswith(f".{PACKED}")]:
+            self._pair(name.removesuffix(PACKED))
+
+    def _pair(self, base: str) -> None:
+        """Put a weight in the place of its packed codes and what belongs to them, so that it has its own shape."""
+        name = f"{base}weight"
+        parts = {
+            s: self._found.pop(base + s) for s in (PACKED, SHAPE, SCALES[0], ZERO_POINT) if base + s in self._found
+        }
+        if name in self._found:
+            raise UsageError(
+                f"{name} is there twice: as it is, and packed as {parts[PACKED].key}",
+                hint="remove one of them, or fetch the model again",
+            )
+        self._found[name] = packed_weight(name, parts[PACKED], parts, self._form)
 
     def _add(self, tensor: StoredTensor) -> None:
         name = _name_in_module(tensor.key, self._family)
@@ -78,6 +101,9 @@ class Checkpoint:
         kept: dict[str, StoredTensor] = {}
         used: set[str] = set()
         for name in self._found.keys() & names:
+            if self._found[name].packing:  # it has its scales already
+                kept[name] = self._found[name]
+                continue
             base = name.removesuffix("weight")
             beside = {
                 s: self._found[base + s] for s in (*SCALES, ZERO_POINT) if base != name and base + s in self._found

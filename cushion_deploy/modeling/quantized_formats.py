@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.packing import BITS
 
 ORIGINAL = (
     "give the floating-point checkpoint that it was made from, whose name is usually on its model card. Weights in FP8 "
-    "or INT8 with scales are dequantized (fp8, fbgemm_fp8, modelopt FP8, compressed-tensors)"
+    "or INT8 with scales are dequantized (fp8, fbgemm_fp8, modelopt FP8, compressed-tensors), and so is packed INT4 or "
+    "INT8 of compressed-tensors"
 )
 _COMPRESSED = ("dense", "float-quantized", "int-quantized", "naive-quantized")
 """Formats of compressed-tensors whose weights are one FP8 or INT8 number per element, with scales beside them."""
+_PACKED = "pack-quantized"
+"""Format of compressed-tensors with several codes in a word of 32 bits."""
+_ORDERS = (None, "weight", "static")
+"""Orders of columns in which groups follow each other as they are stored."""
 _STAGED = ("initialized", "calibration", "frozen")
 """States of compressed-tensors in which the weights in the file are still in floating point."""
 _SCALED_BY = {"tensor": None, "channel": None, "token": None}
@@ -27,11 +33,13 @@ class StoredFormat:
         method: the name in the configuration, for messages.
         block: elements of a weight ``[out, in]`` that share a scale; None if the shape of the scales says it.
         floats: whether weights with scales beside them may be in floating point.
+        packed: bits of a packed code, and whether zero points belong to it; None if nothing is packed.
     """
 
     method: str
     block: tuple[int, int] | None = None
     floats: bool = False
+    packed: tuple[int, bool] | None = None
 
 
 def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
@@ -77,11 +85,17 @@ def _compressed_tensors(found: Mapping[str, Any], key: str) -> StoredFormat:
     groups = list((found.get("config_groups") or {}).values())
     formats = {found.get("format"), *(group.get("format") for group in groups)} - {None, "mixed-precision"}
     for name in sorted(formats):
-        _require(name in _COMPRESSED, method, f"the format {name!r}", key)
-    blocks = set()
-    for weights in (group["weights"] for group in groups if group.get("weights")):
+        _require(name in (*_COMPRESSED, _PACKED), method, f"the format {name!r}", key)
+    blocks, packings = set(), set()
+    for group in groups:
+        weights = group.get("weights")
+        if not weights:
+            continue
         bits, strategy = weights.get("num_bits", 8), weights.get("strategy")
-        _require(bits == 8, method, f"{bits}-bit weights", key)
+        if (group.get("format") or found.get("format")) == _PACKED:
+            packings.add(_packing(weights, method, key))
+        else:
+            _require(bits == 8, method, f"{bits}-bit weights", key)
         if strategy == "block":
             blocks.add(_block(weights.get("block_structure"), method, key))
         elif strategy == "group":
@@ -90,8 +104,20 @@ def _compressed_tensors(found: Mapping[str, Any], key: str) -> StoredFormat:
             _require(strategy is None or strategy in _SCALED_BY, method, f"scales per {strategy!r}", key)
             blocks.add(None)
     _require(len(blocks) < 2, method, "groups with scales of several kinds", key)
+    _require(len(packings) < 2, method, "groups that are packed in several ways", key)
     staged = found.get("quantization_status") in _STAGED or formats == {"dense"}
-    return StoredFormat(f"{method}, {', '.join(sorted(formats)) or 'no format'}", next(iter(blocks), None), staged)
+    named = f"{method}, {', '.join(sorted(formats)) or 'no format'}"
+    return StoredFormat(named, next(iter(blocks), None), staged, next(iter(packings), None))
+
+
+def _packing(weights: Mapping[str, Any], method: str, key: str) -> tuple[int, bool]:
+    """Return the bits of packed weights, and whether zero points belong to them."""
+    bits, strategy, symmetric = (weights.get(name) for name in ("num_bits", "strategy", "symmetric"))
+    _require(bits in BITS and weights.get("type", "int") == "int", method, f"packed weights of {bits} bits", key)
+    _require(strategy in ("channel", "group"), method, f"packed weights with scales per {strategy!r}", key)
+    _require(symmetric in (True, False, None), method, f"symmetric {symmetric!r}", key)
+    _require(weights.get("actorder") in _ORDERS, method, f"columns ordered by {weights.get('actorder')!r}", key)
+    return int(bits or 0), symmetric is False
 
 
 def _block(size: Any, method: str, key: str) -> tuple[int, int] | None:

@@ -1,8 +1,8 @@
-"""A tensor in a safetensors file, read whole or in part; FP8 and INT8 weights are dequantized with their scales."""
+"""A tensor in a safetensors file, read whole or in part; quantized weights are dequantized with their scales."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cushion_deploy.errors import UsageError
+from cushion_deploy.modeling.packing import Packing
 from cushion_deploy.modeling.quantized_formats import ORIGINAL, StoredFormat
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -18,6 +19,8 @@ INT8 = "I8"
 SCALES = ("weight_scale", "weight_scale_inv")
 """Names beside ``weight``. Both multiply: the inverse of DeepSeek is that of the factor used in quantizing."""
 ZERO_POINT = "weight_zero_point"
+PACKED, SHAPE = "weight_packed", "weight_shape"
+"""Names in the place of ``weight`` and beside it, where several codes are packed into a word."""
 USUAL_BLOCK = 128
 """Block of the FP8 checkpoints that state none."""
 
@@ -32,6 +35,7 @@ class StoredTensor:
         shape: its shape.
         scale, zero_point: of a quantized weight ``[out, in]``; its value is ``(code - zero_point) * scale``.
         block: elements ``[out, in]`` of the weight that share a scale.
+        packing: how its codes lie in words; ``dtype`` and ``shape`` are those of the codes. None if they do not.
     """
 
     file: Path
@@ -41,12 +45,17 @@ class StoredTensor:
     scale: StoredTensor | None = None
     zero_point: StoredTensor | None = None
     block: tuple[int, int] = (1, 1)
+    packing: Packing | None = None
 
     def read(self, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
         """Return the tensor, or some rows (and columns) of it: dequantized in float32, or of the stored type."""
         with safe_open(self.file, framework="pt") as f:
-            if rows == slice(None) and columns is None:
-                found: Tensor = f.get_tensor(self.key)
+            found: Tensor
+            if self.packing:
+                codes = self.packing.unpack(f.get_slice(self.key)[rows])
+                found = codes if columns is None else codes[:, columns]
+            elif rows == slice(None) and columns is None:
+                found = f.get_tensor(self.key)
             else:
                 part = f.get_slice(self.key)
                 found = part[rows] if columns is None else part[rows, columns]
@@ -112,6 +121,51 @@ def with_scales(
             hint=ORIGINAL,
         )
     return StoredTensor(weight.file, weight.key, weight.dtype, weight.shape, scales[0], zero_point, block)
+
+
+def packed_weight(
+    name: str, words: StoredTensor, beside: dict[str, StoredTensor], form: StoredFormat | None
+) -> StoredTensor:
+    """Return a weight whose codes are packed into words, with what dequantizes it.
+
+    Args:
+        name: of the weight, for messages.
+        words: the packed codes.
+        beside: :data:`SCALES`, :data:`ZERO_POINT` and :data:`SHAPE` as far as the checkpoint has them.
+        form: what the configuration says; None if it says nothing.
+
+    Raises:
+        UsageError: the meaning of the stored numbers is not certain.
+    """
+    if form is None or form.packed is None:
+        raise UsageError(
+            f"{name} is stored as {words.key}, and config.json does not say how to unpack it", hint=ORIGINAL
+        )
+    bits, shifted = form.packed
+    missing = [part for part in (SCALES[0], SHAPE) if part not in beside]
+    if missing or (ZERO_POINT in beside) is not shifted:
+        odd = missing[0] if missing else ZERO_POINT
+        state = "beside it, which its symmetric codes do not have" if odd in beside else "missing"
+        raise UsageError(f"{name} is stored as {words.key}, with {odd} {state}", hint=ORIGINAL)
+    shape, scale = tuple(beside[SHAPE].read().flatten().tolist()), beside[SCALES[0]]
+    if len(shape) != 2 or min(shape) < 1:
+        raise UsageError(f"{name} is {list(shape)} by {beside[SHAPE].key}, expected a matrix", hint=ORIGINAL)
+    packing = Packing(bits, 1, shape[1])
+    _require_words(name, words, (shape[0], packing.words))
+    weight = StoredTensor(words.file, words.key, f"I{bits}", shape, packing=packing)
+    zero_point = None
+    if shifted:
+        rows = Packing(bits, 0, shape[0])
+        _require_words(name, beside[ZERO_POINT], (rows.words, *scale.shape[1:]))
+        zero_point = replace(beside[ZERO_POINT], dtype=f"I{bits}", shape=scale.shape, packing=rows)
+    return replace(weight, scale=scale, zero_point=zero_point, block=_block(name, weight, scale, form))
+
+
+def _require_words(name: str, words: StoredTensor, shape: tuple[int, ...]) -> None:
+    if (words.dtype, words.shape) != ("I32", shape):
+        raise UsageError(
+            f"{name}: {words.key} is {words.dtype} {list(words.shape)}, expected I32 {list(shape)}", hint=ORIGINAL
+        )
 
 
 def _block(name: str, weight: StoredTensor, scale: StoredTensor, form: StoredFormat | None) -> tuple[int, int]:

@@ -17,8 +17,6 @@ from cushion_deploy.evaluate.perplexity import TextScore
 from cushion_deploy.parity.checks import ParityCheck
 from cushion_deploy.parity.ladder import (
     FLOAT_RUNG,
-    TIED_HEAD_LOGITS,
-    TorchReference,
     decode_rung,
     engine_rung,
     float_rung,
@@ -26,8 +24,10 @@ from cushion_deploy.parity.ladder import (
     segment_decode_rung,
     segment_rung,
 )
+from cushion_deploy.parity.limits import TIED_HEAD_LOGITS
 from cushion_deploy.parity.segments import SegmentRun
 from cushion_deploy.parity.stored_values import cache_scale_rung, embedding_rung, scale_rung, weight_rung
+from cushion_deploy.parity.torch_results import TorchReference
 
 if TYPE_CHECKING:
     from cushion_deploy.modeling.runner import TorchRunner

@@ -19,12 +19,12 @@ from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.simulate import quantized_sites, simulated
 from cushion_deploy.parity.blame import SiteInputs
-from cushion_deploy.parity.ladder import GREEDY_TOKENS, TorchReference
 from cushion_deploy.parity.noise import float_noise
 from cushion_deploy.parity.segments import SiteCodes
 from cushion_deploy.parity.stored_values import LinearWeights, Table
+from cushion_deploy.parity.torch_results import TorchReference
 
-PROMPT_TOKENS = 32
+PROMPT_TOKENS = GREEDY_TOKENS = 32
 
 
 def torch_reference(

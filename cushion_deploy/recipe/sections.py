@@ -133,7 +133,7 @@ class SmoothQuant(Section):
     )
     limit: float | None = Field(
         default=1.5,
-        gt=0,
+        ge=0.01,
         description="Scale down channels that still exceed this multiple of the 90th percentile; null disables it.",
     )
     rotate_down: int = Field(

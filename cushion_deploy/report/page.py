@@ -66,7 +66,7 @@ def _facts(report: Report) -> list[Fact]:
         facts.append(Fact("Parity", f"{passed} of {len(report.parity)}", "checks hold"))
     else:
         facts.append(Fact("Parity", "not run", "nothing was checked"))
-    for engine in [each for each in report.engines if "float_products" not in each.details][:2]:
+    for engine in [each for each in report.engines if not {"float_products", "uncounted"} & each.details.keys()][:2]:
         name = one_line(engine.engine)
         label, remark = ("INT8 linears", name) if engine.ran else ("INT8 linears, compiled", f"{name}, not run")
         facts.append(Fact(label, f"{engine.int8_linears:,} of {engine.linears:,}", remark))

@@ -323,6 +323,8 @@ def coverage(engine: Engine) -> str:
         if isinstance(said, list) and said:
             return one_line("; ".join(map(str, said)))
         return f"{engine.linears:,} linears multiply {one_line(str(dtype))} values of the INT8 codes"
+    if engine.details.get("uncounted"):
+        return f"INT8 is not counted in {engine.linears:,} linears"
     verb = "run" if engine.ran else "are compiled"
     return f"{engine.int8_linears:,} of {engine.linears:,} linears {verb} in INT8"
 

@@ -26,9 +26,9 @@ from cushion_deploy.store import place
 
 LINKED_BYTES = 64 << 20
 """Engine files of at least this size are hard-linked from the work folder; smaller ones may be edited, so copied."""
-COMPILE_SECONDS: Mapping[Product, float] = {"report": 2e-8, "graph": 2e-8, "blob": 4e-8, "plan": 8e-8, "nothing": 0.0}
+COMPILE_SECONDS: Mapping[Product, float] = {"report": 2e-8, "graph": 2e-8, "blob": 4e-8, "plan": 8e-8}
 """Seconds per parameter, by what the engine compiles."""
-GRAPH_BYTES: Mapping[Product, int] = {"report": 0, "graph": 2, "blob": 2, "plan": 4, "nothing": 0}
+GRAPH_BYTES: Mapping[Product, int] = {"report": 0, "graph": 2, "blob": 2, "plan": 4}
 """Bytes per parameter that stay on disk, by what the engine compiles."""
 
 
@@ -71,10 +71,13 @@ class CompiledEngine:
         return found
 
     def place(self, bundle: Path) -> None:
-        """Place the engine's files in a bundle that is being written."""
-        target = bundle / "engines" / self.artifact.engine
+        """Place the engine's files in a bundle that is being written; a graph that is the bundle's own stays out."""
+        target, names = bundle / "engines" / self.artifact.engine, self.artifact.files
         target.mkdir(parents=True)
-        for name in self.artifact.files:
+        if GRAPH_FILE in names and self.artifact.lineage.graph == read_graph(bundle).digest:
+            write_artifact(replace(self.artifact, files=(ENGINE_FILE,)), target)
+            return
+        for name in names:
             file = self.folder / name
             # External data of a graph with a second hard link is rejected by onnx as a possible attack.
             linked = file.stat().st_size >= LINKED_BYTES and GRAPH_FILE not in self.artifact.files

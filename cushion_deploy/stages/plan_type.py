@@ -101,8 +101,8 @@ def _of_prefix(model: TorchRunner, quantization: Quantization) -> tuple[LargestV
 
 
 def has_plan_type(engine: str) -> bool:
-    """Return whether the type of an engine's graph is that of plans: it compiles a plan or a graph of its own."""
-    return ENGINES[engine].compiles_to in ("plan", "graph")
+    """Return whether the type of an engine's graph is that of plans: it compiles float16."""
+    return "float16" in ENGINES[engine].dtypes
 
 
 @dataclass(frozen=True)

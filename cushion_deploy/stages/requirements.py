@@ -20,6 +20,8 @@ from cushion_deploy.stages.run import Run
 from cushion_deploy.stages.sensitivity import WINDOW, check_keep_float, is_automatic
 from cushion_deploy.stages.windows import Cut, default_window, longest_prefix, require_positions
 
+LARGEST_TENSOR = 2**31 - 1
+"""Elements of a tensor in TensorRT."""
 SHORTEST_PARITY = 2
 """Tokens of text that the parity ladder needs: one to be fed at once, and one to be decoded."""
 
@@ -105,7 +107,7 @@ def require_comparable(pipeline: Pipeline, run: Run) -> None:
 
 
 def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
-    """Check that the texts of search, tuning and calibration fit the model's positions, and the embedding its blocks.
+    """Check that texts fit the model's positions, the embedding its blocks, and the limits of plans TensorRT.
 
     Raises:
         UsageError: something does not fit; the message names the setting.
@@ -120,6 +122,19 @@ def require_recipe_fits(recipe: Recipe, spec: ModelSpec) -> None:
         require_positions(setting, tokens, prefix, spec)
     if recipe.export.embedding == "int8":
         require_blocks(spec)
+    _require_plan_limits(recipe, spec)
+
+
+def _require_plan_limits(recipe: Recipe, spec: ModelSpec) -> None:
+    """Check that TensorRT can number the positions of a batch at the limits of the profiles."""
+    plans = recipe.tensorrt
+    context = min(plans.max_context, spec.max_positions)
+    if plans.max_batch * context > LARGEST_TENSOR:
+        raise UsageError(
+            f"tensorrt.max_batch is {plans.max_batch}: with {context} positions each, the attention mask would have "
+            f"more than the {LARGEST_TENSOR} elements that TensorRT can number",
+            hint="set tensorrt.max_batch to the prompts that run at once on the device, such as 1 or 8",
+        )
 
 
 def _require_calibration_text(recipe: Recipe, spec: ModelSpec, tokenizer: Tokenizer, corpus: Corpus) -> None:

@@ -174,6 +174,11 @@ def require_positions(setting: str, tokens: int, prefix: int, spec: ModelSpec) -
         UsageError: the text does not fit; the message names the setting.
     """
     room = spec.max_positions - prefix
+    if room < 1:
+        raise UsageError(
+            f"search.max_length is {prefix}, but the model has {spec.max_positions} positions, and text needs some",
+            hint="set search.max_length to a few tokens: the default is 4",
+        )
     if tokens > room:
         raise UsageError(
             f"{setting} is {tokens}, but a prefix of up to {prefix} leaves {room} of the model's "

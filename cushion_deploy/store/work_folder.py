@@ -105,9 +105,8 @@ class StageStore:
                 yield staged
                 (staged / STAGE_MANIFEST).unlink(missing_ok=True)
                 files = {path: asdict(entry) for path, entry in measure_files(staged).items()}
-                parse_files(
-                    files, STAGE_MANIFEST
-                )  # a name that find() would reject must fail here, not in every later run
+                # A name that find() would reject must fail here, not in every later run.
+                parse_files(files, STAGE_MANIFEST)
                 manifest = {"stage": stage, "key": key, "facts": dict(facts or {}), "files": files}
                 (staged / STAGE_MANIFEST).write_bytes(_manifest_bytes(manifest))
                 sync_tree(staged)

@@ -25,6 +25,7 @@ from cushion_deploy.runtime.engine import DEFAULT_ENGINE, is_built_for, open_eng
 from cushion_deploy.stages.base import Given
 from cushion_deploy.stages.engine_graph import engine_form
 from cushion_deploy.stages.pipeline import Pipeline
+from cushion_deploy.stages.plan_type import has_plan_type
 from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Run
 from cushion_deploy.store.files import temporary_folder
@@ -94,7 +95,8 @@ def _split(name: str) -> tuple[str, str, str]:
 
 def _kind(engine: str, session: DecoderSession) -> str:
     """Return what the linears of a bundle multiply on an engine: INT8, or the values of the codes in another type."""
-    return f"{INT8} codes as {session.contract.dtype}" if ENGINES[engine].compiles_to == "graph" else INT8
+    multiplies_floats = ENGINES[engine].compiles_to == "graph" and has_plan_type(engine)
+    return f"{INT8} codes as {session.contract.dtype}" if multiplies_floats else INT8
 
 
 def _verdict(engine: str, kind: str, ratio: Comparison) -> str:

@@ -57,8 +57,8 @@ def check_private_key(path: Path, password: bytes | None) -> None:
         if encrypted:
             raise UsageError(
                 f"cannot read the private key {path}: the password is wrong, or the key is damaged",
-                hint=f"try `openssl pkey -in {path} -noout`, which asks for the password; in a password file, everything "
-                "before the end of the line counts, spaces too",
+                hint=f"try `openssl pkey -in {path} -noout`, which asks for the password; in a password file, "
+                "everything before the end of the line counts, spaces too",
             ) from e
         raise UsageError(
             f"cannot read the private key {path}: it has no private key in PEM form", hint=_MAKE_PRIVATE

@@ -1,4 +1,6 @@
-"""Compile for a provider that is slow in INT8: a float16 graph of its own, which multiplies what the codes stand for.
+"""Compile for a provider that runs another graph than ``model.onnx``, and write that graph.
+
+TensorRT runs a graph that stores no codes of an embedding. It is written as it was exported.
 
 ONNX Runtime's CUDA provider runs a quantized linear 2 to 6 times slower than a float16 one (H200, version 1.31, linears
 of 2048 and 4096). The graph written here has the codes, scales and quantizers of the bundle, so it computes what was
@@ -24,24 +26,31 @@ from cushion_deploy.store.digests import digest_json
 def compile_graph(graph: ExportedGraph, folder: Path, provider: Provider) -> EngineArtifact:
     """Write the graph that a provider runs, its description and ``engine.json`` into ``folder``.
 
-    A float32 graph is ``model.onnx`` itself: only ``engine.json`` is written. It runs on any machine with the provider,
-    whatever the version that wrote it.
+    Where floats are multiplied, a float32 graph is ``model.onnx`` itself: only ``engine.json`` is written. It runs on
+    any machine with the provider, whatever the version that wrote it.
 
     Raises:
         MissingDependency: ONNX Runtime is not installed.
         UsageError: too little disk space.
-        CheckFailed: the linears of the graph are not those of its description.
+        CheckFailed: the graph stores an embedding as codes that the provider cannot read, or its linears are not those
+            of its description.
     """
-    version, dtype = installed_version(provider), graph.contract.dtype
-    files: tuple[str, ...] = (ENGINE_FILE,)
-    if graph.quantized and dtype == "float16":
-        require_space(folder, graph.size)
+    version, dtype, own = installed_version(provider), graph.contract.dtype, None
+    if graph.int8_embedding and not provider.gathers_codes:
+        raise CheckFailed(
+            f"the graph stores the embedding as INT8 codes, which {provider.name} cannot read",
+            hint=f"compile it for a bundle: `cushion-deploy engine BUNDLE --engine {provider.engine}`",
+        )
+    if provider.multiplies_floats and graph.quantized and dtype == "float16":
         own = _write(graph, folder)
-        files = (ENGINE_FILE, GRAPH_FILE, *(file.name for file in own.files))
+    elif not provider.multiplies_floats:
+        own = _copy(graph, folder)
+    files = (ENGINE_FILE, *((GRAPH_FILE, *(file.name for file in own.files)) if own else ()))
+    kind = {"float_products": dtype} if provider.multiplies_floats else {"uncounted": True}
     artifact = EngineArtifact(
         engine=provider.engine,
         targets=(provider.device,),
-        key=digest_json({"graph": graph.digest, "engine": provider.engine, "form": "float products"}),
+        key=digest_json({"graph": graph.digest, "engine": provider.engine, "form": next(iter(kind)).replace("_", " ")}),
         files=files,
         linears=graph.linears,
         int8_linears=0,
@@ -49,7 +58,7 @@ def compile_graph(graph: ExportedGraph, folder: Path, provider: Provider) -> Eng
         ran=False,
         details={
             "dtype": dtype,
-            "float_products": dtype,
+            **kind,
             "prefix_mode": graph.contract.prefix_mode,
             "not_run": "not run: compilation executes nothing",
         },
@@ -76,12 +85,22 @@ def require_same_bundle(artifact: EngineArtifact, graph: ExportedGraph) -> None:
         )
 
 
+def _copy(graph: ExportedGraph, folder: Path) -> ExportedGraph:
+    """Write a graph as it is, with its description."""
+    require_space(folder, graph.size)
+    for file in graph.files:
+        # Copied, not linked: onnx rejects external data with a second hard link as a possible attack.
+        place(file, folder / file.name, link=False)
+    (folder / GRAPH_FILE).write_text(json.dumps(graph.to_json(), indent=1) + "\n", encoding="utf-8")
+    return replace(graph, path=folder / graph.path.name)
+
+
 def _write(graph: ExportedGraph, folder: Path) -> ExportedGraph:
     """Write the rewritten graph and what lies beside it; the weights are those of ``graph``."""
     import onnx_ir as ir
 
+    require_space(folder, graph.size)
     for file in graph.files[1:]:
-        # Copied, not linked: onnx rejects external data with a second hard link as a possible attack.
         place(file, folder / file.name, link=False)
     model = ir.load(graph.path)
     found = multiply_in_float16(model)

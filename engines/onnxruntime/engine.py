@@ -21,8 +21,9 @@ from cushion_deploy.errors import UsageError
 class OnnxRuntime:
     """ONNX Runtime on one execution provider (implements ``Engine``).
 
-    They run ``model.onnx`` as it is, but a provider that multiplies floats runs a float16 graph compiled from it. INT8
-    coverage is counted for the CPU provider only: no INT8 claim is made for the others.
+    They run ``model.onnx`` as it is, but a provider that multiplies floats runs a float16 graph compiled from it, and
+    one that reads no codes of an INT8 embedding runs a graph without them. INT8 coverage is counted for the CPU
+    provider only: no INT8 claim is made for the others.
     """
 
     provider: Provider = CPU
@@ -34,10 +35,8 @@ class OnnxRuntime:
 
     @property
     def compiles_to(self) -> Product:
-        """A report on the CPU, a graph for a provider that multiplies floats, nothing elsewhere."""
-        if self.provider.multiplies_floats:
-            return "graph"
-        return "report" if self.provider == CPU else "nothing"
+        """A report on the CPU, a graph elsewhere."""
+        return "report" if self.provider == CPU else "graph"
 
     @property
     def dtypes(self) -> tuple[Dtype, ...]:
@@ -54,8 +53,8 @@ class OnnxRuntime:
 
     @property
     def gathers_codes(self) -> bool:
-        """Gather reads any type."""
-        return True
+        """Gather reads any type, but TensorRT accepts an INT8 constant in front of a DQ only."""
+        return self.provider.gathers_codes
 
     def version(self) -> str:
         """Return the version of ONNX Runtime; raises MissingDependency if it is not installed."""
@@ -76,11 +75,6 @@ class OnnxRuntime:
 
     def compile(self, graph: ExportedGraph, folder: Path, options: CompileOptions) -> EngineArtifact:
         """Write a report or a graph; see :func:`.compile_report` and :func:`.compile_graph`."""
-        if self.compiles_to == "nothing":
-            raise UsageError(
-                f"engine '{self.name}' runs model.onnx as it is: there is nothing to compile",
-                hint=f"run the bundle with --engine {self.name}",
-            )
         if self.compiles_to == "graph":
             return compile_graph(graph, folder, self.provider)
         return compile_report(graph, folder, options)
@@ -95,5 +89,10 @@ class OnnxRuntime:
         return False
 
     def open(self, graph: ExportedGraph, plan: bytes = b"", *, threads: int | None = None) -> OnnxRuntimeSession:
-        """Open a session of a graph on the provider."""
+        """Open a session of a graph on the provider; raises UsageError for an embedding that it cannot read."""
+        if graph.int8_embedding and not self.gathers_codes:
+            raise UsageError(
+                f"model.onnx stores the embedding as INT8 codes, which {self.provider.name} cannot read",
+                hint=f"add a graph without them: `cushion-deploy engine BUNDLE --engine {self.name} --output NEW`",
+            )
         return open_session(graph, threads=threads, provider=self.provider)

@@ -50,7 +50,7 @@ def load_graph(model_path: Path, settings: SessionSettings) -> tuple[Any, Placem
             f"this ONNX Runtime has no {provider.name}; it has {', '.join(available)}", hint=provider.install
         )
     try:
-        session = ort.InferenceSession(model_path, session_options(settings), providers=provider.chain)
+        session = ort.InferenceSession(model_path, session_options(settings), providers=provider.configured)
         _read_names(session)
     except Exception as e:  # its errors share no base class but Exception
         raise UntrustedArtifact(

@@ -35,6 +35,8 @@ class Provider:
         device: ONNX Runtime's name of the device that holds the cache between steps; empty for the host.
         multiplies_floats: whether its linears multiply the values that codes stand for. Weights are then dequantized
             once, when a graph is loaded, instead of at every step.
+        gathers_codes: whether it runs a graph with the codes of an INT8 embedding.
+        options: options of the provider.
     """
 
     engine: str
@@ -42,11 +44,18 @@ class Provider:
     install: str
     device: str = ""
     multiplies_floats: bool = False
+    gathers_codes: bool = True
+    options: tuple[tuple[str, str], ...] = ()
 
     @property
     def chain(self) -> list[str]:
         """Providers of a session: this one, and the CPU for what it does not support."""
         return list(dict.fromkeys([self.name, _CPU]))
+
+    @property
+    def configured(self) -> list[str | tuple[str, dict[str, str]]]:
+        """The same providers, this one with its options."""
+        return [(name, dict(self.options)) if self.options and name == self.name else name for name in self.chain]
 
     @property
     def config(self) -> dict[str, str]:
@@ -57,12 +66,21 @@ class Provider:
 
 CPU = Provider("onnxruntime", _CPU, "pip install 'cushion-deploy[cpu]'")
 CUDA = Provider("onnxruntime-cuda", "CUDAExecutionProvider", _INSTALL_GPU, "cuda", multiplies_floats=True)
-TENSORRT = Provider("onnxruntime-tensorrt", "TensorrtExecutionProvider", _INSTALL_GPU, "cuda")
+TENSORRT = Provider(
+    "onnxruntime-tensorrt",
+    "TensorrtExecutionProvider",
+    _INSTALL_GPU,
+    "cuda",
+    gathers_codes=False,
+    # Without it, TensorRT before 11 builds no engine of a graph with Q and DQ (microsoft/onnxruntime, issue 13381).
+    options=(("trt_int8_enable", "1"),),
+)
 TENSORRT_RTX = Provider(
     "onnxruntime-tensorrt-rtx",
     "NvTensorRTRTXExecutionProvider",
     "install a build with this provider, such as onnxruntime-trt-rtx",
     "cuda",
+    gathers_codes=False,
 )
 
 

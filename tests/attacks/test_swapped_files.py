@@ -138,7 +138,7 @@ def test_a_file_written_in_place_for_the_time_of_the_load_is_not_what_runs(
 def test_a_tokenizer_whose_change_time_is_another_is_not_used(tiny: Any, bundle: Path) -> None:
     opened = open_bundle(bundle)
     os.link(bundle / "tokenizer.json", bundle.parent / "link")
-    with pytest.raises(UntrustedArtifact, match="'tokenizer.json' .* was written or replaced while"):
+    with pytest.raises(UntrustedArtifact, match=r"'tokenizer\.json' .* was written or replaced while"):
         open_engine(opened, threads=1)
 
 

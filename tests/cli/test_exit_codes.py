@@ -20,7 +20,7 @@ from cushion_deploy import errors
 from cushion_deploy.calib.corpora import HUB_CORPORA
 from cushion_deploy.core.scales import ESTIMATORS
 from cushion_deploy.core.schemes import PRECISIONS
-from cushion_deploy.engines.registry import compiling_engines
+from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.families import FAMILIES
 
 FILES = (
@@ -179,12 +179,12 @@ def test_an_unknown_precision_lists_the_known(build: Any) -> None:
 
 
 def test_an_unknown_engine_lists_the_known(build: Any, cli: Any, tiny_bundle: Any, tmp_path: Path) -> None:
-    expect(build("--engine", "warp"), 2, "warp", *compiling_engines())
+    expect(build("--engine", "warp"), 2, "warp", *ENGINES)
     expect(
         cli("engine", tiny_bundle.bundle, "--engine", "warp", "--output", tmp_path / "e"),
         2,
         "warp",
-        *compiling_engines(),
+        *ENGINES,
     )
     expect(cli("generate", tiny_bundle.bundle, "a", "--engine", "warp"), 2, "warp", "onnxruntime")
 

@@ -25,7 +25,8 @@ from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
 from cushion_deploy.families import get_family
 from cushion_deploy.modeling.checkpoint import Checkpoint
-from cushion_deploy.modeling.load import bind_sites, describe
+from cushion_deploy.modeling.describe import describe
+from cushion_deploy.modeling.load import bind_sites
 from cushion_deploy.modeling.placement import PlacedWeights
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source

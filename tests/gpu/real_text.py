@@ -20,8 +20,9 @@ from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.parity.checks import ParityCheck
-from cushion_deploy.parity.ladder import TorchReference, engine_rung
+from cushion_deploy.parity.ladder import engine_rung
 from cushion_deploy.parity.reference import torch_reference
+from cushion_deploy.parity.torch_results import TorchReference
 
 WINDOW = 96
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from cushion_deploy.core.weights import whole
 from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.modeling.load import load_folder
+from cushion_deploy.modeling.packing import Packing
 from cushion_deploy.modeling.source import resolve_source
 
 PROJECTION = "model.layers.1.mlp.up_proj.weight"  # [96, 64]
@@ -215,7 +216,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         method: ({"quantization_config": {"quant_method": method}}, method)
         for method in ("awq", "gptq", "bitsandbytes", "mxfp4", "aqlm", "hqq", "torchao", "quanto", "auto-round")
     },
-    "pack-quantized": (compressed("pack-quantized", "int", "group", group_size=32), "pack-quantized"),
+    "packed 3 bits": (
+        compressed("pack-quantized", "int", "group", group_size=32, num_bits=3),
+        "packed weights of 3 bits",
+    ),
+    "packed floats": (compressed("pack-quantized", "float", "channel"), "packed weights of 8 bits"),
+    "packed, one scale": (compressed("pack-quantized", "int", "tensor"), "scales per 'tensor'"),
+    "packed in another order": (compressed("pack-quantized", "int", "channel", actorder="group"), "ordered by 'group'"),
+    "another compression": (compressed("marlin-24", "int", "channel", num_bits=4), "marlin-24"),
     "4 bits": (compressed("int-quantized", "int", "channel", num_bits=4), "4-bit"),
     "sparse": (
         {"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24"}}},
@@ -282,6 +290,112 @@ STORED_WRONGLY: dict[str, tuple[dict[str, torch.Tensor | None], dict[str, Any], 
         PROJECTION,
     ),
 }
+
+
+def packed(matrix: Numbers, bits: int, axis: int = 1) -> torch.Tensor:
+    """Return signed codes as compressed-tensors packs them, by its definition: the first one in the lowest bits."""
+    lines = (matrix if axis == 1 else matrix.T).astype(int) + 2 ** (bits - 1)
+    step = 32 // bits
+    words = [
+        [
+            sum(int(code) << bits * i for i, code in enumerate(line[start : start + step]))
+            for start in range(0, len(line), step)
+        ]
+        for line in lines
+    ]
+    found = torch.from_numpy(np.array(words, dtype=np.uint32).view(np.int32))
+    return found if axis == 1 else found.T.contiguous()
+
+
+def packed_config(bits: int, group: int | None, symmetric: bool = True) -> dict[str, Any]:
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    return compressed("pack-quantized", "int", **strategy, num_bits=bits, symmetric=symmetric)
+
+
+def packed_tensors(bits: int, group: int | None, zero: bool = False) -> tuple[dict[str, torch.Tensor | None], Numbers]:
+    """Return the tensors of a packed projection ``[96, 64]``, and its values."""
+    rng, half = np.random.default_rng(bits), 2 ** (bits - 1)
+    found, groups = rng.integers(-half, half, (96, 64)), 64 // group if group else 1
+    scale, points = scales(96, groups), rng.integers(-half, half, (96, groups)) * zero
+    tensors: dict[str, torch.Tensor | None] = {PROJECTION: None, BESIDE + "weight_packed": packed(found, bits)}
+    tensors |= {BESIDE + "weight_scale": scale, BESIDE + "weight_shape": torch.tensor([96, 64])}
+    if zero:
+        tensors[BESIDE + "weight_zero_point"] = packed(points, bits, 0)
+    spread_points, spread_scale = (np.repeat(each, 64 // groups, axis=1) for each in (points, scale.numpy()))
+    return tensors, ((found - spread_points).astype(np.float32) * spread_scale).astype(np.float32)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("group", [16, None])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_codes_are_read_from_their_words(folder: Path, bits: int, group: int | None, zero: bool) -> None:
+    tensors, expected = packed_tensors(bits, group, zero)
+    write(folder, tensors, **packed_config(bits, group, not zero))
+    model = load_folder(folder, resolve_source(str(folder)))
+    np.testing.assert_array_equal(model.module.get_parameter(PROJECTION).numpy(), expected)
+    np.testing.assert_array_equal(model.weights.rows(PROJECTION, 37, 71), expected[37:71])
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("group", [32, None])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_compressed_tensors_packs_has_the_values_that_it_unpacks(
+    folder: Path, bits: int, group: int | None, zero: bool
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    config = packed_config(bits, group, not zero)
+    weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    shape, half = (96, 64 // group if group else 1), 2 ** (bits - 1)
+    points = torch.from_numpy(np.random.default_rng(2).integers(-half, half, shape).astype(np.int8))
+    given = {"weight": load_file(folder / "model.safetensors")[PROJECTION], "weight_scale": scales(*shape) * 100 / half}
+    compressed_ = PackedQuantizationCompressor.compress({**given, "weight_zero_point": points * zero}, scheme)
+    expected = PackedQuantizationCompressor.decompress(compressed_, scheme)["weight"]
+    assert len(expected.unique()) > half
+    write(folder, {PROJECTION: None, **{BESIDE + name: tensor for name, tensor in compressed_.items()}}, **config)
+    found = load_folder(folder, resolve_source(str(folder))).module.get_parameter(PROJECTION)
+    assert torch.equal(found, expected)
+
+
+def test_the_last_words_may_have_room_for_more() -> None:
+    for bits, axis in ((4, 1), (4, 0), (8, 1)):
+        half = 2 ** (bits - 1)
+        matrix = np.random.default_rng(0).integers(-half, half, (13, 11))
+        packing = Packing(bits, axis, matrix.shape[axis])
+        words = packed(matrix, bits, axis)
+        assert words.shape[axis] == packing.words
+        np.testing.assert_array_equal(packing.unpack(words).numpy(), matrix)
+
+
+PACKED_WRONGLY: dict[str, tuple[dict[str, torch.Tensor | None], dict[str, Any], str]] = {
+    "nothing said": ({}, NOTHING, "does not say how to unpack"),
+    "another format": ({}, compressed("int-quantized", "int", "channel"), "does not say how to unpack"),
+    "other words": ({BESIDE + "weight_packed": torch.zeros(96, 9, dtype=torch.int32)}, packed_config(4, 16), "[96, 9]"),
+    "no words": ({BESIDE + "weight_packed": torch.zeros(96, 8)}, packed_config(4, 16), "is F32"),
+    "no scale": ({BESIDE + "weight_scale": None}, packed_config(4, 16), "weight_scale missing"),
+    "no shape": ({BESIDE + "weight_shape": None}, packed_config(4, 16), "weight_shape missing"),
+    "no matrix": ({BESIDE + "weight_shape": torch.tensor([96])}, packed_config(4, 16), "expected a matrix"),
+    "other groups": ({}, packed_config(4, 32), "block of 1 by 32"),
+    "no zero points": ({}, packed_config(4, 16, symmetric=False), "weight_zero_point missing"),
+    "zero points of symmetric codes": (
+        {BESIDE + "weight_zero_point": torch.zeros(12, 4, dtype=torch.int32)},
+        packed_config(4, 16),
+        "which its symmetric codes do not have",
+    ),
+    "the weight beside it": ({PROJECTION: torch.ones(96, 64)}, packed_config(4, 16), "there twice"),
+    "an order of columns": ({BESIDE + "weight_g_idx": torch.arange(64)}, packed_config(4, 16), "weight_g_idx"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED_WRONGLY)
+def test_words_whose_meaning_is_not_certain_are_refused_with_their_name(name: str, folder: Path) -> None:
+    changes, config, said = PACKED_WRONGLY[name]
+    message = refused(write(folder, {**packed_tensors(4, 16)[0], **changes}, **config)).message
+    assert said in message
+    assert BESIDE in message
 
 
 @pytest.mark.parametrize("name", STORED_WRONGLY)

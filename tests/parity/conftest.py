@@ -23,8 +23,8 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.schemes import QuantScheme
 from cushion_deploy.export.write import export_graph
 from cushion_deploy.modeling.runner import TorchRunner
-from cushion_deploy.parity.ladder import TorchReference
 from cushion_deploy.parity.reference import torch_reference
+from cushion_deploy.parity.torch_results import TorchReference
 
 TOKENS = (7, 1, 100)
 Edit = Callable[[dict[str, np.ndarray]], None]

@@ -16,10 +16,11 @@ from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KvScales, kv_site
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.export.write import export_graph
-from cushion_deploy.parity.ladder import TorchReference, plan_rung, segment_decode_rung, segment_rung
+from cushion_deploy.parity.ladder import plan_rung, segment_decode_rung, segment_rung
 from cushion_deploy.parity.reference import torch_reference
 from cushion_deploy.parity.segments import SegmentRun
 from cushion_deploy.parity.stored_values import cache_scale_rung
+from cushion_deploy.parity.torch_results import TorchReference
 
 SITE = kv_site(1, "value")
 

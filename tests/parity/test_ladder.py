@@ -19,7 +19,6 @@ from cushion_deploy.parity.compare import CodeDistance
 from cushion_deploy.parity.ladder import (
     decode_rung,
     engine_rung,
-    first_diverging,
     float_rung,
     greedy_tokens,
     plan_rung,
@@ -27,6 +26,7 @@ from cushion_deploy.parity.ladder import (
     segment_rung,
 )
 from cushion_deploy.parity.reference import float_inputs
+from cushion_deploy.parity.segment_checks import first_diverging
 from cushion_deploy.parity.segments import SegmentRun
 
 STEPS = 12

@@ -19,7 +19,8 @@ from cushion_deploy.modeling.load import load_folder
 from cushion_deploy.modeling.runner import TorchRunner
 from cushion_deploy.modeling.source import resolve_source
 from cushion_deploy.parity.blame import SiteInputs
-from cushion_deploy.parity.ladder import NOISE, decode_rung, float_rung
+from cushion_deploy.parity.ladder import decode_rung, float_rung
+from cushion_deploy.parity.limits import NOISE
 from cushion_deploy.parity.noise import Float64Arithmetic, float_noise
 from cushion_deploy.parity.reference import float_inputs
 from cushion_deploy.recipe import Compute

@@ -11,8 +11,7 @@ import torch
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.simulate import simulated
-from cushion_deploy.parity.ladder import GREEDY_TOKENS
-from cushion_deploy.parity.reference import PROMPT_TOKENS, torch_reference
+from cushion_deploy.parity.reference import GREEDY_TOKENS, PROMPT_TOKENS, torch_reference
 
 
 def test_float_logits_are_those_behind_the_tokens_of_the_prefix(deployed) -> None:

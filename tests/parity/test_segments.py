@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from cushion_deploy.parity.compare import compare_codes, compare_logits
-from cushion_deploy.parity.ladder import CODE_DIFFERENCE, IDENTICAL_CODES, first_diverging, segment_rung
+from cushion_deploy.parity.ladder import segment_rung
+from cushion_deploy.parity.limits import CODE_DIFFERENCE, IDENTICAL_CODES
+from cushion_deploy.parity.segment_checks import first_diverging
 from cushion_deploy.parity.segments import SegmentRun
 
 Tensors = dict[str, np.ndarray]

@@ -13,7 +13,8 @@ from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.export.write import export_graph
 from cushion_deploy.parity.compare import compare_codes, compare_logits
-from cushion_deploy.parity.ladder import CODE_DIFFERENCE, IDENTICAL_CODES, plan_rung
+from cushion_deploy.parity.ladder import plan_rung
+from cushion_deploy.parity.limits import CODE_DIFFERENCE, IDENTICAL_CODES
 from cushion_deploy.parity.segments import SegmentRun
 
 LENGTH = 64

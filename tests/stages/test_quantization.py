@@ -21,7 +21,7 @@ from cushion_deploy.evaluate.chat import ANSWER_TOKENS
 from cushion_deploy.modeling.observe import observed
 from cushion_deploy.modeling.simulate import simulated
 from cushion_deploy.modeling.teacher import Teacher
-from cushion_deploy.parity.ladder import TIED_HEAD_LOGITS
+from cushion_deploy.parity.limits import TIED_HEAD_LOGITS
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.stages.base import Given
