@@ -51,7 +51,7 @@ figures: demo
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0
-	$(PIP) install -q -c constraints.txt -e '.[cpu,build,rtx,report,chat]'
+	$(PIP) install -q -c constraints.txt -e '.[cpu,build,rtx,report,chat,serve]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
@@ -59,7 +59,7 @@ $(VENV)/.test: $(VENV)/.demo
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo
-	$(PIP) install -q -c constraints.txt -e '.[docs,serve]'
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # optimum wants an older transformers than this project, so it has an environment of its own.

@@ -66,14 +66,14 @@ def signature_options(function: F) -> F:
         required = None if public_key is None else RequiredSignature(public_key, Path(signature) if signature else None)
         return function(*arguments, required=required, **more)
 
-    for decorator in (
+    for add in (
         option(
             "--signature",
             heading="Signature",
             metavar="[FILE]",
             is_flag=False,
             flag_value=IN_BUNDLE,
-            help=f"Verify this signature; without FILE, {SIGNATURE_NAME} in the bundle. Requires --public-key.",
+            help=f"Signature to verify: FILE, or {SIGNATURE_NAME} in the bundle. Requires --public-key.",
         ),
         option(
             "--public-key",
@@ -83,7 +83,7 @@ def signature_options(function: F) -> F:
             help="Public key (PEM) that the bundle must be signed with; any other bundle is refused.",
         ),
     ):
-        command = decorator(command)
+        command = add(command)
     return command  # type: ignore[return-value]
 
 

@@ -32,7 +32,9 @@ def command(path: Path, as_json: bool) -> None:
         return
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        echo(f"{name:<{width}}  {value}")
+        if isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
+        echo(f"{name:<{width}}  {f'{value:,}' if name == 'bytes' else value}")
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -64,9 +66,9 @@ def _facts(path: Path) -> dict[str, Any]:
             "model digest": scales.lineage.model,
             "prefix digest": scales.lineage.prefix,
         }
+    problem = "cannot be inspected" if path.exists() else "does not exist"
     raise UsageError(
-        f"{path} cannot be inspected",
-        hint="give a bundle (a folder or org/name), a prefix.safetensors or a scales.json",
+        f"{path} {problem}", hint="give a bundle (a folder or org/name), a prefix.safetensors or a scales.json"
     )
 
 

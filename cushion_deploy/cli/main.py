@@ -170,9 +170,9 @@ def run(arguments: list[str]) -> int:
     except CushionError as e:
         return _refused(e)
     except click.ClickException as e:
-        e.show(sys.stderr)
-        if isinstance(e, click.NoSuchOption):
-            _print_error("  -> text and names that begin with a dash go behind --, as in: generate -- BUNDLE -1")
+        message = e.format_message().rstrip(".")
+        _print_error(f"error: {message[:1].lower()}{message[1:]}")
+        _print_error(f"  -> {_usage_hint(e)}")
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
         _print_error(f"interrupted{_how_to_go_on(arguments)}")
@@ -194,6 +194,17 @@ def run(arguments: list[str]) -> int:
         return _no_room(e) if e.errno in DISK_FULL else _bug(e)
     except Exception as e:
         return _bug(e)
+
+
+def _usage_hint(error: click.ClickException) -> str:
+    """Say how the command that was called is used."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is None:
+        return "`cushion-deploy --help` lists the commands"
+    usage = context.get_usage().replace("Usage: ", "usage: ")
+    if isinstance(error, click.NoSuchOption) and not error.possibilities:
+        return f"{usage}; text that begins with a dash goes behind --, as in: generate -- BUNDLE -1"
+    return f"{usage}; `{context.command_path} --help` describes it"
 
 
 def _refused(error: CushionError) -> int:

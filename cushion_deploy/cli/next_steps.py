@@ -14,9 +14,10 @@ NAME = "cushion-deploy"
 
 def program() -> str:
     """Return how this program is called here: by name if the shell finds it, else as it was called."""
-    if shutil.which(NAME):
+    called, found = Path(sys.argv[0]), shutil.which(NAME)
+    # Another installation may be the one that the shell finds.
+    if found and Path(found).parent.resolve() == Path(sys.executable).parent.absolute().resolve():
         return NAME
-    called = Path(sys.argv[0])
     return shlex.quote(str(called)) if called.stem == NAME else "python -m cushion_deploy"
 
 

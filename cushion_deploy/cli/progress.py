@@ -68,7 +68,7 @@ class _Silent(Unwatched):
 
 @dataclass
 class _Task(Running):
-    """A task, and its last report; a ``total`` of 0 is an unknown one, and ``ended`` is when it was done."""
+    """A task, and its last report; a ``total`` of 0 is unknown, ``ended`` when it was last known to be done."""
 
     done: int = 0
     total: int = 0
@@ -78,10 +78,10 @@ class _Task(Running):
 
     def words(self, now: float) -> str:
         """Return what is done, at which rate, and how long the rest will take."""
+        if now - self.ended >= LINE_SECONDS:
+            return f"after {self.title}"
         if self.timed:
             return f"{self.title}: {clock(self.done)}"
-        if self.done >= self.total and now - self.ended >= LINE_SECONDS:
-            return f"after {self.title}"
         seconds = now - self.begin
         rate = self.done / seconds if seconds >= SHORTEST_SECONDS else 0.0
         left = f", {clock((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
@@ -109,8 +109,9 @@ class _LineReport:
                 self.task = _Task(task, timed=not total)
             self.task.done, self.task.total, self.task.note = done, total, note
             over = bool(total) and done >= total
-            if over:
-                self.task.ended = min(self.task.ended, time.monotonic())
+            # A task of unknown length reports every second until it ends.
+            if over or self.task.timed:
+                self.task.ended = time.monotonic()
             if over and not self.stages:
                 self._print(self.task.words(time.monotonic()))
                 self.task = None

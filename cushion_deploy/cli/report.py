@@ -19,7 +19,8 @@ from cushion_deploy.store import verify_bundle
 def command(bundle: Path, as_json: bool) -> None:
     """Show what the build of BUNDLE measured.
 
-    The full report, with figures, is the page BUNDLE/report/report.html.
+    BUNDLE is a folder, or org/name (or org/name@revision) of a bundle on the hub. The full report, with figures, is the
+    page report/report.html in it.
     """
     bundle = local_bundle(bundle)
     verify_bundle(bundle)

@@ -88,3 +88,7 @@ def _on_held_out(state: TuningState, loss: str) -> str:
     later = "" if state.later is None else f", from position 16 on {state.later:.4f}"
     error = "" if state.held_out_error is None else f", quantization error {state.held_out_error:.3f} times the untuned"
     return f"divergence on held-out text {state.whole:.4f} nats per token{later}{error}"
+
+
+# This command tunes in any case.
+command.params = [parameter for parameter in command.params if parameter.name != "tune"]

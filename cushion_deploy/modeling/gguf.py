@@ -139,4 +139,7 @@ def _require_unscaled_rotary(path: Path, reader: Any) -> None:
 
 def _damaged(path: Path, error: Exception) -> UntrustedArtifact:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if reason.startswith("cannot reshape array"):
+        # What numpy says where the file ends within a tensor.
+        reason = f"it ends within a tensor, after {path.stat().st_size:,} bytes"
     return UntrustedArtifact(f"{path.name} is truncated or damaged: {reason}", hint="download the GGUF file again")

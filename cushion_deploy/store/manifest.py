@@ -251,9 +251,7 @@ def read_json(path: Path) -> tuple[bytes, Any]:
     try:
         info = stat_file(path, blobs_of(path.parent))
     except FileNotFoundError as e:
-        raise UntrustedArtifact(
-            f"{path.parent} has no {name}", hint=f"point to a folder that `{TOOL} build` has written"
-        ) from e
+        raise UntrustedArtifact(f"{path.parent} has no {name}", hint=_bundle_hint(path.parent)) from e
     if not stat.S_ISREG(info.st_mode):
         raise UntrustedArtifact(f"{path} is a link or a special file, expected a plain file", hint=_REBUILD)
     with open(path, "rb") as f:
@@ -265,6 +263,13 @@ def read_json(path: Path) -> tuple[bytes, Any]:
     except (ValueError, RecursionError) as e:
         reason = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
         raise UntrustedArtifact(f"{path} is not valid JSON: {reason:.200}", hint=_REBUILD) from e
+
+
+def _bundle_hint(path: Path) -> str:
+    """Say how to get a bundle, where ``path`` is none: a model has to be built first."""
+    if path.suffix == ".gguf" or (path / "config.json").is_file():
+        return f"it is a model: `{TOOL} build {path} --output OUT` makes a bundle of it"
+    return f"point to a folder that `{TOOL} build` has written"
 
 
 def read_manifest(bundle: Path) -> BundleManifest:
@@ -295,7 +300,7 @@ def verify_bundle(path: Path) -> BundleManifest:
     try:
         if not path.is_dir():
             state = "is a file, expected a folder" if path.exists() else "does not exist"
-            raise UsageError(f"{path} {state}", hint=f"point to a folder that `{TOOL} build` has written")
+            raise UsageError(f"{path} {state}", hint=_bundle_hint(path))
         manifest = read_manifest(path)
         for name in manifest.files:
             if name.lower().endswith(PICKLE_SUFFIXES):

@@ -77,6 +77,10 @@ def dry_run(
     """
     require_modules(*LIBRARIES)
     pipeline, end = _checked(recipe, output, targets, allow_float_linears, run.progress)
+    if recipe.compute.device not in ("auto", "cpu"):
+        from cushion_deploy.modeling.devices import resolve_device
+
+        resolve_device(recipe.compute.device)
     found = ReadOnlyRun.of(run)
     _read_texts(pipeline, found)
     files = found.known(pipeline.files)

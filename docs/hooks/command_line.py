@@ -62,9 +62,10 @@ def section(verb: str) -> str:
     ]
     if isinstance(command, Command) and command.examples:
         lines += ["", "```", *command.examples, "```"]
+    lines += ["", '<div class="options" markdown>']
     for heading, records in by_heading(command, own).items():
         lines += ["", f"| {heading} | |", "| --- | --- |", *(f"| {code(n)} | {cell(h)} |" for n, h in records)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</div>"])
 
 
 def page() -> str:

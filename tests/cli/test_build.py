@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -377,5 +378,11 @@ def test_the_next_steps_name_the_program_as_it_was_called(monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.argv", [".venv/bin/cushion-deploy"])
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert after_build(tmp_path, "m", passed=True)[0].startswith("  .venv/bin/cushion-deploy generate ")
+    # Another installation comes first in the path of the shell.
+    monkeypatch.setattr("shutil.which", lambda name: f"{tmp_path}/{name}")
+    assert after_build(tmp_path, "m", passed=True)[0].startswith("  .venv/bin/cushion-deploy generate ")
+    monkeypatch.setattr("shutil.which", lambda name: str(Path(sys.executable).with_name(name)))
+    assert after_build(tmp_path, "m", passed=True)[0].startswith("  cushion-deploy generate ")
+    monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("sys.argv", ["/x/cushion_deploy/__main__.py"])
     assert after_build(tmp_path, "m", passed=True)[0].startswith("  python -m cushion_deploy generate ")

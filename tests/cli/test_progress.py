@@ -151,6 +151,14 @@ def test_a_task_that_is_done_is_not_shown_as_running(moved: Clock) -> None:
     assert err.getvalue() == "[1/1] search, 10 s: after comparing\n"
 
 
+def test_a_short_task_of_unknown_length_is_not_shown_as_running(moved: Clock) -> None:
+    with displayed() as (report, err):
+        report("reading", 0, 0)
+        moved.now += LINE_SECONDS
+        report.beat()  # type: ignore[attr-defined]
+    assert err.getvalue() == "after reading\n"
+
+
 def test_nothing_that_runs_outside_of_stages_is_silent(moved: Clock) -> None:
     @click.command("doctor")
     def command() -> None:
