@@ -8,72 +8,31 @@ between passes: each is read from the checkpoint when it is its turn, folded and
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module
 from accelerate.utils import compute_module_sizes, set_module_tensor_to_device
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from cushion_deploy.core.host import return_freed_memory
 from cushion_deploy.core.model_spec import ModelSpec
 from cushion_deploy.core.progress import Progress, silent
-from cushion_deploy.core.rotation import hadamard, kronecker_factors, rotate
 from cushion_deploy.core.smoothing import Smoothing
 from cushion_deploy.errors import UsageError
 from cushion_deploy.families import Family
 from cushion_deploy.families.folding import FoldedWeights
 from cushion_deploy.modeling.checkpoint import Checkpoint
 from cushion_deploy.modeling.fakequant import fake_quantize_weight
+from cushion_deploy.modeling.input_rotations import InputRotations
 from cushion_deploy.modeling.streamed_layer import StreamedLayer
+from cushion_deploy.modeling.weight_state import WeightFormat, WeightState
 
 ROWS = 64
 """Rows of a weight that are folded at once: what is computed of them, in float64 if they are rotated, stays small."""
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How a weight is quantized.
-
-    Attributes:
-        label: name of the weight in error messages.
-        bits: bits of the codes.
-        group: input features that share a scale; 0 for one scale per output channel.
-    """
-
-    label: str
-    bits: int = 8
-    group: int = 0
-
-
-@dataclass(frozen=True)
-class WeightState:
-    """What the weights of a module are at this moment.
-
-    Attributes:
-        smoothing: the smoothing that is folded in; None for none.
-        folded: its folding.
-        quantized: the quantized tensors by name.
-    """
-
-    smoothing: Smoothing | None = None
-    folded: FoldedWeights | None = None
-    quantized: Mapping[str, WeightFormat] = field(default_factory=dict)
-
-    def has(self, smoothing: Smoothing | None) -> bool:
-        """Return whether this smoothing is the one that is folded in."""
-        if smoothing is self.smoothing:
-            return True
-        return smoothing is not None and self.smoothing is not None and smoothing.digest == self.smoothing.digest
-
-    @property
-    def touched(self) -> frozenset[str]:
-        """Names of the tensors that folding changes."""
-        return self.folded.touched if self.folded else frozenset()
 
 
 class PlacedWeights(Mapping[str, Tensor]):
@@ -100,7 +59,7 @@ class PlacedWeights(Mapping[str, Tensor]):
         self.state = WeightState()
         self._streamed: dict[nn.Module, StreamedLayer] = {}
         self._unloaded = False
-        self._rotations: list[RemovableHandle] = []
+        self._rotations = InputRotations(module, family, spec)
         self._original_embedding: weakref.ref[nn.Parameter] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -296,23 +255,7 @@ class PlacedWeights(Mapping[str, Tensor]):
     def _enter(self, state: WeightState) -> None:
         """Change the state, and rotate the inputs of linears as its smoothing says."""
         self.state = state
-        for handle in self._rotations:
-            handle.remove()
-        rotations = state.smoothing.rotations if state.smoothing else {}
-        linears = self._family.linears(self._spec, head=False)
-        self._rotations = [
-            # First of all hooks, so that the others see the rotated input, as the graph's Q does.
-            self._module.get_submodule(path).register_forward_pre_hook(self._rotation(block), prepend=True)
-            for site, block in rotations.items()
-            for path in linears[site]
-        ]
-
-    @torch.inference_mode(False)
-    def _rotation(self, block: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        """Return a hook that rotates the first argument of a module."""
-        orders = set(kronecker_factors(block))
-        matrices = {n: torch.as_tensor(hadamard(n)).to(self.device, self.dtype) for n in orders}
-        return lambda _, args: (rotate(args[0], block, matrices.__getitem__), *args[1:])
+        self._rotations.follow(state.smoothing, self.device, self.dtype)
 
     def _stored_name(self, name: str) -> str:
         """Return the name in the checkpoint: that of the embedding for a tied head."""

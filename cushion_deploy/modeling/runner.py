@@ -27,11 +27,12 @@ from cushion_deploy.families import Family
 from cushion_deploy.modeling.checkpoint import Checkpoint
 from cushion_deploy.modeling.current_pass import CurrentPass
 from cushion_deploy.modeling.past_key_values import KeysValues, keys_values, new_cache
-from cushion_deploy.modeling.placement import PlacedWeights, WeightFormat
+from cushion_deploy.modeling.placement import PlacedWeights
 from cushion_deploy.modeling.processes import Reduction, reduce
 from cushion_deploy.modeling.sliding_windows import masks_keeping
 from cushion_deploy.modeling.sweep import Batch, Sweep
 from cushion_deploy.modeling.vocabulary import producible_tokens
+from cushion_deploy.modeling.weight_state import WeightFormat
 
 PIECE = 128
 """Tokens whose logits are computed at once: those of a window and a large vocabulary would take a gigabyte."""

@@ -20,8 +20,8 @@ from cushion_deploy.errors import UsageError
 from cushion_deploy.modeling.fakequant import quantize_asymmetric_codes, quantize_codes
 from cushion_deploy.modeling.observe import replaced
 from cushion_deploy.modeling.observe_cache import watched_cache
-from cushion_deploy.modeling.placement import WeightFormat
 from cushion_deploy.modeling.runner import TorchRunner
+from cushion_deploy.modeling.weight_state import WeightFormat
 
 Grid = tuple[Tensor, Tensor | None]
 """Scale and, for asymmetric codes, zero point (an integer value); both float32, both broadcast against the input."""

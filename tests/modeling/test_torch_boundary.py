@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "cushion_deploy"
-PARTS = ("runner", "checkpoint", "stored_tensor", "placement", "processes")
+PARTS = ("runner", "checkpoint", "stored_tensor", "placement", "input_rotations", "processes")
 RUNNER = {PACKAGE / "modeling" / f"{name}.py" for name in PARTS}
 """The runner, the tensors that it reads and places, and the processes that it combines results with."""
 CONVERSIONS = {"torch.from_numpy", "torch.tensor", "torch.as_tensor", "torch.asarray", ".numpy"}
