@@ -96,7 +96,12 @@ def test_commands_of_a_conversation(piped: Any, planted_bundle: Any, tmp_path: P
 
 @pytest.mark.parametrize(
     ("lines", "words"),
-    [(["/forget all"], "/forget has 'all'"), (["/quit"], "no command '/quit'"), (["/save"], "/save has no file"), (["word " * 400], "conversation has")],
+    [
+        (["/forget all"], "/forget has 'all'"),
+        (["/quit"], "no command '/quit'"),
+        (["/save"], "/save has no file"),
+        (["word " * 400], "conversation has"),
+    ],
 )
 def test_an_error_ends_a_pipe(piped: Any, planted_bundle: Any, lines: list[str], words: str) -> None:
     done = piped(planted_bundle.bundle, [*lines, "Hi"])
