@@ -10,11 +10,12 @@ from time import time
 
 from cushion_deploy.core.session import BatchSession, DecoderSession, context_limit
 from cushion_deploy.runtime.bundle import Bundle
+from cushion_deploy.serve.job import Job
 from cushion_deploy.serve.kv_pool import KvPool
 from cushion_deploy.serve.observer import Observer
 from cushion_deploy.serve.request import Delivery, SequenceRequest
 from cushion_deploy.serve.rows import open_rows
-from cushion_deploy.serve.scheduler import Job, Limits, Scheduler
+from cushion_deploy.serve.scheduler import Limits, Scheduler
 
 _LOG = logging.getLogger(__name__)
 _IDLE_SECONDS = 0.5

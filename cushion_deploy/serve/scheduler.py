@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.errors import CheckFailed, CushionError, UsageError
+from cushion_deploy.serve.job import Deliver, Job
 from cushion_deploy.serve.observer import Observer
 from cushion_deploy.serve.request import Delivery, EndReason, SequenceRequest
 from cushion_deploy.serve.rows import Rows
@@ -23,8 +24,6 @@ from cushion_deploy.serve.sequence import Sequence
 SMALLEST_CALL = 32
 """Tokens that a short call counts as: SmolLM2 takes as long for 1 token as for 16, a third of the time for 128."""
 _LOG = logging.getLogger(__name__)
-Deliver = Callable[[Delivery], None]
-"""Receives the deliveries of a sequence, in the thread of the scheduler; must not block or raise."""
 
 
 class Refused(CushionError):
@@ -46,34 +45,6 @@ class Limits:
 
     queue: int = 64
     chunk: int = 128
-
-
-class Job:
-    """A submitted sequence: what the caller holds to cancel it, and where the scheduler keeps its place."""
-
-    def __init__(self, key: int, sequence: Sequence, deliver: Deliver) -> None:
-        self.key, self.sequence, self.deliver = key, sequence, deliver
-        self.cancelled = self.opened = False
-        self.submitted = monotonic()
-        self.last_token = self.submitted
-        timeout = sequence.request.timeout
-        self.deadline = None if timeout is None else self.submitted + timeout
-        self.fed = 0
-        self.next_token: int | None = None
-
-    @property
-    def prefilling(self) -> bool:
-        """Whether part of the prompt is not fed yet."""
-        return self.fed < len(self.sequence.request.prompt_ids)
-
-    @property
-    def computed(self) -> int:
-        """Prompt tokens fed so far, without those that were in the cache."""
-        return self.fed - self.sequence.cached_tokens
-
-    def cancel(self) -> None:
-        """Stop generating at the next step; may be called from any thread, also after the end."""
-        self.cancelled = True
 
 
 class Scheduler:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from tiny_llama import bundle_path, hf_folder, tiny, tokenizer
 
+from cushion_deploy.serve.api.token_text import TokenText
+
 __all__ = ["bundle_path", "hf_folder", "tiny", "tokenizer"]
 pytestmark = pytest.mark.parametrize("tiny", ["baked"], indirect=True)
 BENCH = Path(__file__).parents[2] / "bench"
@@ -47,7 +49,7 @@ def test_every_answer_is_that_of_its_prompt_while_clients_come_and_leave(load: A
 def test_answers_of_other_prompts_and_shortened_ones_are_found(load: Any, bundle_path: Path) -> None:
     reference = load.Reference(bundle_path, 1, 90)
     cases = [case for case in reference.cases(24, 1) if case.path == "completions" and len(case.ids) > 3]
-    texts = load.TokenText(reference.bundle.tokenizer)
+    texts = TokenText(reference.bundle.tokenizer)
 
     def answer(case: Any, count: int | None = None) -> Any:
         ids, scores = case.ids[:count], list(case.logprobs[:count])

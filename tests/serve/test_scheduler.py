@@ -9,10 +9,11 @@ import pytest
 
 from cushion_deploy.errors import UsageError
 from cushion_deploy.runtime import SamplingParams, generate
+from cushion_deploy.serve.job import Job
 from cushion_deploy.serve.kv_pool import KvPool
 from cushion_deploy.serve.request import Delivery, SequenceRequest
 from cushion_deploy.serve.rows import BatchedRows, SingleRow
-from cushion_deploy.serve.scheduler import Job, Limits, Refused, Scheduler
+from cushion_deploy.serve.scheduler import Limits, Refused, Scheduler
 
 
 class Desk:
