@@ -25,6 +25,8 @@ BATCH = 50
 ROUND = 1000
 """Inputs after which every kind has had its turn."""
 SECONDS = 10
+"""Of processor time that reading one input may take, and a twelfth of the time on a clock: the machine may be busy."""
+WAITING = 12
 MEMORY = 1 << 30
 """What a process may allocate beyond its start; the inputs have at most a megabyte."""
 EXTREMES: tuple[Any, ...] = (
@@ -177,7 +179,7 @@ def _batch(kind: Input, folder: Path, seed: int, first: int, last: int) -> tuple
             code = 0
         finally:  # in any case: this process must not clean up what its parent has open
             os._exit(code)
-    end = time.monotonic() + SECONDS * 1.5 * (last - first)
+    end = time.monotonic() + SECONDS * WAITING * 1.5 * (last - first)
     status = 0
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -198,6 +200,7 @@ def _read_mutations(kind: Input, folder: Path, seed: int, numbers: range, progre
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
     signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)
     content = (folder / "intact" / kind.file).read_bytes()
     trial = folder / "trial"
     shutil.rmtree(trial, ignore_errors=True)
@@ -206,7 +209,8 @@ def _read_mutations(kind: Input, folder: Path, seed: int, numbers: range, progre
         for number in numbers:
             chance = random.Random(f"{seed}/{kind.name}/{number}")
             (trial / kind.file).write_bytes(mutate(content, chance))
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.alarm(SECONDS * WAITING)
             wrong = ""
             try:
                 kind.read(trial)
@@ -214,6 +218,7 @@ def _read_mutations(kind: Input, folder: Path, seed: int, numbers: range, progre
                 wrong = "" if e.hint else f"an error without a hint: {e.message[:200]}"
             except BaseException as e:
                 wrong = f"input {number}: {type(e).__name__}: {str(e)[:200]}"
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
             out.write(json.dumps(wrong) + "\n")
             out.flush()

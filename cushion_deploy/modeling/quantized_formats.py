@@ -112,7 +112,8 @@ def _compressed_tensors(found: Mapping[str, Any], key: str) -> StoredFormat:
 
 def _packing(weights: Mapping[str, Any], method: str, key: str) -> tuple[int, bool]:
     """Return the bits of packed weights, and whether zero points belong to them."""
-    bits, strategy, symmetric = (weights.get(name) for name in ("num_bits", "strategy", "symmetric"))
+    bits: Any = weights.get("num_bits")
+    strategy, symmetric = weights.get("strategy"), weights.get("symmetric")
     _require(bits in BITS and weights.get("type", "int") == "int", method, f"packed weights of {bits} bits", key)
     _require(strategy in ("channel", "group"), method, f"packed weights with scales per {strategy!r}", key)
     _require(symmetric in (True, False, None), method, f"symmetric {symmetric!r}", key)

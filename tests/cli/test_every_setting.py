@@ -24,14 +24,14 @@ REFUSED = {
 """What does not fit: HUGE is a number like any other in a recipe, and refused once the model is known."""
 BOUNDED = {
     *("search.bits", "search.tau", "search.average_chats", "smoothing.alpha", "tuning.first_weight"),
-    *("calibration.percentile", "export.opset"),
+    *("tuning.learning_rate", "tuning.scale_learning_rate", "calibration.percentile", "export.opset"),
 }
 """What has an upper limit in the recipe itself."""
 AT_MOST = {
     *("seed", "compute.memory", "search.random_candidates", "search.screen_tokens", "search.screen_candidates"),
     *("search.gradient_candidates", "search.audit_tokens", "search.average_tokens", "search.batch_positions"),
     *("smoothing.limit", "smoothing.rotate_down", "smoothing.rotate_out", "smoothing.rotate_in"),
-    *("tuning.error_weight", "tuning.learning_rate", "tuning.scale_learning_rate", "tuning.windows"),
+    *("tuning.error_weight", "tuning.windows"),
     *("tuning.held_out", "tuning.batch", "tuning.microbatch", "tuning.clip", "tuning.judge_every"),
     *("calibration.windows", "evaluation.max_tokens", "tensorrt.max_context", "tensorrt.max_prefill"),
 }
