@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 WORD = 32
-BITS = (4, 8)
-"""Sizes of a code that divide a word: of others, versions of compressed-tensors leave different bits unused."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +15,7 @@ class Packing:
     """How a matrix of signed codes lies in words.
 
     Attributes:
-        bits: of a code, one of :data:`BITS`; it is stored plus half of its range, so that it is not negative.
+        bits: of a code, 4 or 8; it is stored plus half of its range, so that it is not negative.
         axis: of the matrix, along which codes share words.
         size: codes along that axis; the last words may have room for more.
     """
@@ -34,7 +32,7 @@ class Packing:
     def unpack(self, words: Tensor) -> Tensor:
         """Return the codes, int32 ``[rows, columns]``, of words int32 with the same axes."""
         lines = words if self.axis == 1 else words.T
-        places = torch.arange(0, WORD, self.bits, dtype=torch.int32)
-        fields = (lines[..., None] >> places) & ((1 << self.bits) - 1)
+        mask = (1 << self.bits) - 1
+        fields = torch.stack([(lines >> place) & mask for place in range(0, WORD, self.bits)], dim=-1)
         codes = fields.flatten(1)[:, : self.size] - (1 << (self.bits - 1))
         return codes if self.axis == 1 else codes.T

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.modeling.packing import BITS
 
 ORIGINAL = (
     "give the floating-point checkpoint that it was made from, whose name is usually on its model card. Weights in FP8 "
@@ -18,6 +17,8 @@ _COMPRESSED = ("dense", "float-quantized", "int-quantized", "naive-quantized")
 """Formats of compressed-tensors whose weights are one FP8 or INT8 number per element, with scales beside them."""
 _PACKED = "pack-quantized"
 """Format of compressed-tensors with several codes in a word of 32 bits."""
+_BITS = (4, 8)
+"""Sizes of a code that divide a word: of others, versions of compressed-tensors leave different bits unused."""
 _ORDERS = (None, "weight", "static")
 """Orders of columns in which groups follow each other as they are stored."""
 _STAGED = ("initialized", "calibration", "frozen")
@@ -114,7 +115,7 @@ def _packing(weights: Mapping[str, Any], method: str, key: str) -> tuple[int, bo
     """Return the bits of packed weights, and whether zero points belong to them."""
     bits: Any = weights.get("num_bits")
     strategy, symmetric = weights.get("strategy"), weights.get("symmetric")
-    _require(bits in BITS and weights.get("type", "int") == "int", method, f"packed weights of {bits} bits", key)
+    _require(bits in _BITS and weights.get("type", "int") == "int", method, f"packed weights of {bits} bits", key)
     _require(strategy in ("channel", "group"), method, f"packed weights with scales per {strategy!r}", key)
     _require(symmetric in (True, False, None), method, f"symmetric {symmetric!r}", key)
     _require(weights.get("actorder") in _ORDERS, method, f"columns ordered by {weights.get('actorder')!r}", key)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cushion_deploy.engines.external_data import require_data_beside
 from cushion_deploy.engines.onnxruntime.settings import SessionSettings, import_onnxruntime, session_options
 from cushion_deploy.errors import CheckFailed, MissingDependency, UntrustedArtifact
 
@@ -40,7 +41,7 @@ def load_graph(model_path: Path, settings: SessionSettings) -> tuple[Any, Placem
 
     Raises:
         MissingDependency: onnxruntime or its provider is missing, or this version cannot tell where nodes run.
-        UntrustedArtifact: the file is not a graph that ONNX Runtime can load.
+        UntrustedArtifact: the file is not a graph that ONNX Runtime can load, or it reads tensors from elsewhere.
         CheckFailed: a matrix product is left to another provider.
     """
     ort, provider = import_onnxruntime(), settings.provider
@@ -49,6 +50,7 @@ def load_graph(model_path: Path, settings: SessionSettings) -> tuple[Any, Placem
         raise MissingDependency(
             f"this ONNX Runtime has no {provider.name}; it has {', '.join(available)}", hint=provider.install
         )
+    require_data_beside(model_path)
     try:
         session = ort.InferenceSession(model_path, session_options(settings), providers=provider.configured)
         _read_names(session)

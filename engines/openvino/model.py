@@ -9,6 +9,7 @@ import numpy as np
 
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
 from cushion_deploy.core.session import INPUTS, past_names
+from cushion_deploy.engines.external_data import require_data_beside
 from cushion_deploy.engines.openvino.library import DEVICE, core, import_openvino, reason, settings
 from cushion_deploy.errors import UntrustedArtifact, UsageError
 
@@ -23,10 +24,12 @@ def compile_graph(graph: ExportedGraph, threads: int | None = None) -> Any:
     Raises:
         MissingDependency: OpenVINO is not installed.
         UsageError: the file does not exist.
-        UntrustedArtifact: the file is not a graph, or not the one that the contract describes.
+        UntrustedArtifact: the file is not a graph, not the one that the contract describes, or it reads tensors from
+            elsewhere.
     """
     if not graph.path.is_file():
         raise UsageError(f"{graph.path} does not exist", hint="give the .onnx file of a bundle")
+    require_data_beside(graph.path)
     try:
         model = core().read_model(graph.path)
         _require_contract(model, graph.contract, graph.path)

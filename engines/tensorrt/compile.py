@@ -13,6 +13,7 @@ from typing import Any
 from cushion_deploy.core.engine_artifact import ENGINE_FILE, EngineArtifact, write_artifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.external_data import require_data_beside
 from cushion_deploy.engines.probe import Probe
 from cushion_deploy.engines.tensorrt.coverage.check import check_coverage, coverage_details, graph_linears
 from cushion_deploy.engines.tensorrt.coverage.inspector import read_inspection
@@ -116,9 +117,11 @@ def compile_plan(
         UsageError: an unknown target, a limit below 1, or a full disk.
         CheckFailed: the parser rejects the graph, the builder fails or crashes, or fewer linears run in INT8 than
             ``allow_float_linears`` permits.
+        UntrustedArtifact: the graph reads tensors from elsewhere than beside it.
     """
     targets = flavour.choose_targets(options.targets, library.gpus)
     request = PlanRequest(flavour, graph, library.version, targets, options)
+    require_data_beside(graph.path)
     worker_request = request.to_worker()
     with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".plan-", dir=folder) as scratch_name:
         scratch = Path(scratch_name)

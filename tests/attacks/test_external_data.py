@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 from onnx import TensorProto, helper
 from tiny_llama import bundle_path, hf_folder, tiny, tokenizer
 
-from cushion_deploy.errors import UntrustedArtifact
+from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.registry import ENGINES
+from cushion_deploy.errors import MissingDependency, UntrustedArtifact
 from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.runtime.engine import open_engine
 from cushion_deploy.store import publish, staging_area
@@ -103,6 +106,34 @@ def test_onnx_ir_refuses_it(folder: Path, name: str) -> None:
         read()
 
 
+def _point_outside(path: Path) -> None:
+    """Let all external tensors of a graph be read from a file beside its folder."""
+    model = onnx.load(path, load_external_data=False)
+    moved = [t for t in model.graph.initializer if t.external_data]
+    assert moved
+    for tensor in moved:
+        next(e for e in tensor.external_data if e.key == "location").value = "../secret"
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("engine", ["openvino", "tensorrt-rtx"])
+@pytest.mark.parametrize("tiny", ["baked"], indirect=True)
+def test_nothing_is_compiled_from_it(tiny: Any, tmp_path: Path, engine: str) -> None:
+    try:
+        ENGINES[engine].require()
+    except MissingDependency as e:
+        pytest.skip(e.message)
+    (tmp_path / "secret").write_bytes(bytes(1 << 22))
+    for folder in ("graph", "compiled"):
+        (tmp_path / folder).mkdir()
+    forged = tmp_path / "graph" / "model.onnx"
+    forged.write_bytes(tiny.plain.path.read_bytes())
+    _point_outside(forged)
+    with pytest.raises(UntrustedArtifact, match="not a file beside it"):
+        ENGINES[engine].compile(replace(tiny.plain, path=forged), tmp_path / "compiled", CompileOptions())
+    assert not list((tmp_path / "compiled").iterdir())
+
+
 @pytest.mark.parametrize("tiny", ["baked"], indirect=True)
 def test_the_engine_says_which_graph_cannot_be_loaded(tiny: Any, tmp_path: Path, bundle_path: Path) -> None:
     """A forged bundle: every digest is right, and the graph reads a file beside the bundle."""
@@ -111,15 +142,10 @@ def test_the_engine_says_which_graph_cannot_be_loaded(tiny: Any, tmp_path: Path,
     with staging_area(forged) as staged:
         for source in bundle_path.iterdir():
             (staged / source.name).write_bytes(source.read_bytes())
-        model = onnx.load(staged / "model.onnx", load_external_data=False)
-        moved = [t for t in model.graph.initializer if t.external_data]
-        for tensor in moved:
-            next(e for e in tensor.external_data if e.key == "location").value = "../secret"
-        (staged / "model.onnx").write_bytes(model.SerializeToString())
+        _point_outside(staged / "model.onnx")
         (staged / "cushion.json").unlink()
         publish(staged, forged, {}, {})
-    assert moved
     bundle = open_bundle(forged)
-    with pytest.raises(UntrustedArtifact, match="escapes model directory") as e:
+    with pytest.raises(UntrustedArtifact, match="not a file beside it") as e:
         open_engine(bundle, threads=1)
     assert "secret" in e.value.message

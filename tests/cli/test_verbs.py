@@ -295,7 +295,7 @@ def test_help_of_a_verb_speaks_to_a_newcomer(cli: Any, verb: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_option_of_a_verb_is_dead(verb: str) -> None:
-    from cushion_deploy.cli import generation_options, options
+    from cushion_deploy.cli import bundle_options, generation_options, options
 
     source = [inspect.getsource(import_module(f"cushion_deploy.cli.{verb}"))]
     used = set()
@@ -304,6 +304,8 @@ def test_no_option_of_a_verb_is_dead(verb: str) -> None:
         used |= set(options.FLAGS)
     if "make_params" in source[0]:
         source.append(inspect.getsource(generation_options.make_params))
+    if "@signature_options" in source[0]:
+        source.append(inspect.getsource(bundle_options.signature_options))
     nodes = [node for text in source for node in ast.walk(ast.parse(text))]
     # An option names its parameter in its declaration too, which is no use of it.
     declared = {

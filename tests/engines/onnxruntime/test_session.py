@@ -212,7 +212,7 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(tiny: Any, monkeypatch: pytest
 
 def test_file_that_is_no_graph_is_refused(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\x08\x07not a graph")
-    with pytest.raises(UntrustedArtifact, match="cannot load"):
+    with pytest.raises(UntrustedArtifact, match="cannot be read as an ONNX graph"):
         OnnxRuntimeSession(tmp_path / "model.onnx", tiny.plain.contract)
     with pytest.raises(UsageError, match="does not exist"):
         OnnxRuntimeSession(tmp_path / "none.onnx", tiny.plain.contract)
@@ -225,7 +225,7 @@ def test_a_graph_with_names_that_are_no_text_is_refused(tiny: Any, tmp_path: Pat
     content = graph.read_bytes()
     assert name in content
     graph.write_bytes(content.replace(name, b"\xff" + name[1:]))
-    with pytest.raises(UntrustedArtifact, match="cannot load"):
+    with pytest.raises(UntrustedArtifact, match="cannot be read as an ONNX graph"):
         OnnxRuntimeSession(graph, tiny.plain.contract, SessionSettings(threads=1))
 
 
