@@ -225,7 +225,7 @@ def test_a_graph_with_names_that_are_no_text_is_refused(tiny: Any, tmp_path: Pat
     content = graph.read_bytes()
     assert name in content
     graph.write_bytes(content.replace(name, b"\xff" + name[1:]))
-    with pytest.raises(UntrustedArtifact, match="cannot be read as an ONNX graph"):
+    with pytest.raises(UntrustedArtifact, match="cannot load"):
         OnnxRuntimeSession(graph, tiny.plain.contract, SessionSettings(threads=1))
 
 
