@@ -192,9 +192,9 @@ class Tuning(Section):
         description="Train the static activation scales together with the prefix; false keeps those of the untuned "
         "prefix. Not with the loss invisible: its smoothing and scales are measured behind the tuned prefix.",
     )
-    learning_rate: float = Field(default=0.01, gt=0, le=1, description="Adam learning rate of the keys and values.")
+    learning_rate: float = Field(default=0.01, gt=0, le=100, description="Adam learning rate of the keys and values.")
     scale_learning_rate: float = Field(
-        default=0.003, gt=0, le=1, description="Adam learning rate of the logarithms of the scales."
+        default=0.003, gt=0, le=100, description="Adam learning rate of the logarithms of the scales."
     )
     schedule: Literal["cosine", "constant"] = Field(
         default="cosine", description="Learning rate schedule; the cosine begins with up to 10 steps of warm-up."
