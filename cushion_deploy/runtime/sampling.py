@@ -87,8 +87,9 @@ def distribution(logits: FloatArray, params: SamplingParams, history: Iterable[i
         chosen = np.zeros(scores.size)
         chosen[int(scores.argmax())] = 1.0
         return chosen
-    # The maximum is subtracted before the division, so that a tiny temperature does not overflow.
-    scores = (scores - scores.max()) / params.temperature
+    # The maximum is subtracted before the division: it stays zero at any temperature, and the others may become -inf.
+    with np.errstate(over="ignore"):
+        scores = (scores - scores.max()) / params.temperature
     if 0 < params.top_k < scores.size:
         limit = np.partition(scores, -params.top_k)[-params.top_k]
         scores = np.where(scores < limit, -np.inf, scores)

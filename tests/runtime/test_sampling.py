@@ -134,6 +134,12 @@ def test_tiny_temperature_stays_finite() -> None:
     np.testing.assert_array_equal(got, [0, 0, 1])
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-310, 5e-324])
+def test_tiny_temperature_is_the_most_probable_token(temperature: float) -> None:
+    got = distribution(np.array([3.0, 1, 5, -2], dtype=np.float32), SamplingParams(temperature=temperature))
+    np.testing.assert_array_equal(got, [0, 0, 1, 0])
+
+
 @pytest.mark.parametrize(
     "values",
     [
