@@ -74,6 +74,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
+        if tag >> 32:  # readers differ in what they make of it
+            raise ValueError("a field has a number of more than 32 bits")
         number, kind = tag >> 3, tag & 7
         if kind == 0:
             _, at = _varint(message, at)

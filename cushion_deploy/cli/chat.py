@@ -155,8 +155,8 @@ def _reset(talk: Conversation, _: str) -> bool:
 
 
 def _forget(talk: Conversation, number: str) -> bool:
-    if not (number or "1").isdecimal():
-        raise UsageError(f"/forget has {number!r}", hint="write /forget 2 for the two oldest messages")
+    if not (number or "1").isdecimal() or len(number) > 9:
+        raise UsageError(f"/forget has {number[:40]!r}", hint="write /forget 2 for the two oldest messages")
     count = talk.forget(int(number or 1))
     click.echo(f"[{count} {'message' if count == 1 else 'messages'} forgotten, with the answers]", err=True)
     return True

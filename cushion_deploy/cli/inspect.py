@@ -23,7 +23,7 @@ from cushion_deploy.runtime.hub import local_bundle
 def command(path: Path, as_json: bool) -> None:
     """Show the contents of PATH: a bundle (a folder or org/name), a prefix.safetensors, or a scales.json.
 
-    For a bundle that includes the graph, the prefix, the INT8 coverage of every engine, and the INT8 kernels that ONNX
+    For a bundle, this includes the graph, the prefix, the INT8 coverage of every engine, and the INT8 kernels that ONNX
     Runtime uses on this machine.
     """
     facts = _facts(local_bundle(path))

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import gettempdir
@@ -170,6 +171,9 @@ def run(arguments: list[str]) -> int:
     except CushionError as e:
         return _refused(e)
     except click.ClickException as e:
+        if type(e).__name__ == "NoArgsIsHelpError":  # click 8.1 has no such class, and exits by itself
+            _print_error(e.format_message())
+            return ExitCode.USAGE
         message = e.format_message().rstrip(".")
         _print_error(f"error: {message[:1].lower()}{message[1:]}")
         _print_error(f"  -> {_usage_hint(e)}")
@@ -202,7 +206,7 @@ def _usage_hint(error: click.ClickException) -> str:
     if context is None:
         return "`cushion-deploy --help` lists the commands"
     usage = context.get_usage().replace("Usage: ", "usage: ")
-    if isinstance(error, click.NoSuchOption) and not error.possibilities:
+    if isinstance(error, click.NoSuchOption) and not error.possibilities and context.info_name == "generate":
         return f"{usage}; text that begins with a dash goes behind --, as in: generate -- BUNDLE -1"
     return f"{usage}; `{context.command_path} --help` describes it"
 
@@ -216,7 +220,10 @@ def _refused(error: CushionError) -> int:
 def _no_room(error: OSError) -> int:
     """Report a full disk behind a file that is not one of the product's own, such as the one stdout goes to."""
     name = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
-    rooms = [f"{folder}: {human_bytes(free_bytes(folder))} free" for folder in (Path.cwd(), Path(gettempdir()))]
+    folders = [Path.cwd()]
+    with suppress(OSError):  # none of them can be written to
+        folders.append(Path(gettempdir()))
+    rooms = [f"{folder}: {human_bytes(free_bytes(folder))} free" for folder in folders]
     _print_error(f"error: cannot write{name or ' a file'}: {error.strerror} ({', '.join(rooms)})")
     _print_error("  -> free some space where stdout or the output goes, and run again (finished stages are kept)")
     return ExitCode.USAGE

@@ -24,9 +24,9 @@ from cushion_deploy.verbs.push import push_bundle
 def command(bundle: Path, name: str, private: bool, as_json: bool) -> None:
     """Upload BUNDLE to the Hugging Face hub as NAME (org/name), in one commit.
 
-    BUNDLE is verified first. Log in with `hf auth login`, or set HF_TOKEN. `generate`, `chat`, `serve` and `verify`
-    take NAME afterwards. Files that only an earlier bundle had are removed; a repository with other files and no bundle
-    is refused.
+    BUNDLE is verified first. Log in with `hf auth login`, or set HF_TOKEN. `generate`, `chat`, `serve`, `verify`,
+    `inspect`, `report`, `bench` and `parity` take NAME afterwards. Files that only an earlier bundle had are removed; a
+    repository with other files and no bundle is refused.
     """
     if not is_hub_name(name):
         raise UsageError(f"'{name}' is not the name of a repository", hint="give org/name")

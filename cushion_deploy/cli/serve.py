@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import isfinite
 from pathlib import Path
 
 import click
@@ -133,6 +134,8 @@ def command(
     only, unless --host says otherwise. Ctrl-C ends it after the answers that are under way.
     """
     require_modules("fastapi", "uvicorn", "prometheus_client", "llguidance")
+    if not isfinite(request_timeout) or not isfinite(drain_timeout):
+        raise UsageError("--request-timeout and --drain-timeout are numbers of seconds", hint="86400 is a day")
     key = _api_key(api_key_file)
     local = host in LOOPBACK
     if key is None and not local and not allow_anonymous:

@@ -57,9 +57,11 @@ class Connection(H11Protocol):
         self._watch_stall()
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """Go on; what is left when the connection closes still has to be taken."""
         super().resume_writing()
         self._stop_stall_timer()
+        if self.transport.is_closing():
+            self._watch_stall()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop to wait."""

@@ -267,7 +267,8 @@ def read_json(path: Path) -> tuple[bytes, Any]:
 
 def _bundle_hint(path: Path) -> str:
     """Say how to get a bundle, where ``path`` is none: a model has to be built first."""
-    if path.suffix == ".gguf" or (path / "config.json").is_file():
+    gguf = path.suffix == ".gguf" and path.is_file()
+    if gguf or ((path / "config.json").is_file() and not (path / "model.onnx").exists()):
         return f"it is a model: `{TOOL} build {path} --output OUT` makes a bundle of it"
     return f"point to a folder that `{TOOL} build` has written"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cushion_deploy.core.engine_artifact import ENGINE_FILE, EngineArtifact, write_artifact
 from cushion_deploy.core.graphs import GRAPH_FILE, ExportedGraph
+from cushion_deploy.engines.external_data import require_data_beside
 from cushion_deploy.engines.onnxruntime.float_products import multiply_in_float16
 from cushion_deploy.engines.onnxruntime.settings import Provider, installed_version
 from cushion_deploy.errors import CheckFailed
@@ -34,7 +35,9 @@ def compile_graph(graph: ExportedGraph, folder: Path, provider: Provider) -> Eng
         UsageError: too little disk space.
         CheckFailed: the graph stores an embedding as codes that the provider cannot read, or its linears are not those
             of its description.
+        UntrustedArtifact: the graph reads tensors from elsewhere than beside it.
     """
+    require_data_beside(graph.path)
     version, dtype, own = installed_version(provider), graph.contract.dtype, None
     if graph.int8_embedding and not provider.gathers_codes:
         raise CheckFailed(

@@ -14,6 +14,7 @@ import numpy as np
 
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.sites import Site
+from cushion_deploy.engines.external_data import require_data_beside
 from cushion_deploy.engines.onnxruntime.settings import CPU, import_onnxruntime, session_options
 from cushion_deploy.store.files import require_space, temporary_folder
 
@@ -56,10 +57,12 @@ def read_coverage(graph: ExportedGraph) -> Coverage:
     Raises:
         MissingDependency: onnxruntime is not installed.
         UsageError: too little disk space for the optimized graph.
+        UntrustedArtifact: the graph reads tensors from elsewhere than beside it.
     """
     import onnx_ir as ir
 
     ort = import_onnxruntime()
+    require_data_beside(graph.path)
     with temporary_folder("cushion-ort-") as folder:
         require_space(folder, 2 * graph.size)
         options = session_options()

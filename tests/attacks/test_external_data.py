@@ -116,7 +116,7 @@ def _point_outside(path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-@pytest.mark.parametrize("engine", ["openvino", "tensorrt-rtx"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx"])
 @pytest.mark.parametrize("tiny", ["baked"], indirect=True)
 def test_nothing_is_compiled_from_it(tiny: Any, tmp_path: Path, engine: str) -> None:
     try:

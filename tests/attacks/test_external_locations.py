@@ -91,6 +91,15 @@ def test_a_file_beside_it_is_not(tmp_path: Path, name: str) -> None:
     require_data_beside(tmp_path / "model.onnx")
 
 
+def test_a_number_that_readers_cut_to_32_bits_hides_nothing() -> None:
+    tensor = _tensor("hidden").SerializeToString()
+    # The tag of field 5 plus 2**32, in five bytes more than its own: protobuf reads it as field 5.
+    tag = bytes([5 << 3 | 2 | 128, 128, 128, 128, 16])
+    graph = tag + bytes([len(tensor)]) + tensor
+    with pytest.raises(ValueError, match="more than 32 bits"):
+        external_locations(bytes([7 << 3 | 2, len(graph)]) + graph)
+
+
 def test_a_graph_may_be_nested_more_deeply_than_python_recurses() -> None:
     def wrap(number: int, content: bytes) -> bytes:
         size, length = bytearray(), len(content)

@@ -98,6 +98,7 @@ def test_commands_of_a_conversation(piped: Any, planted_bundle: Any, tmp_path: P
     ("lines", "words"),
     [
         (["/forget all"], "/forget has 'all'"),
+        (["/forget " + "9" * 5000], "/forget has '999"),
         (["/quit"], "no command '/quit'"),
         (["/save"], "/save has no file"),
         (["word " * 400], "conversation has"),

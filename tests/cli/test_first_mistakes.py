@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ CALLS = {
     "chat b c": ("got unexpected extra argument (c)", "usage: cushion-deploy chat [OPTIONS] BUNDLE"),
     "generate b p --temprature 1": ("no such option", "`cushion-deploy generate --help` describes it"),
     "generate b -1": ("no such option", "goes behind --, as in: generate -- BUNDLE -1"),
+    "verify b --frobnicate": ("no such option", "`cushion-deploy verify --help` describes it"),
     "bild": ("there is no command 'bild'", "did you mean `cushion-deploy build`?"),
 }
 
@@ -44,6 +46,29 @@ def test_a_model_given_as_a_bundle_is_to_be_built(cli: Any, tiny_folder: Path, t
         )
     other = cli(verb, tmp_path)
     assert "point to a folder that `cushion-deploy build` has written" in other.err
+
+
+def test_no_command_is_answered_with_the_help(python: Any) -> None:
+    done = python("from cushion_deploy.cli.main import main\nmain([])")
+    assert (done.returncode, done.stdout) == (2, "")
+    asked = python("from cushion_deploy.cli.main import main\nmain(['--help'])")
+    assert done.stderr.split() == asked.stdout.split()
+
+
+def test_what_lacks_its_manifest_is_no_model(cli: Any, tiny_bundle: Any, tmp_path: Path) -> None:
+    copied = shutil.copytree(tiny_bundle.bundle, tmp_path / "copied")
+    (copied / "cushion.json").unlink()
+    for path in (copied, tmp_path / "nowhere.gguf"):
+        done = cli("verify", path)
+        assert done.code in (2, 4)
+        assert "it is a model" not in done.err
+
+
+@pytest.mark.parametrize("option", ["--drain-timeout", "--request-timeout"])
+def test_a_time_that_never_ends_is_refused(cli: Any, tiny_bundle: Any, option: str) -> None:
+    done = cli("serve", tiny_bundle.bundle, option, "inf")
+    assert done.code == 2
+    assert "numbers of seconds" in done.err
 
 
 def test_what_is_not_there_cannot_be_inspected(cli: Any, tmp_path: Path) -> None:

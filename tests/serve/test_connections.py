@@ -146,6 +146,18 @@ def test_a_slow_reader_keeps_its_connection_until_it_takes_nothing(clock: Clock,
     assert transport.abort.called
 
 
+def test_the_last_bytes_for_a_reader_that_stopped_are_dropped_when_the_connection_closes(
+    clock: Clock, connection: Any
+) -> None:
+    made, transport = connection
+    made._stop_head_timer()
+    made.pause_writing()
+    transport.is_closing.return_value = True
+    made.resume_writing()  # what is left is below the low-water mark, and nobody takes it
+    clock.advance(60)
+    assert transport.abort.called
+
+
 def test_a_byte_now_and_then_is_no_request(clock: Clock, connection: Any) -> None:
     made, transport = connection
     for byte in b"GET /":
