@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 
 from cushion_deploy.cli.main import VERBS, run
@@ -34,9 +35,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def of_project() -> list[str]:
-    """Return the requirements of the project as its metadata has them."""
-    extras = PROJECT["optional-dependencies"].items()
-    return [*PROJECT["dependencies"], *(f"{line} ; extra == '{extra}'" for extra, lines in extras for line in lines)]
+    """Return the requirements of the project as its metadata has them: an extra is one more condition of a marker."""
+    found = list(PROJECT["dependencies"])
+    for extra, lines in PROJECT["optional-dependencies"].items():
+        for requirement in map(Requirement, lines):
+            marker = f"({requirement.marker}) and " if requirement.marker else ""
+            requirement.marker = Marker(f"{marker}extra == '{extra}'")
+            found.append(str(requirement))
+    return found
 
 
 def test_a_package_that_is_too_old_is_named_before_a_build(
