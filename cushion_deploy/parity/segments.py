@@ -25,8 +25,8 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.session import first_caches, past_names
 from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.onnxruntime.settings import session_config
+from cushion_deploy.export.read import read_model
 from cushion_deploy.parity.rounding import widen
-from cushion_deploy.store.files import place, temporary_folder
 
 SiteCodes = dict[Site, npt.NDArray[np.int8]]
 Kernels = Literal["literal", "fused"]
@@ -128,16 +128,14 @@ def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: K
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in (LITERAL_CONFIG if kernels == "literal" else session_config()).items():
         options.add_session_config_entry(key, value)
-    with temporary_folder("cushion-parity-") as folder:
-        data = graph.files[1]
-        place(data, folder / data.name, link=True)
-        path = folder / graph.path.name
-        model = ir.load(graph.path)
-        edit(model)
-        if graph.contract.dtype != "float32":
-            widen(model, graph.contract.dtype, rounded=rounded)
-        ir.save(model, path)
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # The copy stays in memory. Written to a file, it would need a second link to the weights, which outlives a kill and
+    # makes the graph unreadable for everyone else.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.path.parent))
+    model = read_model(graph.path)
+    edit(model)
+    if graph.contract.dtype != "float32":
+        widen(model, graph.contract.dtype, rounded=rounded)
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def add_output(model: Any, value: Any, site: Site) -> None:

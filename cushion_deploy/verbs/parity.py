@@ -10,12 +10,11 @@ from cushion_deploy.core.artifacts import SCALES_FILE, read_scales
 from cushion_deploy.core.engine_artifact import ENGINE_FILE, read_artifact
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.quantization import Quantization
-from cushion_deploy.core.session import DecoderSession
 from cushion_deploy.engines.registry import ENGINES
-from cushion_deploy.errors import MissingDependency, UntrustedArtifact, UsageError
+from cushion_deploy.errors import MissingDependency, UsageError
 from cushion_deploy.parity.checks import ParityReport
 from cushion_deploy.recipe import Recipe
-from cushion_deploy.runtime.bundle import Bundle, open_bundle
+from cushion_deploy.runtime.bundle import Bundle
 from cushion_deploy.runtime.engine import DEFAULT_ENGINE, is_built_for, open_engine, read_engine
 from cushion_deploy.stages.base import Given, Node
 from cushion_deploy.stages.compile import EngineToRun
@@ -69,21 +68,7 @@ def engines_to_run(bundle: Bundle, names: Sequence[str] = ()) -> tuple[EngineToR
 
 def _of_bundle(bundle: Bundle, name: str) -> EngineToRun:
     compiled = read_engine(bundle, name).key if is_built_for(bundle, name) else bundle.graph.digest
-    return EngineToRun(name, digest_json([name, compiled, *_installed(name)]), lambda: _open_again(bundle, name))
-
-
-def _open_again(bundle: Bundle, name: str) -> DecoderSession:
-    """Verify a bundle again and open an engine of it: the ladder links its data to elsewhere, which changes its state.
-
-    Raises:
-        UntrustedArtifact: it is not the bundle that was verified at first; see also :func:`open_engine`.
-    """
-    again = open_bundle(bundle.path)
-    if again.manifest != bundle.manifest:
-        raise UntrustedArtifact(
-            f"{bundle.path} was replaced while it was checked", hint="wait for the build of it to end, and check again"
-        )
-    return open_engine(again, name)
+    return EngineToRun(name, digest_json([name, compiled, *_installed(name)]), lambda: open_engine(bundle, name))
 
 
 def _installed(name: str) -> tuple[str, ...]:
