@@ -159,9 +159,16 @@ class StageStore:
             held.release(force=True)
 
     def sweep(self) -> list[Path]:
-        """Remove the temporary folders of killed processes and return them; those of running processes are kept."""
+        """Remove what killed processes left, and return it: temporary folders, partial results of finished stages.
+
+        Temporary folders of running processes are kept, and so are partial results that a stage can continue from.
+        """
         with disk_errors(self.root):
             removed = sweep_dead(self.root / "tmp", TEMPORARY)
+            for scratch in sorted((self.root / "scratch").glob("*/*")):
+                if (self.root / "stages" / scratch.parent.name / scratch.name).is_dir():
+                    remove_tree(scratch)
+                    removed.append(scratch)
         if removed:
             logger.info("removed %d unfinished folders of killed runs", len(removed))
         return removed

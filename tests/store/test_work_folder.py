@@ -182,6 +182,17 @@ def test_sweep_leaves_living_owners_and_foreign_files_alone(tmp_path: Path) -> N
     assert store.find("search", KEY) is not None
 
 
+def test_partial_results_are_swept_once_their_stage_is_finished(tmp_path: Path) -> None:
+    store = StageStore(tmp_path)
+    with store.write("search", KEY):
+        pass
+    (finished := store.scratch("search", KEY)).joinpath("scan").write_text("left by a kill right after the rename")
+    (partial := store.scratch("search", "1" * 64)).joinpath("scan").write_text("to be continued")
+    assert store.sweep() == [finished]
+    assert not finished.exists()
+    assert (partial / "scan").exists()
+
+
 def test_taking_the_lock_sweeps(tmp_path: Path) -> None:
     dead = tmp_path / "tmp" / f"tmp-{'a' * 32}"
     (dead / "files").mkdir(parents=True)
