@@ -21,6 +21,8 @@ from cushion_deploy.modeling.observe_cache import watched_cache
 from cushion_deploy.modeling.runner import TorchRunner
 
 TINY = float(np.finfo(np.float32).tiny)
+NOISE = 2.0**-20
+"""Rounding noise of a float32 sum of a few thousand products, over the largest of them."""
 QMAX = qmax(8)
 Histograms = dict[tuple[int, KvPart], list[MagnitudeHistogram]]
 """Layer and part to one histogram per head, or a single one for all heads."""
@@ -155,6 +157,12 @@ def choose_kv_scales(
 
 
 def _without_zeros(ranges: FloatArray) -> FloatArray:
-    """Return the ranges of a layer's heads, with the largest of them for dead heads, which have none."""
+    """Return the ranges of a layer's heads, with the largest of them for dead heads.
+
+    A head is dead if it has nothing but zeros, or nothing but what rounding leaves of zeros beside the other heads:
+    scales for such noise would make codes of it, and every engine rounds in its own way.
+    """
     largest = float(ranges.max())
-    return np.where(ranges < QMAX * TINY, largest if largest >= QMAX * TINY else float(QMAX), ranges)
+    if largest < QMAX * TINY:
+        return np.full_like(ranges, QMAX)
+    return np.where(ranges < max(QMAX * TINY, NOISE * largest), largest, ranges)

@@ -235,7 +235,7 @@ class Calibration(Section):
         default=None, description="Text file or dataset to calibrate on; null is the default, which works offline."
     )
     estimator: Estimator = Field(default="percentile", description="Range estimator: max, percentile or mse.")
-    percentile: float = Field(default=99.9995, gt=50, le=100, description="Percentile of the percentile estimator.")
+    percentile: float = Field(default=99.9995, ge=90, le=100, description="Percentile of the percentile estimator.")
     windows: int = Field(default=32, ge=1, description="Number of windows of text to observe.")
     window: int | None = Field(
         default=None,

@@ -91,7 +91,7 @@ class CalibrateCache(Observation[KvScales]):
     """
 
     name: ClassVar[str] = "calibrate-kv"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     shared: ClassVar[bool] = True
     smoothing: Node[Smoothing] | None
     estimator: Estimator

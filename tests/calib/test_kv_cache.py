@@ -71,13 +71,14 @@ def test_a_prefix_in_the_cache_is_covered(granularity: str, tiny_model: TorchRun
     assert found.with_prefix
 
 
+@pytest.mark.parametrize("left", [0.0, 1e-8], ids=["zeros", "rounding noise"])
 def test_a_head_that_carries_nothing_takes_the_largest_range_of_its_layer(
-    tiny_model: TorchRunner, rows: list[IntArray]
+    tiny_model: TorchRunner, rows: list[IntArray], left: float
 ) -> None:
     module = tiny_model.module.model.layers[1].self_attn
     saved = module.v_proj.weight.clone(), module.k_proj.weight.clone()
     try:
-        module.v_proj.weight[:16] = 0
+        module.v_proj.weight[:16] *= left
         module.k_proj.weight[:] = 0
         found = calibrated(tiny_model, rows, "per-head")
     finally:

@@ -164,7 +164,7 @@ BAD = {
     "search: {max_length: -1, tau: 2}": ("the first of 2 problems", "greater than or equal to 0"),
     "search: {enabled: 1}": ("search.enabled is 1", "valid boolean"),
     "search: on": ("search is True", "a mapping of settings"),
-    "calibration: {percentile: 50}": ("calibration.percentile is 50", "greater than 50"),
+    "calibration: {percentile: 89}": ("calibration.percentile is 89", "greater than or equal to 90"),
     "calibration: {estimator: average}": ("calibration.estimator is 'average'", "'max', 'percentile' or 'mse'"),
     "compute: {device: gpu}": ("unknown device 'gpu'", "choose one of: auto, cpu, cuda, cuda:N, mps"),
     "compute: {dtype: int8}": ("compute.dtype is 'int8'", "'bfloat16'"),
