@@ -13,6 +13,7 @@ import click
 from cushion_deploy.cli.bundle_options import RequiredSignature, bundle_argument, open_named, signature_options
 from cushion_deploy.cli.generation_options import generation_options, make_params
 from cushion_deploy.cli.help import option, verb
+from cushion_deploy.cli.stopping import handled
 from cushion_deploy.cli.terminal import echo, echo_generated, echo_remarks, stdin_lines, typed_line
 from cushion_deploy.errors import CushionError, UsageError
 from cushion_deploy.runtime import TextGenerator
@@ -85,6 +86,7 @@ def _in_terminal(talk: Conversation) -> None:
         except CushionError as e:
             _show(e)
         except KeyboardInterrupt:
+            handled()
             click.echo("\n[stopped]", err=True)
 
 
@@ -103,6 +105,7 @@ def _lines() -> Iterator[str]:
             click.echo(err=True)
             return
         except KeyboardInterrupt:
+            handled()
             click.echo("\n[/exit or Ctrl-D leaves]", err=True)
         except UsageError as e:
             _show(e)

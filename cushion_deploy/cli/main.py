@@ -13,12 +13,12 @@ from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import gettempdir
-from types import FrameType
 from typing import NoReturn
 
 import click
 from click.shell_completion import CompletionItem
 
+from cushion_deploy.cli import stopping
 from cushion_deploy.cli.help import WIDTH
 from cushion_deploy.cli.terminal import require_utf8
 from cushion_deploy.cli.version import show_version
@@ -66,10 +66,6 @@ VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()
 
 KEEPS_STAGES = frozenset(("build", "search", "tune", "calibrate", "export", "parity", "eval", "study"))
 """Commands with a work folder: an interruption does not set them back to their beginning."""
-
-
-class Terminated(BaseException):
-    """The process received SIGTERM."""
 
 
 class LazyGroup(click.Group):
@@ -155,7 +151,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Before torch is imported: its threads wait for each other by spinning, which on a busy machine takes most of the
     # time. With this many turns they are as fast on a quiet machine, and 2 to 4 times as fast on a busy one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    signal.signal(signal.SIGTERM, _terminate)
+    stopping.listen()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A locale without the characters that a model writes shows them as escapes, as stderr does.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -168,36 +164,46 @@ def run(arguments: list[str]) -> int:
         require_utf8(arguments)
         result = cli.main(arguments, prog_name="cushion-deploy", standalone_mode=False)
         return result if isinstance(result, int) else ExitCode.OK
-    except CushionError as e:
-        return _refused(e)
-    except click.ClickException as e:
-        if type(e).__name__ == "NoArgsIsHelpError":  # click 8.1 has no such class, and exits by itself
-            _print_error(e.format_message())
-            return ExitCode.USAGE
-        message = e.format_message().rstrip(".")
-        _print_error(f"error: {message[:1].lower()}{message[1:]}")
-        _print_error(f"  -> {_usage_hint(e)}")
-        return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
-        _print_error(f"interrupted{_how_to_go_on(arguments)}")
-        return ExitCode.INTERRUPTED
-    except Terminated:
-        _print_error(f"terminated{_how_to_go_on(arguments)}")
-        return ExitCode.TERMINATED
+        return _stopped(signal.SIGINT, arguments)
+    except stopping.Terminated:
+        return _stopped(signal.SIGTERM, arguments)
     except SystemExit as e:
         # click itself exits only when the reader of stdout has closed the pipe, as `head` does. That is neither
         # success nor failure, since the result was not read; shells expect 128 + SIGPIPE.
         if e.code != 1:
             raise
         return ExitCode.BROKEN_PIPE
-    except ModuleNotFoundError as e:
-        return _refused(missing_module(e.name)) if e.name in EXTRAS else _bug(e)
-    except OSError as e:
-        if unusable := no_temporary_root(e):
-            return _refused(unusable)
-        return _no_room(e) if e.errno in DISK_FULL else _bug(e)
     except Exception as e:
-        return _bug(e)
+        number = stopping.received()
+        return _stopped(number, arguments) if number else _failed(e)
+
+
+def _failed(error: Exception) -> int:
+    """Report an error and return its exit code."""
+    if isinstance(error, CushionError):
+        return _refused(error)
+    if isinstance(error, click.ClickException):
+        return _misused(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return _refused(missing_module(error.name))
+    if isinstance(error, OSError):
+        if unusable := no_temporary_root(error):
+            return _refused(unusable)
+        if error.errno in DISK_FULL:
+            return _no_room(error)
+    return _bug(error)
+
+
+def _misused(error: click.ClickException) -> int:
+    """Report a mistake in the call."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # click 8.1 has no such class, and exits by itself
+        _print_error(error.format_message())
+        return ExitCode.USAGE
+    message = error.format_message().rstrip(".")
+    _print_error(f"error: {message[:1].lower()}{message[1:]}")
+    _print_error(f"  -> {_usage_hint(error)}")
+    return ExitCode.USAGE
 
 
 def _usage_hint(error: click.ClickException) -> str:
@@ -229,6 +235,15 @@ def _no_room(error: OSError) -> int:
     return ExitCode.USAGE
 
 
+def _stopped(number: int, arguments: list[str]) -> int:
+    """Report that a signal ended the command."""
+    word, code = (
+        ("terminated", ExitCode.TERMINATED) if number == signal.SIGTERM else ("interrupted", ExitCode.INTERRUPTED)
+    )
+    _print_error(f"{word}{_how_to_go_on(arguments)}")
+    return code
+
+
 def _how_to_go_on(arguments: list[str]) -> str:
     """Say how a command that keeps its finished stages goes on; nothing of one that has none."""
     verb = next((argument for argument in arguments if argument in VERBS), "")
@@ -242,10 +257,6 @@ def _bug(error: Exception) -> int:
     _print_error(f"error: {type(error).__name__}: {error}")
     _print_error("  -> this is a bug in cushion-deploy; please report it with the traceback above")
     return ExitCode.BUG
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
 
 
 def _print_error(text: str) -> None:

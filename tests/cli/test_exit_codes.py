@@ -346,6 +346,32 @@ def test_a_stopped_build_leaves_no_bundle_and_the_next_run_goes_on(
     assert cli("verify", output).code == 0
 
 
+# A child whose command is stopped in a library that turns what the signal raised into an error of its own.
+TURNED_AROUND = """
+import os, sys
+import cushion_deploy.cli.verify as verify
+from cushion_deploy.cli.main import main
+number = int(sys.argv.pop(1))
+def shape_of(_):
+    try:
+        os.kill(os.getpid(), number)
+    except BaseException:
+        raise ValueError("could not determine the shape") from None
+verify.verify_bundle = shape_of
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_turns_into_an_error_stops_all_the_same(
+    start: Any, tmp_path: Path, number: int, code: int
+) -> None:
+    with start(TURNED_AROUND, int(number), "verify", tmp_path) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "")
+    assert err.strip() in ("interrupted", "terminated")
+
+
 def test_an_unexpected_exception_is_a_bug(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import cushion_deploy.cli.verify as verify
 
