@@ -1,9 +1,10 @@
-"""Which files the tensors of an ONNX graph read, for edge devices without the package ``onnx``."""
+"""Which files the tensors of an ONNX graph read; only reading their values needs the package ``onnx_ir``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cushion_deploy.errors import UntrustedArtifact
 
@@ -46,6 +47,30 @@ def require_data_beside(path: Path) -> None:
     for name in sorted(locations):
         if name in ("", ".", "..") or set(name) & set("/\\:\0"):
             raise UntrustedArtifact(f"{path} reads tensors from {name!r}, which is not a file beside it", hint=hint)
+
+
+def read_graph(path: Path) -> Any:
+    """Return a graph (``onnx_ir.Model``) whose values are to be read, not saved.
+
+    onnx_ir refuses to read files that are symbolic links, as in a snapshot of the hub, or have a second hard link, as
+    in a copy by ``cp -l``: it cannot know that the digest of what a link leads to was verified.
+
+    Raises:
+        UntrustedArtifact: see :func:`require_data_beside`.
+    """
+    import onnx_ir as ir
+
+    require_data_beside(path)
+    model = ir.load(path)
+    for value in model.graph.initializers.values():
+        stored = value.const_value
+        if isinstance(stored, ir.ExternalTensor):
+            # Without a base directory, the caller vouches for the location.
+            data = path.parent.absolute() / stored.location
+            value.const_value = ir.ExternalTensor(
+                data, stored.offset, stored.length, stored.dtype, shape=stored.shape, name=stored.name
+            )
+    return model
 
 
 def external_locations(model: bytes) -> set[str]:

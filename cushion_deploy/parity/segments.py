@@ -25,7 +25,6 @@ from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.session import first_caches, past_names
 from cushion_deploy.core.sites import Site
 from cushion_deploy.engines.onnxruntime.settings import session_config
-from cushion_deploy.export.read import read_model
 from cushion_deploy.parity.rounding import widen
 
 SiteCodes = dict[Site, npt.NDArray[np.int8]]
@@ -130,12 +129,24 @@ def edited_session(graph: ExportedGraph, edit: Callable[[Any], None], kernels: K
         options.add_session_config_entry(key, value)
     # The copy stays in memory. Written to a file, it would need a second link to the weights, which outlives a kill and
     # makes the graph unreadable for everyone else.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.path.parent))
-    model = read_model(graph.path)
+    data = graph.files[1].resolve()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data.parent))
+    model = ir.load(graph.path)
     edit(model)
     if graph.contract.dtype != "float32":
         widen(model, graph.contract.dtype, rounded=rounded)
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(_serialized(model, data.name), options, providers=["CPUExecutionProvider"])
+
+
+def _serialized(model: Any, data: str) -> bytes:
+    """Return the bytes of a graph whose external tensors lie in the file of that name."""
+    import onnx_ir as ir
+
+    proto = ir.to_proto(model)
+    for entry in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
+        if entry.key == "location":
+            entry.value = data
+    return bytes(proto.SerializeToString())
 
 
 def add_output(model: Any, value: Any, site: Site) -> None:

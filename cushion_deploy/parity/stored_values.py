@@ -17,7 +17,7 @@ from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.kv_scales import KvScales, kv_site
 from cushion_deploy.core.scales import ActivationScales
 from cushion_deploy.core.sites import Site
-from cushion_deploy.export.read import read_model
+from cushion_deploy.engines.external_data import read_graph
 from cushion_deploy.parity.checks import ParityCheck
 
 LinearWeights = tuple[Site, Int8Array, FloatArray]
@@ -27,7 +27,7 @@ Table = tuple[Int8Array, FloatArray]
 
 def scale_rung(rung: str, graph: ExportedGraph, scales: ActivationScales) -> list[ParityCheck]:
     """Compare the scales of the Q and DQ nodes of every Site with ``scales``; no float32 bit may differ."""
-    nodes = {node.outputs[0].name: node for node in read_model(graph.path).graph if node.op_type == "QuantizeLinear"}
+    nodes = {node.outputs[0].name: node for node in read_graph(graph.path).graph if node.op_type == "QuantizeLinear"}
     differing = []
     for site in graph.sites:
         expected = np.float32(scales.scales[site]).tobytes()
@@ -43,7 +43,7 @@ def cache_scale_rung(rung: str, graph: ExportedGraph, kv: KvScales) -> list[Pari
 
     A per-tensor scale is one number in the graph and is repeated for each head in ``kv``.
     """
-    nodes = {node.outputs[0].name: node for node in read_model(graph.path).graph if node.op_type == "QuantizeLinear"}
+    nodes = {node.outputs[0].name: node for node in read_graph(graph.path).graph if node.op_type == "QuantizeLinear"}
     differing = []
     for layer, part, scales in kv.rows():
         q = nodes.get(f"{kv_site(layer, part)}.codes")
@@ -71,7 +71,7 @@ def weight_rung(rung: str, graph: ExportedGraph, weights: Iterable[LinearWeights
         graph: the quantized graph, in which the linears of one Site are packed in order.
         weights: for each linear its Site, codes int8 ``[out, in]`` and scales float32 ``[out]``, in the same order.
     """
-    stored, differing, begin, total = read_model(graph.path).graph.initializers, [], dict.fromkeys(graph.sites, 0), 0
+    stored, differing, begin, total = read_graph(graph.path).graph.initializers, [], dict.fromkeys(graph.sites, 0), 0
     for site, codes, scale in weights:
         total += 1
         columns = slice(begin[site], begin[site] + len(scale))
@@ -84,7 +84,7 @@ def weight_rung(rung: str, graph: ExportedGraph, weights: Iterable[LinearWeights
 
 def embedding_rung(rung: str, graph: ExportedGraph, table: Table) -> list[ParityCheck]:
     """Compare the INT8 codes and scales of every row of the token embedding with ``table``; none may differ."""
-    codes, scales = _table(read_model(graph.path))
+    codes, scales = _table(read_graph(graph.path))
     expected_codes, expected_scales = table
     if codes.shape == expected_codes.shape and scales.shape == expected_scales.shape:
         differing = (codes != expected_codes).any(axis=1) | (scales != expected_scales).any(axis=1)

@@ -102,12 +102,10 @@ def _write(graph: ExportedGraph, folder: Path) -> ExportedGraph:
     """Write the rewritten graph and what lies beside it; the weights are those of ``graph``."""
     import onnx_ir as ir
 
-    from cushion_deploy.export.read import read_model
-
     require_space(folder, graph.size)
     for file in graph.files[1:]:
         place(file, folder / file.name, link=False)
-    model = read_model(graph.path)
+    model = ir.load(graph.path)
     found = multiply_in_float16(model)
     if found != set(graph.sites):
         differing = sorted(found ^ set(graph.sites))

@@ -14,7 +14,7 @@ import numpy as np
 
 from cushion_deploy.core.graphs import ExportedGraph
 from cushion_deploy.core.sites import Site
-from cushion_deploy.engines.external_data import require_data_beside
+from cushion_deploy.engines.external_data import read_graph
 from cushion_deploy.engines.onnxruntime.settings import CPU, import_onnxruntime, session_options
 from cushion_deploy.store.files import require_space, temporary_folder
 
@@ -61,8 +61,7 @@ def read_coverage(graph: ExportedGraph) -> Coverage:
     """
     import onnx_ir as ir
 
-    ort = import_onnxruntime()
-    require_data_beside(graph.path)
+    ort, canonical = import_onnxruntime(), read_graph(graph.path)
     with temporary_folder("cushion-ort-") as folder:
         require_space(folder, 2 * graph.size)
         options = session_options()
@@ -70,7 +69,7 @@ def read_coverage(graph: ExportedGraph) -> Coverage:
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
         ort.InferenceSession(str(graph.path), options, providers=[CPU.name])
         sites = set(graph.sites) if graph.quantized else set()
-        return _count(ir.load(folder / "optimized.onnx"), ir.load(graph.path), sites)
+        return _count(ir.load(folder / "optimized.onnx"), canonical, sites)
 
 
 def _count(optimized: Any, canonical: Any, sites: set[Site]) -> Coverage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper
 from tiny_llama import bundle_path, hf_folder, tiny, tokenizer
 
 from cushion_deploy.engines.base import CompileOptions
+from cushion_deploy.engines.external_data import read_graph
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import MissingDependency, UntrustedArtifact
 from cushion_deploy.runtime.bundle import open_bundle
@@ -104,6 +106,23 @@ def test_onnx_ir_refuses_it(folder: Path, name: str) -> None:
         return
     with pytest.raises((ValueError, OSError, ir.serde.SerdeError)):
         read()
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink], ids=["hard link", "symbolic link"])
+def test_values_are_read_through_links(folder: Path, link: Callable[[Path, Path], None]) -> None:
+    # Copies by `cp -l` and snapshots of the hub; their digests were verified.
+    (folder / "model.onnx.data").rename(folder.parent / "blob")
+    link(folder.parent / "blob", folder / "model.onnx.data")
+    graph = _graph(folder, "model.onnx.data")
+    np.testing.assert_array_equal(read_graph(graph).graph.initializers["w"].const_value.numpy(), OWN)
+    with pytest.raises(ValueError, match=r"link attack|symbolic link"):  # what makes a function of our own necessary
+        ir.load(graph).graph.initializers["w"].const_value.numpy()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name not in HARMLESS_IN_IR and "link" not in name])
+def test_no_value_is_read_from_elsewhere(folder: Path, name: str) -> None:
+    with pytest.raises((UntrustedArtifact, ValueError, OSError, ir.serde.SerdeError)):
+        read_graph(HOSTILE[name](folder)).graph.initializers["w"].const_value.numpy()
 
 
 def _point_outside(path: Path) -> None:

@@ -82,6 +82,12 @@ def test_the_name_is_as_good_as_the_folder(hub: FakeHub, pushed: Any, run: Run, 
     assert hub.fetched == before
 
 
+def test_what_was_fetched_is_proven_like_a_folder(pushed: Any, run: Run, tiny_bundle: Any) -> None:
+    done = run("parity", NAME, "--work-dir", tiny_bundle.work, "--json")  # a snapshot is a folder of links
+    assert done.returncode == 0, done.stderr
+    assert {check["passed"] for check in json.loads(done.stdout)["checks"]} == {True}
+
+
 def test_a_folder_fetched_by_the_hubs_own_command_is_a_bundle(pushed: Any, run: Run, tmp_path: Path) -> None:
     fetched = run(NAME, tmp_path / "local", code=FOLDER)
     assert fetched.returncode == 0, fetched.stderr
