@@ -90,9 +90,9 @@ def command(
 ) -> int:
     """Measure perplexity and zero-shot accuracy of a bundle or a model.
 
-    TARGET is a bundle, or a model (GGUF file, Hugging Face folder, hub id). A bundle is run in torch, in floating point
-    and in simulated quantization (fake-quant), each with and without the prefix, and on its engine; this needs the
-    original model. A model is run in floating point.
+    TARGET is a bundle or a model (GGUF file, Hugging Face folder), or either on the hub as org/name. A bundle is run
+    in torch, in floating point and in simulated quantization (fake-quant), each with and without the prefix, and on its
+    engine; this needs the original model. A model is run in floating point.
 
     The exit code is 1 if the engine differs from fake-quant by more than the noise of the measurement.
     """
@@ -171,12 +171,13 @@ def table(found: Evaluation) -> list[str]:
 def _open(target: str, model: str | None, recipe: Path | None) -> Bundle | None:
     """Return the verified bundle at ``target``; None if it is a model."""
     from cushion_deploy.runtime.bundle import open_bundle
+    from cushion_deploy.runtime.hub import hub_bundle
     from cushion_deploy.verbs.eval import is_bundle
 
-    if is_bundle(target):
+    if folder := Path(target) if is_bundle(target) else hub_bundle(target):
         if recipe:
             raise UsageError("--recipe cannot be used with a bundle, which has its own recipe", hint="remove --recipe")
-        return open_bundle(Path(target))
+        return open_bundle(folder)
     if model:
         raise UsageError(
             f"--model was given, but {target} is not a bundle", hint="pass a bundle, or the model as the only argument"

@@ -44,6 +44,21 @@ def local_bundle(bundle: Path | str) -> Path:
     return fetch_bundle(found[1], found[2])
 
 
+def hub_bundle(text: str) -> Path | None:
+    """Return the snapshot of a bundle on the hub if that is what ``org/name[@revision]`` names; None for anything else.
+
+    Raises:
+        UsageError, MissingDependency, UntrustedArtifact: see :func:`local_bundle`.
+    """
+    found = _REFERENCE.fullmatch(text)
+    if Path(text).exists() or not found or not is_hub_name(found[1]):
+        return None
+    hub = import_hub()
+    with hub_errors(found[1]):
+        begun = Path(hub.snapshot_download(found[1], revision=found[2], allow_patterns=[MANIFEST_NAME]))
+    return fetch_bundle(found[1], begun.name) if (begun / MANIFEST_NAME).exists() else None
+
+
 def fetch_bundle(name: str, revision: str | None = None) -> Path:
     """Fetch a bundle into the cache of the hub, and return its snapshot; files already there are not fetched again.
 

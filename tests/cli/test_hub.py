@@ -86,6 +86,11 @@ def test_what_was_fetched_is_proven_like_a_folder(pushed: Any, run: Run, tiny_bu
     done = run("parity", NAME, "--work-dir", tiny_bundle.work, "--json")  # a snapshot is a folder of links
     assert done.returncode == 0, done.stderr
     assert {check["passed"] for check in json.loads(done.stdout)["checks"]} == {True}
+    options = ("--columns", "engine", "--max-tokens", 64, "--json", "--work-dir", tiny_bundle.work)
+    named, folder = run("eval", NAME, *options), run("eval", tiny_bundle.bundle, *options)
+    assert (named.returncode, json.loads(named.stdout)["texts"]) == (0, json.loads(folder.stdout)["texts"]), (
+        named.stderr
+    )
 
 
 def test_a_folder_fetched_by_the_hubs_own_command_is_a_bundle(pushed: Any, run: Run, tmp_path: Path) -> None:
