@@ -25,7 +25,7 @@ test-gpu: $(VENV)/.test
 # The suite with the lowest versions that pyproject.toml admits (torch excepted, see there). TESTS=tests/export runs a
 # part. What old versions say about newer ones of others is not an error.
 test-lowest: $(VENV)/lowest/.done $(MODEL)
-	$(VENV)/lowest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning $(TESTS)
+	$(VENV)/lowest/bin/python -m pytest -n $(JOBS) -W ignore::DeprecationWarning -W ignore::FutureWarning $(TESTS)
 
 lint:
 	$(BIN)/ruff check .
