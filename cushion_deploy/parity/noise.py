@@ -44,7 +44,7 @@ def _wide(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.dtype in NARROW else value
 
 
-@torch.inference_mode()
+@torch.no_grad()  # In inference mode, float64 views of what was made before it raise an error.
 def float_noise(model: TorchRunner, prefix: Prefix, ids: IntArray) -> float:
     """Return the largest difference of logits between float32 and float64 arithmetic on the beginning of a text.
 
