@@ -64,8 +64,8 @@ GROUPS = {
 VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()}
 
 
-KEEPS_STAGES = frozenset(("build", "search", "tune", "calibrate", "export", "parity", "eval", "study"))
-"""Commands with a work folder: an interruption does not set them back to their beginning."""
+KEEPS_STAGES = frozenset(("build", "search", "tune", "calibrate", "export", "study"))
+"""Commands that keep what they have finished in the work folder, and go on from there after an interruption."""
 
 
 class Terminated(BaseException):

@@ -20,7 +20,7 @@ import numpy as np
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
 from cushion_deploy.core.host import own_peak_memory
-from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.progress import Progress, elapsed, silent
 from cushion_deploy.core.session import DecoderSession, context_limit
 from cushion_deploy.engines.probe import child_environment, package_root
 from cushion_deploy.engines.registry import find_engine
@@ -106,7 +106,8 @@ def time_sessions(
     ids = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int64)
     prefill: dict[str, list[float]] = {name: [] for name in sessions}
     decode: dict[str, list[float]] = {name: [] for name in sessions}
-    for done in range(workload.rounds + 1):
+
+    def play() -> None:
         for name, session in sessions.items():
             session.reset()
             begin = time.perf_counter()
@@ -116,7 +117,12 @@ def time_sessions(
                 begin = time.perf_counter()
                 session.run(ids[:, i : i + 1])
                 decode[name].append(time.perf_counter() - begin)
-        progress("timing", done, workload.rounds)
+
+    with elapsed(progress, "warm-up round"):
+        play()
+    for done in range(workload.rounds):
+        play()
+        progress("timed rounds", done + 1, workload.rounds)
     steps = workload.decoded
     return {
         name: Times(np.array(prefill[name][1:], np.float32), np.array(decode[name][steps:], np.float32))
