@@ -234,13 +234,13 @@ def test_parity_against_another_model(cli: Any, planted_bundle: Any, tiny_folder
 
 
 def test_parity_says_what_is_wrong_with_what_was_given(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
-    call = ("parity", planted_bundle.bundle, "--work-dir", tmp_path / "work")
+    call = ("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work)
     absent = cli(*call, "--model", tmp_path / "gone")
     assert (absent.code, "built from" in absent.err) == (2, False), "the given model is absent, not the bundle's"
-    device = cli(*call, "--device", "mps")
+    device = cli(*call, "--device", "cuda:99")
     assert (device.code, "--model" in device.err) == (2, False), "the device is to blame, not the model"
     for option in ("--junit", "--write-baseline"):
-        folder = cli(*call, option, tmp_path)
+        folder = cli("parity", planted_bundle.bundle, "--work-dir", tmp_path / "work", option, tmp_path)
         assert (folder.code, "is a folder, expected the name of a file" in folder.err) == (2, True)
         assert not (tmp_path / "work").exists(), "found before the ladder runs"
 
