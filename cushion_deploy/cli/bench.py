@@ -87,7 +87,8 @@ def _lines(found: Bench) -> list[str]:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"prompt of {w.prompt}, {w.decoded} steps, batch {w.batch}, median of {w.rounds} interleaved rounds", ""]
+    rounds = "1 round" if w.rounds == 1 else f"{w.rounds} interleaved rounds"
+    lines = [f"prompt of {w.prompt} tokens, {w.decoded} decode steps, batch {w.batch}, median of {rounds}", ""]
     for row in rows:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())

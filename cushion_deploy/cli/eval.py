@@ -164,9 +164,13 @@ def table(found: Evaluation) -> list[str]:
     ]
     for check in found.agreements:
         mark = "ok  " if check.passed else "FAIL"
+        # Of perplexity, the difference is relative.
+        relative = check.name in found.texts
+        difference, limit = (
+            f"{100 * value:.2f} %" if relative else f"{value:.4g}" for value in (check.difference, check.limit)
+        )
         lines.append(
-            f"{mark} engine vs. fake-quant, {check.name}: {check.metric} differs by {check.difference:.4g} "
-            f"(limit {check.limit:.4g})"
+            f"{mark} engine vs. fake-quant, {check.name}: {check.metric} differs by {difference} (limit {limit})"
         )
     return [line.rstrip() for line in lines]
 

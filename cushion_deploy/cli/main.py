@@ -150,6 +150,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its exit code; the arguments default to those of the process."""
     # Set before transformers is imported: its progress bars would interleave with ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # It sets the level of its logger when it is imported, and then names every retry of a request, twice.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Before torch is imported: its threads wait for each other by spinning, which on a busy machine takes most of the

@@ -19,6 +19,8 @@ from cushion_deploy.core.progress import Progress, StageWatcher, Unwatched
 
 LINE_SECONDS = 10.0
 """Longest silence where stderr is not a terminal, whatever is reported."""
+SLOWEST_RATE = 0.1
+"""Units per second; below it, the seconds of a unit are shown."""
 SHORTEST_SECONDS = 0.1
 """Tasks that took less have no rate."""
 BEAT_SECONDS = 0.25
@@ -90,7 +92,8 @@ class _Task(Running):
         seconds = now - self.begin
         rate = self.done / seconds if seconds >= SHORTEST_SECONDS else 0.0
         left = f", {clock((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
-        rates = f" ({rate:.1f}/s{left})" if rate else ""
+        pace = f"{rate:.1f}/s" if rate >= SLOWEST_RATE else f"{clock(1 / rate)} each" if rate else ""
+        rates = f" ({pace}{left})" if pace else ""
         return f"{self.title}: {self.done}/{self.total}{rates}" + (f"; {self.note}" if self.note else "")
 
 
