@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -106,14 +107,14 @@ def open_named(
             :func:`~cushion_deploy.runtime.bundle.open_bundle` and :meth:`RequiredSignature.verify`.
     """
     from cushion_deploy.runtime.bundle import open_bundle
-    from cushion_deploy.runtime.hub import local_bundle
+    from cushion_deploy.runtime.hub import is_on_hub, local_bundle
 
     folder = bundle
-    if not local and not bundle.exists():
+    if not local and is_on_hub(bundle):
         with elapsed(progress, f"fetching {bundle}"):
             folder = local_bundle(bundle)
     # Only the folder of a bundle is searched: another could be large.
     states = file_states(folder) if (folder / MANIFEST_NAME).is_file() else {}
     size = human_bytes(sum(state.size for state in states.values()))
-    with elapsed(progress, f"verifying {bundle}, {size}"):
+    with elapsed(progress, f"verifying {bundle}, {size}") if states else nullcontext():
         return open_bundle(folder, accept=partial(required.verify, folder) if required else None)

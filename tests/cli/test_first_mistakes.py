@@ -82,6 +82,16 @@ def test_a_time_that_never_ends_is_refused(cli: Any, tiny_bundle: Any, option: s
     assert "numbers of seconds" in done.err
 
 
+@pytest.mark.parametrize("verb", ["bench", "eval", "serve"])
+def test_more_threads_than_cpus_are_answered_with_a_warning(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for threads, expected in ((4, ""), (5, "warning: 5 threads on 4 CPUs slow each other down; omit --threads\n")):
+        done = cli(verb, tmp_path / "no", "--threads", threads)
+        assert done.err.partition("error: ")[0] == expected
+
+
 def test_what_is_not_there_cannot_be_inspected(cli: Any, tmp_path: Path) -> None:
     assert f"error: {tmp_path / 'no'} does not exist" in cli("inspect", tmp_path / "no").err
 

@@ -115,6 +115,7 @@ def test_a_bundle_of_the_hub_has_its_name_there(cli: Any, planted_bundle: Any, m
     done = cli("serve", "org/name@v1", "--port", "0")
     assert done.code == 0, done.err
     assert done.out.startswith("serving org/name on ")
+    assert done.err.splitlines()[0] == "fetching org/name@v1"
     assert asked == [("org/name", "v1")]
 
 

@@ -233,6 +233,15 @@ def test_parity_against_another_model(cli: Any, planted_bundle: Any, tiny_folder
     assert f"give the original model with --model; the bundle's recipe names it {original}" in done.err
 
 
+def test_an_interrupted_ladder_promises_nothing(cli: Any, planted_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cushion_deploy.verbs.parity.climb", interrupted)
+    done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work)
+    assert (done.code, done.err.splitlines()[-1]) == (130, "interrupted")
+
+
 def test_parity_says_what_is_wrong_with_what_was_given(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
     call = ("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work)
     absent = cli(*call, "--model", tmp_path / "gone")
