@@ -26,13 +26,15 @@ def cushion_deploy(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def summary(report: dict[str, object]) -> str:
-    """Return the checks as a Markdown table."""
-    rows = [
-        f"| {'✅' if check['passed'] else '❌'} | {check['rung']} | {check['metric']} | {check['value']:.4g} | "
-        f"{check['limit']:g} | {check['site'] or ''} |"
-        for check in report["checks"]  # type: ignore[attr-defined]
-    ]
-    return "\n".join(["| | rung | metric | value | limit | Site |", "| --- | --- | --- | --- | --- | --- |", *rows, ""])
+    """Return the checks as a Markdown table, and what could not be checked."""
+    lines = ["| | rung | metric | value | limit | Site |", "| --- | --- | --- | --- | --- | --- |"]
+    for check in report["checks"]:  # type: ignore[attr-defined]
+        value = "not finite" if check["value"] is None else f"{check['value']:.4g}"
+        cells = check["rung"], check["metric"], value, f"{check['limit']:g}", check["site"] or ""
+        # A metric such as `max |logit difference|` would end its cell.
+        row = " | ".join(cell.replace("|", "\\|") for cell in cells)
+        lines.append(f"| {'✅' if check['passed'] else '❌'} | {row} |")
+    return "\n".join([*lines, *(f"\nNot checked: {each}" for each in report["unchecked"]), ""])  # type: ignore[attr-defined]
 
 
 def main() -> int:

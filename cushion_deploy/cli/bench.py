@@ -59,12 +59,11 @@ def command(
     from cushion_deploy.evaluate.speed import Workload
     from cushion_deploy.verbs.bench import bench_bundle
 
-    opened = open_named(bundle)
-    recipe = Recipe.from_bundle(opened.manifest.recipe).merged(
-        {**({"model": model} if model else {}), **compute_settings(device, compute_dtype)}
-    )
+    given = {**({"model": model} if model else {}), **compute_settings(device, compute_dtype)}
+    workload = Workload(prompt, decoded, batch, rounds)
     with progress(quiet) as report:
-        workload = Workload(prompt, decoded, batch, rounds)
+        opened = open_named(bundle, None, report)
+        recipe = Recipe.from_bundle(opened.manifest.recipe).merged(given)
         run = make_run(work_dir, report)
         found = bench_bundle(recipe, run, opened, workload, threads=threads, twin=not no_float, engines=names(engines))
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(_lines(found)))
@@ -88,7 +87,8 @@ def _lines(found: Bench) -> list[str]:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"prompt of {w.prompt}, {w.decoded} steps, batch {w.batch}, median of {w.rounds} interleaved rounds", ""]
+    rounds = "1 round" if w.rounds == 1 else f"{w.rounds} interleaved rounds"
+    lines = [f"prompt of {w.prompt} tokens, {w.decoded} decode steps, batch {w.batch}, median of {rounds}", ""]
     for row in rows:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cushion_deploy.cli.help import FILE, option
+from cushion_deploy.core.progress import Progress, elapsed, silent
 from cushion_deploy.errors import UsageError
+from cushion_deploy.store import MANIFEST_NAME, file_states
+from cushion_deploy.store.files import human_bytes
 from cushion_deploy.store.snapshot import SIGNATURE_NAME
 
 if TYPE_CHECKING:
@@ -87,15 +91,30 @@ def signature_options(function: F) -> F:
     return command  # type: ignore[return-value]
 
 
-def open_named(bundle: Path, required: RequiredSignature | None = None) -> Bundle:
+def open_named(
+    bundle: Path, required: RequiredSignature | None = None, progress: Progress = silent, *, local: bool = False
+) -> Bundle:
     """Open a bundle, a folder or ``org/name`` of the hub; its signature is verified before anything else is read.
+
+    Args:
+        bundle: the folder, or the name on the hub.
+        required: the signature that it must have.
+        progress: told what takes long: to fetch the bundle, and to verify every file.
+        local: whether it is a folder in any case.
 
     Raises:
         UsageError, MissingDependency, UntrustedArtifact: see :func:`~cushion_deploy.runtime.hub.local_bundle`,
             :func:`~cushion_deploy.runtime.bundle.open_bundle` and :meth:`RequiredSignature.verify`.
     """
     from cushion_deploy.runtime.bundle import open_bundle
-    from cushion_deploy.runtime.hub import local_bundle
+    from cushion_deploy.runtime.hub import is_on_hub, local_bundle
 
-    folder = local_bundle(bundle)
-    return open_bundle(folder, accept=partial(required.verify, folder) if required else None)
+    folder = bundle
+    if not local and is_on_hub(bundle):
+        with elapsed(progress, f"fetching {bundle}"):
+            folder = local_bundle(bundle)
+    # Only the folder of a bundle is searched: another could be large.
+    states = file_states(folder) if (folder / MANIFEST_NAME).is_file() else {}
+    size = human_bytes(sum(state.size for state in states.values()))
+    with elapsed(progress, f"verifying {bundle}, {size}") if states else nullcontext():
+        return open_bundle(folder, accept=partial(required.verify, folder) if required else None)

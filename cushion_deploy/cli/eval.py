@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cushion_deploy.cli.bundle_options import open_named
 from cushion_deploy.cli.evaluation_options import TEXTS, scored_text, task_options, window_options
 from cushion_deploy.cli.help import FILE, option, verb
 from cushion_deploy.cli.options import (
@@ -21,6 +22,7 @@ from cushion_deploy.cli.options import (
 )
 from cushion_deploy.cli.progress import progress
 from cushion_deploy.cli.session_options import threads_option
+from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.engines.registry import ENGINES
 from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.recipe import Recipe
@@ -101,7 +103,8 @@ def command(
     from cushion_deploy.runtime.engine import DEFAULT_ENGINE
     from cushion_deploy.verbs.eval import Scored, choose_columns, evaluate_columns
 
-    bundle = _open(target, model, recipe)
+    with progress(quiet) as report_progress:
+        bundle = _open(target, model, recipe, report_progress)
     if bundle is None:
         settings = (Recipe.load(recipe) if recipe else Recipe()).merged({"model": target})
         flags = {"compute.device": device, "compute.dtype": compute_dtype}
@@ -161,23 +164,30 @@ def table(found: Evaluation) -> list[str]:
     ]
     for check in found.agreements:
         mark = "ok  " if check.passed else "FAIL"
+        # Of perplexity, the difference is relative.
+        relative = check.name in found.texts
+        difference, limit = (
+            f"{100 * value:.2f} %" if relative else f"{value:.4g}" for value in (check.difference, check.limit)
+        )
         lines.append(
-            f"{mark} engine vs. fake-quant, {check.name}: {check.metric} differs by {check.difference:.4g} "
-            f"(limit {check.limit:.4g})"
+            f"{mark} engine vs. fake-quant, {check.name}: {check.metric} differs by {difference} (limit {limit})"
         )
     return [line.rstrip() for line in lines]
 
 
-def _open(target: str, model: str | None, recipe: Path | None) -> Bundle | None:
+def _open(target: str, model: str | None, recipe: Path | None, report_progress: Progress) -> Bundle | None:
     """Return the verified bundle at ``target``; None if it is a model."""
-    from cushion_deploy.runtime.bundle import open_bundle
     from cushion_deploy.runtime.hub import hub_bundle
     from cushion_deploy.verbs.eval import is_bundle
 
-    if folder := Path(target) if is_bundle(target) else hub_bundle(target):
+    folder = Path(target) if is_bundle(target) else None
+    if folder is None and not Path(target).exists():
+        with elapsed(report_progress, f"looking for {target} on the hub"):
+            folder = hub_bundle(target)
+    if folder:
         if recipe:
             raise UsageError("--recipe cannot be used with a bundle, which has its own recipe", hint="remove --recipe")
-        return open_bundle(folder)
+        return open_named(folder, None, report_progress, local=True)
     if model:
         raise UsageError(
             f"--model was given, but {target} is not a bundle", hint="pass a bundle, or the model as the only argument"

@@ -64,8 +64,8 @@ GROUPS = {
 VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()}
 
 
-KEEPS_STAGES = frozenset(("build", "search", "tune", "calibrate", "export", "parity", "eval", "study"))
-"""Commands with a work folder: an interruption does not set them back to their beginning."""
+KEEPS_STAGES = frozenset(("build", "search", "tune", "calibrate", "export", "study"))
+"""Commands that keep what they have finished in the work folder, and go on from there after an interruption."""
 
 
 class LazyGroup(click.Group):
@@ -146,6 +146,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its exit code; the arguments default to those of the process."""
     # Set before transformers is imported: its progress bars would interleave with ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # It sets the level of its logger when it is imported, and then names every retry of a request, twice.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Before torch is imported: its threads wait for each other by spinning, which on a busy machine takes most of the

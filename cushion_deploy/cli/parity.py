@@ -68,16 +68,17 @@ def command(
     model. The exit code is 1 if a check fails.
     """
     from cushion_deploy.parity import baseline as baselines
+    from cushion_deploy.stages.parity import Parity
     from cushion_deploy.verbs.parity import check_bundle, engines_to_run
 
-    opened = open_named(bundle)
     overrides = {"model": model, "evaluation.data": eval_data, "parity.data": eval_data}
     given = {name: value for name, value in overrides.items() if value is not None}
-    recipe = Recipe.from_bundle(opened.manifest.recipe).merged({**given, **compute_settings(device, compute_dtype)})
     for file in filter(None, (junit, write_baseline)):
         require_parent(file)
     earlier = baselines.read_baseline(baseline) if baseline else ()
     with progress(quiet) as report_progress:
+        opened = open_named(bundle, None, report_progress)
+        recipe = Recipe.from_bundle(opened.manifest.recipe).merged({**given, **compute_settings(device, compute_dtype)})
         run = make_run(work_dir, report_progress)
         report = check_bundle(
             recipe, run, opened.path, opened.graph, engines_to_run(opened, names(engines)), reuse=reuse
@@ -102,5 +103,7 @@ def command(
                 click.echo(f"       {check.note}")
         for sentence in report.unchecked:
             click.echo(f"not checked: {sentence}")
-        click.echo(f"{'passed' if report.passed else 'FAILED'} on {report.tokens} tokens of {report.corpus}")
+        reused = any(time.stage == Parity.name and time.reused for time in run.times)
+        verdict, earlier_run = "passed" if report.passed else "FAILED", "; the result of an earlier run" * reused
+        click.echo(f"{verdict} on {report.tokens} tokens of {report.corpus}{earlier_run}")
     return ExitCode.OK if report.passed else ExitCode.CHECK_FAILED

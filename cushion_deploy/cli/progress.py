@@ -19,6 +19,8 @@ from cushion_deploy.core.progress import Progress, StageWatcher, Unwatched
 
 LINE_SECONDS = 10.0
 """Longest silence where stderr is not a terminal, whatever is reported."""
+SLOWEST_RATE = 0.1
+"""Units per second; below it, the seconds of a unit are shown."""
 SHORTEST_SECONDS = 0.1
 """Tasks that took less have no rate."""
 BEAT_SECONDS = 0.25
@@ -30,15 +32,20 @@ class Display(Progress, StageWatcher, Protocol):
 
 
 @contextmanager
-def progress(quiet: bool = False) -> Iterator[Display]:
-    """Yield what displays the progress that it receives."""
+def progress(quiet: bool = False, *, at_once: bool = False) -> Iterator[Display]:
+    """Yield what displays the progress that it receives.
+
+    Args:
+        quiet: display nothing.
+        at_once: where stderr is no terminal, print a line when a task begins, too.
+    """
     if quiet:
         yield _Silent()
     elif sys.stderr.isatty():
         with live_lines(_command()) as lines:
             yield lines
     else:
-        report, over = _LineReport(_command()), threading.Event()
+        report, over = _LineReport(_command(), at_once), threading.Event()
 
         def beat() -> None:
             while not over.wait(BEAT_SECONDS):
@@ -85,7 +92,8 @@ class _Task(Running):
         seconds = now - self.begin
         rate = self.done / seconds if seconds >= SHORTEST_SECONDS else 0.0
         left = f", {clock((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
-        rates = f" ({rate:.1f}/s{left})" if rate else ""
+        pace = f"{rate:.1f}/s" if rate >= SLOWEST_RATE else f"{clock(1 / rate)} each" if rate else ""
+        rates = f" ({pace}{left})" if pace else ""
         return f"{self.title}: {self.done}/{self.total}{rates}" + (f"; {self.note}" if self.note else "")
 
 
@@ -95,7 +103,8 @@ class _LineReport:
     Outside of stages, as in commands that run none, the end of a task is also a line.
     """
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.whole = Running(command)
         self.stages: list[Running] = []
         self.task: _Task | None = None
@@ -107,6 +116,8 @@ class _LineReport:
         with self.lock:
             if self.task is None or self.task.title != task:
                 self.task = _Task(task, timed=not total)
+                if self.at_once:
+                    self._print(task)
             self.task.done, self.task.total, self.task.note = done, total, note
             over = bool(total) and done >= total
             # A task of unknown length reports every second until it ends.

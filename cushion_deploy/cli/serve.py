@@ -10,8 +10,10 @@ import click
 
 from cushion_deploy.cli.bundle_options import RequiredSignature, bundle_argument, open_named, signature_options
 from cushion_deploy.cli.help import FILE, option, verb
+from cushion_deploy.cli.progress import progress
 from cushion_deploy.cli.session_options import engine_option, threads_option
 from cushion_deploy.cli.terminal import echo_remarks
+from cushion_deploy.core.progress import elapsed
 from cushion_deploy.errors import UsageError, require_modules
 from cushion_deploy.store.text_files import read_utf8
 
@@ -159,8 +161,10 @@ def command(
     settings = EngineSettings(max_rows, Limits(queue, prefill_chunk), kv_pool_mib << 20)
     # Before the bundle is read, because a port in use is found at once.
     with bind(host, port) as listener:
-        opened, metrics = open_named(bundle, required), Metrics()
-        session = open_engine(opened, engine, threads)
+        with progress(at_once=True) as report:
+            opened, metrics = open_named(bundle, required, report), Metrics()
+            with elapsed(report, f"loading {engine}"):
+                session = open_engine(opened, engine, threads)
         echo_remarks(engine, session)
         worker = Engine(model_name or _name(bundle, opened.path), opened, session, engine, settings, metrics)
         server = Server(create_app(worker, metrics, http), worker, Patience(drain_timeout), tls)

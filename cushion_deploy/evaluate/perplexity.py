@@ -79,7 +79,8 @@ def cut_windows(ids: IntArray, window: int, max_tokens: int | None, name: str) -
     if max_tokens and max_tokens < window <= len(ids):
         raise UsageError(
             f"{name} holds {len(ids)} tokens, of which {max_tokens} may be used, fewer than one window of {window}",
-            hint="use a smaller window (evaluation.window), or more tokens (evaluation.max_tokens)",
+            hint="use a smaller window (--window of eval and study, evaluation.window of a recipe), or more tokens "
+            "(--max-tokens, evaluation.max_tokens)",
         )
     require_tokens(len(ids), window, name)
     count = min(len(ids), max_tokens or len(ids)) // window
@@ -91,7 +92,7 @@ def require_tokens(tokens: int, window: int, name: str) -> None:
     if tokens < window:
         raise UsageError(
             f"{name} holds {tokens} tokens, fewer than one window of {window}",
-            hint="use more text or a smaller window (evaluation.window)",
+            hint="use more text or a smaller window (--window of eval and study, evaluation.window of a recipe)",
         )
 
 

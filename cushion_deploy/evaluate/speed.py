@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ import numpy as np
 
 from cushion_deploy.core.dtypes import FloatArray
 from cushion_deploy.core.graphs import ExportedGraph, GraphContract
-from cushion_deploy.core.host import own_peak_memory
-from cushion_deploy.core.progress import Progress, silent
+from cushion_deploy.core.host import free_memory, own_peak_memory
+from cushion_deploy.core.progress import Progress, elapsed, silent
 from cushion_deploy.core.session import DecoderSession, context_limit
 from cushion_deploy.engines.probe import child_environment, package_root
 from cushion_deploy.engines.registry import find_engine
 from cushion_deploy.errors import CheckFailed, UsageError
 from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.runtime.engine import DEFAULT_ENGINE, open_engine
+from cushion_deploy.store.files import human_bytes
 
 LATENCIES = (50, 90, 99)
 """Reported percentiles of the decode step latency."""
@@ -49,13 +51,26 @@ class Workload:
     rounds: int = 5
 
     def check(self, contract: GraphContract) -> None:
-        """Raise UsageError if the workload does not fit into the context."""
+        """Raise UsageError if the workload does not fit into the context, or into the free memory."""
         room = context_limit(contract)
         if self.prompt + self.decoded > room:
             raise UsageError(
                 f"a prompt of {self.prompt} and {self.decoded} steps do not fit into the {room} positions of the model",
                 hint="lower --prompt or --decoded",
             )
+        with suppress(ModuleNotFoundError):  # psutil, which only the extra `build` installs
+            free, needed = free_memory(), self.cache_bytes(contract)
+            if needed > free:
+                raise UsageError(
+                    f"the keys and values of {self.batch:,} sequences of {self.prompt + self.decoded:,} tokens take "
+                    f"{human_bytes(needed)}, and {human_bytes(free)} of memory are free",
+                    hint="lower --batch, --prompt or --decoded",
+                )
+
+    def cache_bytes(self, contract: GraphContract) -> int:
+        """Return the bytes of the keys and values of every sequence in float32, as the float model has them."""
+        vectors = 2 * contract.num_layers * contract.num_kv_heads * (self.prompt + self.decoded)
+        return self.batch * vectors * contract.head_dim * np.dtype(np.float32).itemsize
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,8 @@ def time_sessions(
     ids = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int64)
     prefill: dict[str, list[float]] = {name: [] for name in sessions}
     decode: dict[str, list[float]] = {name: [] for name in sessions}
-    for done in range(workload.rounds + 1):
+
+    def play() -> None:
         for name, session in sessions.items():
             session.reset()
             begin = time.perf_counter()
@@ -116,7 +132,12 @@ def time_sessions(
                 begin = time.perf_counter()
                 session.run(ids[:, i : i + 1])
                 decode[name].append(time.perf_counter() - begin)
-        progress("timing", done, workload.rounds)
+
+    with elapsed(progress, "warm-up round"):
+        play()
+    for done in range(workload.rounds):
+        play()
+        progress("timed rounds", done + 1, workload.rounds)
     steps = workload.decoded
     return {
         name: Times(np.array(prefill[name][1:], np.float32), np.array(decode[name][steps:], np.float32))

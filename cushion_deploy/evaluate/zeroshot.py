@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cushion_deploy.core.progress import Progress, elapsed, silent
 from cushion_deploy.core.statistics import standard_error
 from cushion_deploy.errors import CushionError, MissingDependency, UsageError, unknown_choice
 
@@ -141,7 +142,9 @@ class TaskSuite:
         return loaded
 
 
-def run_tasks(lm: Any, suite: TaskSuite, limit: int | None = None, *, chat: bool = False) -> list[TaskScore]:
+def run_tasks(
+    lm: Any, suite: TaskSuite, limit: int | None = None, *, chat: bool = False, progress: Progress = silent
+) -> list[TaskScore]:
     """Return the scores of a model, one per task, in the order of the suite.
 
     Args:
@@ -149,13 +152,15 @@ def run_tasks(lm: Any, suite: TaskSuite, limit: int | None = None, *, chat: bool
         suite: the tasks.
         limit: rows per task; None for all.
         chat: whether every context is a user's message in the model's chat template.
+        progress: told that the data is read, which may have to be fetched.
 
     Raises:
         UsageError: ``chat``, and the model has no chat template.
     """
     from lm_eval.evaluator import evaluate
 
-    loaded = suite.load()
+    with elapsed(progress, "reading the data of the tasks"):
+        loaded = suite.load()
     # Without bootstrapping, which takes minutes: standard errors follow from the rows in closed form.
     results = evaluate(
         lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True, apply_chat_template=chat

@@ -1,10 +1,10 @@
-"""Write a parity report as JUnit XML, one test case per check."""
+"""Write a parity report as JUnit XML: a test case per check, and a skipped one for what could not be checked."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from junitparser import Failure, JUnitXml, TestCase, TestSuite
+from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from cushion_deploy.parity.checks import ParityReport
 from cushion_deploy.store.files import temporary_folder, write_file
@@ -21,6 +21,10 @@ def write_junit(report: ParityReport, path: Path) -> None:
             case.result = [Failure(f"{words}{where}", "parity")]
         if check.note:
             case.system_out = check.note
+        suite.add_testcase(case)
+    for sentence in report.unchecked:
+        case = TestCase(sentence.partition(":")[0], classname="not checked")
+        case.result = [Skipped(sentence)]
         suite.add_testcase(case)
     xml = JUnitXml()
     xml.add_testsuite(suite)

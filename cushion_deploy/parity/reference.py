@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -52,7 +53,9 @@ def torch_reference(
     with elapsed(progress, "codes of fake-quant"), simulated(folded, scheme, quantization.scales, keep, kv):
         quantized_logits = folded.logits(ids, prefix)
     prompt = ids[:, :PROMPT_TOKENS]
-    with simulated(folded, scheme, quantization.scales, kv=kv):
+    with ExitStack() as stack:
+        with elapsed(progress, "quantizing the weights"):
+            stack.enter_context(simulated(folded, scheme, quantization.scales, kv=kv))
         losses = folded.token_nll(windows, prefix, progress, "perplexity of fake-quant")
         greedy = folded.greedy(prompt, prefix, GREEDY_TOKENS, progress, "continuation by fake-quant")
     with elapsed(progress, "rounding noise of the model"):

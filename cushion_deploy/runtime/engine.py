@@ -89,7 +89,10 @@ def is_built_for(bundle: Bundle, engine: str) -> bool:
 def read_engine(bundle: Bundle, engine: str) -> EngineArtifact:
     """Return ``engine.json`` of one of a bundle's engines; raises UsageError if the bundle was not built for it."""
     if not is_built_for(bundle, engine):
-        raise UsageError(f"{bundle.path} was not built for engine '{engine}'", hint=f"build it with --engine {engine}")
+        raise UsageError(
+            f"{bundle.path} was not built for engine '{engine}'",
+            hint=f"add it with `cushion-deploy engine {bundle.path} --engine {engine} --output {bundle.path}`",
+        )
     folder = bundle.path / "engines" / engine
     artifact = read_artifact(folder)
     if artifact.engine != engine:

@@ -38,10 +38,21 @@ def local_bundle(bundle: Path | str) -> Path:
         MissingDependency: the hub cannot be reached, or huggingface_hub is not installed.
         UntrustedArtifact: its manifest is damaged or lists a pickle.
     """
+    found = _on_hub(bundle)
+    return fetch_bundle(found[1], found[2]) if found else Path(bundle)
+
+
+def is_on_hub(bundle: Path | str) -> bool:
+    """Return whether :func:`local_bundle` would look a bundle up on the hub."""
+    return _on_hub(bundle) is not None
+
+
+def _on_hub(bundle: Path | str) -> re.Match[str] | None:
+    """Return name and revision of a bundle on the hub; None for what is on this machine or can only be a path."""
     path, found = Path(bundle), _REFERENCE.fullmatch(str(bundle))
     if path.exists() or path.is_symlink() or not found or not is_hub_name(found[1]):
-        return path
-    return fetch_bundle(found[1], found[2])
+        return None
+    return found
 
 
 def hub_bundle(text: str) -> Path | None:

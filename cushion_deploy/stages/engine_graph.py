@@ -34,16 +34,20 @@ class EngineGraph(Derived[ExportedGraph]):
 
     def make(self, inputs: Inputs) -> ExportedGraph:
         """Return the bundle's graph if it is the one, or export the graph in the type that was chosen."""
+        return inputs.get(self.choice(inputs))
+
+    def choice(self, inputs: Inputs) -> Node[ExportedGraph]:
+        """Return the node of the graph: that of the bundle's, or an export in the type that was chosen."""
         export = self.export
         if self.plan_type:
             chosen = inputs.get(self.plan_type).dtype
             dtype: Dtype = chosen if chosen in self.dtypes else "float32"
             export = replace(export, form=replace(export.form, dtype=dtype))
-        if export.form.dtype == self.form.dtype:  # the bundle's graph is not needed otherwise
-            graph = inputs.get(self.graph)
-            if is_same_graph(graph, self.form, export.form, export.in_place_context):
-                return graph
-        return inputs.get(export)
+        if export.form.dtype == self.form.dtype and is_same_graph(  # the bundle's graph is not needed otherwise
+            inputs.get(self.graph), self.form, export.form, export.in_place_context
+        ):
+            return self.graph
+        return export
 
 
 def engine_form(form: GraphForm, engine: Engine, dtype: PlanDtype, context: int) -> tuple[GraphForm, int]:

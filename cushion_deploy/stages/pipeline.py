@@ -105,9 +105,14 @@ class Pipeline:
         Raises:
             UsageError: the recipe names no model, or one that cannot be used.
         """
+        return cls(recipe, cls.locate(recipe))
+
+    @staticmethod
+    def locate(recipe: Recipe) -> ModelSource:
+        """Return the validated model of a recipe on disk; raises UsageError if there is none that can be used."""
         if recipe.model is None:
             raise UsageError("no model was given", hint="add --model FILE.gguf, --model FOLDER or --model org/name")
-        return cls(recipe, resolve_source(recipe.model, recipe.revision))
+        return resolve_source(recipe.model, recipe.revision)
 
     def given_prefix(self, prefix: Prefix) -> Node[Prefix]:
         """Return the node of a prefix from a file; raises UsageError if it was made for another model."""

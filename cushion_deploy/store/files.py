@@ -285,6 +285,8 @@ def write_file(path: Path, data: bytes) -> None:
     """
     target = Path(os.path.realpath(path))
     with disk_errors(path):
+        if target.is_dir():
+            raise UsageError(f"{path} is a folder, expected a file", hint="add the name of the file to write")
         if target.exists() and not target.is_file():
             with open(target, "wb") as f:
                 f.write(data)

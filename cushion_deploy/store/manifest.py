@@ -230,6 +230,9 @@ def check_files(
             )
 
 
+_WRITTEN = f"point to a folder that `{TOOL} build` has written"
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     d = dict(pairs)
     if len(d) != len(pairs):
@@ -251,7 +254,9 @@ def read_json(path: Path) -> tuple[bytes, Any]:
     try:
         info = stat_file(path, blobs_of(path.parent))
     except FileNotFoundError as e:
-        raise UntrustedArtifact(f"{path.parent} has no {name}", hint=_bundle_hint(path.parent)) from e
+        known = _known_as(path.parent) if name == MANIFEST_NAME else ""
+        kind = UsageError if known else UntrustedArtifact  # what is something else is not a damaged bundle
+        raise kind(f"{path.parent} has no {name}", hint=known or _WRITTEN) from e
     if not stat.S_ISREG(info.st_mode):
         raise UntrustedArtifact(f"{path} is a link or a special file, expected a plain file", hint=_REBUILD)
     with open(path, "rb") as f:
@@ -265,12 +270,16 @@ def read_json(path: Path) -> tuple[bytes, Any]:
         raise UntrustedArtifact(f"{path} is not valid JSON: {reason:.200}", hint=_REBUILD) from e
 
 
-def _bundle_hint(path: Path) -> str:
-    """Say how to get a bundle, where ``path`` is none: a model has to be built first."""
+def _known_as(path: Path) -> str:
+    """Say what a path is and how to get to a bundle from there; empty if it is nothing that is known."""
     gguf = path.suffix == ".gguf" and path.is_file()
     if gguf or ((path / "config.json").is_file() and not (path / "model.onnx").exists()):
         return f"it is a model: `{TOOL} build {path} --output OUT` makes a bundle of it"
-    return f"point to a folder that `{TOOL} build` has written"
+    if (path / "stages").is_dir() and (path / "lock").is_file():
+        return f"it is a work folder: give the folder that `{TOOL} build` wrote with --output"
+    if (path.parent / MANIFEST_NAME).is_file():
+        return f"it is a part of a bundle: give {path.parent}"
+    return ""
 
 
 def read_manifest(bundle: Path) -> BundleManifest:
@@ -301,7 +310,7 @@ def verify_bundle(path: Path) -> BundleManifest:
     try:
         if not path.is_dir():
             state = "is a file, expected a folder" if path.exists() else "does not exist"
-            raise UsageError(f"{path} {state}", hint=_bundle_hint(path))
+            raise UsageError(f"{path} {state}", hint=_known_as(path) or _WRITTEN)
         manifest = read_manifest(path)
         for name in manifest.files:
             if name.lower().endswith(PICKLE_SUFFIXES):

@@ -147,7 +147,7 @@ class StageStore:
                 held.acquire()
             except Timeout as e:
                 raise UsageError(
-                    f"another build is using the work folder {self.root} (lock file {path})",
+                    f"another command is using the work folder {self.root} (lock file {path})",
                     hint="wait until it ends, or choose another work folder; "
                     "the lock is released when its process ends, so the file never has to be deleted",
                 ) from e

@@ -12,6 +12,7 @@ import numpy as np
 from cushion_deploy.core.engine_artifact import ENGINE_FILE
 from cushion_deploy.core.graph_form import GraphForm
 from cushion_deploy.core.graphs import ExportedGraph
+from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.core.session import DecoderSession, remarks
 from cushion_deploy.engines.base import CompileOptions
 from cushion_deploy.engines.onnxruntime.kernels import kernels_in_words
@@ -64,7 +65,7 @@ class Bench:
     def verdicts(self) -> tuple[str, ...]:
         """One sentence per engine that says whether INT8 is faster there."""
         if not self.ratios:
-            return ("Nothing to compare with: the float twin was skipped.",)
+            return ("Nothing to compare with: the float model was left out (--no-float).",)
         kinds = {engine: kind for engine, _, kind in map(_split, self.times) if kind.startswith(INT8)}
         return tuple(_verdict(engine, kinds.get(engine, INT8), ratio) for engine, ratio in self.ratios.items())
 
@@ -134,17 +135,20 @@ def bench_bundle(
     """
     workload.check(bundle.contract)
     graphs = {f"{CPU_ENGINE}, {INT8}": bundle.graph}
-    plans, not_run = _open_others(bundle, engines, threads)
+    plans, not_run = _open_others(bundle, engines, threads, run.progress)
     sessions: dict[str, DecoderSession] = {}
     try:
         with run.lock() if twin else nullcontext():
             twins = _Twins(pipeline_of_bundle(recipe, bundle.path), run, bundle, threads) if twin else None
             if twins:
                 graphs[f"{CPU_ENGINE}, float32"] = twins.graph()
-            sessions = {name: open_session(graph, threads=threads) for name, graph in graphs.items()}
+            for name, graph in graphs.items():
+                with elapsed(run.progress, f"loading {name}"):
+                    sessions[name] = open_session(graph, threads=threads)
             for engine, session in plans.items():
                 try:
-                    sessions |= _ready(engine, session, twins, workload)
+                    with elapsed(run.progress, f"first prompt on {engine}"):
+                        sessions |= _ready(engine, session, twins, workload)
                 except CushionError as e:  # a plan that cannot run the workload must not stop the others
                     not_run[engine] = f"not run: {e.message}"
         times = time_sessions(sessions, workload, run.progress)
@@ -158,7 +162,8 @@ def bench_bundle(
         graphs[name] = graphs[f"{CPU_ENGINE}, {kind}"]
         # What is deployed for ONNX Runtime is the graph itself.
         deployed = bundle.path if kind == INT8 and engine != CPU_ENGINE else None
-        memory[name] = peak_memory(graphs[name], workload, threads, engine, deployed)
+        with elapsed(run.progress, f"measuring the memory of {name}"):
+            memory[name] = peak_memory(graphs[name], workload, threads, engine, deployed)
     return Bench(
         workload,
         times,
@@ -205,7 +210,7 @@ def _ready(engine: str, plan: DecoderSession, twins: _Twins | None, workload: Wo
 
 
 def _open_others(
-    bundle: Bundle, names: Sequence[str], threads: int | None
+    bundle: Bundle, names: Sequence[str], threads: int | None, progress: Progress
 ) -> tuple[dict[str, DecoderSession], dict[str, str]]:
     """Open a session on every engine but ONNX Runtime on the CPU; return the reasons of those that do not run here.
 
@@ -218,7 +223,8 @@ def _open_others(
         if engine == CPU_ENGINE:
             continue
         try:
-            opened[engine] = open_engine(bundle, engine, threads)
+            with elapsed(progress, f"loading {engine}"):
+                opened[engine] = open_engine(bundle, engine, threads)
         except CushionError as e:
             if names:
                 raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from cushion_deploy.engines.registry import choose_engines
 from cushion_deploy.errors import UsageError, require_modules
 from cushion_deploy.recipe import Recipe
 from cushion_deploy.report import Report
-from cushion_deploy.stages.base import Stage, nodes_behind
 from cushion_deploy.stages.compile import Compile, compile_options
 from cushion_deploy.stages.convert import Convert
 from cushion_deploy.stages.pipeline import Pipeline
@@ -93,13 +91,13 @@ def dry_run(
         with suppress(NotFinished):
             require_calibration_text(pipeline, found)
     stages = found.plan(end)
-    _require_room(end, stages, files.spec if files else None, run)
+    _require_room(stages, files.spec if files else None, run)
     data, source = recipe.calibration.data, pipeline.source
     return {
         "model": {"label": source.label, "kind": source.kind, "sha256": source.digest},
         "calibration": SAMPLED[data] if data in SAMPLED else found.get(pipeline.text.rows).name,
         "engines": [stage.engine for stage in end.engines if isinstance(stage, Compile)],
-        "stages": [asdict(stage) for stage in stages],
+        "stages": [stage.to_json() for stage in stages],
         "work_dir": str(run.store.root),
         "output": str(output),
     }
@@ -117,14 +115,20 @@ def dry_run_lines(found: dict[str, Any]) -> list[str]:
         f"work folder: {found['work_dir']}",
         f"output: {found['output']}",
         f"stages: {finished} of {len(stages)} are finished in the work folder and will be reused",
-        *(f"  {stage['stage']:{width}}  {'finished' if stage['finished'] else 'to run'}" for stage in stages),
+        *(f"  {stage['stage']:{width}}  {_state(stage)}" for stage in stages),
     ]
 
 
-def _require_room(end: Publish, stages: Sequence[PlannedStage], spec: ModelSpec | None, run: Run) -> None:
+def _state(stage: dict[str, Any]) -> str:
+    """Return in words what a build does about a stage."""
+    if stage["if_needed"]:
+        return "to run if needed"
+    return "finished" if stage["finished"] else "to run"
+
+
+def _require_room(stages: Sequence[PlannedStage], spec: ModelSpec | None, run: Run) -> None:
     """Check that the disk has room for the stages that would run; of a model not yet read, only its conversion."""
-    nodes = [node for node in nodes_behind(end) if isinstance(node, Stage)]
-    to_run = [node for node, planned in zip(nodes, stages, strict=True) if not planned.finished]
+    to_run = [planned.node for planned in stages if not planned.finished]
     if spec is not None:
         require_space(run.store.root, sum(node.disk(spec) for node in to_run))
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cushion_deploy.calib.corpora import Corpus, load_rows
 from cushion_deploy.core.dtypes import FloatArray, IntArray
 from cushion_deploy.core.prefix import Prefix
-from cushion_deploy.core.progress import Progress
+from cushion_deploy.core.progress import Progress, elapsed
 from cushion_deploy.core.quantization import Quantization
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.encoding import Encoding
@@ -88,7 +88,8 @@ class Columns:
     def open(self, column: str) -> Iterator[Column]:
         """Yield what a column is scored with; quantized weights are restored afterwards."""
         if self.bundle is not None and column == "engine":
-            session = open_engine(self.bundle, self.engine, self.threads)
+            with elapsed(self.run.progress, f"loading {self.engine}"):
+                session = open_engine(self.bundle, self.engine, self.threads)
             try:
                 scorer = Scorer(session)
                 encoding = Encoding.of_bundle(self.bundle)
@@ -111,7 +112,9 @@ class Columns:
             # The same recipe without a prefix has its own smoothing and calibration.
             used = self.run.get(self.pipeline.bare.quantization)
         model = self.model.folded(used.smoothing)
-        with simulated(model, used.scheme, used.scales, kv=used.kv_scales):
+        with ExitStack() as stack:
+            with elapsed(self.run.progress, f"quantizing the weights: {COLUMNS[column]}"):
+                stack.enter_context(simulated(model, used.scheme, used.scales, kv=used.kv_scales))
             yield self._in_torch(model, used.prefix)
 
     @property

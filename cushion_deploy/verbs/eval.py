@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cushion_deploy.calib.corpora import Corpus
-from cushion_deploy.core.progress import Progress
+from cushion_deploy.core.progress import Progress, titled
 from cushion_deploy.errors import UsageError, unknown_choice
 from cushion_deploy.evaluate.agreement import Agreement, tasks_agree, texts_agree
 from cushion_deploy.evaluate.batches import BATCH
@@ -155,8 +155,10 @@ def evaluate_columns(
     """
     found = Evaluation(tuple(columns), chat_template=what.chat, engine=what.engine)
     in_torch = any(c != "engine" for c in columns)
+    opened = Columns(recipe, run, bundle, what.threads, what.engine)
+    if in_torch:
+        opened.pipeline  # noqa: B018 - a model that is not there is found before the work folder is locked
     with run.lock() if in_torch or "self" in what.texts else nullcontext():
-        opened = Columns(recipe, run, bundle, what.threads, what.engine)
         # A model that is not built has no prefix. One that is built is cut as in the build, unless it has sliding
         # windows and runs on an engine alone, which does not know them.
         reserved = None if bundle else 0
@@ -181,7 +183,9 @@ def evaluate_columns(
 
                     title = f"tasks: {COLUMNS[name]}"
                     lm = ScorerLM(column.scorer, column.encoding, run.progress, title, what.batch)
-                    for result in run_tasks(lm, what.suite, what.limit, chat=what.chat):
+                    for result in run_tasks(
+                        lm, what.suite, what.limit, chat=what.chat, progress=titled(run.progress, title)
+                    ):
                         found.tasks.setdefault(result.task, {})[name] = result
             found.seconds[name] = time.monotonic() - began
     return replace(found, agreements=_agreements(found, bundle)) if run.processes.leads else found

@@ -24,16 +24,25 @@ from cushion_deploy.stages.quantization import read_quantization
 from cushion_deploy.stages.run import Inputs, Run
 from cushion_deploy.store.digests import digest_json
 from cushion_deploy.store.files import temporary_folder
+from cushion_deploy.store.manifest import read_manifest
 
 
 def pipeline_of_bundle(recipe: Recipe, bundle: Path) -> Pipeline:
-    """Return the pipeline of the model that a bundle was built from; raises UsageError if it is not available."""
+    """Return the pipeline of the model that a bundle was built from.
+
+    Raises:
+        UsageError: the model or the device is not available, or another model was given.
+    """
     try:
-        pipeline = Pipeline.of(recipe)
+        source = Pipeline.locate(recipe)
     except UsageError as e:
+        if recipe.model != read_manifest(bundle).recipe.get("model"):  # given with --model
+            raise
         raise UsageError(
-            f"the model that the bundle was built from is not available: {e.message}", hint="give it with --model"
+            f"the model that the bundle was built from is not available: {e.message}",
+            hint="give it with --model: a GGUF file, a Hugging Face folder, or a hub id",
         ) from e
+    pipeline = Pipeline(recipe, source)
     require_model_of(pipeline, bundle)
     return pipeline
 
@@ -41,9 +50,10 @@ def pipeline_of_bundle(recipe: Recipe, bundle: Path) -> Pipeline:
 def require_model_of(pipeline: Pipeline, bundle: Path) -> None:
     """Check that a pipeline's model is the one that a bundle was built from; raises UsageError otherwise."""
     if read_scales(bundle / SCALES_FILE).lineage.model != pipeline.source.digest:
+        named = read_manifest(bundle).recipe.get("model")
         raise UsageError(
             f"{pipeline.source.label} is not the model that the bundle was built from",
-            hint="give the original model with --model",
+            hint=f"give the original model with --model; the bundle's recipe names it {named}",
         )
 
 

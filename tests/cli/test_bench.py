@@ -15,6 +15,7 @@ from cushion_deploy.engines.probe import probe
 from cushion_deploy.engines.tensorrt.engine import TensorRt
 from cushion_deploy.errors import UsageError
 from cushion_deploy.evaluate.speed import Comparison, Workload
+from cushion_deploy.runtime.bundle import open_bundle
 from cushion_deploy.verbs import bench as benching
 from cushion_deploy.verbs.bench import Bench
 
@@ -46,6 +47,17 @@ def test_a_prompt_that_does_not_fit_is_bad_input(cli: Any, planted_bundle: Any) 
     done = cli("bench", planted_bundle.bundle, "--no-float", "--prompt", "5000")
     assert done.code == 2
     assert "positions of the model" in done.err
+
+
+def test_a_batch_beyond_the_memory_is_bad_input(cli: Any, planted_bundle: Any) -> None:
+    done = cli("bench", planted_bundle.bundle, "--no-float", "--batch", 10**9, "--prompt", 96, "--decoded", 4)
+    contract = open_bundle(planted_bundle.bundle).contract
+    # Keys and values, in four bytes each: 10^9 sequences of 100 tokens are 10^11 positions.
+    terabytes = 2 * 4 * contract.num_layers * contract.num_kv_heads * contract.head_dim * 1e11 / 1e12
+    assert terabytes > 1
+    assert done.code == 2
+    assert f"of 1,000,000,000 sequences of 100 tokens take {terabytes:.1f} TB" in done.err
+    assert "--batch" in done.err
 
 
 @pytest.mark.parametrize(

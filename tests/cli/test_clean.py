@@ -118,7 +118,7 @@ def test_a_running_build_is_not_disturbed(cli: Any, work: Path) -> None:
         for more in ((), ("--dry-run",)):
             done = cli("clean", "--work-dir", work, *more)
             assert (done.code, done.out) == (2, "")
-            assert "another build is using the work folder" in done.err
+            assert "another command is using the work folder" in done.err
     assert contents(work) == before
 
 

@@ -40,12 +40,23 @@ def test_a_model_given_as_a_bundle_is_to_be_built(cli: Any, tiny_folder: Path, t
     file.write_bytes(b"GGUF")
     for path in (tiny_folder, file):
         done = cli(verb, path)
-        assert done.code != ExitCode.OK
+        assert done.code == ExitCode.USAGE
         assert done.err.splitlines()[-1] == (
             f"  -> it is a model: `cushion-deploy build {path} --output OUT` makes a bundle of it"
         )
     other = cli(verb, tmp_path)
     assert "point to a folder that `cushion-deploy build` has written" in other.err
+
+
+@pytest.mark.parametrize("verb", ["inspect", "parity"])
+def test_a_folder_beside_the_bundle_is_named_as_what_it_is(cli: Any, tiny_bundle: Any, verb: str) -> None:
+    expected = {
+        tiny_bundle.work: "it is a work folder: give the folder that `cushion-deploy build` wrote with --output",
+        tiny_bundle.bundle / "report": f"it is a part of a bundle: give {tiny_bundle.bundle}",
+    }
+    for folder, hint in expected.items():
+        done = cli(verb, folder)
+        assert (done.code, done.err.splitlines()[-1]) == (ExitCode.USAGE, f"  -> {hint}")
 
 
 def test_no_command_is_answered_with_the_help(python: Any) -> None:
@@ -69,6 +80,16 @@ def test_a_time_that_never_ends_is_refused(cli: Any, tiny_bundle: Any, option: s
     done = cli("serve", tiny_bundle.bundle, option, "inf")
     assert done.code == 2
     assert "numbers of seconds" in done.err
+
+
+@pytest.mark.parametrize("verb", ["bench", "eval", "serve"])
+def test_more_threads_than_cpus_are_answered_with_a_warning(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for threads, expected in ((4, ""), (5, "warning: 5 threads on 4 CPUs slow each other down; omit --threads\n")):
+        done = cli(verb, tmp_path / "no", "--threads", threads)
+        assert done.err.partition("error: ")[0] == expected
 
 
 def test_what_is_not_there_cannot_be_inspected(cli: Any, tmp_path: Path) -> None:

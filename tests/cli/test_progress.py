@@ -75,6 +75,26 @@ def test_each_task_has_its_own_rate(moved: Clock) -> None:
     assert err.getvalue().splitlines() == ["a: 10/10 (10.0/s)", "b: 10/10 (1.0/s)"]
 
 
+def test_a_slow_task_shows_the_time_of_a_unit(moved: Clock) -> None:
+    with displayed() as (report, err):
+        for done in range(4):
+            report("round", done, 3)
+            moved.now += 20.0
+    assert err.getvalue().splitlines() == [
+        "round: 1/3 (20 s each, 40 s left)",
+        "round: 2/3 (20 s each, 20 s left)",
+        "round: 3/3 (20 s each)",
+    ]
+
+
+def test_what_begins_is_named_at_once_if_that_is_wanted(moved: Clock) -> None:
+    with redirect_stderr(io.StringIO()) as err, progress(at_once=True) as report:
+        report("verifying", 0, 0)
+        report("loading", 0, 0)
+        report("loading", 3, 3)
+    assert err.getvalue().splitlines() == ["verifying", "loading", "loading: 3 s"]
+
+
 def test_a_task_of_unknown_length_shows_its_seconds(moved: Clock) -> None:
     with displayed() as (report, err):
         report("compiling", 0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -97,6 +98,18 @@ def test_parity_in_ci(
     code, out, _ = example("parity_in_ci.py", *arguments)
     assert code == 1, out
     assert out.count("❌") == 1
+
+
+def test_parity_in_ci_writes_a_table_that_markdown_reads() -> None:
+    summary = runpy.run_path(str(EXAMPLES / "parity_in_ci.py"))["summary"]
+    check = {"rung": "r", "metric": "max |logit|", "value": None, "limit": 0.5, "site": None, "passed": False}
+    text = summary({"checks": [check], "unchecked": ["x was not run: no GPU"]})
+    table, _, rest = text.partition("\n\n")
+    # Cells are separated by the bars that have no backslash before them.
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
+    assert rows[2] == ["❌", "r", r"max \|logit\|", "not finite", "0.5", ""]
+    assert {len(row) for row in rows} == {6}
+    assert rest == "Not checked: x was not run: no GPU\n"
 
 
 def test_parity_in_ci_stops_at_a_damaged_bundle(example: Example, copy: Path, planted_folder: Path) -> None:

@@ -222,14 +222,36 @@ def test_parity_for_a_person_reuses_the_build(cli: Any, planted_bundle: Any) -> 
     done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work, "--reuse")
     assert (done.code, done.err) == (0, ""), "a stage ran again: it reported progress"
     assert "FAIL" not in done.out
-    assert done.out.splitlines()[-1].startswith("passed on 64 tokens of eval.txt")
+    assert done.out.splitlines()[-1] == "passed on 64 tokens of eval.txt; the result of an earlier run"
 
 
 def test_parity_against_another_model(cli: Any, planted_bundle: Any, tiny_folder: Path) -> None:
     done = cli("parity", planted_bundle.bundle, "--model", tiny_folder, "--work-dir", planted_bundle.work)
     assert (done.code, done.out) == (2, "")
     assert "not the model that the bundle was built from" in done.err
-    assert "--model" in done.err
+    original = verify_bundle(planted_bundle.bundle).recipe["model"]
+    assert f"give the original model with --model; the bundle's recipe names it {original}" in done.err
+
+
+def test_an_interrupted_ladder_promises_nothing(cli: Any, planted_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cushion_deploy.verbs.parity.climb", interrupted)
+    done = cli("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work)
+    assert (done.code, done.err.splitlines()[-1]) == (130, "interrupted")
+
+
+def test_parity_says_what_is_wrong_with_what_was_given(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:
+    call = ("parity", planted_bundle.bundle, "--work-dir", planted_bundle.work)
+    absent = cli(*call, "--model", tmp_path / "gone")
+    assert (absent.code, "built from" in absent.err) == (2, False), "the given model is absent, not the bundle's"
+    device = cli(*call, "--device", "cuda:99")
+    assert (device.code, "--model" in device.err) == (2, False), "the device is to blame, not the model"
+    for option in ("--junit", "--write-baseline"):
+        folder = cli("parity", planted_bundle.bundle, "--work-dir", tmp_path / "work", option, tmp_path)
+        assert (folder.code, "is a folder, expected the name of a file" in folder.err) == (2, True)
+        assert not (tmp_path / "work").exists(), "found before the ladder runs"
 
 
 def test_parity_names_the_first_site_of_a_sabotaged_scale(cli: Any, planted_bundle: Any, tmp_path: Path) -> None:

@@ -36,6 +36,18 @@ def test_every_check_is_a_case_and_failures_say_what_was_found(tmp_path: Path) -
     assert cases[1].find("system-out") is None
 
 
+def test_what_was_not_checked_is_skipped(tmp_path: Path) -> None:
+    unchecked = ("tensorrt-rtx was not run: there is no NVIDIA GPU",)
+    write_junit(ParityReport((ParityCheck("a", "b", 0, 1, "at most"),), "text", 64, unchecked), tmp_path / "junit.xml")
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot().find("testsuite")
+    assert suite is not None
+    assert [suite.get(name) for name in ("tests", "skipped", "failures")] == ["2", "1", "0"]
+    case = suite.findall("testcase")[1]
+    assert (case.get("classname"), case.get("name")) == ("not checked", "tensorrt-rtx was not run")
+    (skipped,) = case
+    assert (skipped.tag, skipped.get("message")) == ("skipped", unchecked[0])
+
+
 def test_a_report_without_failures_has_none(tmp_path: Path) -> None:
     write_junit(ParityReport((ParityCheck("a", "b", 0, 1, "at most"),), "text", 64), tmp_path / "junit.xml")
     root = ElementTree.parse(tmp_path / "junit.xml").getroot()

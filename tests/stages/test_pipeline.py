@@ -153,7 +153,7 @@ def test_a_failure_leaves_no_bundle_and_keeps_what_was_finished(
 
 
 def test_two_builds_do_not_share_a_work_folder(one_run: MakeRun, tmp_path: Path) -> None:
-    with one_run(tmp_path / "work").run.store.lock(), pytest.raises(UsageError, match="another build is using"):
+    with one_run(tmp_path / "work").run.store.lock(), pytest.raises(UsageError, match="another command is using"):
         one_run(tmp_path / "work").build(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

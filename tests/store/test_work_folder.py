@@ -162,7 +162,7 @@ def test_scratch_survives_failure_and_goes_with_success(tmp_path: Path) -> None:
 
 def test_a_second_build_is_refused_at_once(tmp_path: Path) -> None:
     with StageStore(tmp_path).lock():
-        with pytest.raises(UsageError, match="another build is using") as e, StageStore(tmp_path).lock():
+        with pytest.raises(UsageError, match="another command is using") as e, StageStore(tmp_path).lock():
             pass
         assert str(tmp_path / "lock") in e.value.message
     with StageStore(tmp_path).lock():
