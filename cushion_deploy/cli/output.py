@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cushion_deploy.errors import UsageError
-from cushion_deploy.store.files import disk_errors, hidden_name
+from cushion_deploy.store.files import disk_errors, exists, hidden_name
 from cushion_deploy.store.owned import owned_folder, swap_in
 
 
 def require_new_folder(output: Path) -> None:
     """Check that ``output`` can be created: it does not exist or is an empty folder."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    with disk_errors(output):
+        occupied = exists(output) and (not output.is_dir() or any(output.iterdir()))
+    if occupied:
         raise UsageError(f"{output} exists and is not an empty folder", hint="choose another output folder")
     _require_writable(output)
 
@@ -35,7 +37,7 @@ def _require_writable(output: Path) -> None:
     """Check that the nearest folder above ``output`` that exists may be written to."""
     with disk_errors(output):
         folder = output.absolute().parent
-        while not folder.exists():
+        while not exists(folder):
             folder = folder.parent
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{folder} is not writable, so {output} cannot be created", hint="choose another folder")

@@ -166,6 +166,23 @@ def remove_tree(folder: Path) -> None:
         logger.warning("could not remove %s: %s; remove it manually", folder, e)
 
 
+def exists(path: Path) -> bool:
+    """Return whether something is at a path.
+
+    ``Path.exists`` says no to every error since Python 3.14, also where nothing can be created.
+
+    Raises:
+        OSError: that cannot be found out, because a name is too long or a folder may not be searched.
+    """
+    try:
+        path.stat()
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
+    return True
+
+
 def free_bytes(folder: Path) -> int:
     """Return the bytes that are free for this user at the location of ``folder``, which need not exist."""
     existing = folder.absolute()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cushion_deploy.errors import UntrustedArtifact, UsageError
-from cushion_deploy.store.files import disk_errors, hidden_name, list_files, sync_tree
+from cushion_deploy.store.files import disk_errors, exists, hidden_name, list_files, sync_tree
 from cushion_deploy.store.manifest import (
     MANIFEST_NAME,
     PICKLE_SUFFIXES,
@@ -58,10 +58,10 @@ def _require_publishable(out: Path, target: Path) -> None:
         raise UsageError(
             f"{out} is or holds the current folder, which a bundle cannot replace", hint="choose a folder below it"
         )
-    if target.exists():
+    if exists(target):
         _require_ours(out, target)
     parent = target.parent
-    while not parent.exists():
+    while not exists(parent):
         parent = parent.parent
     if not parent.is_dir():
         raise UsageError(f"{parent} is a file, so {out} cannot be created", hint="choose another output folder")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cushion_deploy.errors import ExitCode
+from cushion_deploy.cli.output import require_new_folder
+from cushion_deploy.errors import ExitCode, UsageError
 from cushion_deploy.recipe.text import parse_yaml
 
 # A leading dash, spaces, both quotes, a line feed, other scripts, and what shells, YAML, HTML and format strings read;
@@ -37,3 +38,9 @@ def test_a_whole_build_with_hostile_names(
     card = (tmp_path / NAME / "README.md").read_text()
     assert isinstance(parse_yaml(card.split("\n---")[0].removeprefix("---")), dict)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "x" * 256 + "/below"])
+def test_a_folder_whose_name_is_too_long_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="too long"):
+        require_new_folder(tmp_path / name)
