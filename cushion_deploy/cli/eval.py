@@ -177,11 +177,11 @@ def table(found: Evaluation) -> list[str]:
 
 def _open(target: str, model: str | None, recipe: Path | None, report_progress: Progress) -> Bundle | None:
     """Return the verified bundle at ``target``; None if it is a model."""
-    from cushion_deploy.runtime.hub import hub_bundle
+    from cushion_deploy.runtime.hub import hub_bundle, is_on_hub
     from cushion_deploy.verbs.eval import is_bundle
 
     folder = Path(target) if is_bundle(target) else None
-    if folder is None and not Path(target).exists():
+    if folder is None and is_on_hub(target):
         with elapsed(report_progress, f"looking for {target} on the hub"):
             folder = hub_bundle(target)
     if folder:

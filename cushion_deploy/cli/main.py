@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import logging
@@ -194,6 +195,11 @@ def _failed(error: Exception) -> int:
             return _refused(unusable)
         if error.errno in DISK_FULL:
             return _no_room(error)
+        if error.errno == errno.ENAMETOOLONG:
+            path = os.fsdecode(error.filename or "")
+            return _refused(
+                UsageError(f"a name in the path {path[:60]}... is too long for a file", hint="check the path")
+            )
     return _bug(error)
 
 

@@ -50,7 +50,7 @@ def is_on_hub(bundle: Path | str) -> bool:
 def _on_hub(bundle: Path | str) -> re.Match[str] | None:
     """Return name and revision of a bundle on the hub; None for what is on this machine or can only be a path."""
     path, found = Path(bundle), _REFERENCE.fullmatch(str(bundle))
-    if path.exists() or path.is_symlink() or not found or not is_hub_name(found[1]):
+    if not found or not is_hub_name(found[1]) or path.exists() or path.is_symlink():
         return None
     return found
 
@@ -61,8 +61,8 @@ def hub_bundle(text: str) -> Path | None:
     Raises:
         UsageError, MissingDependency, UntrustedArtifact: see :func:`local_bundle`.
     """
-    found = _REFERENCE.fullmatch(text)
-    if Path(text).exists() or not found or not is_hub_name(found[1]):
+    found = _on_hub(text)
+    if found is None:
         return None
     hub = import_hub()
     with hub_errors(found[1]):

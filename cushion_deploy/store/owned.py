@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cushion_deploy.store.files import remove_tree, sync_file
+from cushion_deploy.store.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -84,12 +85,17 @@ def owned_folder(parent: Path, prefix: str, target: Path) -> Iterator[Path]:
         prefix: beginning of the name.
         target: destination of a later :func:`swap_in`.
     """
-    folder, lock = _claim(parent, prefix)
+    owned = None
     try:
-        yield folder / FILES
+        with uninterrupted():
+            owned = _claim(parent, prefix)
+        yield owned[0] / FILES
     finally:
-        put_back(folder, target)
-        _discard(folder, lock)
+        if owned:
+            folder, lock = owned
+            with uninterrupted():
+                put_back(folder, target)
+                _discard(folder, lock)
 
 
 def swap_in(staged: Path, target: Path) -> None:

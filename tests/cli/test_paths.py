@@ -40,6 +40,16 @@ def test_a_whole_build_with_hostile_names(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("call", [("eval",), ("parity",), ("generate", "--", "text"), ("build", "--output", "o")])
+def test_a_model_or_bundle_whose_name_is_too_long_is_refused_in_words(cli: Any, call: tuple[str, ...]) -> None:
+    verb, *more = call
+    name = "x" * 256
+    done = cli(verb, *(("--", name, *more[1:]) if "--" in more else (name, *more)))
+    assert (done.code, done.out) == (ExitCode.USAGE, "")
+    assert name[:60] in done.err
+    assert "too long" in done.err
+
+
 @pytest.mark.parametrize("name", ["x" * 256, "x" * 256 + "/below"])
 def test_a_folder_whose_name_is_too_long_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="too long"):
