@@ -19,6 +19,8 @@ from typing import IO
 import httpx2
 
 _START_SECONDS = 300
+_BEGINNINGS = ("verifying ", "loading ", "fetching ")
+"""What `cushion-deploy serve` says while it starts."""
 
 
 class StartError(RuntimeError):
@@ -42,9 +44,9 @@ class ServerProcess:
 
     @property
     def log(self) -> str:
-        """All of standard error so far."""
+        """All of standard error so far, apart from what is done at the start."""
         self.log_file.seek(0)
-        return self.log_file.read()
+        return "".join(line for line in self.log_file if not line.startswith(_BEGINNINGS))
 
     def metric(self, name: str) -> float:
         """Return the value of a metric without labels."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from small_build import SmallBuild, scratch
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-BUSY = "another build is using the work folder"
+BUSY = "another command is using the work folder"
 
 
 @dataclass(frozen=True)

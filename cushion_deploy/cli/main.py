@@ -17,6 +17,7 @@ from tempfile import gettempdir
 from typing import NoReturn
 
 import click
+from click.exceptions import NoArgsIsHelpError
 from click.shell_completion import CompletionItem
 
 from cushion_deploy.cli import stopping
@@ -205,7 +206,7 @@ def _failed(error: Exception) -> int:
 
 def _misused(error: click.ClickException) -> int:
     """Report a mistake in the call."""
-    if type(error).__name__ == "NoArgsIsHelpError":  # click 8.1 has no such class, and exits by itself
+    if isinstance(error, NoArgsIsHelpError):
         _print_error(error.format_message())
         return ExitCode.USAGE
     message = error.format_message().rstrip(".")

@@ -24,8 +24,8 @@ def require_new_folder(output: Path) -> None:
 def require_parent(file: Path) -> None:
     """Check before long work that a file can be written to its folder."""
     with disk_errors(file):
-        found = file.absolute().parent.is_dir()
-    if file.is_dir():
+        found, is_folder = file.absolute().parent.is_dir(), file.is_dir()
+    if is_folder:
         raise UsageError(f"{file} is a folder, expected the name of a file", hint="add the name of the file to write")
     if not found:
         raise UsageError(f"the folder of {file} does not exist", hint="create it first, or choose another folder")

@@ -10,7 +10,6 @@ import click
 
 from cushion_deploy.cli.bundle_options import RequiredSignature, bundle_argument, open_named, signature_options
 from cushion_deploy.cli.help import FILE, option, verb
-from cushion_deploy.cli.progress import progress
 from cushion_deploy.cli.session_options import engine_option, threads_option
 from cushion_deploy.cli.terminal import echo_remarks
 from cushion_deploy.core.progress import elapsed
@@ -145,6 +144,7 @@ def command(
             f"{host} can be reached from other machines, and there is no API key",
             hint=f"set {KEY_VARIABLE} or give --api-key-file; --allow-anonymous serves everyone",
         )
+    from cushion_deploy.cli.progress import progress
     from cushion_deploy.runtime.engine import open_engine
     from cushion_deploy.serve.app import AppSettings, create_app
     from cushion_deploy.serve.engine import Engine, EngineSettings

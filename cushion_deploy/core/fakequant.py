@@ -36,7 +36,8 @@ def symmetric_scale(amax: float, bits: int = 8) -> float:
 def quantize(x: FloatArray, scale: FloatArray | float, bits: int = 8) -> Int8Array:
     """Return integer codes of ``x``: round-half-even of x / scale, saturated. ``scale`` broadcasts."""
     limit = qmax(bits)
-    ratio = x.astype(np.float32, copy=False) / np.asarray(scale, dtype=np.float32)
+    with np.errstate(over="ignore"):  # infinity is saturated like any other ratio
+        ratio = x.astype(np.float32, copy=False) / np.asarray(scale, dtype=np.float32)
     return np.clip(np.rint(ratio), -limit - 1, limit).astype(np.int8)
 
 

@@ -194,10 +194,10 @@ def test_the_input_is_not_the_output(answer: Any, source: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("folder", "is not a plain file"),
+        ("folder", "is a folder, expected the name of a file"),
         ("pipe", "is not a plain file"),
         ("nowhere", "is not a plain file"),
-        ("long", "cannot read"),
+        ("long", "is too long"),
     ],
 )
 def test_an_output_that_is_no_file_is_named(answer: Any, tmp_path: Path, kind: str, words: str) -> None:

@@ -216,7 +216,7 @@ def test_a_stage_that_fails_is_over(moved: Clock) -> None:
         report("something else", 0, 2)
         moved.now += 20
         report("something else", 1, 2)
-    assert err.getvalue() == "something else: 1/2 (0.1/s, 20 s left)\n"
+    assert err.getvalue() == "something else: 1/2 (20 s each, 20 s left)\n"
 
 
 def test_only_a_counted_stage_says_that_it_is_reused(moved: Clock) -> None:

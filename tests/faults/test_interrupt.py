@@ -78,7 +78,7 @@ def test_a_living_build_in_another_process_keeps_the_lock_and_its_files(tmp_path
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
-            with pytest.raises(UsageError, match="another build"), StageStore(tmp_path).lock():
+            with pytest.raises(UsageError, match="another command"), StageStore(tmp_path).lock():
                 pass
             assert StageStore(tmp_path).sweep() == []
             assert len(list((tmp_path / "tmp").glob("*/files/prefix"))) == 1
