@@ -104,7 +104,8 @@ class DescribeModel(Stage[ModelFiles]):
         """Write the configuration, the tokenizer and ``spec.json``."""
         model = inputs.get(self.model)
         model.module.config.save_pretrained(out)
-        model.module.generation_config.save_pretrained(out)
+        # Not save_pretrained, which refuses combinations that checkpoints have, such as a temperature without sampling.
+        model.module.generation_config.to_json_file(out / "generation_config.json")
         model.tokenizer.save_pretrained(out)
         _name_tokenizer(out / "tokenizer_config.json")
         write_json(out / SPEC, asdict(model.spec))

@@ -236,7 +236,9 @@ def write_inline_template(folder: Path) -> None:
 
 
 def write_generation_config(folder: Path) -> None:
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "temperature": 0.25}))
+    # Greedy with settings of sampling and a padding token that is none: transformers reads this, and refuses to write it.
+    odd = {"do_sample": False, "temperature": 0.25, "top_p": 0.9, "pad_token_id": -1}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], **odd}))
 
 
 @pytest.mark.parametrize("edit", [write_template, write_inline_template, write_generation_config])
