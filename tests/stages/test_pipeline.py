@@ -236,7 +236,7 @@ def write_inline_template(folder: Path) -> None:
 
 
 def write_generation_config(folder: Path) -> None:
-    # Greedy with settings of sampling and a padding token that is none: transformers reads this, and refuses to write it.
+    # Greedy with settings of sampling, and a padding token that is none: transformers reads this, and may not write it.
     odd = {"do_sample": False, "temperature": 0.25, "top_p": 0.9, "pad_token_id": -1}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], **odd}))
 
