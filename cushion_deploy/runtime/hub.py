@@ -151,7 +151,7 @@ def hub_errors(name: str) -> Iterator[None]:
 def _unreachable(name: str, error: Exception) -> MissingDependency:
     return MissingDependency(
         f"there is no '{name}' on this machine, and the hub cannot be reached ({type(error).__name__})",
-        hint="check the network, or fetch the bundle elsewhere and give its folder",
+        hint="check the network, or fetch it elsewhere and give its folder",
     )
 
 

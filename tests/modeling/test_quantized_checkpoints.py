@@ -409,9 +409,8 @@ def test_numbers_whose_meaning_is_not_certain_are_refused_with_their_name(name: 
 def test_weights_that_are_not_compressed_yet_are_floats_with_scales_of_no_effect(folder: Path) -> None:
     config = compressed("int-quantized", "int", "channel")
     config["quantization_config"]["quantization_status"] = "frozen"
-    expected = (
-        load_file(folder / "model.safetensors")[PROJECTION].numpy().copy()
-    )  # the file is written again, which older versions would show here
+    # Copied, because the file is written again below, and older versions of safetensors map it.
+    expected = load_file(folder / "model.safetensors")[PROJECTION].numpy().copy()
     write(folder, {BESIDE + "weight_scale": scales(96, 1)}, **config)
     model = load_folder(folder, resolve_source(str(folder)))
     np.testing.assert_array_equal(whole(model.weights, PROJECTION), expected)
