@@ -53,21 +53,25 @@ class Child:
     Attributes:
         pid: its process, which leads a group of its own.
         log: the file with its output.
+        code: its exit code, negative for a signal; None until a wait has found it.
     """
 
     pid: int
     log: Path
+    code: int | None = None
 
     def wait(self, seconds: float) -> int | None:
-        """Return the exit code, negative for a signal; None if the command still runs after ``seconds``."""
+        """Return the exit code; None if the command still runs after ``seconds``."""
         end = time.monotonic() + seconds
-        while True:
+        while self.code is None:
             found, status = os.waitpid(self.pid, os.WNOHANG)
             if found:
-                return os.waitstatus_to_exitcode(status)
-            if time.monotonic() > end:
-                return None
-            time.sleep(0.002)
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                break
+            else:
+                time.sleep(0.002)
+        return self.code
 
     def finish(self, seconds: float = 300.0) -> int:
         """Return the exit code; a command that runs longer than ``seconds`` is killed, and its code is -9."""

@@ -59,3 +59,10 @@ def test_a_count_that_is_stopped_keeps_what_it_has_counted(trust: Any, number: i
     assert found["struck"] == {"some fault": 2}
     assert found["wrong"] == [{"kind": "some fault", "wrong": "broken"}]
     assert (stop.number, ended) == (number, [0, 1])
+
+
+def test_the_exit_code_of_a_child_is_known_after_it_was_waited_for(trust: Any, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], start_new_session=True)
+    child = importlib.import_module("forked").Child(process.pid, tmp_path / "log")
+    assert (child.finish(60), child.wait(0), child.finish()) == (3, 3, 3)
+    process.wait()  # for Popen, which does not know
